@@ -1,0 +1,389 @@
+"""The configuration tree: every setting with its unit, its default and its checks.
+
+A run is described by one frozen :class:`Config`. It comes from a YAML file and ``--set a.b=c``
+overrides, and every mistake that can be seen without data is refused here, before anything starts,
+with the field, the value and the remedy in one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration; the message names field, value and remedy."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class SourceConfig(_Section):
+    """Where texts come from. Used for the corpus (the pool) and for the test set."""
+
+    uri: str | tuple[str, ...] = Field(
+        description="Files, globs or folders (parquet, jsonl[.gz|.zst], csv, txt), local or on any "
+        "pyarrow filesystem (s3://, gs://), or hf://NAME[?split=train&config=…]."
+    )
+    text: str = Field("text", description="Column that holds the text; txt files have one text a line.")
+    gold: str | None = Field(None, description="Column with the true label (name or index); optional.")
+    id: str | None = Field(None, description="Column with a stable id; by default a hash of the text.")
+    where: dict[str, str | int | bool] = Field(
+        default_factory=dict, description="Keep only rows whose columns equal these values."
+    )
+    max_chars: int = Field(
+        100_000, ge=1, description="Characters; a longer text goes to quarantine (a broken record, mostly)."
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Rows read at most, from the front: for a first try. Reads in one task."
+    )
+
+    @field_validator("uri")
+    @classmethod
+    def _not_empty(cls, uri: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not uri or any(not one.strip() for one in ([uri] if isinstance(uri, str) else uri)):
+            raise ValueError("is empty: give a file, a glob, a folder or hf://NAME")
+        return uri
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        return (self.uri,) if isinstance(self.uri, str) else self.uri
+
+
+class Demonstration(_Section):
+    """One labelled example shown to the teacher in its prompt."""
+
+    text: str = Field(min_length=1)
+    label: str = Field(description="A label's name.")
+
+
+class PromptConfig(_Section):
+    """How a text is put to the teacher; the text comes last, so all before it is a cached prefix."""
+
+    instruction: str = Field(
+        "Classify the text into exactly one of the categories.",
+        description="What the teacher is asked to do.",
+    )
+    answer: Literal["letters", "names"] = Field(
+        "letters",
+        description="letters: the prompt lists 'A. name' and the answer is a letter; "
+        "names: the answer is the label's name, told apart by its first token.",
+    )
+    show_labels: bool = Field(True, description="List the labels, with their descriptions, in the prompt.")
+    text_prefix: str = Field("Text: ", description="Stands before every text.")
+    answer_prefix: str = Field("\nLabel:", description="Stands between a text and its label.")
+    separator: str = Field("\n\n", description="Stands between instruction, demonstrations and the text.")
+    demonstrations: tuple[Demonstration, ...] = Field((), description="Few-shot examples, in this order.")
+    chat: Literal["auto", "never"] = Field(
+        "auto", description="auto: use the model's chat template where its tokenizer has one."
+    )
+
+
+class LabelsConfig(_Section):
+    """The classes. Their order is the order of every probability vector of the run."""
+
+    names: tuple[str, ...] = Field(description="Label names, at least two, all different.")
+    descriptions: dict[str, str] = Field(
+        default_factory=dict, description="One line for a label, shown in the prompt; optional."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> LabelsConfig:
+        if len(self.names) < 2:
+            raise ValueError(f"names has {len(self.names)} label(s): a classifier needs at least two")
+        seen: set[str] = set()
+        for name in self.names:
+            if not name.strip():
+                raise ValueError("names holds an empty label: give every label a name")
+            if name in seen:
+                raise ValueError(f"names holds {name!r} twice: every label needs a name of its own")
+            seen.add(name)
+        if strangers := sorted(set(self.descriptions) - seen):
+            raise ValueError(f"descriptions names {strangers[0]!r}, which is not one of names")
+        return self
+
+
+class RecordedConfig(_Section):
+    """Label distributions answered earlier: from a parquet file, or the labels/ folder of a run."""
+
+    uri: str = Field(description="A parquet file, a glob or a folder.")
+    probs: str = Field("probs", description="Column with one list of C probabilities a row.")
+    id: str = Field("id", description="Column matched with the id of the corpus and the test set.")
+    prompt_tokens: str | None = Field(None, description="Column with the prompt's tokens; optional.")
+
+
+class TeacherConfig(_Section):
+    """The large model that labels."""
+
+    kind: Literal["vllm", "recorded"] = "vllm"
+    model: str | None = Field(None, description="Checkpoint folder or hub name (kind: vllm).")
+    prompt: PromptConfig = Field(default_factory=PromptConfig)
+    recorded: RecordedConfig | None = Field(None, description="Source of answers (kind: recorded).")
+    actors: int = Field(1, ge=1, description="Teacher actors, one engine each.")
+    cpus: float = Field(0.5, gt=0, description="CPUs that Ray books for one teacher actor.")
+    gpus: float = Field(0, ge=0, description="GPUs that Ray books for one teacher actor.")
+    max_model_len: int = Field(
+        2048, ge=16, description="Tokens of prompt and answer; longer texts are cut at the end."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Weights' type.")
+    engine: dict[str, Any] = Field(
+        default_factory=dict, description="Any further vLLM engine argument, passed on as it is."
+    )
+    kv_cache_gib: float = Field(1.0, gt=0, description="GiB of key-value cache, on CPU only.")
+    lease_rows: int = Field(128, ge=1, description="Texts a ticket stands for: the unit of labelling.")
+    tickets_in_flight: int = Field(
+        2, ge=1, description="Tickets one teacher actor works on at a time; 2 keep the engine busy."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TeacherConfig:
+        if self.kind == "vllm" and not self.model:
+            raise ValueError("model is missing: kind 'vllm' needs a checkpoint folder or a hub name")
+        if self.kind == "recorded" and self.recorded is None:
+            raise ValueError("recorded is missing: kind 'recorded' needs recorded.uri")
+        return self
+
+
+class StudentConfig(_Section):
+    """The small model that learns; any Hugging Face checkpoint for sequence classification."""
+
+    model: str = Field(
+        description="Checkpoint folder, hub name, or 'minilm': the all-MiniLM-L6-v2 weights of the "
+        "quickstart extra."
+    )
+    workers: int | tuple[int, int] = Field(
+        2, description="DDP ranks; (min, max) lets Ray Train go on with fewer after a loss."
+    )
+    cpus: float = Field(0.5, gt=0, description="CPUs that Ray books for one rank.")
+    gpus: float = Field(0, ge=0, description="GPUs that Ray books for one rank.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of one rank; default: cores/ranks.")
+    max_tokens: int = Field(128, ge=8, description="Tokens; longer texts are cut at the end.")
+    epochs: int = Field(6, ge=1, description="Passes over what is selected so far, in every round.")
+    batch_size: int = Field(32, ge=1, description="Texts in one optimiser step, over all ranks.")
+    score_batch_size: int = Field(64, ge=1, description="Texts in one forward pass when scoring, per rank.")
+    learning_rate: float = Field(1.5e-4, gt=0)
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of a round's steps spent warming up.")
+    weight_decay: float = Field(0.01, ge=0)
+    start: Literal["fresh", "warm"] = Field(
+        "fresh", description="fresh: every round starts from the pre-trained weights; warm: from the last."
+    )
+    replay: Literal["all", "new"] = Field(
+        "all", description="all: train on everything selected so far; new: on this round's texts only."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bf16 autocast where the hardware has it."
+    )
+    max_failures: int = Field(3, ge=0, description="Losses of a rank that the training run survives.")
+
+    @field_validator("workers")
+    @classmethod
+    def _workers(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        low, high = (workers, workers) if isinstance(workers, int) else workers
+        if not 1 <= low <= high:
+            raise ValueError("must be at least 1, or (min, max) with 1 <= min <= max")
+        return workers
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+
+class SelectionConfig(_Section):
+    """Which labelled texts the student trains on next."""
+
+    policy: str = Field("llkd", description="A name from the registry in llkd_ray/policies.py.")
+    weighting: Literal["signals", "none"] = Field(
+        "signals",
+        description="signals: weigh each text's loss by confidence × uncertainty (where the policy "
+        "looks at both); none: all alike.",
+    )
+    refresh: Literal["labelled", "pool"] = Field(
+        "labelled",
+        description="What the student scores before each selection: the labelled texts that may be "
+        "selected, or the whole pool.",
+    )
+
+
+class AcquisitionConfig(_Section):
+    """Which texts the teacher reads next."""
+
+    policy: str = Field("random", description="A name from the registry in llkd_ray/policies.py.")
+
+
+class BudgetConfig(_Section):
+    """Where the run ends: at the first of these."""
+
+    rounds: int = Field(5, ge=1, description="Rounds of select, train, refresh.")
+    labels: int | None = Field(
+        None, ge=1, description="Pool texts that the teacher labels at most; default: the whole pool."
+    )
+    train: int | float = Field(
+        0.1,
+        gt=0,
+        description="Texts trained on at most, in all: a number (int) or a share of the pool (float <= 1).",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> BudgetConfig:
+        if isinstance(self.train, float) and self.train > 1:
+            raise ValueError(f"train is {self.train}: give a whole number of texts, or a share up to 1.0")
+        if isinstance(self.train, int) and self.train < self.rounds:
+            raise ValueError(f"train is {self.train}, less than one text for each of {self.rounds} rounds")
+        if self.labels is not None and isinstance(self.train, int) and self.labels < self.train:
+            raise ValueError(
+                f"labels is {self.labels}, less than train ({self.train}): "
+                "only labelled texts can be trained on"
+            )
+        return self
+
+
+class EvaluationConfig(_Section):
+    """What is measured after each round."""
+
+    holdout: int = Field(
+        200,
+        ge=0,
+        description="Pool texts that the teacher labels and the student never trains on: agreement with "
+        "the teacher is measured on them. Cut to a tenth of the pool where that is less.",
+    )
+    teacher_on_test: bool = Field(
+        True, description="Let the teacher label the test set too (once), to report its accuracy."
+    )
+
+
+class RunConfig(_Section):
+    """Where results go, and chance."""
+
+    dir: str = Field("runs", description="Folder, or URI on any pyarrow filesystem, that holds the runs.")
+    name: str | None = Field(None, description="The run's own folder; default: policy and time.")
+    seed: int = Field(0, ge=0)
+    address: str | None = Field(
+        None, description="Ray cluster to join; default: the job's own, RAY_ADDRESS, or a local one."
+    )
+
+
+class Config(_Section):
+    """One run, whole."""
+
+    corpus: SourceConfig
+    test: SourceConfig | None = Field(None, description="Gold-labelled texts for evaluation; optional.")
+    labels: LabelsConfig
+    teacher: TeacherConfig
+    student: StudentConfig
+    selection: SelectionConfig = Field(default_factory=SelectionConfig)
+    acquisition: AcquisitionConfig = Field(default_factory=AcquisitionConfig)
+    budget: BudgetConfig = Field(default_factory=BudgetConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        names = set(self.labels.names)
+        for shot in self.teacher.prompt.demonstrations:
+            if shot.label not in names:
+                raise ValueError(
+                    f"teacher.prompt.demonstrations uses the label {shot.label!r}, "
+                    f"which is not in labels.names"
+                )
+        if self.test is not None and self.test.gold is None:
+            raise ValueError("test.gold is missing: a test set needs the column of its true labels")
+        if self.teacher.kind == "vllm" and self.teacher.prompt.answer == "letters" and len(names) > 26:
+            raise ValueError(
+                f"labels.names has {len(names)} labels, but teacher.prompt.answer 'letters' has 26: "
+                "use 'names'"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``a.b=c`` overrides (values are YAML) and check the whole.
+
+    Raises :class:`ConfigError` with one line per mistake.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {str(path)!r} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {str(path)!r} holds no settings: see configs/ for examples")
+    return parse_config(apply_overrides(tree, overrides))
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of ``tree`` with each ``a.b=c`` set; ``c`` is read as YAML, so ``null`` and lists work."""
+    result = _copy(tree)
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals or not all(dotted.split(".")):
+            raise ConfigError(f"--set {override!r}: write it as section.field=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override!r}: the value is not YAML ({error})") from None
+        *parents, leaf = dotted.split(".")
+        node = result
+        for parent in parents:
+            child = node.get(parent)
+            if child is None:
+                child = node[parent] = {}
+            if not isinstance(child, dict):
+                raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
+            node = child
+        node[leaf] = value
+    return result
+
+
+def parse_config(tree: Mapping[str, Any]) -> Config:
+    """Check a plain tree of settings; raises :class:`ConfigError` with one line per mistake."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; :func:`load_config` reads it back unchanged."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _copy(tree: Any) -> Any:
+    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _explain(problem: Any) -> str:
+    """One line for one pydantic error: field, value, remedy."""
+    field = ".".join(str(part) for part in problem["loc"]) or "config"
+    match problem["type"]:
+        case "extra_forbidden":
+            parent = problem["loc"][:-1]
+            return f"{field}: unknown setting; known here: {', '.join(_known_fields(parent))}"
+        case "missing":
+            return f"{field}: missing; it has no default, so set it"
+        case "value_error":
+            return f"{field}: {problem['ctx']['error']}"
+        case _:
+            return f"{field}: {problem['input']!r} is refused: {problem['msg']}"
+
+
+def _known_fields(loc: Sequence[Any]) -> list[str]:
+    """The field names of the section at ``loc``, as far as the tree of models tells."""
+    section: type[BaseModel] = Config
+    for part in loc:
+        if not isinstance(part, str) or part not in section.model_fields:
+            continue
+        annotation = section.model_fields[part].annotation
+        for candidate in (annotation, *getattr(annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                section = candidate
+    return sorted(section.model_fields)

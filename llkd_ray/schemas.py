@@ -1,0 +1,68 @@
+"""Arrow schemas of the files of a run. Explicit, so that empty and all-null columns keep their type."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+# One text a row. The dense row number is not stored: it is the shard's first row (manifest) plus the
+# position in the shard. ``gold`` is the index into labels.names, -1 where unknown.
+EXAMPLES = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("gold", pa.int16(), nullable=False),
+    ]
+)
+
+# EXAMPLES as they are read back, with the row number put on.
+NUMBERED_EXAMPLES = pa.schema([pa.field("row", pa.int64(), nullable=False), *EXAMPLES])
+
+# What the teacher said. ``probs``: probability mass of each label over the teacher's whole vocabulary,
+# not normalised; ``off_label``: the mass on everything else (0 where the source does not tell).
+LABELS = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("probs", pa.list_(pa.float32()), nullable=False),
+        pa.field("off_label", pa.float32(), nullable=False),
+        pa.field("prompt_tokens", pa.int32(), nullable=False),
+    ]
+)
+
+# What the student trains on in one round. ``probs`` sums to one; ``weight`` has mean one.
+ROUND = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("label", pa.int16(), nullable=False),
+        pa.field("probs", pa.list_(pa.float32()), nullable=False),
+        pa.field("weight", pa.float32(), nullable=False),
+    ]
+)
+
+# The student's opinion before a selection: predictive entropy over log(C), in [0, 1].
+SCORES = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("uncertainty", pa.float32(), nullable=False),
+    ]
+)
+
+# The student's answers on the rows it is evaluated on, after a round.
+PREDICTIONS = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("probs", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+
+# Rows that were refused: where they stood, why, and how they began.
+QUARANTINE = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("position", pa.int64(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+        pa.field("start_of_text", pa.string(), nullable=False),
+    ]
+)

@@ -1,0 +1,208 @@
+"""The run directory: files are the truth, everything else is a cache of them.
+
+A file exists when it is whole: on a local disk it is written beside its place and renamed, on an object
+store one PUT is atomic anyway. Each file belongs to one ticket, one round or one step, so writing it
+again after a retry gives the same file.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from llkd_ray import schemas
+
+CONFIG = "config.yaml"
+MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"
+EXAMPLES_INDEX = "examples/index.json"
+LABELS_DIR = "labels"
+LEASES_DIR = "leases"
+SENT_DIR = "sent"
+ENGINES_DIR = "engines"
+QUARANTINE_DIR = "quarantine"
+ROUNDS_DIR = "rounds"
+CHECKPOINTS_DIR = "checkpoints"
+MODEL_DIR = "model"
+
+
+def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Filesystem and path of a local path or a URI such as ``s3://bucket/folder``."""
+    if "://" in uri:
+        return pafs.FileSystem.from_uri(uri)
+    return pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+
+
+class RunStore:
+    """Reads and writes the files of one run; cheap to build and to pickle.
+
+    Paths are relative to the run directory, with forward slashes.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.fs, self.root = open_filesystem(uri)
+        self.root = self.root.rstrip("/")
+        self.is_local = isinstance(self.fs, pafs.LocalFileSystem)
+
+    def path(self, relative: str) -> str:
+        """The path as its filesystem knows it."""
+        return f"{self.root}/{relative}"
+
+    def exists(self, relative: str) -> bool:
+        return self.fs.get_file_info(self.path(relative)).type != pafs.FileType.NotFound
+
+    def names(self, folder: str, suffix: str = "") -> list[str]:
+        """Sorted names of the files in a folder; empty where there is no such folder."""
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
+        infos = self.fs.get_file_info(selector)
+        return sorted(i.base_name for i in infos if i.is_file and i.base_name.endswith(suffix))
+
+    def folders(self, folder: str) -> list[str]:
+        """Sorted names of the folders in a folder."""
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
+        return sorted(
+            i.base_name for i in self.fs.get_file_info(selector) if i.type == pafs.FileType.Directory
+        )
+
+    def delete(self, relative: str) -> None:
+        """Delete a file; one that is not there is no error."""
+        if self.exists(relative):
+            self.fs.delete_file(self.path(relative))
+
+    def write_bytes(self, relative: str, content: bytes) -> None:
+        """Write a whole file, atomically."""
+        target = self.path(relative)
+        self.fs.create_dir(target.rpartition("/")[0], recursive=True)
+        place = f"{target}.{uuid.uuid4().hex}.tmp" if self.is_local else target
+        with self.fs.open_output_stream(place) as stream:
+            stream.write(content)
+        if place != target:
+            self.fs.move(place, target)
+
+    def read_bytes(self, relative: str) -> bytes:
+        with self.fs.open_input_stream(self.path(relative), compression=None) as stream:
+            return stream.read()
+
+    def write_json(self, relative: str, value: Any) -> None:
+        self.write_bytes(relative, json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+    def read_json(self, relative: str) -> Any:
+        return json.loads(self.read_bytes(relative))
+
+    def write_table(self, relative: str, table: pa.Table, row_group_size: int | None = None) -> None:
+        """Write a parquet file, atomically; its schema should be one of ``schemas``."""
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, row_group_size=row_group_size, compression="zstd")
+        self.write_bytes(relative, buffer.getvalue().to_pybytes())
+
+    def read_table(self, relative: str, columns: Sequence[str] | None = None) -> pa.Table:
+        return pq.read_table(self.path(relative), columns=columns, filesystem=self.fs)
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Put one round's line at the end of metrics.jsonl; a line of the same round is replaced."""
+        kept = [old for old in self.read_metrics() if old["round"] != line["round"]]
+        lines = sorted([*kept, line], key=lambda entry: entry["round"])
+        self.write_bytes(METRICS, "".join(json.dumps(entry) + "\n" for entry in lines).encode())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, oldest round first."""
+        if not self.exists(METRICS):
+            return []
+        return [json.loads(line) for line in self.read_bytes(METRICS).decode().splitlines()]
+
+
+def ticket_file(folder: str, ticket: int) -> str:
+    """The file of one ticket in LABELS_DIR, LEASES_DIR or SENT_DIR."""
+    return f"{folder}/ticket-{ticket:08d}.parquet"
+
+
+def ticket_of(name: str) -> int:
+    """The ticket number in a name made by :func:`ticket_file`."""
+    return int(name.removeprefix("ticket-").partition(".")[0])
+
+
+def round_file(round_number: int, name: str) -> str:
+    """A file of one round, such as ``rounds/0003/batch.parquet``."""
+    return f"{ROUNDS_DIR}/{round_number:04d}/{name}"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One parquet file of EXAMPLES."""
+
+    file: str
+    rows: int
+
+
+class Examples:
+    """The texts of a run by row number: pool rows first, the rows of the test set behind them."""
+
+    def __init__(self, store: RunStore, pool: Sequence[Shard], test: Sequence[Shard] = ()) -> None:
+        self.store = store
+        self.shards = [*pool, *test]
+        self.n_pool = sum(shard.rows for shard in pool)
+        self.n_test = sum(shard.rows for shard in test)
+        self._first_row = np.cumsum([0, *(shard.rows for shard in self.shards)])
+
+    @classmethod
+    def open(cls, store: RunStore) -> Examples:
+        """The examples that ``corpus.ingest`` has written."""
+        index = store.read_json(EXAMPLES_INDEX)
+        return cls(store, *([Shard(**one) for one in index[part]] for part in ("pool", "test")))
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_pool + self.n_test
+
+    @property
+    def test_rows(self) -> np.ndarray:
+        """int64[n_test]: the row numbers of the test set."""
+        return np.arange(self.n_pool, self.n_rows)
+
+    def read(
+        self, rows: Iterable[int] | np.ndarray, columns: Sequence[str] = schemas.EXAMPLES.names
+    ) -> pa.Table:
+        """The given rows, in the given order, as ``row`` and ``columns``.
+
+        Opens only the shards, and reads only the row groups, that hold one of them.
+        """
+        wanted = np.asarray(rows, dtype=np.int64)
+        if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.n_rows):
+            raise IndexError(f"rows {wanted.min()}..{wanted.max()} of {self.n_rows}")
+        order = np.argsort(wanted, kind="stable")
+        ascending = wanted[order]
+        shard_of = np.searchsorted(self._first_row, ascending, side="right") - 1
+        pieces = [
+            self._read_shard(int(shard), ascending[shard_of == shard] - self._first_row[shard], columns)
+            for shard in np.unique(shard_of)
+        ]
+        schema = pa.schema([schemas.EXAMPLES.field(name) for name in columns])
+        table = pa.concat_tables(pieces) if pieces else schema.empty_table()
+        table = table.add_column(0, schemas.NUMBERED_EXAMPLES.field("row"), [pa.array(ascending)])
+        back = np.empty_like(order)
+        back[order] = np.arange(order.size)
+        return table.take(pa.array(back))
+
+    def _read_shard(self, shard: int, positions: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Ascending positions (int64[n]) of one shard."""
+        path = self.store.path(self.shards[shard].file)
+        with pq.ParquetFile(path, filesystem=self.store.fs) as file:
+            sizes = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
+            group_start = np.cumsum([0, *sizes])
+            group_of = np.searchsorted(group_start, positions, side="right") - 1
+            groups = np.unique(group_of)
+            table = file.read_row_groups(groups.tolist(), columns=list(columns))
+        # Positions within the groups read, which now lie one behind the other.
+        read_start = np.cumsum([0, *(sizes[g] for g in groups)])[:-1]
+        start_of_group = dict(zip(groups.tolist(), read_start - group_start[groups], strict=True))
+        shift = np.array([start_of_group[g] for g in group_of.tolist()], dtype=np.int64)
+        return table.take(pa.array(positions + shift))
