@@ -1,0 +1,153 @@
+"""How good are the answers: against the truth, against the teacher, and how sure is the figure itself.
+
+Two questions are kept apart: accuracy and macro-F1 compare with true labels (gold), agreement compares
+with the teacher, which may be wrong. All here is pure; chance comes in as an argument.
+
+Legend: N texts, C classes, R resamples, K distinct pairs of true and predicted class.
+``gold_N`` and ``predicted_N`` are int[N] in [0, C), ``p_NC`` is float[N, C], a distribution a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from sklearn.metrics import accuracy_score, f1_score
+
+from llkd_ray.signals import confidence, normalise
+
+Metric = Literal["accuracy", "macro_f1"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A classifier against the truth; all three are in [0, 1]."""
+
+    accuracy: float
+    macro_f1: float
+    """Mean F1 of the classes that occur in the truth or in the answers."""
+    ece: float
+    """Expected calibration error; 0 is best."""
+
+
+def classification(gold_N: np.ndarray, p_NC: np.ndarray, labels: int) -> Scores:
+    """Score the answers ``p_NC`` of a classifier over ``labels`` classes; rows need not sum to one.
+
+    Raises ValueError on empty input, on shapes that do not fit, and on a true label outside
+    [0, labels): leave texts without a true label (-1) out before.
+    """
+    gold_N, p_NC = np.asarray(gold_N), np.asarray(p_NC)
+    if p_NC.ndim != 2 or p_NC.shape[1] != labels:
+        raise ValueError(f"p_NC has shape {p_NC.shape}: expected one row a text with {labels} columns")
+    _check_pair(gold_N, p_NC, "gold_N", "p_NC")
+    if gold_N.min() < 0 or gold_N.max() >= labels:
+        raise ValueError(
+            f"gold_N holds {gold_N.min()}..{gold_N.max()}, outside 0..{labels - 1}: "
+            "leave out the texts whose true label is unknown"
+        )
+    predicted_N = p_NC.argmax(axis=1)
+    return Scores(
+        accuracy=float(accuracy_score(gold_N, predicted_N)),
+        macro_f1=float(f1_score(gold_N, predicted_N, average="macro", zero_division=0)),
+        ece=expected_calibration_error(confidence(normalise(p_NC)), predicted_N == gold_N),
+    )
+
+
+def expected_calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, bins: int = 15) -> float:
+    """The gap between confidence and accuracy, averaged over equal bins of confidence, by their size.
+
+    Equations 3 and 5 of Guo et al. 2017 (arXiv 1706.04599), whose experiments use 15 bins: bin m
+    (1..M) holds the texts with a confidence in ((m - 1)/M, m/M]; ours takes 0 into the first as well.
+    """
+    confidence_N, correct_N = np.asarray(confidence_N, dtype=float), np.asarray(correct_N, dtype=float)
+    _check_pair(confidence_N, correct_N, "confidence_N", "correct_N")
+    if bins < 1:
+        raise ValueError(f"bins is {bins}: at least 1 is needed")
+    if not (confidence_N.min() >= 0 and confidence_N.max() <= 1 + 1e-6):
+        raise ValueError(f"confidence_N holds {confidence_N.min()}..{confidence_N.max()}, outside 0..1")
+    bin_N = np.clip(np.ceil(confidence_N * bins).astype(int) - 1, 0, bins - 1)
+    # |bin| / N × |accuracy - confidence| of a bin is the size of its summed differences over N.
+    gap_M = np.bincount(bin_N, weights=correct_N - confidence_N, minlength=bins)
+    return float(np.abs(gap_M).sum() / confidence_N.size)
+
+
+def bootstrap_interval(
+    gold_N: np.ndarray,
+    predicted_N: np.ndarray,
+    metric: Metric,
+    rng: np.random.Generator,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a metric over texts drawn anew, with replacement.
+
+    Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. Both metrics depend only on
+    how often each pair of true and predicted class occurs, so a resample is one multinomial draw of the
+    pair counts: the same distribution as drawing N texts, at the cost of K numbers instead of N.
+    """
+    gold_N, predicted_N = np.asarray(gold_N), np.asarray(predicted_N)
+    _check_pair(gold_N, predicted_N, "gold_N", "predicted_N")
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}: at least 1 is needed")
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}: give a share between 0 and 1, such as 0.95")
+    pairs_K2, counts_K = np.unique(np.stack([gold_N, predicted_N], axis=1), axis=0, return_counts=True)
+    drawn_RK = rng.multinomial(gold_N.size, counts_K / gold_N.size, size=resamples)
+    if metric == "accuracy":
+        values_R = drawn_RK[:, pairs_K2[:, 0] == pairs_K2[:, 1]].sum(axis=1) / gold_N.size
+    elif metric == "macro_f1":
+        values_R = _macro_f1(pairs_K2, drawn_RK)
+    else:
+        raise ValueError(f"metric is {metric!r}: use 'accuracy' or 'macro_f1'")
+    low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _macro_f1(pairs_K2: np.ndarray, drawn_RK: np.ndarray) -> np.ndarray:
+    """float[R]: macro-F1 of every resample, over the classes that occur in it."""
+    classes_C, pair_class_K2 = np.unique(pairs_K2, return_inverse=True)
+    one_hot_CC = np.eye(classes_C.size)
+    is_gold_KC, is_predicted_KC = one_hot_CC[pair_class_K2.reshape(-1, 2).T]
+    # F1 of a class is 2·hits / (times it is true + times it is answered).
+    hits_RC = drawn_RK @ (is_gold_KC * is_predicted_KC)
+    occurs_RC = drawn_RK @ (is_gold_KC + is_predicted_KC)
+    f1_RC = 2 * hits_RC / np.maximum(occurs_RC, 1)
+    return f1_RC.sum(axis=1) / (occurs_RC > 0).sum(axis=1)
+
+
+def agreement(p_student_NC: np.ndarray, p_teacher_NC: np.ndarray) -> float:
+    """Share of the texts on which student and teacher give the same label."""
+    p_student_NC, p_teacher_NC = np.asarray(p_student_NC), np.asarray(p_teacher_NC)
+    if p_student_NC.ndim != 2 or p_student_NC.shape != p_teacher_NC.shape:
+        raise ValueError(
+            f"p_student_NC has shape {p_student_NC.shape} and p_teacher_NC {p_teacher_NC.shape}: "
+            "both need the same texts and classes"
+        )
+    _check_pair(p_student_NC, p_teacher_NC, "p_student_NC", "p_teacher_NC")
+    return float((p_student_NC.argmax(axis=1) == p_teacher_NC.argmax(axis=1)).mean())
+
+
+def accuracy_by_confidence(confidence_N: np.ndarray, correct_N: np.ndarray, parts: int = 5) -> list[float]:
+    """Accuracy of each of ``parts`` equal parts of the texts, the most confident part first.
+
+    Parts differ in size by one text at most; with fewer texts than parts, each text is a part.
+    """
+    confidence_N, correct_N = np.asarray(confidence_N), np.asarray(correct_N, dtype=float)
+    _check_pair(confidence_N, correct_N, "confidence_N", "correct_N")
+    if parts < 1:
+        raise ValueError(f"parts is {parts}: at least 1 is needed")
+    order_N = np.argsort(-confidence_N, kind="stable")
+    pieces = np.array_split(correct_N[order_N], min(parts, order_N.size))
+    return [float(piece.mean()) for piece in pieces]
+
+
+def _check_pair(one_N: np.ndarray, other_N: np.ndarray, one: str, other: str) -> None:
+    """Both arrays speak of the same texts, of at least one, in finite numbers."""
+    if one_N.shape[:1] != other_N.shape[:1]:
+        raise ValueError(f"{one} has {one_N.shape[:1]} texts and {other} {other_N.shape[:1]}: not the same")
+    if not len(one_N):
+        raise ValueError(f"{one} is empty: there is nothing to measure")
+    for values, name in ((one_N, one), (other_N, other)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} holds a value that is not finite: has the model diverged?")
