@@ -226,6 +226,13 @@ class BudgetConfig(_Section):
     labels: int | None = Field(
         None, ge=1, description="Pool texts that the teacher labels at most; default: the whole pool."
     )
+    first_labels: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the labels that must be there before the first round; the rest comes evenly "
+        "over the rounds after it. 1: label all, then select; 0: an even share before each round.",
+    )
     train: int | float = Field(
         0.1,
         gt=0,

@@ -17,6 +17,14 @@ EXAMPLES = pa.schema(
 # EXAMPLES as they are read back, with the row number put on.
 NUMBERED_EXAMPLES = pa.schema([pa.field("row", pa.int64(), nullable=False), *EXAMPLES])
 
+# Which rows the tickets of one round stand for.
+LEASES = pa.schema(
+    [
+        pa.field("ticket", pa.int32(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+    ]
+)
+
 # What the teacher said. ``probs``: probability mass of each label over the teacher's whole vocabulary,
 # not normalised; ``off_label``: the mass on everything else (0 where the source does not tell).
 LABELS = pa.schema(

@@ -121,7 +121,7 @@ class RunStore:
 
 
 def ticket_file(folder: str, ticket: int) -> str:
-    """The file of one ticket in LABELS_DIR, LEASES_DIR or SENT_DIR."""
+    """The file of one ticket in LABELS_DIR or SENT_DIR."""
     return f"{folder}/ticket-{ticket:08d}.parquet"
 
 
@@ -133,6 +133,27 @@ def ticket_of(name: str) -> int:
 def round_file(round_number: int, name: str) -> str:
     """A file of one round, such as ``rounds/0003/batch.parquet``."""
     return f"{ROUNDS_DIR}/{round_number:04d}/{name}"
+
+
+def read_labels(store: RunStore, tickets: Iterable[int]) -> pa.Table:
+    """LABELS of the given tickets; a ticket without a file is left out."""
+    files = (ticket_file(LABELS_DIR, ticket) for ticket in tickets)
+    return pa.concat_tables(
+        [schemas.LABELS.empty_table(), *(store.read_table(file) for file in files if store.exists(file))]
+    )
+
+
+def list_column(matrix_NC: np.ndarray) -> pa.Array:
+    """A float matrix as the ``probs`` column of the schemas."""
+    n_rows, n_columns = matrix_NC.shape
+    offsets = pa.array(np.arange(n_rows + 1, dtype=np.int32) * n_columns)
+    return pa.ListArray.from_arrays(offsets, pa.array(matrix_NC.astype(np.float32).ravel()))
+
+
+def matrix_of(column: pa.ChunkedArray, n_columns: int) -> np.ndarray:
+    """float64[N, C]: a ``probs`` column as a matrix; :func:`list_column` backwards."""
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.astype(np.float64).reshape(-1, n_columns)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,131 @@
+"""The score table: what is known of every text, in one dense numpy column each.
+
+Columns are indexed by row number, so an update is one fancy assignment. All updates are idempotent:
+a label, once there, stays. 20 bytes a row. No Ray here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llkd_ray.signals import Floats, Ints
+
+NONE = -1
+
+HOLDOUT = 1
+"""Flag: the teacher labels it, the student never trains on it."""
+TEST = 2
+"""Flag: a row of the test set."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Labelled texts that the student has not trained on, one entry a text."""
+
+    row_N: Ints
+    label_N: Ints
+    confidence_N: Floats
+    """The teacher's confidence in ``label_N``."""
+    uncertainty_N: Floats
+    """The student's entropy, in [0, 1]; nan where it has not scored the text."""
+    n_classes: int
+
+    def __len__(self) -> int:
+        return int(self.row_N.size)
+
+    def take(self, index_M: Ints) -> Candidates:
+        """The candidates at these places, in this order."""
+        return Candidates(
+            self.row_N[index_M],
+            self.label_N[index_M],
+            self.confidence_N[index_M],
+            self.uncertainty_N[index_M],
+            self.n_classes,
+        )
+
+    def by_row(self) -> Candidates:
+        """In ascending row order, so that a choice does not depend on how they came."""
+        return self.take(np.argsort(self.row_N, kind="stable"))
+
+
+class ScoreTable:
+    """One entry for each row of the run, pool first and test set behind it."""
+
+    def __init__(self, n_classes: int, n_pool: int, n_test: int = 0) -> None:
+        self.n_classes = n_classes
+        n_rows = n_pool + n_test
+        self.n_pool = n_pool
+        self.label = np.full(n_rows, NONE, dtype=np.int16)
+        self.confidence = np.full(n_rows, np.nan, dtype=np.float32)
+        self.uncertainty = np.full(n_rows, np.nan, dtype=np.float32)
+        self.refreshed = np.full(n_rows, NONE, dtype=np.int16)
+        self.trained = np.full(n_rows, NONE, dtype=np.int16)
+        self.ticket = np.full(n_rows, NONE, dtype=np.int32)
+        self.flags = np.zeros(n_rows, dtype=np.uint8)
+        self.flags[n_pool:] = TEST
+
+    def __len__(self) -> int:
+        return int(self.label.size)
+
+    @property
+    def nbytes(self) -> int:
+        columns = (self.label, self.confidence, self.uncertainty, self.refreshed, self.trained)
+        return sum(column.nbytes for column in (*columns, self.ticket, self.flags))
+
+    def hold_out(self, row_M: Ints) -> None:
+        """Keep these rows from training for good."""
+        self.flags[row_M] |= HOLDOUT
+
+    def lease(self, ticket: int, row_M: Ints) -> None:
+        """Note that a ticket has these rows; they are not unread any more."""
+        self.ticket[row_M] = ticket
+
+    def put_labels(self, row_M: Ints, label_M: Ints, confidence_M: Floats) -> int:
+        """Note what the teacher said and return how many rows are new. The first answer stays."""
+        new = self.label[row_M] == NONE
+        fresh = row_M[new]
+        self.label[fresh] = label_M[new]
+        self.confidence[fresh] = confidence_M[new]
+        return int(fresh.size)
+
+    def refresh(self, round_number: int, row_M: Ints, uncertainty_M: Floats) -> None:
+        """Note the student's uncertainty before ``round_number``; an older round changes nothing."""
+        newer = self.refreshed[row_M] <= round_number
+        self.uncertainty[row_M[newer]] = uncertainty_M[newer]
+        self.refreshed[row_M[newer]] = round_number
+
+    def mark_trained(self, round_number: int, row_M: Ints) -> None:
+        """Note the first round that trains on these rows."""
+        first = self.trained[row_M] == NONE
+        self.trained[row_M[first]] = round_number
+
+    def unread(self) -> Ints:
+        """int64[N]: pool rows that no ticket has, ascending."""
+        pool = slice(0, self.n_pool)
+        return np.flatnonzero((self.ticket[pool] == NONE) & (self.flags[pool] == 0))
+
+    def untrained(self) -> Ints:
+        """int64[N]: pool rows, labelled or not, that the student may still come to train on."""
+        pool = slice(0, self.n_pool)
+        return np.flatnonzero((self.trained[pool] == NONE) & (self.flags[pool] == 0))
+
+    def candidates(self, tickets_below: int) -> Candidates:
+        """Labelled, untrained pool rows of the tickets below a number, ascending.
+
+        The bound makes a round depend on the tickets it waited for, and not on what else the teacher
+        happened to have finished by then.
+        """
+        pool = slice(0, self.n_pool)
+        labelled = (self.label[pool] != NONE) & (self.ticket[pool] < tickets_below)
+        row_N = np.flatnonzero(labelled & (self.trained[pool] == NONE) & (self.flags[pool] == 0))
+        columns = (self.label[row_N], self.confidence[row_N], self.uncertainty[row_N])
+        return Candidates(row_N, *columns, self.n_classes)
+
+    def count_labelled(self) -> int:
+        """Rows of the pool, hold-out included, that the teacher has labelled."""
+        return int(np.count_nonzero(self.label[: self.n_pool] != NONE))
+
+    def count_trained(self) -> int:
+        return int(np.count_nonzero(self.trained != NONE))

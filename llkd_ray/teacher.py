@@ -1,0 +1,355 @@
+"""The teacher: the stream of tickets, and the actors that label what a ticket stands for.
+
+One Ray Data execution lives as long as the run, so every engine starts once:
+
+    tickets → Leaser (asks the selector for rows, reads their texts) → pool of teacher actors → receipts
+
+A teacher stage takes the texts of one ticket, writes their label file and then tells the selector.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy
+
+from llkd_ray import schemas
+from llkd_ray.config import Config, ConfigError, RecordedConfig
+from llkd_ray.prompts import Prompt, build_prompt, encode_prompts, label_token_ids
+from llkd_ray.store import (
+    ENGINES_DIR,
+    LABELS_DIR,
+    QUARANTINE_DIR,
+    SENT_DIR,
+    Examples,
+    RunStore,
+    list_column,
+    open_filesystem,
+    ticket_file,
+)
+
+logger = logging.getLogger(__name__)
+
+_LEASED = pa.schema([pa.field("ticket", pa.int32()), *schemas.NUMBERED_EXAMPLES])
+_RECEIPT = pa.schema([pa.field("ticket", pa.int32()), pa.field("rows", pa.int32())])
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a teacher says to the texts of a ticket. ``answered_N`` is false where it said nothing."""
+
+    probs_NC: np.ndarray
+    off_label_N: np.ndarray
+    prompt_tokens_N: np.ndarray
+    answered_N: np.ndarray
+    reason: str = ""
+    """Why the rest has no answer, for the quarantine."""
+
+
+class Leaser:
+    """Turns a ticket into the texts that are worth labelling now."""
+
+    def __init__(self, store_uri: str, selector: Any) -> None:
+        self.examples = Examples.open(RunStore(store_uri))
+        self.selector = selector
+
+    async def __call__(self, tickets: pa.Table) -> AsyncIterator[pa.Table]:
+        for ticket in tickets["ticket"].to_pylist():
+            rows = await self.selector.lease.remote(ticket)
+            texts = await asyncio.to_thread(self.examples.read, rows, ["id", "text"])
+            column = pa.array(np.full(len(texts), ticket, dtype=np.int32))
+            leased = texts.add_column(0, "ticket", column)
+            yield leased.cast(pa.schema([_LEASED.field(name) for name in leased.column_names]))
+
+
+class Teacher:
+    """What all teacher stages share: files first, then the selector."""
+
+    def __init__(self, config: Config, store_uri: str, selector: Any) -> None:
+        self.config = config
+        self.store = RunStore(store_uri)
+        self.selector = selector
+
+    async def answer(self, ids: Sequence[str], texts: Sequence[str]) -> Answers:
+        """Label distributions of some texts."""
+        raise NotImplementedError
+
+    async def __call__(self, leased: pa.Table) -> AsyncIterator[pa.Table]:
+        if not len(leased):
+            yield _RECEIPT.empty_table()
+            return
+        ticket = leased["ticket"][0].as_py()
+        assert leased["ticket"].unique().to_pylist() == [ticket], "a block holds one ticket"
+        if self.store.exists(ticket_file(LABELS_DIR, ticket)):
+            # An earlier attempt died between its file and its word to the selector.
+            done = self.store.read_table(ticket_file(LABELS_DIR, ticket))
+        else:
+            done = await self._label(ticket, leased)
+        probs = done["probs"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        await self.selector.put_labels.remote(
+            ticket,
+            done["row"].to_numpy(),
+            probs.reshape(-1, len(self.config.labels.names)),
+            int(done["prompt_tokens"].to_numpy().sum()),
+        )
+        yield pa.table({"ticket": [ticket], "rows": [len(done)]}, schema=_RECEIPT)
+
+    async def _label(self, ticket: int, leased: pa.Table) -> pa.Table:
+        # The mark tells, after a kill, which texts were sent and never answered.
+        mark = f"{SENT_DIR}/ticket-{ticket:08d}.{uuid.uuid4().hex}"
+        await asyncio.to_thread(self.store.write_bytes, mark, str(len(leased)).encode())
+        answers = await self.answer(leased["id"].to_pylist(), leased["text"].to_pylist())
+        labels = pa.Table.from_arrays(
+            [
+                leased["row"].combine_chunks(),
+                leased["id"].combine_chunks(),
+                list_column(answers.probs_NC),
+                pa.array(answers.off_label_N.astype(np.float32)),
+                pa.array(answers.prompt_tokens_N.astype(np.int32)),
+            ],
+            schema=schemas.LABELS,
+        ).filter(pa.array(answers.answered_N))
+        if not answers.answered_N.all():
+            self._quarantine(ticket, leased.filter(pa.array(~answers.answered_N)), answers.reason)
+        await asyncio.to_thread(self.store.write_table, ticket_file(LABELS_DIR, ticket), labels)
+        await asyncio.to_thread(self.store.delete, mark)
+        return labels
+
+    def _quarantine(self, ticket: int, refused: pa.Table, reason: str) -> None:
+        n = len(refused)
+        columns = {
+            "source": ["teacher"] * n,
+            "position": refused["row"],
+            "reason": [reason] * n,
+            "detail": [f"ticket {ticket}"] * n,
+            "start_of_text": [text[:200] for text in refused["text"].to_pylist()],
+        }
+        table = pa.table(columns, schema=schemas.QUARANTINE)
+        self.store.write_table(f"{QUARANTINE_DIR}/teacher-{ticket:08d}.parquet", table)
+
+
+class RecordedTeacher(Teacher):
+    """Answers from a parquet file: for benchmarks, and for runs that use an earlier run's labels."""
+
+    def __init__(self, config: Config, store_uri: str, selector: Any) -> None:
+        super().__init__(config, store_uri, selector)
+        assert config.teacher.recorded is not None
+        self.n_classes = len(config.labels.names)
+        recorded = read_recorded(config.teacher.recorded, self.n_classes)
+        self.place = {text_id: i for i, text_id in enumerate(recorded["id"].to_pylist())}
+        flat = recorded["probs"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        self.probs_RC = flat.reshape(-1, self.n_classes)
+        self.tokens_R = recorded["prompt_tokens"].to_numpy()
+
+    async def answer(self, ids: Sequence[str], texts: Sequence[str]) -> Answers:
+        place_N = np.array([self.place.get(text_id, -1) for text_id in ids], dtype=np.int64)
+        return Answers(
+            probs_NC=self.probs_RC[place_N],
+            off_label_N=np.clip(1.0 - self.probs_RC[place_N].sum(axis=1), 0.0, 1.0),
+            prompt_tokens_N=self.tokens_R[place_N],
+            answered_N=place_N >= 0,
+            reason="no_recorded_answer",
+        )
+
+
+def read_recorded(recorded: RecordedConfig, n_classes: int) -> pa.Table:
+    """id, probs and prompt_tokens (0 where not recorded) of all recorded answers, checked."""
+    filesystem, path = open_filesystem(recorded.uri)
+    try:
+        dataset = pads.dataset(path, filesystem=filesystem, format="parquet")
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise ConfigError(f"teacher.recorded.uri: {recorded.uri!r} cannot be read: {error}") from None
+    wanted = {"id": recorded.id, "probs": recorded.probs}
+    if recorded.prompt_tokens:
+        wanted["prompt_tokens"] = recorded.prompt_tokens
+    for field, column in wanted.items():
+        if column not in dataset.schema.names:
+            raise ConfigError(
+                f"teacher.recorded.{field}: no column {column!r} in {recorded.uri!r}; "
+                f"there are {', '.join(dataset.schema.names)}"
+            )
+    table = dataset.to_table(columns=list(wanted.values()))
+    lengths = {len(probs) for probs in table[recorded.probs].slice(0, 1000).to_pylist()}
+    if lengths != {n_classes}:
+        raise ConfigError(
+            f"teacher.recorded.probs: {recorded.probs!r} holds {sorted(lengths)} numbers a row, "
+            f"but labels.names has {n_classes} labels"
+        )
+    tokens = table[recorded.prompt_tokens] if recorded.prompt_tokens else pa.array(np.zeros(len(table), int))
+    return pa.table(
+        {
+            "id": table[recorded.id].cast(pa.string()),
+            "probs": table[recorded.probs].cast(pa.list_(pa.float32())),
+            "prompt_tokens": tokens,
+        }
+    )
+
+
+class VllmTeacher(Teacher):
+    """A vLLM engine in an actor: one forward pass a text gives the distribution over the labels."""
+
+    def __init__(self, config: Config, store_uri: str, selector: Any) -> None:
+        super().__init__(config, store_uri, selector)
+        began = time.monotonic()
+        # Read by vLLM when it is imported.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.teacher.kv_cache_gib))))
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import SamplingParams
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.tokenizer = load_tokenizer(config)
+        self.prompt, self.label_ids = prepare_prompt(config, self.tokenizer)
+        settings = {"enforce_eager": config.teacher.gpus == 0, "enable_prefix_caching": True}
+        self.engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=str(config.teacher.model),
+                dtype=config.teacher.dtype,
+                max_model_len=config.teacher.max_model_len,
+                **(settings | config.teacher.engine),
+            )
+        )
+        self.sampling = SamplingParams(
+            max_tokens=1, temperature=0.0, logprob_token_ids=self.label_ids, detokenize=False
+        )
+        self._note_start(time.monotonic() - began)
+
+    def __del__(self) -> None:
+        # Ray Data drops the stage when the stream ends; an engine that is left to die with the actor
+        # prints errors instead.
+        if engine := getattr(self, "engine", None):
+            engine.shutdown()
+
+    async def answer(self, ids: Sequence[str], texts: Sequence[str]) -> Answers:
+        room = self.config.teacher.max_model_len - self.sampling.max_tokens
+        encoded, _ = await asyncio.to_thread(encode_prompts, self.prompt, texts, self.tokenizer, room)
+        probs_NC = np.array(await asyncio.gather(*(self._label_probs(ids) for ids in encoded)))
+        return Answers(
+            probs_NC=probs_NC,
+            off_label_N=np.clip(1.0 - probs_NC.sum(axis=1), 0.0, 1.0),
+            prompt_tokens_N=np.array([len(ids) for ids in encoded]),
+            answered_N=np.ones(len(texts), dtype=bool),
+        )
+
+    async def _label_probs(self, token_ids: list[int]) -> list[float]:
+        """float[C]: probability of each label's token as the next one, over the whole vocabulary."""
+        from vllm.inputs import TokensPrompt
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        request = TokensPrompt(prompt_token_ids=token_ids)
+        try:
+            async for output in self.engine.generate(request, self.sampling, uuid.uuid4().hex):
+                last = output
+        except EngineDeadError:
+            # The engine does not come back in this process. Ray starts a new actor and retries there;
+            # raising instead would send the retries to the same dead engine.
+            logger.exception("the engine died; this teacher actor ends so that Ray starts a new one")
+            os._exit(1)
+        logprobs = last.outputs[0].logprobs[0]
+        return [float(np.exp(logprobs[token].logprob)) for token in self.label_ids]
+
+    def _note_start(self, seconds: float) -> None:
+        where = {"host": socket.gethostname(), "pid": os.getpid()}
+        facts = {"model": self.config.teacher.model, "seconds_to_start": seconds, **where}
+        self.store.write_json(f"{ENGINES_DIR}/{uuid.uuid4().hex}.json", facts)
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The teacher's tokenizer; raises :class:`ConfigError` where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(config.teacher.model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"teacher.model: no tokenizer can be loaded from {config.teacher.model!r}; give a checkpoint "
+            f"folder or a hub name ({_first_line(error)})"
+        ) from None
+
+
+def prepare_prompt(config: Config, tokenizer: Any) -> tuple[Prompt, list[int]]:
+    """The prompt and the label tokens; raises :class:`ConfigError` where labels collide."""
+    prompt = build_prompt(config.teacher.prompt, config.labels, tokenizer)
+    return prompt, label_token_ids(prompt, config.labels, tokenizer)
+
+
+def check_teacher(config: Config) -> dict[str, Any]:
+    """Find the mistakes that can be found without an engine; returns facts for the manifest."""
+    if config.teacher.kind == "recorded":
+        assert config.teacher.recorded is not None
+        answers = read_recorded(config.teacher.recorded, len(config.labels.names))
+        return {"kind": "recorded", "uri": config.teacher.recorded.uri, "answers": len(answers)}
+    tokenizer = load_tokenizer(config)
+    prompt, _ = prepare_prompt(config, tokenizer)
+    encode_prompts(
+        prompt, ["x" * 8 * config.teacher.max_model_len], tokenizer, config.teacher.max_model_len - 1
+    )
+    return {"kind": "vllm", "model": config.teacher.model, "prompt_hash": prompt.hash}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+class TicketStream:
+    """The running Ray Data execution, watched by a thread of the driver."""
+
+    def __init__(self, config: Config, store_uri: str, selector: Any, tickets: Sequence[int]) -> None:
+        self.error: BaseException | None = None
+        self._dataset = _build_stream(config, store_uri, selector, tickets) if tickets else None
+        self._thread = threading.Thread(target=self._run, name="ticket-stream", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            if self._dataset is not None:
+                for _ in self._dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                    pass
+        except BaseException as error:  # handed to the driver, which waits on the selector meanwhile
+            self.error = error
+
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+
+def _build_stream(config: Config, store_uri: str, selector: Any, tickets: Sequence[int]) -> Any:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # No read task: one would ask for a whole CPU, which the student's ranks may hold for good.
+    source = ray.data.from_items([{"ticket": t} for t in tickets], override_num_blocks=len(tickets))
+    teacher = config.teacher
+    common = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+    leased = source.map_batches(
+        Leaser,
+        fn_constructor_args=(store_uri, selector),
+        compute=ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=2 * teacher.actors + 2),
+        num_cpus=0.05,
+        max_concurrency=2 * teacher.actors + 2,
+        **common,
+    )
+    return leased.map_batches(
+        VllmTeacher if teacher.kind == "vllm" else RecordedTeacher,
+        fn_constructor_args=(config, store_uri, selector),
+        compute=ActorPoolStrategy(
+            size=teacher.actors, max_tasks_in_flight_per_actor=teacher.tickets_in_flight
+        ),
+        num_cpus=teacher.cpus,
+        num_gpus=teacher.gpus or None,
+        max_concurrency=teacher.tickets_in_flight,
+        **common,
+    )
