@@ -1,0 +1,184 @@
+"""What the files of a run directory say about the run, read once, for report, card and comparison.
+
+Nothing here draws or writes. Whatever a run has not produced yet, or cannot know, is None or empty.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import yaml
+
+from llkd_ray import schemas
+from llkd_ray.store import CONFIG, EXAMPLES_INDEX, MANIFEST, QUARANTINE_DIR, ROUNDS_DIR, RunStore, round_file
+
+SUMMARY = "summary.json"
+PHASES = ("teach", "select", "train", "refresh", "evaluate", "idle")
+SAMPLES_PER_CLASS = 3
+
+TEACHER_KEYS = ("accuracy", "macro_f1", "ece", "by_confidence")
+STUDENT_KEYS = (
+    "accuracy",
+    "macro_f1",
+    "ece",
+    "accuracy_interval",
+    "macro_f1_interval",
+    "teacher_agreement",
+)
+TOTAL_KEYS = ("labelled", "trained", "teacher_tokens", "seconds")
+
+
+class Sample(NamedTuple):
+    """A text that was trained on."""
+
+    text: str
+    weight: float
+    confidence: float
+
+
+class Selected(NamedTuple):
+    """What was selected of one class, over all rounds."""
+
+    label: str
+    texts: int
+    mean_weight: float | None
+    samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """All that report and card say, read once. Shares are in [0, 1]; None stands for unknown."""
+
+    name: str
+    config_text: str
+    config: dict[str, Any]
+    manifest_text: str | None
+    rounds: list[dict[str, Any]]
+    finished: bool
+    teacher: dict[str, Any]
+    student: dict[str, Any]
+    totals: dict[str, Any]
+    selected: list[Selected]
+    rows: dict[str, int] | None
+    """Rows kept of the pool and of the test set."""
+    quarantine: dict[str, int]
+    """Rows refused when the corpus was read, by reason, most frequent first."""
+    unanswered: dict[str, int]
+    """Rows kept that the teacher gave no answer to, by reason."""
+
+    @property
+    def labels(self) -> list[str]:
+        return list(self.config["labels"]["names"])
+
+    @property
+    def teacher_name(self) -> str:
+        settings = self.config["teacher"]
+        recorded = settings["recorded"]["uri"] if settings["kind"] == "recorded" else ""
+        return settings["model"] or f"recorded answers ({recorded.rstrip('/').rpartition('/')[2]})"
+
+
+def read_facts(store: RunStore) -> RunFacts:
+    """Read config, manifest, metrics, summary, the index of the examples and the rounds' batches."""
+    if not store.exists(CONFIG):
+        raise ValueError(f"{store.root!r} has no {CONFIG}: give the directory of a run")
+    config_text = store.read_bytes(CONFIG).decode()
+    config = yaml.safe_load(config_text)
+    rounds = [_without_nan(line) for line in store.read_metrics()]
+    summary = _without_nan(store.read_json(SUMMARY)) if store.exists(SUMMARY) else {}
+    last = rounds[-1] if rounds else {}
+    index = store.read_json(EXAMPLES_INDEX) if store.exists(EXAMPLES_INDEX) else None
+    total_seconds = sum(sum(phase_seconds(line).values()) for line in rounds) if rounds else None
+    return RunFacts(
+        name=store.root.rpartition("/")[2],
+        config_text=config_text,
+        config=config,
+        manifest_text=json.dumps(store.read_json(MANIFEST), indent=2, ensure_ascii=False)
+        if store.exists(MANIFEST)
+        else None,
+        rounds=rounds,
+        finished=bool(summary),
+        teacher=_pick(TEACHER_KEYS, summary.get("teacher")),
+        # A run that has not finished is described by its last round.
+        student=_pick(STUDENT_KEYS, last, summary.get("student")),
+        totals=_pick(TOTAL_KEYS, last | {"seconds": total_seconds}, summary),
+        selected=_read_selected(store, config["labels"]["names"]),
+        rows=index and {part: sum(shard["rows"] for shard in index[part]) for part in ("pool", "test")},
+        quarantine=dict(Counter((index or {}).get("quarantine", {})).most_common()),
+        unanswered=_read_unanswered(store),
+    )
+
+
+def _pick(keys: Sequence[str], *sources: dict[str, Any] | None) -> dict[str, Any]:
+    """Each key's value in the last source that knows it, else None."""
+    known = {k: v for source in sources if source for k, v in source.items() if v is not None}
+    return {key: known.get(key) for key in keys}
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON as Python writes it may hold NaN; here it means the same as null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def phase_seconds(line: dict[str, Any]) -> dict[str, float]:
+    """Seconds of each phase in one line of the metrics; a phase that was not timed counts nothing."""
+    spent = line.get("seconds") or {}
+    return {phase: spent.get(phase) or 0.0 for phase in PHASES}
+
+
+def _read_unanswered(store: RunStore) -> dict[str, int]:
+    files = [name for name in store.names(QUARANTINE_DIR, ".parquet") if name.startswith("teacher-")]
+    tables = (store.read_table(f"{QUARANTINE_DIR}/{name}", columns=["reason"]) for name in files)
+    return dict(Counter(reason for table in tables for reason in table["reason"].to_pylist()).most_common())
+
+
+def _read_selected(store: RunStore, labels: Sequence[str]) -> list[Selected]:
+    """Counts of each class, and the heaviest, the middle and the lightest of its texts."""
+    files = [
+        file
+        for folder in store.folders(ROUNDS_DIR)
+        if folder.isdigit() and store.exists(file := round_file(int(folder), "batch.parquet"))
+    ]
+    slim = pa.schema([schemas.ROUND.field(name) for name in ("row", "label", "weight")])
+    batches = [store.read_table(file, columns=slim.names) for file in files]
+    table = pa.concat_tables(batches) if batches else slim.empty_table()
+    file_N = np.repeat(np.arange(len(batches)), [batch.num_rows for batch in batches])
+    row_N, label_N, weight_N = (table[name].to_numpy() for name in slim.names)
+    # A text that came again in a later round counts once.
+    first_N = np.unique(row_N, return_index=True)[1]
+    file_N, row_N, label_N, weight_N = (x[first_N] for x in (file_N, row_N, label_N, weight_N))
+
+    chosen_of_class: list[np.ndarray] = []
+    for label in range(len(labels)):
+        of_class = np.flatnonzero(label_N == label)
+        heaviest_first = of_class[np.argsort(-weight_N[of_class], kind="stable")]
+        spread = np.linspace(0, of_class.size - 1, min(SAMPLES_PER_CLASS, of_class.size))
+        chosen_of_class.append(heaviest_first[spread.round().astype(int)])
+    samples: dict[int, Sample] = {}
+    all_chosen = np.concatenate(chosen_of_class) if chosen_of_class else np.array([], dtype=int)
+    for number, file in enumerate(files):
+        wanted = row_N[all_chosen[file_N[all_chosen] == number]]
+        if wanted.size:
+            batch = store.read_table(file)
+            keep = batch.filter(pa.array(np.isin(batch["row"].to_numpy(), wanted)))
+            for entry in keep.to_pylist():
+                samples[entry["row"]] = Sample(entry["text"], entry["weight"], max(entry["probs"]))
+    return [
+        Selected(
+            label,
+            texts=int((label_N == number).sum()),
+            mean_weight=float(weight_N[label_N == number].mean()) if (label_N == number).any() else None,
+            samples=[samples[int(row_N[i])] for i in chosen_of_class[number]],
+        )
+        for number, label in enumerate(labels)
+    ]

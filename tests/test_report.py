@@ -1,0 +1,414 @@
+"""Reports of made-up runs: the numbers come from code, the texts are written for these tests."""
+
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+
+from llkd_ray import schemas
+from llkd_ray.config import dump_config, parse_config
+from llkd_ray.facts import SUMMARY, read_facts
+from llkd_ray.report import count, duration, model_card, percent, shorten, write_report
+from llkd_ray.store import CONFIG, EXAMPLES_INDEX, MANIFEST, QUARANTINE_DIR, RunStore, round_file
+
+LABELS = ("billing", "delivery", "returns", "praise", "account")
+TEXTS = {
+    "billing": ["I was charged twice in March.", "Where can I find the invoice?", "The discount is missing."],
+    "delivery": ["The parcel is still in Lyon.", "Nobody rang at my door.", "Can you ship it to Oslo?"],
+    "returns": ["The kettle leaks; I want to send it back.", "How long may I keep it?", "Wrong size again."],
+    "praise": ["Best lamp I ever had!", "Your repair shop is a delight.", "Thank you, it came in a day."],
+    "account": ["I cannot log in any more.", "Please delete my data.", "My new address is not saved."],
+}
+ATTACK = "<script>alert('boo')</script> & \"quotes\" </p></body> {{ 7 * 7 }}"
+
+
+def make_run(folder, *, rounds=5, gold=True, finished=True, labels=LABELS, teacher_known=True) -> RunStore:
+    """A run directory as the loop leaves it: ``rounds`` rounds of 160 texts out of 8,000."""
+    rng = np.random.default_rng(7)
+    store = RunStore(str(folder))
+    config = parse_config(
+        {
+            "corpus": {"uri": "letters/*.parquet"},
+            "test": {"uri": "test.parquet", "gold": "true"} if gold else None,
+            "labels": {"names": list(labels), "descriptions": {labels[0]: "Money & <invoices>"}},
+            "teacher": {
+                "model": "models/large-teacher",
+                "prompt": {"answer": "names" if len(labels) > 26 else "letters"},
+            },
+            "student": {"model": "minilm"},
+        }
+    )
+    store.write_bytes(CONFIG, dump_config(config).encode())
+    store.write_json(MANIFEST, {"versions": {"ray": "2.60.0"}, "prompt_hash": "00ff00ff00ff00ff"})
+    index = {
+        "pool": [{"file": f"examples/pool-{i}.parquet", "rows": 2000} for i in range(4)],
+        "test": [{"file": "examples/test-0.parquet", "rows": 1200}] if gold else [],
+        "quarantine": {"empty_text": 12, "duplicate": 345},
+    }
+    store.write_json(EXAMPLES_INDEX, index)
+    for number in range(rounds):
+        write_round(store, number, labels, rng)
+        progress = 1 - 0.5 ** (number + 1)
+        line = {
+            "round": number,
+            "labelled": 1000 * (number + 1),
+            "trained": 160 * (number + 1),
+            "teacher_tokens": 61_000 * (number + 1),
+            "accuracy": 0.5 + 0.25 * progress if gold else None,
+            "macro_f1": 0.4 + 0.28 * progress if gold else None,
+            "ece": 0.12 - 0.07 * progress if gold else None,
+            "teacher_agreement": 0.6 + 0.2 * progress,
+            "pseudo_label_accuracy": 0.83 if gold else None,
+            "seconds": {
+                "teach": 14.0 + number,
+                "select": 0.4,
+                "train": 21.5 + 3 * number,
+                "refresh": 5.2,
+                "evaluate": 2.1,
+                "idle": 1.5 if number else 9.0,
+            },
+        }
+        store.append_metrics(line)
+    if finished and rounds:
+        teacher = {
+            "accuracy": 0.742,
+            "macro_f1": 0.664,
+            "ece": 0.081,
+            "by_confidence": [0.93, 0.84, 0.76, 0.66, 0.52],
+        }
+        student = {
+            "accuracy": 0.7421 if gold else None,
+            "macro_f1": 0.6713 if gold else None,
+            "ece": 0.052 if gold else None,
+            "accuracy_interval": [0.7181, 0.7663] if gold else None,
+            "macro_f1_interval": [0.64, 0.70] if gold else None,
+            "teacher_agreement": 0.794,
+        }
+        summary = {
+            "teacher": teacher if gold and teacher_known else None,
+            "student": student,
+            "labelled": 1000 * rounds,
+            "trained": 160 * rounds,
+            "teacher_tokens": 61_000 * rounds,
+            "seconds": 254.0,
+        }
+        store.write_json(SUMMARY, summary)
+    return store
+
+
+def write_round(store, number, labels, rng, n=160):
+    label_N = rng.choice(len(labels), n, p=(p := np.arange(len(labels), 0, -1.0)) / p.sum())
+    weight_N = rng.gamma(4.0, 0.25, n)
+    probs_NC = rng.dirichlet(np.full(len(labels), 0.3), n)
+    texts = [
+        f"{rng.choice(TEXTS.get(labels[c], [f'A line on {labels[c]}.']))} (letter {number}-{i})"
+        for i, c in enumerate(label_N)
+    ]
+    if number == 0:
+        heaviest_of_class_0 = np.flatnonzero(label_N == 0)[0]
+        weight_N[heaviest_of_class_0] = 9.0
+        texts[heaviest_of_class_0] = ATTACK
+    columns = [number * n + np.arange(n), texts, label_N.astype(np.int16), list(probs_NC), weight_N]
+    arrays = [pa.array(c, type=f.type) for c, f in zip(columns, schemas.ROUND, strict=True)]
+    store.write_table(round_file(number, "batch.parquet"), pa.Table.from_arrays(arrays, schema=schemas.ROUND))
+
+
+class Page(HTMLParser):
+    """A page read as a browser would: its text, elements, tables, and whether every tag is closed."""
+
+    VOID = ("meta", "br", "hr", "img", "input", "link")
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.open, self.text, self.rows = [], [], "", []
+        self.styles = ""
+        self.feed(html)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            self.styles += data
+            return
+        self.text += data
+        if self.open and self.open[-1] in ("th", "td"):
+            self.rows[-1][-1] += data
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def row(self, first):
+        return next(row for row in self.rows if row and row[0] == first)
+
+    @property
+    def plain(self):
+        """The text with every kind of space made one."""
+        return " ".join(self.text.split())
+
+
+def render(store) -> Page:
+    path = write_report(store)
+    assert path == store.path("report.html")
+    with open(path, encoding="utf-8") as file:
+        return Page(file.read())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return render(make_run(tmp_path_factory.mktemp("runs") / "llkd-monday"))
+
+
+def test_heading_names_run_policy_and_models(whole):
+    for name in ("llkd-monday", "llkd", "random", "models/large-teacher", "minilm"):
+        assert name in whole.plain[:250]
+
+
+def test_conclusion_compares_with_the_teacher_and_counts_texts(whole):
+    assert "The student is right on 74.2 % of the test texts (95 % interval 71.8–76.6 %)" in whole.plain
+    assert "the same as the teacher (74.2 %)" in whole.plain
+    assert "trained on 800 of the 5,000 texts that the teacher labelled" in whole.plain
+
+
+@pytest.mark.parametrize(
+    ("student", "words", "level"),
+    [
+        (0.8, "5.8 points above the teacher's 74.2 %", False),
+        (0.7, "4.2 points below the teacher's 74.2 %", False),
+        (0.75, "0.8 points above the teacher's 74.2 %", True),
+    ],
+)
+def test_conclusion_says_above_or_below(tmp_path, student, words, level):
+    store = make_run(tmp_path / "run")
+    summary = store.read_json(SUMMARY)
+    summary["student"] |= {"accuracy": student, "accuracy_interval": [student - 0.02, student + 0.02]}
+    store.write_json(SUMMARY, summary)
+    page = render(store)
+    assert words in page.plain
+    assert ("take the two as level" in page.plain) == level
+
+
+def test_table_has_a_row_for_each_round(whole):
+    heading = next(row for row in whole.rows if row and row[0] == "Round")
+    row = [" ".join(cell.split()) for cell in whole.row("4")]
+    cells = dict(zip(heading, row, strict=True))
+    assert cells["Trained on"] == "800"
+    assert cells["Teacher tokens"] == "305,000"
+    assert cells["Accuracy"] == percent(0.5 + 0.25 * (1 - 0.5**5)).replace("\u202f", " ")
+    assert cells["Pseudo-labels right"] == "83.0 %"
+    assert cells["Time"] == "1 min 1 s"  # 18 + 0.4 + 33.5 + 5.2 + 2.1 + 1.5 = 60.7
+
+
+def test_figures_are_inline_drawings_with_words(whole):
+    drawings = [a for a in whole.all("svg") if a.get("role") == "img"]
+    words = [a["aria-label"].replace("\u202f", " ") for a in drawings]
+    assert len(words) == 3
+    assert "Student's accuracy: from 62.5 % after 160 texts to 74.2 % after 800 texts." in words[0]
+    assert "Teacher's accuracy: 74.2 %." in words[0]
+    assert words[1].startswith("Same answer as the teacher: from 70.0 %")
+    assert "train 2 min 18 s" in words[2]
+    assert all("width" not in a and "viewbox" in a for a in drawings)
+
+
+def test_page_needs_nothing_from_outside(whole):
+    assert not whole.all("script") + whole.all("link") + whole.all("img") + whole.all("iframe")
+    used = [v for _, attributes in whole.elements for k, v in attributes.items() if k in ("href", "src")]
+    assert "url(" not in whole.styles
+    assert "@import" not in whole.styles
+    assert not used
+
+
+def test_ids_are_unique_and_references_lead_somewhere(whole):
+    ids = [a["id"] for _, a in whole.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    references = [a[k] for _, a in whole.elements for k in ("xlink:href", "aria-labelledby") if k in a]
+    assert references
+    assert {one.removeprefix("#") for one in references} <= set(ids)
+    clips = [a["clip-path"][5:-1] for _, a in whole.elements if "clip-path" in a]
+    assert set(clips) <= set(ids)
+
+
+def test_selected_texts_are_counted_by_class_and_shown_with_weight(tmp_path):
+    store = make_run(tmp_path / "run")
+    tables = [store.read_table(round_file(k, "batch.parquet")) for k in range(5)]
+    labels = np.concatenate([table["label"].to_numpy() for table in tables])
+    page = render(store)
+    for number, name in enumerate(LABELS):
+        assert page.row(name)[1] == str((labels == number).sum())
+    assert len(page.all("blockquote")) == 3 * len(LABELS)
+    assert "weight 9.00" in page.plain
+
+
+def test_a_text_selected_in_two_rounds_counts_once(tmp_path):
+    store = make_run(tmp_path / "run", rounds=2)
+    before = read_facts(store).selected
+    store.write_bytes(round_file(2, "batch.parquet"), store.read_bytes(round_file(0, "batch.parquet")))
+    assert read_facts(store).selected == before
+
+
+def test_texts_and_names_are_escaped(tmp_path):
+    labels = ("<b>bold</b>", "delivery")
+    store = make_run(tmp_path / "run", labels=labels)
+    page = render(store)
+    assert " ".join(ATTACK.split()) in page.plain
+    assert not page.all("script") + page.all("b")
+    assert page.row("<b>bold</b>")
+    raw = store.read_bytes("report.html").decode()
+    assert "<script" not in raw
+    assert "<invoices>" not in raw
+
+
+def test_data_quality_adds_up(tmp_path):
+    store = make_run(tmp_path / "run")
+    columns = {
+        "source": ["teacher"] * 2,
+        "position": [3, 5],
+        "reason": ["prompt_refused"] * 2,
+        "detail": ["ticket 1"] * 2,
+        "start_of_text": ["Dear", "Sir"],
+    }
+    store.write_table(
+        f"{QUARANTINE_DIR}/teacher-00000001.parquet", pa.table(columns, schema=schemas.QUARANTINE)
+    )
+    page = render(store)
+    assert page.row("Read")[1] == "9,557"
+    assert page.row("Kept, pool")[1] == "8,000"
+    assert page.row("Kept, test set")[1] == "1,200"
+    assert page.row("Quarantined: duplicate")[1] == "345"
+    assert page.row("Quarantined: empty_text")[1] == "12"
+    assert page.row("Kept, but without an answer of the teacher: prompt_refused")[1] == "2"
+
+
+def test_configuration_and_manifest_are_there_whole(whole):
+    assert "policy: llkd" in whole.text
+    assert '"prompt_hash": "00ff00ff00ff00ff"' in whole.text
+    assert not any("open" in a for a in whole.all("details")[-2:])
+
+
+def test_without_true_labels_accuracy_is_said_to_be_unknown(tmp_path):
+    store = make_run(tmp_path / "run", gold=False)
+    page = render(store)
+    assert "How accurate the student is remains unknown" in page.plain
+    assert "gives the teacher's answer 79.4 % of the time" in page.plain
+    assert "Student's accuracy" not in page.text
+    assert len([a for a in page.all("svg") if a.get("role") == "img"]) == 2
+    assert "Accuracy" not in next(row for row in page.rows if row and row[0] == "Round")
+    assert page.row("Kept, test set")[1] == "0"
+    card = model_card(store)
+    assert "Accuracy is unknown" in card
+    assert "| accuracy |" not in card
+
+
+def test_teacher_may_be_unknown_where_the_student_is_known(tmp_path):
+    page = render(make_run(tmp_path / "run", teacher_known=False))
+    assert "The student is right on 74.2 % of the test texts (95 % interval 71.8–76.6 %)." in page.plain
+    assert "Teacher's accuracy" not in page.text
+    assert "confidence be trusted" not in page.text
+
+
+def test_unfinished_run_shows_its_last_round(tmp_path):
+    page = render(make_run(tmp_path / "run", rounds=3, finished=False))
+    assert "This run has not finished" in page.plain
+    assert f"right on {100 * (0.5 + 0.25 * 0.875):.1f} % of the test texts." in page.plain
+    assert "trained on 480 of the 3,000 texts" in page.plain
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_round(tmp_path):
+    page = render(make_run(tmp_path / "run", rounds=1))
+    assert "Student's accuracy: 62.5 % after 160 texts." in page.all("svg")[0]["aria-label"].replace(
+        "\u202f", " "
+    )
+    assert "1 round" in page.plain
+    assert "1 rounds" not in page.plain
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("ingested", [True, False])
+def test_no_round(tmp_path, ingested):
+    store = make_run(tmp_path / "run", rounds=0)
+    if not ingested:
+        store.delete(EXAMPLES_INDEX)
+        store.delete(MANIFEST)
+    page = render(store)
+    assert "No round has finished yet" in page.plain
+    assert "Nothing has been selected yet." in page.plain
+    assert ("8,000" in page.text) == ingested
+    assert not page.all("svg")
+    assert "No round has finished yet" in model_card(store)
+
+
+def test_many_labels_are_all_there_but_folded(tmp_path):
+    labels = tuple(f"intent {number:02d}" for number in range(77))
+    page = render(make_run(tmp_path / "run", labels=labels))
+    assert all(page.row(name) for name in labels)
+    assert not any("open" in a for a in page.all("details"))
+
+
+def test_measures_that_are_not_numbers_count_as_unknown(tmp_path):
+    store = make_run(tmp_path / "run", rounds=2, finished=False)
+    line = store.read_metrics()[1] | {"accuracy": float("nan"), "macro_f1": float("nan"), "ece": float("nan")}
+    store.append_metrics(line)
+    page = render(store)
+    assert "nan" not in page.text.lower()
+    assert "remains unknown" in page.plain
+
+
+def test_same_run_gives_the_same_page(tmp_path):
+    store = make_run(tmp_path / "run")
+    write_report(store)
+    first = store.read_bytes("report.html")
+    write_report(store)
+    assert store.read_bytes("report.html") == first
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.yaml"):
+        write_report(RunStore(str(tmp_path)))
+
+
+def test_model_card_says_what_how_and_how_good(tmp_path):
+    labels = ("a|b", "c_d", "*e*")
+    card = model_card(make_run(tmp_path / "run", labels=labels))
+    _, header, body = card.split("---\n", 2)
+    assert yaml.safe_load(header)["pipeline_tag"] == "text-classification"
+    assert "license" not in yaml.safe_load(header)
+    assert r"0. a\|b: Money \& \<invoices\>" in body
+    assert "\n1. c\\_d\n2. \\*e\\*\n" in body
+    rows = {line.split("|")[1].strip(): line for line in body.splitlines() if line.startswith("| ")}
+    assert [c.strip() for c in rows["accuracy"].replace("\u202f", " ").split("|")[2:5]] == [
+        "74.2 %",
+        "71.8–76.6 %",
+        "74.2 %",
+    ]
+    assert "trained on 800 texts in 5 round(s)" in body
+    assert "## Licence" in body
+    assert "## Limits" in body
+
+
+def test_numbers_read_well():
+    assert percent(0.7421) == "74.2\u202f%"
+    assert percent(None) == count(None) == duration(None) == "–"
+    assert count(1234567) == "1,234,567"
+    assert duration(0.4) == "0.4\u202fs"
+    assert duration(59.99) == "1\u202fmin 0\u202fs"
+    assert duration(3 * 3600 + 720) == "3\u202fh 12\u202fmin"
+    assert shorten("a  b\nc") == "a b c"
+    assert len(shorten("word " * 1000)) <= 401
+    assert shorten("x" * 1000).endswith("x…")
