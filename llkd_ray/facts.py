@@ -5,7 +5,6 @@ Nothing here draws or writes. Whatever a run has not produced yet, or cannot kno
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ SUMMARY = "summary.json"
 PHASES = ("teach", "select", "train", "refresh", "evaluate", "idle")
 SAMPLES_PER_CLASS = 3
 
-TEACHER_KEYS = ("accuracy", "macro_f1", "ece", "by_confidence")
+TEACHER_KEYS = ("accuracy", "macro_f1", "ece", "by_confidence", "off_label")
 STUDENT_KEYS = (
     "accuracy",
     "macro_f1",
@@ -52,6 +51,15 @@ class Selected(NamedTuple):
     samples: list[Sample]
 
 
+class PartRows(NamedTuple):
+    """What became of the rows of the pool or of the test set."""
+
+    read: int
+    kept: int
+    quarantined: dict[str, int]
+    """Rows refused, by reason."""
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """All that report and card say, read once. Shares are in [0, 1]; None stands for unknown."""
@@ -59,23 +67,27 @@ class RunFacts:
     name: str
     config_text: str
     config: dict[str, Any]
-    manifest_text: str | None
+    manifest: dict[str, Any]
     rounds: list[dict[str, Any]]
     finished: bool
     teacher: dict[str, Any]
     student: dict[str, Any]
     totals: dict[str, Any]
     selected: list[Selected]
-    rows: dict[str, int] | None
-    """Rows kept of the pool and of the test set."""
-    quarantine: dict[str, int]
-    """Rows refused when the corpus was read, by reason, most frequent first."""
+    rows: dict[str, PartRows]
+    """Of "pool" and "test"; empty while the corpus has not been read."""
     unanswered: dict[str, int]
     """Rows kept that the teacher gave no answer to, by reason."""
 
     @property
     def labels(self) -> list[str]:
         return list(self.config["labels"]["names"])
+
+    @property
+    def refusals(self) -> list[str]:
+        """Every reason for which a row went to quarantine, most frequent first."""
+        totals = sum((Counter(part.quarantined) for part in self.rows.values()), Counter[str]())
+        return [reason for reason, _ in totals.most_common()]
 
     @property
     def teacher_name(self) -> str:
@@ -93,15 +105,12 @@ def read_facts(store: RunStore) -> RunFacts:
     rounds = [_without_nan(line) for line in store.read_metrics()]
     summary = _without_nan(store.read_json(SUMMARY)) if store.exists(SUMMARY) else {}
     last = rounds[-1] if rounds else {}
-    index = store.read_json(EXAMPLES_INDEX) if store.exists(EXAMPLES_INDEX) else None
     total_seconds = sum(sum(phase_seconds(line).values()) for line in rounds) if rounds else None
     return RunFacts(
         name=store.root.rpartition("/")[2],
         config_text=config_text,
         config=config,
-        manifest_text=json.dumps(store.read_json(MANIFEST), indent=2, ensure_ascii=False)
-        if store.exists(MANIFEST)
-        else None,
+        manifest=store.read_json(MANIFEST) if store.exists(MANIFEST) else {},
         rounds=rounds,
         finished=bool(summary),
         teacher=_pick(TEACHER_KEYS, summary.get("teacher")),
@@ -109,8 +118,7 @@ def read_facts(store: RunStore) -> RunFacts:
         student=_pick(STUDENT_KEYS, last, summary.get("student")),
         totals=_pick(TOTAL_KEYS, last | {"seconds": total_seconds}, summary),
         selected=_read_selected(store, config["labels"]["names"]),
-        rows=index and {part: sum(shard["rows"] for shard in index[part]) for part in ("pool", "test")},
-        quarantine=dict(Counter((index or {}).get("quarantine", {})).most_common()),
+        rows=_read_rows(store),
         unanswered=_read_unanswered(store),
     )
 
@@ -134,6 +142,20 @@ def phase_seconds(line: dict[str, Any]) -> dict[str, float]:
     """Seconds of each phase in one line of the metrics; a phase that was not timed counts nothing."""
     spent = line.get("seconds") or {}
     return {phase: spent.get(phase) or 0.0 for phase in PHASES}
+
+
+def _read_rows(store: RunStore) -> dict[str, PartRows]:
+    if not store.exists(EXAMPLES_INDEX):
+        return {}
+    index = store.read_json(EXAMPLES_INDEX)
+    return {
+        part: PartRows(
+            read=index["rows_in"].get(part, 0),
+            kept=sum(shard["rows"] for shard in index[part]),
+            quarantined=index["quarantined"].get(part, {}),
+        )
+        for part in ("pool", "test")
+    }
 
 
 def _read_unanswered(store: RunStore) -> dict[str, int]:

@@ -7,6 +7,7 @@ Texts of the corpus are not to be trusted: the template escapes everything but o
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -52,10 +53,11 @@ def write_report(store: RunStore) -> str:
         .render(
             run=facts,
             conclusion=conclusion(facts),
+            held_out=held_out(facts),
             curve=_learning_curve(facts),
             agreement=_agreement_curve(facts),
             times=_time_bars(facts),
-            phases=PHASES,
+            manifest_text=json.dumps(facts.manifest, indent=2, ensure_ascii=False),
             columns=_round_columns(facts),
             most_selected=max((one.texts for one in facts.selected), default=0),
         )
@@ -68,7 +70,11 @@ def write_report(store: RunStore) -> str:
 def model_card(store: RunStore) -> str:
     """Markdown for model/README.md: what the model is, how it was made, how good it is, its limits."""
     facts = read_facts(store)
-    return _environment().get_template("model_card.md.j2").render(run=facts, conclusion=conclusion(facts))
+    return (
+        _environment()
+        .get_template("model_card.md.j2")
+        .render(run=facts, conclusion=conclusion(facts), held_out=held_out(facts))
+    )
 
 
 def conclusion(run: RunFacts) -> str:
@@ -88,9 +94,15 @@ def _agreement_only(run: RunFacts) -> str:
     if agreement is None:
         return said
     return (
-        f"{said} On held-out texts it gives the teacher's answer {percent(agreement)} of the time; "
+        f"{said} On {held_out(run)} it gives the teacher's answer {percent(agreement)} of the time; "
         "that is agreement, not accuracy, for the teacher may be wrong."
     )
+
+
+def held_out(run: RunFacts) -> str:
+    """The texts on which student and teacher are compared."""
+    number = run.manifest.get("rows", {}).get("holdout")
+    return f"{count(number)} held-out texts" if number else "held-out texts"
 
 
 def _accuracy(run: RunFacts) -> str:
@@ -230,14 +242,23 @@ def _curve(axes: Axes, run: RunFacts, key: str, name: str, colour: str) -> str:
     return f"{name}: {start}{percent(last)} after {count(last_x)} texts."
 
 
-def _finish_curve(figure: Figure, axes: Axes, prefix: str, said: Sequence[str]) -> Markup:
+def _finish_curve(figure: Figure, axes: Axes, run: RunFacts, prefix: str, said: Sequence[str]) -> Markup:
     axes.set_xlabel("texts trained on")
     axes.yaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 4):g}{NARROW}%")
     axes.xaxis.set_major_formatter(lambda value, _: count(value))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    _tick_at(axes, run, "trained", at_most=6)
     axes.margins(x=0.06, y=0.12)
     figure.legend(loc="outside upper left", ncols=2, **LEGEND)
     return _svg(figure, prefix, " ".join(part for part in said if part))
+
+
+def _tick_at(axes: Axes, run: RunFacts, key: str, at_most: int) -> None:
+    """Ticks where the rounds are, or at round numbers where they are too many."""
+    places = [line[key] for line in run.rounds if line.get(key) is not None]
+    if len(places) <= at_most:
+        axes.set_xticks(places)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=at_most, integer=True))
 
 
 def _learning_curve(run: RunFacts) -> Markup | None:
@@ -252,13 +273,13 @@ def _learning_curve(run: RunFacts) -> Markup | None:
             teachers = name.replace("Student", "Teacher")
             axes.axhline(level, color=colour, linestyle="--", linewidth=1.2, label=teachers)
             said.append(f"{teachers}: {percent(level)}.")
-    return _finish_curve(figure, axes, "curve", said) if any(said) else None
+    return _finish_curve(figure, axes, run, "curve", said) if any(said) else None
 
 
 def _agreement_curve(run: RunFacts) -> Markup | None:
     figure, axes = _axes()
     said = _curve(axes, run, "teacher_agreement", "Same answer as the teacher", AGREEMENT_COLOUR)
-    return _finish_curve(figure, axes, "agreement", [said]) if said else None
+    return _finish_curve(figure, axes, run, "agreement", [said]) if said else None
 
 
 def _time_bars(run: RunFacts) -> Markup | None:
@@ -275,9 +296,8 @@ def _time_bars(run: RunFacts) -> Markup | None:
             below += height
     axes.set_xlabel("round")
     axes.set_ylabel("seconds")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-    if len(rounds) == 1:
-        axes.set_xlim(rounds[0] - 2, rounds[0] + 2)
+    _tick_at(axes, run, "round", at_most=12)
+    axes.set_xlim(rounds[0] - 1, rounds[-1] + 1)
     figure.legend(loc="outside upper left", ncols=6, **LEGEND)
     totals = ", ".join(f"{phase} {duration(sum(one[phase] for one in spent))}" for phase in PHASES)
     return _svg(figure, "time", f"Time of each phase, over all rounds: {totals}.")

@@ -41,11 +41,13 @@ def make_run(folder, *, rounds=5, gold=True, finished=True, labels=LABELS, teach
         }
     )
     store.write_bytes(CONFIG, dump_config(config).encode())
-    store.write_json(MANIFEST, {"versions": {"ray": "2.60.0"}, "prompt_hash": "00ff00ff00ff00ff"})
+    store.write_json(MANIFEST, {"versions": {"ray": "2.60.0"}, "rows": {"holdout": 200}})
     index = {
         "pool": [{"file": f"examples/pool-{i}.parquet", "rows": 2000} for i in range(4)],
         "test": [{"file": "examples/test-0.parquet", "rows": 1200}] if gold else [],
-        "quarantine": {"empty_text": 12, "duplicate": 345},
+        "rows_in": {"pool": 8352} | ({"test": 1205} if gold else {}),
+        "quarantined": {"pool": {"empty_text": 12, "duplicate": 340}}
+        | ({"test": {"duplicate": 5}} if gold else {}),
     }
     store.write_json(EXAMPLES_INDEX, index)
     for number in range(rounds):
@@ -77,6 +79,7 @@ def make_run(folder, *, rounds=5, gold=True, finished=True, labels=LABELS, teach
             "macro_f1": 0.664,
             "ece": 0.081,
             "by_confidence": [0.93, 0.84, 0.76, 0.66, 0.52],
+            "off_label": 0.013,
         }
         student = {
             "accuracy": 0.7421 if gold else None,
@@ -84,7 +87,7 @@ def make_run(folder, *, rounds=5, gold=True, finished=True, labels=LABELS, teach
             "ece": 0.052 if gold else None,
             "accuracy_interval": [0.7181, 0.7663] if gold else None,
             "macro_f1_interval": [0.64, 0.70] if gold else None,
-            "teacher_agreement": 0.794,
+            "teacher_agreement": store.read_metrics()[-1]["teacher_agreement"],
         }
         summary = {
             "teacher": teacher if gold and teacher_known else None,
@@ -215,6 +218,12 @@ def test_table_has_a_row_for_each_round(whole):
     assert cells["Time"] == "1 min 1 s"  # 18 + 0.4 + 33.5 + 5.2 + 2.1 + 1.5 = 60.7
 
 
+def test_teachers_confidence_is_held_against_its_accuracy(whole):
+    assert whole.row("1 (most confident)")[1] == percent(0.93)
+    assert whole.row("5 (least confident)")[1] == percent(0.52)
+    assert "1.3 % of the teacher's probability went to answers that are no label" in whole.plain
+
+
 def test_figures_are_inline_drawings_with_words(whole):
     drawings = [a for a in whole.all("svg") if a.get("role") == "img"]
     words = [a["aria-label"].replace("\u202f", " ") for a in drawings]
@@ -287,17 +296,16 @@ def test_data_quality_adds_up(tmp_path):
         f"{QUARANTINE_DIR}/teacher-00000001.parquet", pa.table(columns, schema=schemas.QUARANTINE)
     )
     page = render(store)
-    assert page.row("Read")[1] == "9,557"
-    assert page.row("Kept, pool")[1] == "8,000"
-    assert page.row("Kept, test set")[1] == "1,200"
-    assert page.row("Quarantined: duplicate")[1] == "345"
-    assert page.row("Quarantined: empty_text")[1] == "12"
-    assert page.row("Kept, but without an answer of the teacher: prompt_refused")[1] == "2"
+    assert page.row("Read")[1:] == ["8,352", "1,205"]
+    assert page.row("Quarantined: duplicate")[1:] == ["340", "5"]
+    assert page.row("Quarantined: empty_text")[1:] == ["12", "0"]
+    assert page.row("Kept")[1:] == ["8,000", "1,200"]
+    assert "no answer to 2 of the kept rows: prompt_refused." in page.plain
 
 
 def test_configuration_and_manifest_are_there_whole(whole):
     assert "policy: llkd" in whole.text
-    assert '"prompt_hash": "00ff00ff00ff00ff"' in whole.text
+    assert '"ray": "2.60.0"' in whole.text
     assert not any("open" in a for a in whole.all("details")[-2:])
 
 
@@ -305,11 +313,13 @@ def test_without_true_labels_accuracy_is_said_to_be_unknown(tmp_path):
     store = make_run(tmp_path / "run", gold=False)
     page = render(store)
     assert "How accurate the student is remains unknown" in page.plain
-    assert "gives the teacher's answer 79.4 % of the time" in page.plain
+    assert "it gives the teacher's answer 79.4 % of the time" in page.plain
     assert "Student's accuracy" not in page.text
     assert len([a for a in page.all("svg") if a.get("role") == "img"]) == 2
     assert "Accuracy" not in next(row for row in page.rows if row and row[0] == "Round")
-    assert page.row("Kept, test set")[1] == "0"
+    assert page.row("Kept")[1:] == ["8,000", "0"]
+    assert "On 200 held-out texts it gives" in page.plain
+    assert "Pseudo-labels right" not in page.text
     card = model_card(store)
     assert "Accuracy is unknown" in card
     assert "| accuracy |" not in card
