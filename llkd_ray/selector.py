@@ -25,9 +25,13 @@ from llkd_ray.policies import ACQUISITION, SELECTION, Candidates, Selection
 from llkd_ray.schedule import Schedule
 from llkd_ray.signals import Floats, Ints, confidence, normalise
 from llkd_ray.store import (
+    BATCH,
     LABELS_DIR,
     LEASES_DIR,
     ROUNDS_DIR,
+    SCORES,
+    SELECTED,
+    TRAINED,
     Examples,
     RunStore,
     list_column,
@@ -36,12 +40,7 @@ from llkd_ray.store import (
     round_file,
     ticket_of,
 )
-from llkd_ray.table import ScoreTable
-
-BATCH = "batch.parquet"
-SELECTED = "selected.json"
-SCORED = "scores.parquet"
-TRAINED = "trained.json"
+from llkd_ray.table import HOLDOUT, ScoreTable
 
 # First words of the seeds of the generators that are drawn from, so that no two share a stream.
 _HOLDOUT_SEED, _ACQUIRE_SEED, _SELECT_SEED = 1, 2, 3
@@ -109,6 +108,10 @@ class Selector:
         """What was reported of the last finished round."""
         return self.state.trained[max(self.state.trained)] if self.state.trained else None
 
+    async def holdout_rows(self) -> Ints:
+        """int64[M]: the rows on which the student is held against the teacher."""
+        return np.flatnonzero(self.table.flags & HOLDOUT)
+
     async def rows_to_score(self, round_number: int) -> Ints:
         """int64[M]: what the student scores before the round's selection; waits for the labels.
 
@@ -132,7 +135,7 @@ class Selector:
         row_M = np.flatnonzero(self.table.refreshed == round_number)
         columns = [pa.array(row_M), pa.array(self.table.uncertainty[row_M])]
         self.store.write_table(
-            round_file(round_number, SCORED), pa.Table.from_arrays(columns, schema=schemas.SCORES)
+            round_file(round_number, SCORES), pa.Table.from_arrays(columns, schema=schemas.SCORES)
         )
         self.state.refreshed.add(round_number)
         await self._notify()
@@ -295,8 +298,8 @@ class Selector:
         self.state.finished = len(self.state.trained) == self.schedule.rounds
 
     def _rebuild_round(self, k: int) -> None:
-        if self.store.exists(round_file(k, SCORED)):
-            scores = self.store.read_table(round_file(k, SCORED))
+        if self.store.exists(round_file(k, SCORES)):
+            scores = self.store.read_table(round_file(k, SCORES))
             self.table.refresh(k, scores["row"].to_numpy(), scores["uncertainty"].to_numpy())
             self.state.refreshed.add(k)
         if self.store.exists(round_file(k, SELECTED)):

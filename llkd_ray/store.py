@@ -130,9 +130,22 @@ def ticket_of(name: str) -> int:
     return int(name.removeprefix("ticket-").partition(".")[0])
 
 
+BATCH = "batch.parquet"
+SELECTED = "selected.json"
+"""In a round's folder: its batch exists once this file does."""
+SCORES = "scores.parquet"
+TRAINED = "trained.json"
+"""In a round's folder: the student has finished the round once this file exists."""
+
+
 def round_file(round_number: int, name: str) -> str:
     """A file of one round, such as ``rounds/0003/batch.parquet``."""
     return f"{ROUNDS_DIR}/{round_number:04d}/{name}"
+
+
+def predictions_file(round_number: int, rank: int, ranks: int) -> str:
+    """Where one rank of ``ranks`` puts the student's answers after a round."""
+    return round_file(round_number, f"predictions-{rank:04d}-of-{ranks:04d}.parquet")
 
 
 def read_labels(store: RunStore, tickets: Iterable[int]) -> pa.Table:

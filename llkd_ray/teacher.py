@@ -16,8 +16,10 @@ import socket
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ import ray.data
 from ray.data import ActorPoolStrategy
 
 from llkd_ray import schemas
+from llkd_ray.cluster import LEASER_CPUS
 from llkd_ray.config import Config, ConfigError, RecordedConfig
 from llkd_ray.prompts import Prompt, build_prompt, encode_prompts, label_token_ids
 from llkd_ray.store import (
@@ -76,7 +79,7 @@ class Leaser:
             yield leased.cast(pa.schema([_LEASED.field(name) for name in leased.column_names]))
 
 
-class Teacher:
+class Teacher(ABC):
     """What all teacher stages share: files first, then the selector."""
 
     def __init__(self, config: Config, store_uri: str, selector: Any) -> None:
@@ -84,9 +87,9 @@ class Teacher:
         self.store = RunStore(store_uri)
         self.selector = selector
 
+    @abstractmethod
     async def answer(self, ids: Sequence[str], texts: Sequence[str]) -> Answers:
         """Label distributions of some texts."""
-        raise NotImplementedError
 
     async def __call__(self, leased: pa.Table) -> AsyncIterator[pa.Table]:
         if not len(leased):
@@ -235,7 +238,7 @@ class VllmTeacher(Teacher):
             engine.shutdown()
 
     async def answer(self, ids: Sequence[str], texts: Sequence[str]) -> Answers:
-        room = self.config.teacher.max_model_len - self.sampling.max_tokens
+        room = self.config.teacher.max_model_len - 1  # the answer's token
         encoded, _ = await asyncio.to_thread(encode_prompts, self.prompt, texts, self.tokenizer, room)
         probs_NC = np.array(await asyncio.gather(*(self._label_probs(ids) for ids in encoded)))
         return Answers(
@@ -259,8 +262,8 @@ class VllmTeacher(Teacher):
             # raising instead would send the retries to the same dead engine.
             logger.exception("the engine died; this teacher actor ends so that Ray starts a new one")
             os._exit(1)
-        logprobs = last.outputs[0].logprobs[0]
-        return [float(np.exp(logprobs[token].logprob)) for token in self.label_ids]
+        logprobs: Any = last.outputs[0].logprobs
+        return [float(np.exp(logprobs[0][token].logprob)) for token in self.label_ids]
 
     def _note_start(self, seconds: float) -> None:
         where = {"host": socket.gethostname(), "pid": os.getpid()}
@@ -310,15 +313,14 @@ class TicketStream:
 
     def __init__(self, config: Config, store_uri: str, selector: Any, tickets: Sequence[int]) -> None:
         self.error: BaseException | None = None
-        self._dataset = _build_stream(config, store_uri, selector, tickets) if tickets else None
+        self._dataset = _build_stream(config, store_uri, selector, tickets)
         self._thread = threading.Thread(target=self._run, name="ticket-stream", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            if self._dataset is not None:
-                for _ in self._dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-                    pass
+            for _ in self._dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                pass
         except BaseException as error:  # handed to the driver, which waits on the selector meanwhile
             self.error = error
 
@@ -327,19 +329,23 @@ class TicketStream:
         return not self._thread.is_alive()
 
 
+def _concurrent(tickets: int) -> dict[str, int]:
+    return {"max_concurrency": tickets}
+
+
 def _build_stream(config: Config, store_uri: str, selector: Any, tickets: Sequence[int]) -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     # No read task: one would ask for a whole CPU, which the student's ranks may hold for good.
     source = ray.data.from_items([{"ticket": t} for t in tickets], override_num_blocks=len(tickets))
     teacher = config.teacher
-    common = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+    common: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
     leased = source.map_batches(
         Leaser,
         fn_constructor_args=(store_uri, selector),
         compute=ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=2 * teacher.actors + 2),
-        num_cpus=0.05,
-        max_concurrency=2 * teacher.actors + 2,
+        num_cpus=LEASER_CPUS,
+        ray_remote_args_fn=partial(_concurrent, 2 * teacher.actors + 2),
         **common,
     )
     return leased.map_batches(
@@ -350,6 +356,6 @@ def _build_stream(config: Config, store_uri: str, selector: Any, tickets: Sequen
         ),
         num_cpus=teacher.cpus,
         num_gpus=teacher.gpus or None,
-        max_concurrency=teacher.tickets_in_flight,
+        ray_remote_args_fn=partial(_concurrent, teacher.tickets_in_flight),
         **common,
     )

@@ -1,0 +1,11 @@
+"""Distil an LLM into a small classifier: python jobs/distill.py [CONFIG.yaml] [--set key=value …].
+
+Without a config it runs the quickstart: a corpus and a small teacher made on the spot.
+"""
+
+import sys
+
+from llkd_ray.cli import distill_main
+
+if __name__ == "__main__":
+    sys.exit(distill_main())

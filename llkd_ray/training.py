@@ -1,0 +1,210 @@
+"""Ray Train glue: one DDP run that lives as long as the distillation, a round at a time.
+
+All ranks run :func:`train_loop`. They ask the selector for what to score and what to train on, so a run
+that is restarted, with as many ranks or with fewer, goes on where its files say.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from llkd_ray import schemas
+from llkd_ray.config import Config
+from llkd_ray.signals import entropy
+from llkd_ray.store import CHECKPOINTS_DIR, Examples, RunStore, list_column, predictions_file
+from llkd_ray.student import Batch, Student, build_student, predict, train_round
+
+TRAIN_RUN = "student"
+SCORE_CHUNK = 16_384
+"""Rows that a rank reads, scores and reports at a time."""
+
+
+def checkpoint_dir(round_number: int) -> str:
+    """Where Ray Train keeps the student of a round."""
+    return f"{CHECKPOINTS_DIR}/{TRAIN_RUN}/round-{round_number:04d}"
+
+
+class TrainingRun:
+    """The Ray Train run, watched by a thread of the driver."""
+
+    def __init__(self, config: Config, store: RunStore, store_uri: str, selector: Any) -> None:
+        self.error: BaseException | None = None
+        self._trainer = _build_trainer(config, store, store_uri, selector)
+        self._thread = threading.Thread(target=self._run, name="training-run", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._trainer.fit()
+        except BaseException as error:  # handed to the driver, which waits on the selector meanwhile
+            self.error = error
+
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+
+def _build_trainer(config: Config, store: RunStore, store_uri: str, selector: Any) -> TorchTrainer:
+    student = config.student
+    resources = {"CPU": student.cpus} | ({"GPU": student.gpus} if student.gpus else {})
+    return TorchTrainer(
+        train_loop,
+        train_loop_config={"config": config, "store_uri": store_uri, "selector": selector},
+        scaling_config=ScalingConfig(
+            num_workers=student.workers,  # type: ignore[arg-type]  # Ray's annotation lacks (min, max)
+            use_gpu=student.gpus > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=TRAIN_RUN,
+            storage_path=store.path(CHECKPOINTS_DIR),
+            storage_filesystem=store.fs,
+            failure_config=FailureConfig(max_failures=student.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """What every rank does, round after round."""
+    rank = Rank(**settings)
+    for k in range(rank.ask("next_round"), rank.config.budget.rounds):
+        rank.score(k)
+        files = rank.ask("batch_files", k)
+        if files is None:
+            break
+        rank.train(k, files)
+        rank.evaluate(k)
+        rank.report(k)
+
+
+class Rank:
+    """One rank of the student: its model, its share of the texts and its line to the selector."""
+
+    def __init__(self, config: Config, store_uri: str, selector: Any) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.config, self.selector = config, selector
+        self.store = RunStore(store_uri)
+        self.examples = Examples.open(self.store)
+        torch.set_num_threads(config.student.threads or max(1, (os.cpu_count() or 1) // self.world))
+        self.facts: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        self.student = self._build()
+        self.first_weights = {key: value.clone() for key, value in self.student.module.state_dict().items()}
+        self._restore()
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Call the selector and wait for its answer."""
+        return ray.get(getattr(self.selector, method).remote(*arguments))
+
+    def score(self, k: int) -> None:
+        """Refresh the student's uncertainty about what round ``k`` may choose from."""
+        rows = self.ask("rows_to_score", k)
+        began = time.monotonic()
+        if rows.size:
+            mine = rows[self.rank :: self.world]
+            for start in range(0, mine.size, SCORE_CHUNK):
+                self._say(f"round {k}: scoring {min(start + SCORE_CHUNK, mine.size) * self.world} texts")
+                chunk = mine[start : start + SCORE_CHUNK]
+                self.ask("refresh", k, chunk, entropy(self._predict(chunk)).astype(np.float32))
+            dist.barrier()
+            if self.rank == 0:
+                self.ask("refresh_done", k)
+        self.seconds = {"refresh": time.monotonic() - began}
+
+    def train(self, k: int, files: list[str]) -> None:
+        """Train on the batches that the config asks for; an empty new batch leaves the student alone."""
+        began = time.monotonic()
+        tables = [self.store.read_table(file) for file in files]
+        config = self.config.student
+        if len(tables[-1]):
+            data = pa.concat_tables(tables if config.replay == "all" else tables[-1:])
+            if config.start == "fresh":
+                self.student.module.load_state_dict(self.first_weights)
+            batch = Batch(data["text"].to_pylist(), data["label"].to_numpy(), data["weight"].to_numpy())
+            self.facts = train_round(
+                self.student,
+                batch,
+                config,
+                rank=self.rank,
+                world=self.world,
+                seed=self.config.run.seed * 1_000 + k,
+                on_step=lambda step, steps: self._say_step(k, step, steps),
+            )
+        self.seconds["train"] = time.monotonic() - began
+
+    def evaluate(self, k: int) -> None:
+        """Write the student's answers on test set and hold-out, each rank its share."""
+        began = time.monotonic()
+        holdout = self.ask("holdout_rows")
+        mine = np.concatenate([self.examples.test_rows, holdout])[self.rank :: self.world]
+        self._say(f"round {k}: evaluating")
+        columns = [pa.array(mine), list_column(self._predict(mine))]
+        table = pa.Table.from_arrays(columns, schema=schemas.PREDICTIONS)
+        self.store.write_table(predictions_file(k, self.rank, self.world), table)
+        self.seconds["evaluate"] = time.monotonic() - began
+
+    def report(self, k: int) -> None:
+        """Hand the checkpoint to Ray Train; when it is in its place, the round is finished."""
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if self.rank == 0:
+                self.student.module.save_pretrained(folder)
+                self.student.tokenizer.save_pretrained(folder)
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(
+                {"round": k} | self.facts,
+                checkpoint=checkpoint,
+                checkpoint_dir_name=Path(checkpoint_dir(k)).name,
+            )
+        if self.rank == 0:
+            facts = {"ranks": self.world, "checkpoint": checkpoint_dir(k), "seconds": self.seconds}
+            self.ask("trained", k, self.facts | facts)
+
+    def _build(self) -> Student:
+        device = ray.train.torch.get_device()
+        student = build_student(self.config.student, self.config.labels, self.config.run.seed, device)
+        student.model = ray.train.torch.prepare_model(student.model)
+        return student
+
+    def _restore(self) -> None:
+        """Load the student of the last finished round, if there is one."""
+        last = self.ask("last_trained")
+        if last is None:
+            return
+        from transformers import AutoModelForSequenceClassification
+
+        with tempfile.TemporaryDirectory() as folder:
+            source = self.store.path(last["checkpoint"])
+            pafs.copy_files(source, folder, source_filesystem=self.store.fs)
+            saved = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+            self.student.module.load_state_dict(saved.state_dict())
+
+    def _predict(self, rows: np.ndarray) -> np.ndarray:
+        texts = self.examples.read(rows, ["text"])["text"].to_pylist()
+        return predict(self.student, texts, self.config.student)
+
+    def _say(self, note: str) -> None:
+        if self.rank == 0:
+            self.selector.say.remote(note)
+
+    def _say_step(self, k: int, step: int, steps: int) -> None:
+        if step % 10 == 0 or step == steps:
+            self._say(f"round {k}: training, step {step} of {steps}")
