@@ -1,0 +1,54 @@
+"""Staging shards and quarantine files are bounded and complete."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from llkd_ray import schemas, staging
+from llkd_ray.cleaning import Example, Refusal
+from llkd_ray.staging import KEYS, Staged, StagingWriter
+from llkd_ray.store import RunStore
+
+
+def fill(store: RunStore, rows: int) -> StagingWriter:
+    writer = StagingWriter(store, "pool-000007")
+    for n in range(rows):
+        writer.keep("file", n, Example(f"id{n}", f"text {n:04d}", -1, 2**64 - 1 - n))
+        writer.refuse("file", 1000 + n, Refusal("empty", "why"), "start")
+    writer.flush()
+    return writer
+
+
+def test_files_are_cut_at_their_row_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "SHARD_ROWS", 10)
+    monkeypatch.setattr(staging, "QUARANTINE_ROWS", 8)
+    monkeypatch.setattr(staging, "GROUP_ROWS", 4)
+    store = RunStore(str(tmp_path))
+    writer = fill(store, 25)
+    assert [shard["rows"] for shard in writer.shards] == [10, 10, 5]
+    assert writer.reasons == {"empty": 25}
+    shards = [Staged("pool", **shard) for shard in writer.shards]
+    tables = [store.read_table(shard.file) for shard in shards]
+    assert all(table.schema.equals(schemas.EXAMPLES) for table in tables)
+    assert [text for table in tables for text in table["text"].to_pylist()] == [
+        f"text {n:04d}" for n in range(25)
+    ]
+    keys = [store.read_table(shard.keys_file) for shard in shards]
+    assert all(table.schema.equals(KEYS) for table in keys)
+    assert keys[2]["hash"].to_pylist() == [2**64 - 1 - n for n in range(20, 25)]
+    assert keys[2]["position"].to_pylist() == [20, 21, 22, 23, 24]
+    assert pq.ParquetFile(store.path(shards[0].file)).metadata.num_row_groups == 3
+    files = store.names("quarantine")
+    assert files == [f"pool-000007-{n:05d}.parquet" for n in range(4)]
+    assert sum(store.read_table(f"quarantine/{name}").num_rows for name in files) == 25
+
+
+def test_shards_are_cut_at_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "SHARD_CHARS", 27)  # three texts of nine characters
+    assert [shard["rows"] for shard in fill(RunStore(str(tmp_path)), 7).shards] == [3, 3, 1]
+
+
+def test_nothing_in_nothing_out(tmp_path: Path) -> None:
+    assert fill(RunStore(str(tmp_path)), 0).shards == []
+    assert list(tmp_path.rglob("*.parquet")) == []
