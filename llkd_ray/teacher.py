@@ -336,6 +336,8 @@ def _concurrent(tickets: int) -> dict[str, int]:
 def _build_stream(config: Config, store_uri: str, selector: Any, tickets: Sequence[int]) -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    # It warns of every actor that holds a model without booking memory, twice a minute.
+    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     # No read task: one would ask for a whole CPU, which the student's ranks may hold for good.
     source = ray.data.from_items([{"ticket": t} for t in tickets], override_num_blocks=len(tickets))
     teacher = config.teacher
