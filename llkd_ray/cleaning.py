@@ -146,9 +146,11 @@ class Cleaner:
         if gold is None and self._gold_required:
             return Refusal("missing_gold", f"{self._field}.gold is {self._source.gold!r}")
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        id_ = row.id.decode("utf-8", "surrogateescape") if isinstance(row.id, bytes) else row.id
-        if id_ is None or id_ == "" or id_ != id_:  # NaN is no id
+        given = row.id.decode("utf-8", "surrogateescape") if isinstance(row.id, bytes) else row.id
+        if given is None or given == "" or given != given:  # NaN is no id
             id_ = digest.hex()
-        if wrong := _undecodable(str(id_)):
-            return Refusal("undecodable", f"{self._field}.id: {wrong}")
-        return Example(str(id_), text, NO_GOLD if gold is None else gold, int.from_bytes(digest, "big"))
+        else:
+            id_ = str(given)
+            if wrong := _undecodable(id_):
+                return Refusal("undecodable", f"{self._field}.id: {wrong}")
+        return Example(id_, text, NO_GOLD if gold is None else gold, int.from_bytes(digest, "big"))
