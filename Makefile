@@ -1,0 +1,48 @@
+# `make help` lists what there is. Needs Python 3.11 to 3.14 and make; everything else goes to .venv.
+# PYTHON=/path/to/python chooses the interpreter, LLKD_EXTRA=cpu|gpu|none what is installed.
+
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+
+# Looks for a Python; setup.py knows whether there is anything left to do.
+setup_with = python=$$(sh scripts/find_python.sh) && "$$python" scripts/setup.py
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+.PHONY: setup
+setup: ## Make .venv and install the pinned versions (a second call returns at once)
+	@$(setup_with)
+
+.PHONY: setup-dev
+setup-dev: ## The same with the development tools
+	@$(setup_with) --dev
+
+.PHONY: quickstart
+quickstart: setup ## Distil a tiny teacher into MiniLM, from nothing, on this machine
+	@$(BIN)/python jobs/distill.py
+
+.PHONY: test
+test: setup-dev ## Run the tests; ARGS="-k name -x" goes to pytest
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: setup-dev ## Check style, formatting and types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+.PHONY: format
+format: setup-dev ## Put style and formatting right where that is possible
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+.PHONY: clean
+clean: ## Remove caches and build/; keeps runs/ and .venv
+	@rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean ## The same, and .venv, too
+	@rm -rf .venv *.egg-info

@@ -1,0 +1,201 @@
+"""The plan of the house: which module may import which, and what may lie in the repository.
+
+The table is DESIGN's; a new module or a new edge is added here on purpose, or not at all.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "llkd_ray"
+MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+# module → the modules of ours that it may import
+ROOMS: dict[str, set[str]] = {
+    "config": set(),
+    "schemas": set(),
+    "store": {"config", "schemas"},
+    "readers": {"config", "schemas", "store"},
+    "corpus": {"config", "schemas", "store", "readers"},
+    "prompts": {"config"},
+    "signals": set(),
+    "policies": {"signals"},
+    "table": {"signals", "schemas"},
+    "selector": {"table", "policies", "store", "config"},
+    "teacher": {"prompts", "schemas", "store", "config"},
+    "student": {"config", "signals"},
+    "training": {"student", "store", "config", "schemas", "signals"},
+    "evaluate": {"signals"},
+    "report": {"store", "schemas", "evaluate"},
+    "docstrings": set(),
+    "quickstart": {"config", "prompts", "docstrings"},
+    "console": set(),
+}
+ROOMS["loop"] = set(ROOMS) - {"report", "docstrings", "quickstart"}  # the top: all that a run is made of
+FOR_EVERYONE = {"console"}  # how progress is printed
+
+WITH_RAY = {"corpus", "selector", "teacher", "training", "loop"}
+MAX_LINES = 450
+MAX_BYTES = 400_000
+
+# Folders where people and CI systems keep their checkouts, and Windows' form of the first two.
+LOCAL_PATH = re.compile(
+    r"(?<![\w$}~.])/(?:home|Users|root|work|workspace|builds|scratch)/\w|[A-Za-z]:\\Users\\"
+)
+
+
+def parse(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of all that is imported anywhere in ``tree``; relative ones from llkd_ray."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, ["llkd_ray" if node.level else "", node.module]))
+            if base == "llkd_ray":  # from llkd_ray import store
+                yield from (f"llkd_ray.{alias.name}" for alias in node.names)
+            else:
+                yield base
+
+
+def own_imports(tree: ast.AST) -> set[str]:
+    """The modules of ours that ``tree`` imports, without what __init__ itself defines."""
+    parts = [name.split(".") for name in imports(tree)]
+    names = {part[1] for part in parts if part[0] == "llkd_ray" and len(part) > 1}
+    return names - defined_in_init()
+
+
+def defined_in_init() -> set[str]:
+    tree = parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    return {target.id for node in assigned for target in node.targets if isinstance(target, ast.Name)}
+
+
+def top_level_imports(tree: ast.AST) -> set[str]:
+    """First names of what is imported when the module is, that is, outside of functions and methods."""
+    outside = ast.Module(body=[], type_ignores=[])
+    queue: list[ast.AST] = [tree]
+    while queue:
+        node = queue.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            outside.body.append(node)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            queue.extend(ast.iter_child_nodes(node))
+    return {name.split(".")[0] for name in imports(outside)}
+
+
+def by_name(path: Path) -> str:
+    return path.stem
+
+
+@pytest.mark.parametrize("path", MODULES, ids=by_name)
+def test_module_is_in_the_plan_and_keeps_to_it(path: Path) -> None:
+    name = path.stem
+    assert name in ROOMS, (
+        f"{name}.py is not in the plan: add it to ROOMS deliberately, with what it may import"
+    )
+    strangers = own_imports(parse(path.read_text(encoding="utf-8"))) - ROOMS[name] - FOR_EVERYONE
+    assert not strangers, (
+        f"{name}.py imports {', '.join(sorted(strangers))}; it may import "
+        f"{', '.join(sorted(ROOMS[name])) or 'none of ours'}: move the code, or change the plan deliberately"
+    )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=by_name)
+def test_ray_and_vllm_stay_where_they_belong(path: Path) -> None:
+    tree = parse(path.read_text(encoding="utf-8"))
+    everywhere = {name.split(".")[0] for name in imports(tree)}
+    if path.stem not in WITH_RAY:
+        assert "ray" not in everywhere, f"{path.stem}.py imports ray; only {sorted(WITH_RAY)} may"
+    if path.stem != "teacher":
+        assert "vllm" not in everywhere, f"{path.stem}.py imports vllm; only the teacher's actor may"
+    assert "vllm" not in top_level_imports(tree), (
+        f"{path.stem}.py imports vllm at module level: import it where the engine starts, so that all "
+        "else runs without it"
+    )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=by_name)
+def test_module_is_short_enough_to_be_read(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, (
+        f"{path.stem}.py has {lines} lines, {MAX_LINES} at most: give a part its own room"
+    )
+
+
+def test_the_plan_has_no_circles() -> None:
+    graphlib.TopologicalSorter(ROOMS).prepare()  # raises CycleError
+
+
+def test_imports_are_seen_in_every_form() -> None:
+    tree = parse(
+        "import llkd_ray.store\nfrom llkd_ray import __version__, table\nfrom llkd_ray.config import Config\n"
+        "from . import signals\nfrom .prompts import x\nimport numpy\n"
+        "def f():\n    import vllm.engine\n    from llkd_ray import policies\n"
+        "class A:\n    import ray\n"
+    )
+    assert own_imports(tree) == {"store", "table", "config", "signals", "prompts", "policies"}
+    assert top_level_imports(tree) == {"llkd_ray", "numpy", "ray"}
+
+
+# --- what lies in the repository
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[Path]:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
+    paths = [ROOT / name for name in listing.stdout.split("\0") if name]
+    return [path for path in paths if path.is_file()]  # one may be deleted and not yet committed
+
+
+def test_no_large_file_is_tracked(tracked: list[Path]) -> None:
+    large = {str(path.relative_to(ROOT)): path.stat().st_size for path in tracked}
+    assert {name: size for name, size in large.items() if size > MAX_BYTES} == {}
+
+
+def local_paths(text: str) -> list[str]:
+    """The lines of ``text`` that hold an absolute path which exists on one machine only."""
+    here = [str(ROOT), str(Path.home())]
+    here = [path + "/" for path in here if len(Path(path).parts) > 1]
+    return [
+        line.strip()
+        for line in text.splitlines()
+        if LOCAL_PATH.search(line) or any(path in line for path in here)
+    ]
+
+
+def test_no_path_of_one_machine_is_tracked(tracked: list[Path]) -> None:
+    found = {}
+    for path in tracked:
+        content = path.read_bytes()
+        if b"\0" not in content and (lines := local_paths(content.decode("utf-8", errors="replace"))):
+            found[str(path.relative_to(ROOT))] = lines
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "is_local"),
+    [
+        ("cd " + "/".join(["", "home", "ann", "llkd-ray"]), True),
+        ("root = '" + "/".join(["", "Users", "ann", "code"]) + "'", True),
+        ("C:" + "\\Users\\ann", True),
+        (f"see {ROOT}/runs", True),
+        ("~/llkd-ray/scripts and $HOME/work/x, /usr/bin/env, s3://bucket/home/x", False),
+    ],
+)
+def test_local_paths_are_told_from_others(line: str, is_local: bool) -> None:
+    assert bool(local_paths(line)) == is_local

@@ -1,0 +1,168 @@
+"""cluster.yaml: what Ray's own checks say, and what they cannot know of this project."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shlex
+import subprocess
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
+from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).resolve().parent.parent
+RAW: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
+WORKER_TYPES = sorted(set(RAW["available_node_types"]) - {RAW["head_node_type"]})
+
+
+@pytest.fixture
+def raw() -> dict[str, Any]:
+    return copy.deepcopy(RAW)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> dict[str, Any]:
+    return prepare_config(copy.deepcopy(RAW))
+
+
+def setup_commands_of(cluster: dict[str, Any], node_type: str) -> list[str]:
+    """What runs on a node of this type: its own list, where it has one, replaces the common ones."""
+    if node_type == cluster["head_node_type"]:
+        return cluster["head_setup_commands"]
+    own = cluster["available_node_types"][node_type].get("worker_setup_commands")
+    return own or cluster["worker_setup_commands"]
+
+
+def test_ray_accepts_it(cluster: dict[str, Any]) -> None:
+    validate_config(cluster)
+
+
+def misspelt_key(config: dict[str, Any]) -> None:
+    config["idle_timeout_minute"] = config.pop("idle_timeout_minutes")
+
+
+def misspelt_node_key(config: dict[str, Any]) -> None:
+    config["available_node_types"]["teacher"]["max_worker"] = 4
+
+
+def gpu_count_as_text(config: dict[str, Any]) -> None:
+    config["available_node_types"]["teacher"]["resources"]["GPU"] = "4"
+
+
+@pytest.mark.parametrize("break_it", [misspelt_key, misspelt_node_key, gpu_count_as_text])
+def test_a_slip_is_caught(raw: dict[str, Any], break_it: Any) -> None:
+    break_it(raw)
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config(prepare_config(raw))
+
+
+def test_a_head_type_that_is_not_listed_is_caught(raw: dict[str, Any]) -> None:
+    raw["head_node_type"] = "haed"
+    with pytest.raises(ValueError, match="head_node_type"):
+        validate_config(prepare_config(raw))
+
+
+@pytest.mark.parametrize("which", ["head_start_ray_commands", "worker_start_ray_commands"])
+def test_token_is_demanded_where_ray_starts(cluster: dict[str, Any], which: str) -> None:
+    (start,) = [command for command in cluster[which] if "ray start" in command]
+    before = start.partition("ray start")[0]
+    assert re.search(r"\bRAY_AUTH_MODE=token\b", before)
+    token = re.search(r"\bRAY_AUTH_TOKEN_PATH=(\S+)", before)
+    assert token is not None
+    assert token.group(1).replace("$HOME", "~") in cluster["file_mounts"]
+
+
+def test_token_is_mounted_from_where_ray_writes_it(cluster: dict[str, Any]) -> None:
+    # `ray get-auth-token --generate` writes it there
+    assert cluster["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+
+
+def test_all_other_mounts_are_files_of_the_repository(cluster: dict[str, Any]) -> None:
+    local = [path for remote, path in cluster["file_mounts"].items() if remote != "~/.ray/auth_token"]
+    assert [path for path in local if not (ROOT / path).exists()] == []
+    needed = {"Makefile", "pyproject.toml", "constraints.txt", "scripts", "llkd_ray"}
+    assert needed <= set(local)
+
+
+def test_readme_that_the_build_reads_is_mounted(cluster: dict[str, Any]) -> None:
+    assert 'readme = "README.md"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert cluster["file_mounts"]["~/llkd-ray/README.md"] == "README.md"
+
+
+@pytest.mark.parametrize("node_type", [RAW["head_node_type"], *WORKER_TYPES])
+def test_every_node_installs_what_its_hardware_needs(cluster: dict[str, Any], node_type: str) -> None:
+    commands = " ".join(setup_commands_of(cluster, node_type))
+    gpus = cluster["available_node_types"][node_type]["resources"].get("GPU", 0)
+    assert f"LLKD_EXTRA={'gpu' if gpus else 'none'} make setup" in commands
+    assert "python3-venv" in commands
+    assert "RAY_AUTH_MODE=token" in commands  # for `ray status` and the like in a shell on the node
+
+
+@pytest.mark.parametrize("node_type", WORKER_TYPES)
+def test_workers_may_reach_the_bucket(cluster: dict[str, Any], node_type: str) -> None:
+    # Ray gives a profile to the head only
+    assert cluster["available_node_types"][node_type]["node_config"]["IamInstanceProfile"]
+
+
+def test_only_the_teacher_is_on_spot_and_all_can_go_to_nothing(cluster: dict[str, Any]) -> None:
+    types = cluster["available_node_types"]
+    spot = [name for name, node in types.items() if "InstanceMarketOptions" in node["node_config"]]
+    assert spot == ["teacher"]
+    assert all(types[name]["min_workers"] == 0 for name in WORKER_TYPES)
+    assert types["head"]["resources"]["CPU"] == 0
+    assert sum(types[name]["max_workers"] for name in WORKER_TYPES) <= cluster["max_workers"]
+
+
+@pytest.mark.parametrize(
+    ("demand", "expected"),
+    [
+        ([{"CPU": 1, "GPU": 4}], {"teacher": 1}),
+        ([{"CPU": 1, "GPU": 4}] * 2, {"teacher": 2}),
+        ([{"CPU": 4, "GPU": 1}] * 2, {"student": 2}),
+        ([{"CPU": 1}] * 20, {"cpu": 2}),
+        ([{"CPU": 0.1}], {"cpu": 1}),
+    ],
+    ids=["teacher", "two teachers", "two ranks", "corpus", "a small actor"],
+)
+def test_autoscaler_starts_the_type_that_is_meant(
+    cluster: dict[str, Any], demand: Any, expected: dict[str, int]
+) -> None:
+    score = partial(_default_utilization_scorer, node_availability_summary=NodeAvailabilitySummary({}))
+    started, left = get_nodes_for(
+        cluster["available_node_types"], {"head": 1}, "head", cluster["max_workers"], demand, score
+    )
+    assert (dict(started), left) == (expected, [])
+
+
+def test_every_command_is_a_whole_shell_command(cluster: dict[str, Any]) -> None:
+    commands = [one for name, value in cluster.items() if name.endswith("_commands") for one in value]
+    for node in cluster["available_node_types"].values():
+        commands += node.get("worker_setup_commands", [])
+    assert commands
+    for command in commands:
+        assert shlex.split(command)
+        checked = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True)
+        assert checked.returncode == 0, (command, checked.stderr)
+
+
+def test_shell_environment_is_written_once(cluster: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret", encoding="utf-8")
+    (tmp_path / ".bashrc").touch()
+    (command,) = [one for one in cluster["setup_commands"] if ".bashrc" in one]
+    environ = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    for _ in range(2):
+        subprocess.run(["bash", "-c", command], env=environ, check=True)
+    assert (tmp_path / ".bashrc").read_text(encoding="utf-8").count("export") == 1
+    assert (tmp_path / ".ray" / "auth_token").stat().st_mode & 0o777 == 0o600
+    probe = 'source ~/.bashrc; echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN_PATH ${PATH%%:*}"'
+    seen = subprocess.run(["bash", "-c", probe], env=environ, check=True, capture_output=True, text=True)
+    venv_bin = tmp_path / "llkd-ray" / ".venv" / "bin"
+    assert seen.stdout.split() == ["token", str(tmp_path / ".ray" / "auth_token"), str(venv_bin)]
