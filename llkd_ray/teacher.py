@@ -19,7 +19,6 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -329,10 +328,6 @@ class TicketStream:
         return not self._thread.is_alive()
 
 
-def _concurrent(tickets: int) -> dict[str, int]:
-    return {"max_concurrency": tickets}
-
-
 def _build_stream(config: Config, store_uri: str, selector: Any, tickets: Sequence[int]) -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -345,19 +340,22 @@ def _build_stream(config: Config, store_uri: str, selector: Any, tickets: Sequen
     leased = source.map_batches(
         Leaser,
         fn_constructor_args=(store_uri, selector),
-        compute=ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=2 * teacher.actors + 2),
+        compute=_pool(1, 2 * teacher.actors + 2),
         num_cpus=LEASER_CPUS,
-        ray_remote_args_fn=partial(_concurrent, 2 * teacher.actors + 2),
         **common,
     )
     return leased.map_batches(
         VllmTeacher if teacher.kind == "vllm" else RecordedTeacher,
         fn_constructor_args=(config, store_uri, selector),
-        compute=ActorPoolStrategy(
-            size=teacher.actors, max_tasks_in_flight_per_actor=teacher.tickets_in_flight
-        ),
+        compute=_pool(teacher.actors, teacher.tickets_in_flight),
         num_cpus=teacher.cpus,
         num_gpus=teacher.gpus or None,
-        ray_remote_args_fn=partial(_concurrent, teacher.tickets_in_flight),
         **common,
+    )
+
+
+def _pool(actors: int, tickets: int) -> ActorPoolStrategy:
+    """Some actors, each at work on some tickets at a time."""
+    return ActorPoolStrategy(
+        size=actors, max_tasks_in_flight_per_actor=tickets, max_concurrent_calls_per_actor=tickets
     )

@@ -23,27 +23,42 @@ MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__
 ROOMS: dict[str, set[str]] = {
     "config": set(),
     "schemas": set(),
-    "store": {"config", "schemas"},
-    "readers": {"config", "schemas", "store"},
-    "corpus": {"config", "schemas", "store", "readers"},
-    "prompts": {"config"},
     "signals": set(),
-    "policies": {"signals"},
-    "table": {"signals", "schemas"},
-    "selector": {"table", "policies", "store", "config"},
-    "teacher": {"prompts", "schemas", "store", "config"},
-    "student": {"config", "signals"},
-    "training": {"student", "store", "config", "schemas", "signals"},
-    "evaluate": {"signals"},
-    "report": {"store", "schemas", "evaluate"},
-    "docstrings": set(),
-    "quickstart": {"config", "prompts", "docstrings"},
     "console": set(),
+    "docstrings": set(),
+    "store": {"config", "schemas"},
+    # corpus
+    "readers": {"config", "schemas", "store"},
+    "sources": {"config", "readers", "store"},
+    "cleaning": {"config", "readers"},
+    "staging": {"cleaning", "schemas", "store"},
+    "corpus": {"cleaning", "config", "readers", "schemas", "sources", "staging", "store"},
+    # selection
+    "schedule": {"config"},
+    "table": {"signals", "schemas"},
+    "policies": {"signals", "table"},
+    "selector": {"config", "policies", "schedule", "schemas", "signals", "store", "table"},
+    # teacher and student
+    "prompts": {"config"},
+    "cluster": {"config"},
+    "teacher": {"cluster", "config", "prompts", "schemas", "store"},
+    "student": {"config", "signals"},
+    "training": {"config", "schemas", "signals", "store", "student"},
+    # results
+    "evaluate": {"signals"},
+    "metrics": {"evaluate", "schedule", "signals", "store"},
+    "facts": {"schemas", "store"},
+    "report": {"evaluate", "facts", "schemas", "store"},
+    # the whole
+    "run": {"config", "schedule", "selector", "store", "teacher", "training"},
+    "quickstart": {"config", "docstrings", "prompts"},
 }
-ROOMS["loop"] = set(ROOMS) - {"report", "docstrings", "quickstart"}  # the top: all that a run is made of
+ROOMS["loop"] = set(ROOMS) - {"docstrings", "quickstart"}
+ROOMS["plan"] = {"cleaning", "config", "loop", "prompts", "readers", "sources", "teacher"}
+ROOMS["cli"] = {"config", "loop", "plan", "quickstart", "store"}
 FOR_EVERYONE = {"console"}  # how progress is printed
 
-WITH_RAY = {"corpus", "selector", "teacher", "training", "loop"}
+WITH_RAY = {"cluster", "corpus", "run", "selector", "teacher", "training"}
 MAX_LINES = 450
 MAX_BYTES = 400_000
 

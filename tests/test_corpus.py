@@ -3,14 +3,12 @@
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,14 +18,7 @@ from llkd_ray.config import Config, ConfigError, parse_config
 from llkd_ray.corpus import ingest, repeats
 from llkd_ray.store import EXAMPLES_INDEX, Examples, RunStore
 
-pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.fixture

@@ -1,0 +1,134 @@
+"""A whole run on a real Ray: recorded answers, a tiny student, two DDP ranks."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from transformers import pipeline
+
+from llkd_ray.config import ConfigError, parse_config
+from llkd_ray.console import Display
+from llkd_ray.loop import distill
+from llkd_ray.schedule import Schedule
+from llkd_ray.store import Examples, RunStore, read_labels
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
+
+
+def run(settings: dict, folder: Path) -> dict:
+    with Display() as display:
+        return distill(parse_config(settings), str(folder), display)
+
+
+def test_a_run_from_corpus_to_model(toy_settings, tmp_path):
+    settings = toy_settings | {"student": toy_settings["student"] | {"workers": 2, "cpus": 0.4}}
+    run_dir = tmp_path / "run"
+    summary = run(settings, run_dir)
+
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [0, 1, 2]
+    assert set(lines[0]["seconds"]) == {"teach", "select", "train", "refresh", "evaluate", "idle"}
+    assert summary["labelled"] == 500
+    assert 0 < summary["trained"] <= 150
+    assert summary["student"]["accuracy"] > 0.6, "three balanced classes with words of their own"
+    assert summary["teacher"]["accuracy"] == pytest.approx(0.9, abs=0.1)
+    assert summary["teacher_tokens"] == sum(
+        sum(pq.read_table(file)["prompt_tokens"].to_pylist())
+        for file in (run_dir / "labels").glob("*.parquet")
+    )
+    assert summary["texts_sent_but_not_answered"] == 0
+
+    # Every row is trained on once at most, none of the hold-out, none of the test set.
+    store = RunStore(str(run_dir))
+    schedule = Schedule.plan(parse_config(settings), 600, 120)
+    batches = [pq.read_table(file) for file in sorted(run_dir.glob("rounds/*/batch.parquet"))]
+    trained = Counter(row for batch in batches for row in batch["row"].to_pylist())
+    holdout = set(read_labels(store, schedule.holdout_tickets)["row"].to_pylist())
+    assert len(holdout) == 40
+    assert set(trained.values()) == {1}
+    assert not holdout & set(trained)
+    assert max(trained) < 600
+
+    # What is selected carries its own text and its own pseudo-label.
+    examples, labels = Examples.open(store), read_labels(store, range(schedule.n_tickets))
+    said = dict(zip(labels["row"].to_pylist(), labels["probs"].to_pylist(), strict=True))
+    for batch in batches:
+        assert batch["text"].to_pylist() == examples.read(batch["row"].to_numpy())["text"].to_pylist()
+        for row, label in zip(batch["row"].to_pylist(), batch["label"].to_pylist(), strict=True):
+            assert label == int(np.argmax(said[row]))
+
+    classify = pipeline("text-classification", model=str(run_dir / "model"))
+    texts = examples.read(examples.test_rows[:20], ["text", "gold"])
+    names = settings["labels"]["names"]
+    right = sum(
+        classify(text)[0]["label"] == names[gold]
+        for text, gold in zip(texts["text"].to_pylist(), texts["gold"].to_pylist(), strict=True)
+    )
+    assert right >= 10
+    assert "<html" in (run_dir / "report.html").read_text()
+
+    # A finished run that is resumed asks, selects and trains nothing again.
+    before = {
+        file: file.stat().st_mtime_ns
+        for part in ("labels", "rounds")
+        for file in (run_dir / part).rglob("*.*")
+    }
+    again = run(settings, run_dir)
+    assert {key: again[key] for key in ("labelled", "trained")} == {
+        key: summary[key] for key in ("labelled", "trained")
+    }
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+
+
+def test_without_gold_only_agreement_is_known(toy_settings, tmp_path):
+    settings = toy_settings | {
+        "corpus": {"uri": toy_settings["corpus"]["uri"], "id": "id"},
+        "test": None,
+        "selection": {"policy": "random"},
+        "budget": {"rounds": 2, "train": 60, "labels": 200},
+    }
+    summary = run(settings, tmp_path / "run")
+    assert summary["teacher"] is None
+    assert summary["student"]["accuracy"] is None
+    assert 0 <= summary["student"]["teacher_agreement"] <= 1
+    assert summary["trained"] == 60
+
+
+def test_same_seed_same_rounds(toy_settings, tmp_path):
+    settings = toy_settings | {"selection": {"policy": "random"}, "budget": {"rounds": 2, "train": 60}}
+    batches = []
+    for name in ("one", "two"):
+        run(settings, tmp_path / name)
+        batches.append(
+            [
+                pq.read_table(file)["row"].to_pylist()
+                for file in sorted((tmp_path / name).glob("rounds/*/batch.parquet"))
+            ]
+        )
+    assert batches[0] == batches[1]
+
+
+def test_a_run_that_does_not_fit_is_refused_with_the_sum(toy_settings, tmp_path):
+    settings = toy_settings | {"student": toy_settings["student"] | {"workers": 500}}
+    with pytest.raises(ConfigError, match=r"500 student rank\(s\) need .* but the cluster has"):
+        run(settings, tmp_path / "run")
+
+
+def test_an_answer_that_is_not_recorded_is_quarantined_and_counted(toy_settings, tmp_path):
+    answers = pq.read_table(toy_settings["teacher"]["recorded"]["uri"])
+    some = tmp_path / "some.parquet"
+    pq.write_table(answers.filter([i % 10 != 0 for i in range(len(answers))]), some)
+    teacher = toy_settings["teacher"] | {"recorded": {"uri": str(some)}}
+    settings = toy_settings | {"teacher": teacher, "budget": {"rounds": 1, "train": 50}}
+    summary = run(settings, tmp_path / "run")
+    missing = [pq.read_table(file) for file in (tmp_path / "run/quarantine").glob("teacher-*.parquet")]
+    assert {reason for table in missing for reason in table["reason"].to_pylist()} == {"no_recorded_answer"}
+    assert sum(len(table) for table in missing) == 72
+    assert summary["labelled"] == 600 - sum(
+        row < 600 for table in missing for row in table["position"].to_pylist()
+    )

@@ -1,0 +1,74 @@
+"""SIGKILL of the driver, then --resume: nothing is lost, nothing is asked or trained twice."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(600)
+
+
+def start(arguments: list[str], log: Path, env: dict[str, str]) -> subprocess.Popen:
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "jobs/distill.py"), *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=log.parent,
+            env=env,
+        )
+
+
+def count(run_dir: Path, pattern: str) -> int:
+    return len(list(run_dir.glob(pattern)))
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_killed_three_times_then_finished(toy_settings, own_cluster_env, tmp_path, seed):
+    rng = random.Random(seed)
+    settings = toy_settings | {"run": {"dir": str(tmp_path), "name": "run"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    run_dir, log = tmp_path / "run", tmp_path / "log.txt"
+    # Moments in the life of a run: some labels there, a round selected, a round trained; then a random wait.
+    moments = [
+        ("labels/*.parquet", rng.randrange(1, 6)),
+        ("rounds/*/selected.json", 1),
+        ("rounds/*/trained.json", 2),
+    ]
+    arguments = ["config.yaml"]
+    for pattern, number in moments:
+        driver = start(arguments, log, own_cluster_env)
+        while count(run_dir, pattern) < number:
+            assert driver.poll() is None, log.read_text()
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        arguments = ["--resume", str(run_dir)]
+    trained_before = {f: f.stat().st_mtime_ns for f in run_dir.glob("rounds/*/trained.json")}
+    assert len(trained_before) >= 2
+
+    last = start(arguments, log, own_cluster_env)
+    assert last.wait(timeout=240) == 0, log.read_text()
+
+    labels = [row for f in run_dir.glob("labels/*.parquet") for row in pq.read_table(f)["row"].to_pylist()]
+    assert max(Counter(labels).values()) == 1, "a text was labelled twice"
+    assert len(labels) == 500 + 120
+    assert count(run_dir, "metrics.jsonl") == 1
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 3
+    trained = [r for f in run_dir.glob("rounds/*/batch.parquet") for r in pq.read_table(f)["row"].to_pylist()]
+    assert max(Counter(trained).values()) == 1
+    assert trained_before == {f: f.stat().st_mtime_ns for f in trained_before}, (
+        "a finished round was repeated"
+    )
+    assert (run_dir / "model/config.json").exists()

@@ -1,0 +1,41 @@
+"""Fixtures that several test files use; what they are made of is in toys.py."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports transformers: no test may reach a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+from toys import save_tiny_encoder, save_tiny_llm
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random two-layer Llama (float32) with a BPE tokenizer."""
+    return save_tiny_llm(tmp_path_factory.mktemp("tiny-llm"))
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random two-layer BERT (float32) with a WordPiece tokenizer."""
+    return save_tiny_encoder(tmp_path_factory.mktemp("tiny-encoder"))
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray on this machine for all tests that run in this process; nobody else's is touched."""
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="llkd-")  # Ray's sockets need a short path
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", _temp_dir=folder)
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
