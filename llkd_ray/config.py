@@ -7,6 +7,7 @@ with the field, the value and the remedy in one line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -356,7 +357,11 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
+        # A setting of several types is refused once for each of them; that is one mistake.
+        said: dict[str, list[str]] = {}
+        for problem in error.errors():
+            said.setdefault(_field(problem["loc"]), []).append(_explain(problem))
+        raise ConfigError("\n".join(f"{field}: {'; '.join(why)}" for field, why in said.items())) from None
 
 
 def dump_config(config: Config) -> str:
@@ -368,19 +373,24 @@ def _copy(tree: Any) -> Any:
     return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
 
 
+def _field(loc: Sequence[Any]) -> str:
+    """The setting's dotted name, without the names of types that pydantic puts behind it."""
+    types = re.compile(r"int|float|str|bool|tuple\[.*\]")
+    return ".".join(str(part) for part in loc if not types.fullmatch(str(part))) or "config"
+
+
 def _explain(problem: Any) -> str:
-    """One line for one pydantic error: field, value, remedy."""
-    field = ".".join(str(part) for part in problem["loc"]) or "config"
+    """What one pydantic error says of a field: value and remedy."""
     match problem["type"]:
         case "extra_forbidden":
             parent = problem["loc"][:-1]
-            return f"{field}: unknown setting; known here: {', '.join(_known_fields(parent))}"
+            return f"unknown setting; known here: {', '.join(_known_fields(parent))}"
         case "missing":
-            return f"{field}: missing; it has no default, so set it"
+            return "missing; it has no default, so set it"
         case "value_error":
-            return f"{field}: {problem['ctx']['error']}"
+            return str(problem["ctx"]["error"])
         case _:
-            return f"{field}: {problem['input']!r} is refused: {problem['msg']}"
+            return f"{problem['input']!r} is refused: {problem['msg']}"
 
 
 def _known_fields(loc: Sequence[Any]) -> list[str]:

@@ -8,17 +8,21 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 LOG_EVERY_S = 5.0
 
 
 class Display:
-    """Says what is finished, and shows what is going on. Without a terminal it prints plain lines."""
+    """Says what is finished, and shows what is going on. Without a terminal it prints plain lines.
+
+    Texts are shown as they are: names and paths may hold what rich takes for markup.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._status = self.console.status("") if self.console.is_terminal else None
-        self._last_update, self._last_time = "", 0.0
+        self._last_update, self._last_time = "", -LOG_EVERY_S
         self._began = time.monotonic()
 
     def __enter__(self) -> Display:
@@ -34,18 +38,20 @@ class Display:
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        self.console.print(f"[{time.monotonic() - self._began:5.0f} s] {line}", markup=False)
+        self.console.print(Text(f"[{time.monotonic() - self._began:5.0f} s] {line}"))
 
     def update(self, line: str) -> None:
         """What is going on now."""
         if self._status:
-            self._status.update(line)
+            self._status.update(Text(line))
         elif line != self._last_update and time.monotonic() - self._last_time >= LOG_EVERY_S:
             self._last_update, self._last_time = line, time.monotonic()
             self.say(line)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        table = Table(*header, title=title, title_justify="left")
+        table = Table(title=Text(title, style="italic"), title_justify="left")
+        for name in header:
+            table.add_column(Text(name))
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(cell) for cell in row))
         self.console.print(table)

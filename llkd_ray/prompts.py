@@ -88,16 +88,13 @@ def label_token_ids(prompt: Prompt, labels: LabelsConfig, tokenizer: Tokenizer) 
     Raises :class:`ConfigError` where two labels begin with the same token, or where a label's answer
     changes how the prompt before it is cut into tokens.
     """
-    options = {"add_special_tokens": prompt.add_special_tokens}
-    base = tokenizer(prompt.render("x"), **options)["input_ids"]
+    base = _token_ids(prompt, prompt.render("x"), tokenizer)
     owner: dict[int, str] = {}
     ids = []
     for name, answer in zip(labels.names, prompt.answers, strict=True):
-        whole = tokenizer(prompt.render("x") + answer, **options)["input_ids"]
-        if whole[-1] in _special_ids(tokenizer) and len(whole) > len(base):
-            whole = whole[:-1]
+        whole = _token_ids(prompt, prompt.render("x") + answer, tokenizer)
         token = whole[len(base)] if len(whole) > len(base) else None
-        if token is None or list(whole[: len(base)]) != list(base):
+        if token is None or whole[: len(base)] != base:
             raise ConfigError(
                 f"labels.names: the teacher's tokenizer joins {answer!r} (label {name!r}) to the prompt "
                 "before it; change teacher.prompt.answer_prefix, or set teacher.prompt.answer to 'letters'"
@@ -113,9 +110,16 @@ def label_token_ids(prompt: Prompt, labels: LabelsConfig, tokenizer: Tokenizer) 
     return ids
 
 
-def _special_ids(tokenizer: Tokenizer) -> set[int]:
-    """Tokens, such as an end mark, that a tokenizer may put behind every text."""
-    return set(getattr(tokenizer, "all_special_ids", ()))
+def _token_ids(prompt: Prompt, whole: str, tokenizer: Tokenizer) -> list[int]:
+    """A whole prompt as the engine gets it."""
+    ids = tokenizer(whole, add_special_tokens=prompt.add_special_tokens)["input_ids"]
+    return _without_end_mark(prompt, ids, tokenizer)
+
+
+def _without_end_mark(prompt: Prompt, ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """The answer comes next, so an end mark that a tokenizer puts behind every text must go."""
+    special = getattr(tokenizer, "all_special_ids", ()) if prompt.add_special_tokens else ()
+    return list(ids[:-1] if ids and ids[-1] in special else ids)
 
 
 def encode_prompts(
@@ -125,13 +129,11 @@ def encode_prompts(
 
     Only the text is cut, at its end; never the instruction or a demonstration.
     """
-    options = {"add_special_tokens": prompt.add_special_tokens}
-    encoded = [
-        list(ids) for ids in tokenizer([prompt.render(text) for text in texts], **options)["input_ids"]
-    ]
+    whole = tokenizer([prompt.render(text) for text in texts], add_special_tokens=prompt.add_special_tokens)
+    encoded = [_without_end_mark(prompt, ids, tokenizer) for ids in whole["input_ids"]]
     long = [i for i, ids in enumerate(encoded) if len(ids) > max_tokens]
     if long:
-        room = max_tokens - len(tokenizer(prompt.render(""), **options)["input_ids"])
+        room = max_tokens - len(_token_ids(prompt, prompt.render(""), tokenizer))
         if room < 1:
             raise ConfigError(
                 f"teacher.max_model_len leaves no room for a text: the prompt around it has "
@@ -145,9 +147,9 @@ def encode_prompts(
 def _encode_cut(prompt: Prompt, text: str, tokenizer: Tokenizer, max_tokens: int, room: int) -> list[int]:
     # Tokens at the seams may merge differently, so cut a little more until the whole fits.
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    for keep in range(room, -1, -1):
+    for keep in range(min(room, len(offsets)), -1, -1):
         start_of_text = text[: offsets[keep - 1][1]] if keep else ""
-        ids = tokenizer(prompt.render(start_of_text), add_special_tokens=prompt.add_special_tokens)
-        if len(ids["input_ids"]) <= max_tokens:
-            return list(ids["input_ids"])
+        ids = _token_ids(prompt, prompt.render(start_of_text), tokenizer)
+        if len(ids) <= max_tokens:
+            return ids
     raise AssertionError("an empty text always fits")

@@ -35,11 +35,16 @@ class Schedule:
         labels = min(budget.labels or n_pool, n_pool)
         holdout = min(evaluation.holdout, labels // 10)
         train = budget.train if isinstance(budget.train, int) else round(budget.train * n_pool)
-        train = min(train, labels - holdout)
         if train < budget.rounds:
             raise ConfigError(
                 f"budget.train: {budget.train} of a pool of {n_pool} texts makes {train} texts for "
                 f"{budget.rounds} rounds; raise budget.train or lower budget.rounds"
+            )
+        train = min(train, labels - holdout)
+        if train < budget.rounds:
+            raise ConfigError(
+                f"budget.labels: {labels} labelled texts of a pool of {n_pool}, {holdout} of them held out, "
+                f"leave {train} for {budget.rounds} rounds; raise budget.labels or lower budget.rounds"
             )
         return cls(
             lease_rows=config.teacher.lease_rows,

@@ -89,7 +89,9 @@ class Selector:
             if ticket not in self.leases:
                 if self.state.finished:
                     return np.empty(0, dtype=np.int64)
-                self._plan_leases(ahead)
+                # In order, so that what a round reads does not depend on which ticket asks first.
+                for k in range(ahead + 1):
+                    self._plan_leases(k)
         return self.leases[ticket]
 
     async def put_labels(self, ticket: int, row_M: Ints, probs_MC: Floats, tokens: int) -> int:
@@ -234,10 +236,12 @@ class Selector:
         return new
 
     def _plan_leases(self, round_number: int) -> None:
-        """Choose the rows of all tickets that round ``round_number`` is the first to choose from."""
+        """Choose the rows of all tickets that a round is the first to choose from, if that is not done."""
         below = self.schedule.tickets_before(round_number)
         start = self.schedule.tickets_before(round_number - 1) if round_number else 0
         tickets = range(max(start, self.schedule.pool_tickets.start), below)
+        if not tickets or tickets[0] in self.leases:
+            return
         sizes = [self.schedule.ticket_rows(ticket) for ticket in tickets]
         rng = np.random.default_rng([self.config.run.seed, _ACQUIRE_SEED, round_number])
         row_M = ACQUISITION[self.config.acquisition.policy](self.table.unread(), sum(sizes), rng)

@@ -33,6 +33,8 @@ QUARANTINE_DIR = "quarantine"
 ROUNDS_DIR = "rounds"
 CHECKPOINTS_DIR = "checkpoints"
 MODEL_DIR = "model"
+_UNFINISHED = ".tmp"
+"""Ends the name of a local file that is not in its place yet."""
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -61,10 +63,13 @@ class RunStore:
         return self.fs.get_file_info(self.path(relative)).type != pafs.FileType.NotFound
 
     def names(self, folder: str, suffix: str = "") -> list[str]:
-        """Sorted names of the files in a folder; empty where there is no such folder."""
+        """Sorted names of the files in a folder; empty where there is no such folder.
+
+        What a killed writer left unfinished is not among them.
+        """
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
-        infos = self.fs.get_file_info(selector)
-        return sorted(i.base_name for i in infos if i.is_file and i.base_name.endswith(suffix))
+        found = [info.base_name for info in self.fs.get_file_info(selector) if info.is_file]
+        return sorted(n for n in found if n.endswith(suffix) and not n.endswith(_UNFINISHED))
 
     def folders(self, folder: str) -> list[str]:
         """Sorted names of the folders in a folder."""
@@ -82,11 +87,16 @@ class RunStore:
         """Write a whole file, atomically."""
         target = self.path(relative)
         self.fs.create_dir(target.rpartition("/")[0], recursive=True)
-        place = f"{target}.{uuid.uuid4().hex}.tmp" if self.is_local else target
-        with self.fs.open_output_stream(place) as stream:
-            stream.write(content)
-        if place != target:
-            self.fs.move(place, target)
+        place = f"{target}.{uuid.uuid4().hex}{_UNFINISHED}" if self.is_local else target
+        try:
+            with self.fs.open_output_stream(place) as stream:
+                stream.write(content)
+            if place != target:
+                self.fs.move(place, target)
+        except BaseException:
+            if place != target and self.fs.get_file_info(place).is_file:
+                self.fs.delete_file(place)
+            raise
 
     def read_bytes(self, relative: str) -> bytes:
         with self.fs.open_input_stream(self.path(relative), compression=None) as stream:

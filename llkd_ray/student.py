@@ -75,13 +75,19 @@ def check_student(config: StudentConfig) -> None:
     checkpoint = resolve_model(config.model)
     try:
         model_config = AutoConfig.from_pretrained(checkpoint)
-        AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
             f"student.model: {config.model!r} cannot be loaded ({reason}); give a checkpoint folder with "
             "config.json, weights and tokenizer files, or a hub name"
         ) from None
+    if len(tokenizer) < len(tokenizer.all_special_ids) + 10:
+        # For some types, transformers makes an empty tokenizer where there are no files for it.
+        raise ConfigError(
+            f"student.model: {config.model!r} has no tokenizer files (its tokenizer knows {len(tokenizer)} "
+            "tokens); save the tokenizer beside the weights"
+        )
     if type(model_config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ConfigError(
             f"student.model: {config.model!r} is of type {model_config.model_type!r}, which transformers "
@@ -171,7 +177,9 @@ def train_round(
     steps_an_epoch = -(-length_N.size // config.batch_size)
     steps = steps_an_epoch * config.epochs
     optimizer = torch.optim.AdamW(
-        _parameter_groups(student.model, config.weight_decay), lr=config.learning_rate
+        _parameter_groups(student.model, config.weight_decay),
+        lr=config.learning_rate,
+        fused=True,  # a seventh of the time of the plain loop, which is a third of a small model's step
     )
     warmup = max(1, round(config.warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(

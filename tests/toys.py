@@ -31,7 +31,7 @@ COMMON = (
     "a again and at before behind but by came each every few found from had he in it its last left long "
     "many near never of old on once one our she some still that the then there they three to two under "
     "was we went were when with year young"
-).split()
+)
 
 
 def toy_texts(n: int, n_classes: int, seed: int) -> tuple[list[str], np.ndarray]:
@@ -41,7 +41,7 @@ def toy_texts(n: int, n_classes: int, seed: int) -> tuple[list[str], np.ndarray]
     texts: dict[str, None] = {}
     for label in gold_N:
         own = rng.choice(WORDS[NAMES[label]].split(), 3, replace=False)
-        words = rng.permutation([*own, *rng.choice(COMMON, rng.integers(4, 9))])
+        words = rng.permutation([*own, *rng.choice(COMMON.split(), rng.integers(4, 9))])
         texts[" ".join(words)] = None
     assert len(texts) == n, "two toy texts are the same; take another seed"
     return list(texts), gold_N
@@ -144,7 +144,9 @@ def make_run(
 def training_sentences() -> list[str]:
     """What the tokenizers of the toy checkpoints are trained on: toy texts, labels and prompt words."""
     texts, _ = toy_texts(400, len(NAMES), seed=77)
-    letters = [f"Label: {letter}\n\nText: {letter}. {name}" for letter, name in zip("ABCDEF", NAMES, strict=True)]
+    letters = [
+        f"Label: {letter}\n\nText: {letter}. {name}" for letter, name in zip("ABCDEF", NAMES, strict=True)
+    ]
     names = [f"Label: {name}\n\nText: the {name}\n- {name}" for name in NAMES]
     return texts + 20 * (letters + names + ["Classify the text into exactly one of the categories."])
 

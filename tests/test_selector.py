@@ -1,0 +1,623 @@
+"""The selector gives the same answers however often it is asked and however often it dies.
+
+The plain class runs in a test's own event loop. Blocking is tested by a wait that must not end soon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from toys import make_config, make_run, toy_probs, toy_texts
+
+from llkd_ray import schemas
+from llkd_ray.selector import Selector
+from llkd_ray.store import BATCH, LABELS_DIR, LEASES_DIR, SELECTED, list_column, round_file, ticket_file
+
+N_POOL, N_TEST, N_CLASSES = 200, 30, 3
+GOLD = toy_texts(N_POOL + N_TEST, N_CLASSES, seed=0)[1]
+TOKENS = 7
+"""Prompt tokens of every text."""
+
+
+class Bench:
+    """A run directory, a selector on it, and the parts of teacher and student that talk to it."""
+
+    def __init__(self, folder, **sections):
+        settings = {
+            "budget": {"rounds": 4, "train": 60} | sections.pop("budget", {}),
+            "teacher": {"lease_rows": 16} | sections.pop("teacher", {}),
+        }
+        self.config = make_config(**settings, **sections)
+        self.store = make_run(folder, N_POOL, N_TEST, N_CLASSES)
+        self.restart()
+
+    def restart(self) -> Selector:
+        """A new selector that knows only the files, as after a crash."""
+        self.selector = Selector(self.config, self.store.root)
+        return self.selector
+
+    @property
+    def schedule(self):
+        return self.selector.schedule
+
+    def probs(self, row_M):
+        # By row, so that the answer to a text does not depend on when it is asked.
+        rows = [toy_probs(GOLD[[row]], N_CLASSES, 0.9, np.random.default_rng(row)) for row in row_M]
+        return np.concatenate(rows) if rows else np.empty((0, N_CLASSES), dtype=np.float32)
+
+    def write_labels(self, ticket, row_M):
+        probs_MC = self.probs(row_M)
+        columns = [
+            pa.array(row_M, pa.int64()),
+            pa.array([f"toy-{row}" for row in row_M], pa.string()),
+            list_column(probs_MC),
+            pa.array(1 - probs_MC.sum(axis=1), pa.float32()),
+            pa.array(np.full(len(row_M), TOKENS), pa.int32()),
+        ]
+        table = pa.Table.from_arrays(columns, schema=schemas.LABELS)
+        self.store.write_table(ticket_file(LABELS_DIR, ticket), table)
+        return probs_MC
+
+    async def teach(self, ticket):
+        row_M = await self.selector.lease(ticket)
+        probs_MC = self.write_labels(ticket, row_M)
+        await self.selector.put_labels(ticket, row_M, probs_MC, TOKENS * len(row_M))
+        return row_M
+
+    async def teach_for(self, k):
+        """All tickets that round ``k`` waits for, as far as they are not labelled."""
+        for ticket in range(self.schedule.tickets_before(k)):
+            if ticket not in self.selector.state.tickets_done:
+                await self.teach(ticket)
+
+    async def score(self, k):
+        rows = await self.selector.rows_to_score(k)
+        for mine in np.array_split(rows, 2):  # two ranks
+            uncertainty = np.random.default_rng(1000 * k).uniform(size=N_POOL + N_TEST)
+            await self.selector.refresh(k, mine, uncertainty[mine].astype(np.float32))
+        await self.selector.refresh_done(k)
+        return rows
+
+    async def round(self, k):
+        await self.teach_for(k)
+        await self.score(k)
+        facts = await self.selector.select(k)
+        await self.selector.trained(k, {"ranks": 1, "loss": 1.0 / (k + 1)})
+        return facts
+
+    def batch(self, k):
+        return self.store.read_table(round_file(k, BATCH))
+
+    def batch_rows(self, rounds=4):
+        return [self.batch(k)["row"].to_pylist() for k in range(rounds)]
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path / "run")
+
+
+async def still_waits(waiting: asyncio.Task) -> bool:
+    """Whether a task is held up; it gets many turns of the loop to finish."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+    return not waiting.done()
+
+
+async def released(waiting: asyncio.Task):
+    """The result of a task that nothing holds up any more."""
+    return await asyncio.wait_for(waiting, timeout=5)
+
+
+def run(coroutine):
+    return asyncio.run(coroutine)
+
+
+class TestLease:
+    def test_every_kind_has_rows_of_its_own(self, bench):
+        async def script():
+            await bench.teach_for(0)
+            holdout = [await bench.selector.lease(t) for t in bench.schedule.holdout_tickets]
+            first = [
+                await bench.selector.lease(t)
+                for t in range(bench.schedule.pool_tickets.start, bench.schedule.tickets_before(1))
+            ]
+            test = [await bench.selector.lease(t) for t in bench.schedule.test_tickets]
+            return (np.concatenate(rows) for rows in (holdout, first, test))
+
+        holdout, pool, test = run(script())
+        assert holdout.size == bench.schedule.holdout == 20
+        assert np.array_equal(np.sort(holdout), run(bench.selector.holdout_rows()))
+        assert np.array_equal(test, np.arange(N_POOL, N_POOL + N_TEST))
+        assert np.unique(pool).size == pool.size
+        assert pool.max() < N_POOL
+        assert not np.isin(pool, holdout).any()
+
+    def test_sizes_are_those_of_the_schedule(self, bench):
+        async def script():
+            for k in range(4):
+                await bench.round(k)
+            return [len(await bench.selector.lease(t)) for t in range(bench.schedule.n_tickets)]
+
+        assert run(script()) == [bench.schedule.ticket_rows(t) for t in range(bench.schedule.n_tickets)]
+
+    def test_second_call_and_new_selector_give_the_same(self, bench):
+        async def lease_all():
+            tickets = [*range(bench.schedule.tickets_before(1)), *bench.schedule.test_tickets]
+            return [(await bench.selector.lease(ticket)).tolist() for ticket in tickets]
+
+        first = run(lease_all())
+        assert run(lease_all()) == first
+        files = bench.store.names(LEASES_DIR)
+        bench.restart()
+        assert run(lease_all()) == first
+        assert bench.store.names(LEASES_DIR) == files
+
+    def test_is_in_its_file_before_it_is_answered(self, bench):
+        ticket = bench.schedule.pool_tickets.start
+        rows = run(bench.selector.lease(ticket))
+        leases = bench.store.read_table(f"{LEASES_DIR}/0000.parquet")
+        assert leases.schema == schemas.LEASES
+        of_ticket = leases["row"].to_numpy()[leases["ticket"].to_numpy() == ticket]
+        assert of_ticket.tolist() == rows.tolist()
+
+    def test_does_not_depend_on_which_round_is_asked_for_first(self, tmp_path):
+        async def lease(bench, rounds):
+            tickets = [bench.schedule.tickets_before(k) - 1 for k in rounds]
+            return {k: (await bench.selector.lease(t)).tolist() for k, t in zip(rounds, tickets, strict=True)}
+
+        in_order = run(lease(Bench(tmp_path / "a"), (0, 1)))
+        assert run(lease(Bench(tmp_path / "b"), (1, 0))) == in_order
+
+    def test_more_rounds_than_tickets(self, tmp_path):
+        bench = Bench(tmp_path / "run", teacher={"lease_rows": 150}, budget={"rounds": 6, "train": 60})
+        assert len(bench.schedule.pool_tickets) == 2
+
+        async def script():
+            for k in range(6):
+                await bench.round(k)
+            return await bench.selector.stats()
+
+        stats = run(script())
+        assert stats["labelled"] == N_POOL
+        assert stats["rounds_trained"] == 6
+        bench.restart()
+        assert run(bench.selector.stats())["labelled"] == N_POOL
+
+    def test_sequential_acquisition_reads_in_corpus_order(self, tmp_path):
+        bench = Bench(tmp_path / "run", acquisition={"policy": "sequential"}, evaluation={"holdout": 0})
+        leased = [run(bench.selector.lease(t)) for t in range(bench.schedule.tickets_before(1))]
+        assert np.concatenate(leased).tolist() == list(range(sum(len(rows) for rows in leased)))
+
+
+class TestLookAhead:
+    def test_one_round_ahead_is_given_and_two_must_wait(self, bench):
+        async def script():
+            await bench.teach_for(1)  # round 0 is not selected yet
+            two_ahead = asyncio.create_task(bench.selector.lease(bench.schedule.tickets_before(1)))
+            assert bench.schedule.round_of(bench.schedule.tickets_before(1)) == 2
+            assert await still_waits(two_ahead)
+            await bench.selector.select(0)
+            assert len(await released(two_ahead)) == 16
+
+        run(script())
+
+    def test_holds_after_a_restart(self, bench):
+        async def before():
+            await bench.round(0)
+
+        async def after():
+            for k, waits in ((1, False), (2, False), (3, True)):
+                ticket = bench.schedule.tickets_before(k) - 1
+                lease = asyncio.create_task(bench.selector.lease(ticket))
+                assert await still_waits(lease) == waits, k
+                lease.cancel()
+
+        run(before())
+        bench.restart()
+        run(after())
+
+    def test_holdout_and_test_need_not_wait(self, bench):
+        for ticket in (*bench.schedule.holdout_tickets, *bench.schedule.test_tickets):
+            assert len(run(bench.selector.lease(ticket))) == bench.schedule.ticket_rows(ticket)
+
+    def test_finish_releases_waiters_with_nothing(self, bench):
+        async def script():
+            ticket = bench.schedule.pool_tickets.stop - 1
+            lease = asyncio.create_task(bench.selector.lease(ticket))
+            files = asyncio.create_task(bench.selector.batch_files(0))
+            labels = asyncio.create_task(bench.selector.wait_labels(0))
+            for waiting in (lease, files, labels):
+                assert await still_waits(waiting)
+            await bench.selector.finish()
+            assert (await released(lease)).tolist() == []
+            assert await released(files) is None
+            await released(labels)
+            assert (await bench.selector.lease(ticket)).tolist() == []
+            assert len(await bench.selector.lease(bench.schedule.test_tickets.start)) == 16
+
+        run(script())
+        assert bench.store.names(LEASES_DIR) == []
+
+
+class TestLabels:
+    def test_twice_counts_once(self, bench):
+        async def script():
+            ticket = bench.schedule.pool_tickets.start
+            rows = await bench.selector.lease(ticket)
+            probs = bench.probs(rows)
+            new = [await bench.selector.put_labels(ticket, rows, probs, 112) for _ in range(2)]
+            # Another answer to the same texts changes nothing.
+            other = np.roll(probs, 1, axis=1)
+            new.append(await bench.selector.put_labels(ticket, rows, other, 112))
+            assert new == [16, 0, 0]
+            stats = await bench.selector.stats()
+            assert (stats["labelled"], stats["teacher_tokens"], stats["tickets_done"]) == (16, 112, 1)
+            assert bench.selector.table.label[rows].tolist() == probs.argmax(axis=1).tolist()
+
+        run(script())
+
+    def test_confidence_is_over_the_labels(self, bench):
+        async def script():
+            ticket = bench.schedule.pool_tickets.start
+            rows = (await bench.selector.lease(ticket))[:2]
+            await bench.selector.put_labels(ticket, rows, np.array([[0.3, 0.1, 0.0], [0.0, 0.0, 0.0]]), 9)
+            assert bench.selector.table.confidence[rows] == pytest.approx([0.75, 1 / 3])
+
+        run(script())
+
+    def test_of_holdout_and_pool_are_counted_and_of_test_are_not(self, bench):
+        async def script():
+            for ticket in bench.schedule.test_tickets:
+                await bench.teach(ticket)
+            assert (await bench.selector.stats())["labelled"] == 0
+            for ticket in bench.schedule.holdout_tickets:
+                await bench.teach(ticket)
+            stats = await bench.selector.stats()
+            assert stats["labelled"] == bench.schedule.holdout
+            assert stats["teacher_tokens"] == TOKENS * (N_TEST + bench.schedule.holdout)
+
+        run(script())
+
+    def test_wait_labels_waits_for_the_last_of_them(self, bench):
+        async def script():
+            waiting = asyncio.create_task(bench.selector.wait_labels(0))
+            needed = bench.schedule.tickets_before(0)
+            for ticket in (*bench.schedule.test_tickets, *range(1, needed)):
+                await bench.teach(ticket)
+                assert await still_waits(waiting)
+            await bench.teach(0)
+            await released(waiting)
+
+        run(script())
+
+    def test_ticket_whose_texts_all_went_to_quarantine_is_done(self, bench):
+        async def script():
+            await bench.selector.put_labels(0, np.empty(0, dtype=np.int64), np.empty((0, N_CLASSES)), 0)
+            assert (await bench.selector.stats())["tickets_done"] == 1
+
+        run(script())
+
+
+class TestScoring:
+    @pytest.mark.parametrize("k", [0, 1])
+    def test_nothing_is_scored_for_random(self, tmp_path, k):
+        bench = Bench(tmp_path / "run", selection={"policy": "random"})
+
+        async def script():
+            for earlier in range(k):
+                await bench.round(earlier)
+            await bench.teach_for(k)
+            assert (await bench.selector.rows_to_score(k)).size == 0
+            await asyncio.wait_for(bench.selector.wait_refreshed(k), timeout=5)
+
+        run(script())
+
+    def test_before_the_first_round_the_student_knows_nothing(self, bench):
+        async def script():
+            await bench.teach_for(0)
+            assert (await bench.selector.rows_to_score(0)).size == 0
+            await asyncio.wait_for(bench.selector.wait_refreshed(0), timeout=5)
+
+        run(script())
+
+    def test_candidates_of_the_round_are_scored(self, bench):
+        async def script():
+            await bench.round(0)
+            waiting = asyncio.create_task(bench.selector.rows_to_score(1))
+            assert await still_waits(waiting), "the round's labels are not there yet"
+            await bench.teach_for(2)  # further than round 1 may look
+            rows = await released(waiting)
+            trained = bench.batch(0)["row"].to_numpy()
+            leased = np.concatenate(
+                [
+                    await bench.selector.lease(t)
+                    for t in range(bench.schedule.pool_tickets.start, bench.schedule.tickets_before(1))
+                ]
+            )
+            assert np.array_equal(rows, np.setdiff1d(leased, trained))
+
+        run(script())
+
+    def test_pool_refresh_scores_all_that_may_still_be_trained_on(self, tmp_path):
+        bench = Bench(tmp_path / "run", selection={"refresh": "pool"})
+
+        async def script():
+            await bench.round(0)
+            await bench.teach_for(1)
+            rows = await bench.selector.rows_to_score(1)
+            never = np.union1d(await bench.selector.holdout_rows(), bench.batch(0)["row"].to_numpy())
+            assert np.array_equal(rows, np.setdiff1d(np.arange(N_POOL), never))
+
+        run(script())
+
+    def test_selection_waits_for_the_scores(self, bench):
+        async def script():
+            await bench.round(0)
+            await bench.teach_for(1)
+            waiting = asyncio.create_task(bench.selector.wait_refreshed(1))
+            assert await still_waits(waiting)
+            await bench.score(1)
+            await released(waiting)
+            await bench.selector.select(1)
+            assert (await bench.selector.rows_to_score(1)).size == 0, "nothing more to score once selected"
+
+        run(script())
+
+    def test_scores_are_kept_in_a_file(self, bench):
+        async def script():
+            await bench.round(0)
+            await bench.teach_for(1)
+            return await bench.score(1)
+
+        rows = run(script())
+        scores = bench.store.read_table(round_file(1, "scores.parquet"))
+        assert scores.schema == schemas.SCORES
+        assert scores["row"].to_pylist() == rows.tolist()
+        before = bench.selector.table.uncertainty.copy()
+        assert np.array_equal(bench.restart().table.uncertainty, before, equal_nan=True)
+
+
+class TestSelect:
+    def test_batch_holds_what_teacher_and_corpus_say(self, bench):
+        run(bench.round(0))
+        batch = bench.batch(0)
+        rows = batch["row"].to_numpy()
+        texts, _ = toy_texts(N_POOL + N_TEST, N_CLASSES, seed=0)
+        mass = bench.probs(rows)
+        assert batch.schema == schemas.ROUND
+        assert len(batch) == 15
+        assert batch["text"].to_pylist() == [texts[row] for row in rows]
+        assert batch["label"].to_pylist() == mass.argmax(axis=1).tolist()
+        expected = mass / mass.sum(axis=1, keepdims=True)
+        assert np.array(batch["probs"].to_pylist()) == pytest.approx(expected, abs=1e-6)
+        assert batch["weight"].to_numpy().mean() == pytest.approx(1.0)
+
+    def test_second_call_changes_nothing(self, bench):
+        async def script():
+            await bench.teach_for(0)
+            facts = await bench.selector.select(0)
+            first = bench.store.read_bytes(round_file(0, BATCH))
+            assert await bench.selector.select(0) == facts
+            assert bench.store.read_bytes(round_file(0, BATCH)) == first
+            assert (await bench.selector.stats())["trained"] == facts["selected"] == len(bench.batch(0))
+
+        run(script())
+
+    @pytest.mark.parametrize("policy", ["random", "llkd"])
+    def test_rows_are_of_the_pool_labelled_and_never_twice(self, tmp_path, policy):
+        bench = Bench(tmp_path / "run", selection={"policy": policy})
+
+        async def script():
+            for k in range(4):
+                await bench.round(k)
+            return await bench.selector.holdout_rows(), await bench.selector.stats()
+
+        holdout, stats = run(script())
+        chosen = np.concatenate(bench.batch_rows())
+        assert np.unique(chosen).size == chosen.size == stats["trained"]
+        assert chosen.max() < N_POOL
+        assert not np.isin(chosen, holdout).any()
+        if policy == "random":
+            assert [len(rows) for rows in bench.batch_rows()] == [15, 15, 15, 15]
+
+    def test_a_round_looks_only_at_the_tickets_it_waited_for(self, tmp_path):
+        late, early = Bench(tmp_path / "late"), Bench(tmp_path / "early")
+
+        async def script():
+            await late.teach_for(0)
+            await early.teach_for(1)  # the teacher is ahead
+            for ticket in early.schedule.test_tickets:
+                await early.teach(ticket)
+            await late.selector.select(0)
+            await early.selector.select(0)
+
+        run(script())
+        assert late.batch(0).equals(early.batch(0))
+
+    @pytest.mark.parametrize("weighting", ["signals", "none"])
+    def test_weights(self, tmp_path, weighting):
+        bench = Bench(tmp_path / "run", selection={"weighting": weighting})
+
+        async def script():
+            await bench.round(0)
+            await bench.round(1)
+
+        run(script())
+        weights = bench.batch(1)["weight"].to_numpy()
+        assert weights.size > 1
+        assert (len(set(weights)) == 1) == (weighting == "none")
+
+    def test_fewer_candidates_than_wanted_are_made_up_for_later(self, tmp_path):
+        bench = Bench(tmp_path / "run", selection={"policy": "random"}, budget={"rounds": 2, "train": 170})
+
+        async def script():
+            return [await bench.round(k) for k in range(2)]
+
+        run(script())
+        assert [bench.schedule.train_target(k) for k in range(2)] == [85, 170]
+        sizes = [len(rows) for rows in bench.batch_rows(2)]
+        assert sum(sizes) == 170
+        assert sizes[0] <= 85
+
+    def test_a_round_of_nothing(self, tmp_path):
+        bench = Bench(tmp_path / "run")
+
+        async def script():
+            for ticket in range(bench.schedule.tickets_before(0)):
+                none = np.empty(0, dtype=np.int64)
+                bench.write_labels(ticket, none)
+                await bench.selector.put_labels(ticket, none, np.empty((0, N_CLASSES)), 0)
+            return await bench.selector.select(0)
+
+        facts = run(script())
+        assert (facts["selected"], facts["candidates"]) == (0, 0)
+        assert bench.batch(0).schema == schemas.ROUND
+        assert len(bench.batch(0)) == 0
+        assert bench.restart().state.selected == {0: facts}
+
+    def test_batch_files_wait_for_the_selection(self, bench):
+        async def script():
+            await bench.teach_for(0)
+            waiting = asyncio.create_task(bench.selector.batch_files(0))
+            assert await still_waits(waiting)
+            await bench.selector.select(0)
+            assert await released(waiting) == [round_file(0, BATCH)]
+            await bench.selector.trained(0, {"ranks": 1})
+            await bench.round(1)
+            assert await bench.selector.batch_files(1) == [round_file(0, BATCH), round_file(1, BATCH)]
+
+        run(script())
+
+    def test_trained_is_told_to_those_who_wait(self, bench):
+        async def script():
+            assert await bench.selector.last_trained() is None
+            assert await bench.selector.next_round() == 0
+            await bench.teach_for(0)
+            await bench.selector.select(0)
+            waiting = asyncio.create_task(bench.selector.wait_trained(0))
+            assert await still_waits(waiting)
+            facts = {"ranks": 2, "loss": 0.5, "checkpoint": "checkpoints/x"}
+            for _ in range(2):
+                await bench.selector.trained(0, facts)
+            assert await released(waiting) == facts
+            assert await bench.selector.last_trained() == facts
+            assert await bench.selector.next_round() == 1
+
+        run(script())
+        bench.restart()
+        assert run(bench.selector.next_round()) == 1
+        assert run(bench.selector.last_trained())["checkpoint"] == "checkpoints/x"
+
+
+class TestChance:
+    @pytest.mark.parametrize("policy", ["random", "llkd"])
+    def test_same_seed_same_rounds(self, tmp_path, policy):
+        def batches(name, seed):
+            bench = Bench(tmp_path / name, selection={"policy": policy}, run={"seed": seed})
+
+            async def script():
+                for k in range(4):
+                    await bench.round(k)
+
+            run(script())
+            return bench.batch_rows()
+
+        assert batches("a", seed=1) == batches("b", seed=1)
+        assert batches("c", seed=2) != batches("a2", seed=1)
+
+
+STAGES = ("leases", "labels", "scores", "batch without mark", "select", "trained")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Batches and counts of a run that nothing broke."""
+    bench = Bench(tmp_path_factory.mktemp("undisturbed") / "run")
+
+    async def script():
+        for k in range(4):
+            await bench.round(k)
+        return await bench.selector.stats()
+
+    stats = run(script())
+    return bench.batch_rows(), stats
+
+
+class TestRebuild:
+    """A selector that dies at any stage of round 1 leaves a run that ends as if it had not."""
+
+    async def until(self, bench, stage):
+        await bench.round(0)
+        if stage == "leases":
+            await bench.selector.lease(bench.schedule.tickets_before(0))
+            return
+        await bench.teach_for(1)
+        if stage == "labels":
+            return
+        await bench.score(1)
+        if stage == "scores":
+            return
+        await bench.selector.select(1)
+        if stage == "batch without mark":
+            bench.store.delete(round_file(1, SELECTED))
+        if stage == "trained":
+            await bench.selector.trained(1, {"ranks": 1})
+
+    async def onwards(self, bench):
+        for k in range(1, 4):
+            await bench.teach_for(k)
+            if (await bench.selector.rows_to_score(k)).size:
+                await bench.score(k)
+            await asyncio.wait_for(bench.selector.wait_refreshed(k), timeout=5)
+            await bench.selector.select(k)
+            if await bench.selector.next_round() == k:
+                await bench.selector.trained(k, {"ranks": 1})
+
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_after(self, bench, undisturbed, stage):
+        run(self.until(bench, stage))
+        before = run(bench.selector.stats())
+        bench.restart()
+        if stage != "batch without mark":
+            assert run(bench.selector.stats()) == before
+        run(self.onwards(bench))
+        batches, stats = undisturbed
+        assert bench.batch_rows() == batches
+        assert run(bench.selector.stats()) == stats
+
+    def test_table_is_the_same(self, bench):
+        async def script():
+            for k in range(3):
+                await bench.round(k)
+            await bench.teach_for(3)
+
+        run(script())
+        before = bench.selector.table
+        after = bench.restart().table
+        for column in ("label", "confidence", "uncertainty", "refreshed", "trained", "ticket", "flags"):
+            one, other = getattr(before, column), getattr(after, column)
+            assert np.array_equal(one, other, equal_nan=one.dtype.kind == "f"), column
+
+    def test_a_run_whose_rounds_are_over_is_finished(self, bench):
+        async def script():
+            for k in range(4):
+                await bench.round(k)
+
+        run(script())
+        assert bench.restart().state.finished
+        assert run(bench.selector.batch_files(4)) is None
+
+    def test_half_a_write_is_no_label(self, bench):
+        ticket = bench.schedule.pool_tickets.start
+        run(bench.selector.lease(ticket))
+        bench.store.write_bytes(f"{LABELS_DIR}/ticket-00000002.parquet.0123.tmp", b"PAR1 half")
+        assert run(bench.restart().stats())["tickets_done"] == 0
+
+
+def test_say_is_shown_in_stats(bench):
+    run(bench.selector.say("round 0: training"))
+    assert run(bench.selector.stats())["note"] == "round 0: training"
