@@ -24,6 +24,18 @@ USER_MISTAKE = 2
 
 def distill_main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit status."""
+    options = distill_parser().parse_args(arguments)
+    try:
+        with Display() as display:
+            _dispatch(options, display)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_MISTAKE
+    return 0
+
+
+def distill_parser() -> argparse.ArgumentParser:
+    """What jobs/distill.py takes."""
     parser = argparse.ArgumentParser(
         prog="distill.py",
         description="Distil an LLM into a small text classifier. Without a config: the quickstart.",
@@ -32,14 +44,7 @@ def distill_main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
     parser.add_argument("--plan", action="store_true", help="say what would be done, and stop")
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run that was stopped")
-    options = parser.parse_args(arguments)
-    try:
-        with Display() as display:
-            _dispatch(options, display)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_MISTAKE
-    return 0
+    return parser
 
 
 def _dispatch(options: argparse.Namespace, display: Display) -> None:

@@ -35,7 +35,7 @@ def connect(config: Config) -> Iterator[None]:
     verbose = bool(os.environ.get("LLKD_VERBOSE"))
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if not verbose:
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().print_on_execution_start = False
     if address:
         ray.init(address=address, **options)

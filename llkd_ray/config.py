@@ -261,7 +261,7 @@ class EvaluationConfig(_Section):
         200,
         ge=0,
         description="Pool texts that the teacher labels and the student never trains on: agreement with "
-        "the teacher is measured on them. Cut to a tenth of the pool where that is less.",
+        "the teacher is measured on them. Cut to a tenth of budget.labels where that is less.",
     )
     teacher_on_test: bool = Field(
         True, description="Let the teacher label the test set too (once), to report its accuracy."

@@ -43,7 +43,7 @@ def plan(source: SourceConfig, field: str) -> list[Unit]:
     Raises :class:`ConfigError` where a uri matches nothing, kinds are mixed or unknown, a file cannot
     be opened, or a column is not there. ``field`` is the section's name, for the message.
     """
-    found = [unit for uri in source.uris for unit in _expand(uri, field)]
+    found = [unit for uri in source.uris for unit in expand(uri, field)]
     files = list({unit.source: unit for unit in found}.values())  # overlapping globs name a file twice
     by_kind = {_family(unit.kind): unit for unit in files}
     if len(by_kind) > 1:
@@ -73,8 +73,11 @@ def pack(units: Sequence[Unit]) -> list[list[Unit]]:
 # Finding files
 
 
-def _expand(uri: str, field: str) -> list[Unit]:
-    """The files of one uri, sorted by path; not yet cut into units."""
+def expand(uri: str, field: str) -> list[Unit]:
+    """The files of one uri, sorted by path; not yet cut into units.
+
+    Raises :class:`ConfigError`, which names ``field``, where there is none.
+    """
     if uri.startswith("hf://"):
         return [Unit(source=uri, kind="hf", size=TASK_BYTES)]
     base, pattern = _split_glob(uri)

@@ -93,6 +93,11 @@ def check_student(config: StudentConfig) -> None:
             f"student.model: {config.model!r} is of type {model_config.model_type!r}, which transformers "
             "cannot make a sequence classifier of; use an encoder such as roberta-base"
         )
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and config.max_tokens > positions:
+        raise ConfigError(
+            f"student.max_tokens: {config.max_tokens}, but {config.model!r} has {positions} positions; lower it"
+        )
 
 
 def build_student(config: StudentConfig, labels: LabelsConfig, seed: int, device: torch.device) -> Student:

@@ -23,15 +23,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as pads
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy
 
 from llkd_ray import schemas
 from llkd_ray.cluster import LEASER_CPUS
-from llkd_ray.config import Config, ConfigError, RecordedConfig
+from llkd_ray.config import Config, ConfigError
 from llkd_ray.prompts import Prompt, build_prompt, encode_prompts, label_token_ids
+from llkd_ray.recorded import read_recorded
 from llkd_ray.store import (
     ENGINES_DIR,
     LABELS_DIR,
@@ -40,7 +40,6 @@ from llkd_ray.store import (
     Examples,
     RunStore,
     list_column,
-    open_filesystem,
     ticket_file,
 )
 
@@ -150,55 +149,18 @@ class RecordedTeacher(Teacher):
     def __init__(self, config: Config, store_uri: str, selector: Any) -> None:
         super().__init__(config, store_uri, selector)
         assert config.teacher.recorded is not None
-        self.n_classes = len(config.labels.names)
-        recorded = read_recorded(config.teacher.recorded, self.n_classes)
-        self.place = {text_id: i for i, text_id in enumerate(recorded["id"].to_pylist())}
-        flat = recorded["probs"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        self.probs_RC = flat.reshape(-1, self.n_classes)
-        self.tokens_R = recorded["prompt_tokens"].to_numpy()
+        self.recorded = read_recorded(config.teacher.recorded, len(config.labels.names))
 
     async def answer(self, ids: Sequence[str], texts: Sequence[str]) -> Answers:
-        place_N = np.array([self.place.get(text_id, -1) for text_id in ids], dtype=np.int64)
+        place_N = np.array([self.recorded.place.get(text_id, -1) for text_id in ids], dtype=np.int64)
+        probs_NC = self.recorded.probs_RC[place_N]
         return Answers(
-            probs_NC=self.probs_RC[place_N],
-            off_label_N=np.clip(1.0 - self.probs_RC[place_N].sum(axis=1), 0.0, 1.0),
-            prompt_tokens_N=self.tokens_R[place_N],
+            probs_NC=probs_NC,
+            off_label_N=np.clip(1.0 - probs_NC.sum(axis=1), 0.0, 1.0),
+            prompt_tokens_N=self.recorded.prompt_tokens_R[place_N],
             answered_N=place_N >= 0,
             reason="no_recorded_answer",
         )
-
-
-def read_recorded(recorded: RecordedConfig, n_classes: int) -> pa.Table:
-    """id, probs and prompt_tokens (0 where not recorded) of all recorded answers, checked."""
-    filesystem, path = open_filesystem(recorded.uri)
-    try:
-        dataset = pads.dataset(path, filesystem=filesystem, format="parquet")
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
-        raise ConfigError(f"teacher.recorded.uri: {recorded.uri!r} cannot be read: {error}") from None
-    wanted = {"id": recorded.id, "probs": recorded.probs}
-    if recorded.prompt_tokens:
-        wanted["prompt_tokens"] = recorded.prompt_tokens
-    for field, column in wanted.items():
-        if column not in dataset.schema.names:
-            raise ConfigError(
-                f"teacher.recorded.{field}: no column {column!r} in {recorded.uri!r}; "
-                f"there are {', '.join(dataset.schema.names)}"
-            )
-    table = dataset.to_table(columns=list(wanted.values()))
-    lengths = {len(probs) for probs in table[recorded.probs].slice(0, 1000).to_pylist()}
-    if lengths != {n_classes}:
-        raise ConfigError(
-            f"teacher.recorded.probs: {recorded.probs!r} holds {sorted(lengths)} numbers a row, "
-            f"but labels.names has {n_classes} labels"
-        )
-    tokens = table[recorded.prompt_tokens] if recorded.prompt_tokens else pa.array(np.zeros(len(table), int))
-    return pa.table(
-        {
-            "id": table[recorded.id].cast(pa.string()),
-            "probs": table[recorded.probs].cast(pa.list_(pa.float32())),
-            "prompt_tokens": tokens,
-        }
-    )
 
 
 class VllmTeacher(Teacher):
@@ -275,12 +237,19 @@ def load_tokenizer(config: Config) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(config.teacher.model)
+        tokenizer = AutoTokenizer.from_pretrained(config.teacher.model)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"teacher.model: no tokenizer can be loaded from {config.teacher.model!r}; give a checkpoint "
             f"folder or a hub name ({_first_line(error)})"
         ) from None
+    if len(tokenizer) < len(tokenizer.all_special_ids) + 10:
+        # For some types, transformers makes an empty tokenizer where there are no files for it.
+        raise ConfigError(
+            f"teacher.model: {config.teacher.model!r} has no tokenizer files (its tokenizer knows "
+            f"{len(tokenizer)} tokens); save the tokenizer beside the weights"
+        )
+    return tokenizer
 
 
 def prepare_prompt(config: Config, tokenizer: Any) -> tuple[Prompt, list[int]]:

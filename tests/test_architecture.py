@@ -41,7 +41,8 @@ ROOMS: dict[str, set[str]] = {
     # teacher and student
     "prompts": {"config"},
     "cluster": {"config"},
-    "teacher": {"cluster", "config", "prompts", "schemas", "store"},
+    "recorded": {"config", "sources", "store"},
+    "teacher": {"cluster", "config", "prompts", "recorded", "schemas", "store"},
     "student": {"config", "signals"},
     "training": {"config", "schemas", "signals", "store", "student"},
     # results

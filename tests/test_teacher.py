@@ -12,9 +12,9 @@ from toys import make_config, write_answers, write_corpus
 from transformers import AutoConfig
 
 from llkd_ray import schemas
-from llkd_ray.config import ConfigError, RecordedConfig
+from llkd_ray.config import ConfigError
 from llkd_ray.store import LABELS_DIR, QUARANTINE_DIR, SENT_DIR, RunStore, ticket_file
-from llkd_ray.teacher import Answers, RecordedTeacher, Teacher, check_teacher, load_tokenizer, read_recorded
+from llkd_ray.teacher import Answers, RecordedTeacher, Teacher, check_teacher, load_tokenizer
 
 
 class FakeSelector:
@@ -225,85 +225,6 @@ class TestRecordedTeacher:
         assert np.array_equal(said.probs_NC, before.probs_NC)
 
 
-class TestReadRecorded:
-    def write(self, tmp_path, **columns) -> str:
-        path = tmp_path / "recorded.parquet"
-        pq.write_table(pa.table(columns), path)
-        return str(path)
-
-    def refusal(self, n_classes=3, **fields) -> str:
-        with pytest.raises(ConfigError) as caught:
-            read_recorded(RecordedConfig(**fields), n_classes)
-        return str(caught.value)
-
-    def test_columns_take_their_types(self, tmp_path):
-        uri = self.write(tmp_path, key=[7, 8], p=[[0.5, 0.5], [1.0, 0.0]], n=[3, 4])
-        table = read_recorded(RecordedConfig(uri=uri, id="key", probs="p", prompt_tokens="n"), 2)
-        assert table["id"].to_pylist() == ["7", "8"]
-        assert table["probs"].to_pylist() == [[0.5, 0.5], [1.0, 0.0]]
-        assert table["prompt_tokens"].to_pylist() == [3, 4]
-
-    def test_tokens_are_0_where_they_were_not_recorded(self, tmp_path):
-        uri = self.write(tmp_path, id=["a"], probs=[[0.5, 0.5]])
-        assert read_recorded(RecordedConfig(uri=uri), 2)["prompt_tokens"].to_pylist() == [0]
-
-    def test_file_that_is_not_there(self, tmp_path):
-        uri = str(tmp_path / "nowhere.parquet")
-        message = self.refusal(uri=uri)
-        assert message.startswith(f"teacher.recorded.uri: {uri!r} cannot be read: ")
-
-    def test_file_that_is_no_parquet(self, tmp_path):
-        (tmp_path / "bad.parquet").write_bytes(b"not parquet at all")
-        assert "cannot be read" in self.refusal(uri=str(tmp_path / "bad.parquet"))
-
-    @pytest.mark.parametrize("field", ["id", "probs", "prompt_tokens"])
-    def test_column_that_is_not_there(self, tmp_path, field):
-        uri = self.write(tmp_path, id=["a"], probs=[[0.5, 0.5]])
-        message = self.refusal(2, uri=uri, **{field: "typo"})
-        assert message == f"teacher.recorded.{field}: no column 'typo' in {uri!r}; there are id, probs"
-
-    def test_other_number_of_labels(self, tmp_path):
-        uri = self.write(tmp_path, id=["a", "b"], probs=[[0.5, 0.5], [0.1, 0.9]])
-        message = self.refusal(3, uri=uri)
-        assert message.startswith("teacher.recorded.probs: 'probs' holds [2] numbers a row")
-        assert "labels.names has 3 labels" in message
-
-    @pytest.mark.xfail(reason="read_recorded: only the first 1,000 rows are looked at", strict=True)
-    def test_other_number_of_labels_in_a_late_row(self, tmp_path):
-        probs = [[0.5, 0.5]] * 3000 + [[0.2, 0.3, 0.5]]
-        uri = self.write(tmp_path, id=[str(i) for i in range(3001)], probs=probs)
-        assert "teacher.recorded.probs" in self.refusal(2, uri=uri)
-
-    @pytest.mark.xfail(reason="read_recorded: ends in a TypeError", strict=True)
-    def test_column_that_holds_no_lists(self, tmp_path):
-        uri = self.write(tmp_path, id=["a"], probs=[0.5])
-        assert "teacher.recorded.probs" in self.refusal(2, uri=uri)
-
-    @pytest.mark.xfail(reason="read_recorded: ends in a TypeError", strict=True)
-    def test_row_without_probabilities(self, tmp_path):
-        uri = self.write(tmp_path, id=["a", "b"], probs=[[0.5, 0.5], None])
-        assert "teacher.recorded.probs" in self.refusal(2, uri=uri)
-
-    def test_no_rows(self, tmp_path):
-        empty = pa.table({"id": pa.array([], pa.string()), "probs": pa.array([], pa.list_(pa.float32()))})
-        pq.write_table(empty, tmp_path / "empty.parquet")
-        assert "teacher.recorded" in self.refusal(2, uri=str(tmp_path / "empty.parquet"))
-
-    @pytest.mark.xfail(reason="read_recorded: a glob is not expanded", strict=True)
-    def test_glob(self, tmp_path):
-        for i in range(2):
-            pq.write_table(pa.table({"id": [str(i)], "probs": [[0.5, 0.5]]}), tmp_path / f"part-{i}.parquet")
-        (tmp_path / "notes.txt").write_text("not a parquet file")
-        table = read_recorded(RecordedConfig(uri=str(tmp_path / "part-*.parquet")), 2)
-        assert sorted(table["id"].to_pylist()) == ["0", "1"]
-
-    @pytest.mark.xfail(reason="read_recorded: an unfinished file is read", strict=True)
-    def test_folder_of_a_run_with_an_unfinished_file(self, tmp_path):
-        pq.write_table(pa.table({"id": ["a"], "probs": [[0.5, 0.5]]}), tmp_path / "ticket-00000000.parquet")
-        (tmp_path / "ticket-00000001.parquet.0123.tmp").write_bytes(b"PAR1 half")
-        assert read_recorded(RecordedConfig(uri=str(tmp_path)), 2)["id"].to_pylist() == ["a"]
-
-
 class TestCheck:
     def test_recorded(self, tmp_path):
         answers = write_answers(tmp_path / "answers.parquet", [write_corpus(tmp_path / "pool.parquet", 12)])
@@ -337,9 +258,7 @@ class TestCheck:
         "kind",
         [
             "llama",
-            pytest.param(
-                "qwen2", marks=pytest.mark.xfail(reason="load_tokenizer: takes it as it is", strict=True)
-            ),
+            "qwen2",
         ],
     )
     def test_model_without_tokenizer_files(self, tmp_path, kind):

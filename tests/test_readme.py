@@ -1,0 +1,83 @@
+"""The README tells the truth: its commands exist, its configs load, its names are known."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llkd_ray.cli import distill_parser
+from llkd_ray.config import load_config, parse_config
+from llkd_ray.policies import ACQUISITION, SELECTION
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def blocks(language: str) -> list[str]:
+    """The README's code blocks in a language ("" for plain ones)."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return [content for name, content in found if name == language]
+
+
+def commands() -> list[list[str]]:
+    """Words of every command line in the README's plain code blocks."""
+    lines = [line for block in blocks("") for line in block.splitlines()]
+    known = ("make ", "python ", ".venv/bin/python ", "ray ")
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(known)]
+
+
+def test_there_are_commands():
+    assert ["make", "quickstart"] in commands()
+    assert ["make", "test"] in commands()
+
+
+@pytest.mark.parametrize("words", [w for w in commands() if w[0] == "make"], ids=" ".join)
+def test_make_targets_exist(words):
+    assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("words", [w for w in commands() if "jobs/distill.py" in w], ids=" ".join)
+def test_distill_commands_parse_and_name_configs_that_load(words):
+    options = distill_parser().parse_args(words[words.index("jobs/distill.py") + 1 :])
+    assert all("=" in override for override in options.set)
+    if options.config and options.config.startswith("configs/"):
+        load_config(ROOT / options.config, options.set)
+
+
+@pytest.mark.parametrize("words", [w for w in commands() if w[0] == "ray"], ids=" ".join)
+def test_ray_commands_exist(words):
+    subcommand = words[1:3] if words[1] == "job" else words[1:2]
+    ray = Path(sys.executable).parent / "ray"
+    shown = subprocess.run([ray, *subcommand, "--help"], capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    for flag in (
+        word for word in words[: words.index("--") if "--" in words else None] if word.startswith("--")
+    ):
+        assert flag.partition("=")[0] in shown.stdout
+
+
+def test_the_yaml_example_is_a_config():
+    (example,) = blocks("yaml")
+    parse_config(yaml.safe_load(example))
+
+
+def test_every_policy_is_in_the_tables():
+    for name in (*SELECTION, *ACQUISITION):
+        assert f"\n| `{name}`" in README
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configs_load(path):
+    load_config(path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configs_say_how_they_are_run(path):
+    assert f"python jobs/distill.py configs/{path.name}" in path.read_text()
