@@ -2,7 +2,8 @@
 
 The corpus are sentences from the docstrings of installed packages; the class is the subject area. One
 slice of it trains the teacher, a causal language model of one Llama layer that answers a prompt with a
-label, as a large one would. It is right on two sentences of three, and its confidence mostly tells which.
+label, as a large one would. It is right on about 70 % of the sentences of modules that it has not
+seen, and its confidence tells much about which.
 
 Shapes: N texts, B texts of a batch, T tokens, V vocabulary, C labels, D width, H heads.
 """
@@ -197,8 +198,8 @@ def train_tokenizer(examples: Sequence[tuple[str, str]], vocabulary: int) -> Pre
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Torch on one thread: its matrices here are small, and on a busy machine two threads that wait for
-    each other took ten times the processor time of one. One thread also gives the same teacher anywhere.
+    """Torch on one thread: its matrices here are small, and two threads that wait for each other on a busy
+    machine took about ten times the processor time of one, in one try.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -285,8 +286,8 @@ def _new_model(vocabulary: int, recipe: Recipe, seed: int) -> LlamaForCausalLM:
 def last_logits(model: LlamaForCausalLM, ids_BT: torch.Tensor, seen_BT: torch.Tensor) -> torch.Tensor:
     """float[B, V]: what a one-layer model says after the last token, looking at the tokens seen only.
 
-    The same numbers as the model's own forward pass, for a fifth of the work: no other position's query,
-    output or feed-forward is computed. Texts are padded on the left; the padding counts as not seen.
+    The same numbers as the model's own forward pass, in less than half the time of a training step: no
+    other position's query, output or feed-forward is computed. Texts are padded on the left; the padding counts as not seen.
     """
     (layer,) = model.model.layers
     attention = layer.self_attn
