@@ -287,7 +287,8 @@ def last_logits(model: LlamaForCausalLM, ids_BT: torch.Tensor, seen_BT: torch.Te
     """float[B, V]: what a one-layer model says after the last token, looking at the tokens seen only.
 
     The same numbers as the model's own forward pass, in less than half the time of a training step: no
-    other position's query, output or feed-forward is computed. Texts are padded on the left; the padding counts as not seen.
+    other position's query, output or feed-forward is computed. Texts are padded on the left; the padding
+    counts as not seen.
     """
     (layer,) = model.model.layers
     attention = layer.self_attn
