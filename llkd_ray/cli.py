@@ -119,7 +119,7 @@ def quickstart(config: Config, display: Display) -> list[Outcome]:
 
 def _finish(outcomes: Sequence[Outcome], display: Display) -> None:
     """The short table, and where the results are."""
-    header = ("", "accuracy", "macro-F1", "agreement", "labelled", "trained on", "teacher tokens", "seconds")
+    header = ("", "accuracy", "macro-F1", "agrees", "labelled", "trained on", "teacher tokens", "seconds")
     first = outcomes[0].summary
     rows = []
     if first["teacher"]:

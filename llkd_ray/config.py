@@ -366,7 +366,10 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; :func:`load_config` reads it back unchanged."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    tree = config.model_dump(mode="json")
+    readable = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    # Some characters (a lone NEL, for one) do not come back from PyYAML's readable form.
+    return readable if yaml.safe_load(readable) == tree else yaml.safe_dump(tree, sort_keys=False)
 
 
 def _copy(tree: Any) -> Any:

@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 LOG_EVERY_S = 5.0
+LOG_WIDTH = 110
+"""Characters that a table may take in a log."""
 
 
 class Display:
@@ -21,6 +23,8 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = LOG_WIDTH
         self._status = self.console.status("") if self.console.is_terminal else None
         self._last_update, self._last_time = "", -LOG_EVERY_S
         self._began = time.monotonic()

@@ -133,15 +133,21 @@ def encode_prompts(
     encoded = [_without_end_mark(prompt, ids, tokenizer) for ids in whole["input_ids"]]
     long = [i for i, ids in enumerate(encoded) if len(ids) > max_tokens]
     if long:
-        room = max_tokens - len(_token_ids(prompt, prompt.render(""), tokenizer))
-        if room < 1:
-            raise ConfigError(
-                f"teacher.max_model_len leaves no room for a text: the prompt around it has "
-                f"{max_tokens - room} tokens of {max_tokens}; raise it or use fewer demonstrations"
-            )
+        room = room_for_text(prompt, tokenizer, max_tokens)
     for i in long:
         encoded[i] = _encode_cut(prompt, texts[i], tokenizer, max_tokens, room)
     return encoded, len(long)
+
+
+def room_for_text(prompt: Prompt, tokenizer: Tokenizer, max_tokens: int) -> int:
+    """Tokens that a text may have; raises :class:`ConfigError` where the prompt leaves none."""
+    room = max_tokens - len(_token_ids(prompt, prompt.render(""), tokenizer))
+    if room < 1:
+        raise ConfigError(
+            f"teacher.max_model_len leaves no room for a text: the prompt around it has "
+            f"{max_tokens - room} tokens of {max_tokens}; raise it or use fewer demonstrations"
+        )
+    return room
 
 
 def _encode_cut(prompt: Prompt, text: str, tokenizer: Tokenizer, max_tokens: int, room: int) -> list[int]:

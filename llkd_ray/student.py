@@ -96,7 +96,7 @@ def check_student(config: StudentConfig) -> None:
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is not None and config.max_tokens > positions:
         raise ConfigError(
-            f"student.max_tokens: {config.max_tokens}, but {config.model!r} has {positions} positions; lower it"
+            f"student.max_tokens: {config.max_tokens} is too long, {config.model!r} has {positions} positions"
         )
 
 

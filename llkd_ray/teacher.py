@@ -30,7 +30,7 @@ from ray.data import ActorPoolStrategy
 from llkd_ray import schemas
 from llkd_ray.cluster import LEASER_CPUS
 from llkd_ray.config import Config, ConfigError
-from llkd_ray.prompts import Prompt, build_prompt, encode_prompts, label_token_ids
+from llkd_ray.prompts import Prompt, build_prompt, encode_prompts, label_token_ids, room_for_text
 from llkd_ray.recorded import read_recorded
 from llkd_ray.store import (
     ENGINES_DIR,
@@ -266,9 +266,7 @@ def check_teacher(config: Config) -> dict[str, Any]:
         return {"kind": "recorded", "uri": config.teacher.recorded.uri, "answers": len(answers)}
     tokenizer = load_tokenizer(config)
     prompt, _ = prepare_prompt(config, tokenizer)
-    encode_prompts(
-        prompt, ["x" * 8 * config.teacher.max_model_len], tokenizer, config.teacher.max_model_len - 1
-    )
+    room_for_text(prompt, tokenizer, config.teacher.max_model_len - 1)
     return {"kind": "vllm", "model": config.teacher.model, "prompt_hash": prompt.hash}
 
 

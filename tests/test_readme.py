@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ import yaml
 from llkd_ray.cli import distill_parser
 from llkd_ray.config import load_config, parse_config
 from llkd_ray.policies import ACQUISITION, SELECTION
+from llkd_ray.quickstart import settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -81,3 +83,9 @@ def test_configs_load(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configs_say_how_they_are_run(path):
     assert f"python jobs/distill.py configs/{path.name}" in path.read_text()
+
+
+def test_the_quickstart_config_is_what_the_quickstart_runs():
+    written = load_config(ROOT / "configs/quickstart.yaml").model_dump(mode="json")
+    run = parse_config(settings(Path("/data"), seed=0)).model_dump(mode="json")
+    assert written == json.loads(json.dumps(run).replace("/data", "runs/quickstart-data"))
