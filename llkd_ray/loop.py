@@ -50,12 +50,21 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
 
 
 def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
-    """Wait for labels, let the student look at them, select, train; returns the line of metrics."""
+    """Wait for labels, let the student look at them, select, train; returns the line of metrics.
+
+    Raises ConfigError where the first round finds nothing to learn from.
+    """
     began = time.monotonic()
     run.call("wait_labels", k)
     labels_there = time.monotonic()
     run.call("wait_refreshed", k)
     selected = run.call("select", k)
+    if k == 0 and not selected["selected"]:
+        raise ConfigError(
+            f"round 0 has nothing to train on: {run.call('stats')['labelled']} texts are labelled, "
+            f"{selected['candidates']} of them may be selected; look into quarantine/ for why the teacher "
+            "gave no answer (teacher.recorded.id and corpus.id must hold the same ids)"
+        )
     trained = run.call("wait_trained", k)
     figures = measure.round(k)
     seconds = {"teach": labels_there - began, "select": selected["seconds"], **trained["seconds"]}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
+from toys import write_answers, write_corpus
 from transformers import pipeline
 
 from llkd_ray.config import ConfigError, parse_config
@@ -132,3 +136,35 @@ def test_an_answer_that_is_not_recorded_is_quarantined_and_counted(toy_settings,
     assert summary["labelled"] == 600 - sum(
         row < 600 for table in missing for row in table["position"].to_pylist()
     )
+
+
+def test_answers_to_other_texts_end_the_run_with_the_remedy(toy_settings, tmp_path):
+    other = write_corpus(tmp_path / "other.parquet", 50, seed=9)
+    answers = write_answers(tmp_path / "other-answers.parquet", [other])
+    settings = toy_settings | {"teacher": toy_settings["teacher"] | {"recorded": {"uri": str(answers)}}}
+    with pytest.raises(ConfigError, match=r"round 0 has nothing to train on: 0 texts .* corpus\.id"):
+        run(settings, tmp_path / "run")
+
+
+def test_a_killed_rank_costs_no_round(toy_settings, tmp_path):
+    settings = toy_settings | {"student": toy_settings["student"] | {"workers": (1, 2), "cpus": 0.4}}
+    run_dir, killed = tmp_path / "run", []
+
+    def kill_a_rank_after_the_first_round() -> None:
+        while not (run_dir / "rounds/0000/trained.json").exists():
+            time.sleep(0.01)
+        ours = psutil.Process().children(recursive=True)
+        rank = next(p for p in ours if p.is_running() and "RayTrainWorker" in " ".join(p.cmdline()))
+        rank.kill()
+        killed.append(rank.pid)
+
+    threading.Thread(target=kill_a_rank_after_the_first_round, daemon=True).start()
+    summary = run(settings, run_dir)
+    assert len(killed) == 1
+    assert 50 < summary["trained"] <= 150
+    batches = [
+        pq.read_table(file)["row"].to_pylist() for file in sorted(run_dir.glob("rounds/*/batch.parquet"))
+    ]
+    assert len(batches) == 3
+    assert max(Counter(row for batch in batches for row in batch).values()) == 1
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 3
