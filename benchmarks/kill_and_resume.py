@@ -56,8 +56,8 @@ def main() -> None:
     rows = [r for f in run_dir.glob("labels/*.parquet") for r in pq.read_table(f)["row"].to_pylist()]
     marks = {name: int(store.read_bytes(f"{SENT_DIR}/{name}")) for name in store.names(SENT_DIR)}
     print(
-        f"labelled {len(rows)} texts, {len(set(rows))} different; sent and not answered: {sum(marks.values())} "
-        f"texts in {len(marks)} tickets; engines started: {len(store.names('engines'))}; files: {run_dir}"
+        f"labelled {len(rows)} texts, {len(set(rows))} different; sent and not answered: "
+        f"{sum(marks.values())} texts in {len(marks)} tickets; engines started: {len(store.names('engines'))}; files: {run_dir}"
     )
 
 
