@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from llkd_ray.store import LABELS_DIR, SENT_DIR, RunStore
+from llkd_ray.store import ENGINES_DIR, LABELS_DIR, SENT_DIR, RunStore
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,10 +55,9 @@ def main() -> None:
     print(f"the last driver ended with status {driver.wait()}")
     rows = [r for f in run_dir.glob("labels/*.parquet") for r in pq.read_table(f)["row"].to_pylist()]
     marks = {name: int(store.read_bytes(f"{SENT_DIR}/{name}")) for name in store.names(SENT_DIR)}
-    print(
-        f"labelled {len(rows)} texts, {len(set(rows))} different; sent and not answered: "
-        f"{sum(marks.values())} texts in {len(marks)} tickets; engines started: {len(store.names('engines'))}; files: {run_dir}"
-    )
+    print(f"labelled {len(rows)} texts, {len(set(rows))} different")
+    print(f"sent and not answered: {sum(marks.values())} texts in {len(marks)} tickets")
+    print(f"engines started: {len(store.names(ENGINES_DIR))}; files: {run_dir}")
 
 
 def start(arguments: list[str]) -> subprocess.Popen[bytes]:
