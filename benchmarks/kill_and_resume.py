@@ -1,9 +1,10 @@
 """Kill a run's driver with SIGKILL at random moments, resume it, and count what was asked twice.
 
-    python benchmarks/kill_and_resume.py CONFIG.yaml [--kills 3] [--seed 0] [--within 40 90] [--set a.b=c …]
+    python benchmarks/kill_and_resume.py CONFIG.yaml [--kills 3] [--seed 0] [--set a.b=c …]
 
-Prints texts labelled, different ones among them, and texts that were sent to the teacher and not answered
-(those in flight at a kill: they are asked again).
+The first kill comes at a random moment of the first third of the teaching, and so on. Prints how many texts
+are labelled, how many of them are different, and how many were sent to the teacher and not answered (those in
+flight at a kill: they are asked again).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from llkd_ray.store import ENGINES_DIR, LABELS_DIR, SENT_DIR, RunStore
+from llkd_ray.store import ENGINES_DIR, LABELS_DIR, MANIFEST, SENT_DIR, RunStore
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +30,6 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--within", type=float, nargs=2, default=(40.0, 90.0), metavar=("FROM", "TO"))
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
     rng = random.Random(options.seed)
@@ -39,17 +39,15 @@ def main() -> None:
     run_dir = Path(folder) / "run"
     store = RunStore(str(run_dir))
     for kill in range(options.kills):
-        arguments = ["--resume", str(run_dir)] if (run_dir / "config.yaml").exists() else first
-        driver = start(arguments)
-        wait = rng.uniform(*options.within)
-        try:
-            driver.wait(timeout=wait)
-            print(f"ended by itself after less than {wait:.0f} s, with status {driver.returncode}")
-        except subprocess.TimeoutExpired:
-            driver.send_signal(signal.SIGKILL)
-            driver.wait()
-            labels, rounds = len(store.names(LABELS_DIR)), len(list(run_dir.glob("rounds/*/trained.json")))
-            print(f"kill {kill + 1} after {wait:.0f} s: {labels} tickets labelled, {rounds} rounds trained")
+        moment = (kill + rng.random()) / options.kills
+        driver = start(["--resume", str(run_dir)] if kill else first)
+        while not taught(store, moment) and driver.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.2))
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        labels, rounds = len(store.names(LABELS_DIR)), len(list(run_dir.glob("rounds/*/trained.json")))
+        print(f"kill {kill + 1}: {labels} tickets labelled, {rounds} rounds trained", flush=True)
         time.sleep(5)  # what the driver had started notices and goes
     driver = start(["--resume", str(run_dir)])
     print(f"the last driver ended with status {driver.wait()}")
@@ -58,6 +56,13 @@ def main() -> None:
     print(f"labelled {len(rows)} texts, {len(set(rows))} different")
     print(f"sent and not answered: {sum(marks.values())} texts in {len(marks)} tickets")
     print(f"engines started: {len(store.names(ENGINES_DIR))}; files: {run_dir}")
+
+
+def taught(store: RunStore, share: float) -> bool:
+    """Whether more than a share of the run's tickets is labelled."""
+    if not store.exists(MANIFEST):
+        return False
+    return len(store.names(LABELS_DIR)) > share * store.read_json(MANIFEST)["tickets"]
 
 
 def start(arguments: list[str]) -> subprocess.Popen[bytes]:
