@@ -110,7 +110,7 @@ def settings(folder: Path, seed: int) -> dict[str, Any]:
             "dtype": "float32",
         },
         "student": {"model": "minilm", "max_tokens": 64, "epochs": 4},
-        "budget": {"rounds": 4, "labels": 2400, "train": 480},
+        "budget": {"rounds": 4, "labels": 2000, "train": 400},
         "run": {"seed": seed},
     }
 
