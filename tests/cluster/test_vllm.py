@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
@@ -46,6 +47,8 @@ def test_label_probabilities_are_those_of_a_plain_forward_pass(vllm_settings, ti
         answers = asyncio.run(teacher.answer([str(i) for i in range(len(texts))], texts))
     finally:
         teacher.engine.shutdown()
+        del teacher.engine  # or it shuts down once more while Python goes, and complains
+        gc.collect()
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llm, dtype=torch.float32).eval()
     room = config.teacher.max_model_len - 1
