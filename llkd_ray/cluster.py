@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
@@ -14,8 +15,6 @@ import ray.data
 
 from llkd_ray.config import Config, ConfigError
 
-INGEST_CPUS = 0.5
-"""Booked by one task that reads the corpus; nothing else runs then."""
 LEASER_CPUS = 0.05
 
 
@@ -45,6 +44,26 @@ def connect(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+class Background:
+    """Work in a thread of the driver; what breaks it is kept for the driver, which waits elsewhere."""
+
+    def __init__(self, name: str, work: Callable[[], object]) -> None:
+        self.error: BaseException | None = None
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self.error = error
+
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
 
 
 def check_fit(config: Config) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
+from llkd_ray.cluster import Background
 from llkd_ray.config import Config, ConfigError
 from llkd_ray.console import Display
 from llkd_ray.schedule import Schedule
 from llkd_ray.selector import start_selector
 from llkd_ray.store import LABELS_DIR, RunStore, ticket_of
-from llkd_ray.teacher import TicketStream
-from llkd_ray.training import TrainingRun
+from llkd_ray.teacher import start_stream
+from llkd_ray.training import start_training
 
 POLL_S = 0.25
 
@@ -26,15 +27,15 @@ class Run:
 
     def __init__(self, config: Config, store: RunStore, store_uri: str, schedule: Schedule, display: Display):
         self.schedule, self.display = schedule, display
-        self.teacher: TicketStream | None = None
-        self.student: TrainingRun | None = None
+        self.teacher: Background | None = None
+        self.student: Background | None = None
         self.selector = start_selector(config, store_uri)
         first = self.call("next_round")
         tickets = open_tickets(store, schedule, over=first == schedule.rounds)
         if tickets:
-            self.teacher = TicketStream(config, store_uri, self.selector, tickets)
+            self.teacher = start_stream(config, store_uri, self.selector, tickets)
         if first < schedule.rounds:
-            self.student = TrainingRun(config, store, store_uri, self.selector)
+            self.student = start_training(config, store, store_uri, self.selector)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """The selector's answer; raises what broke in teacher or student if that comes first."""

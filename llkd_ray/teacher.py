@@ -13,7 +13,6 @@ import asyncio
 import logging
 import os
 import socket
-import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -28,7 +27,7 @@ import ray.data
 from ray.data import ActorPoolStrategy
 
 from llkd_ray import schemas
-from llkd_ray.cluster import LEASER_CPUS
+from llkd_ray.cluster import LEASER_CPUS, Background
 from llkd_ray.config import Config, ConfigError
 from llkd_ray.prompts import Prompt, build_prompt, encode_prompts, label_token_ids, room_for_text
 from llkd_ray.recorded import read_recorded
@@ -40,6 +39,7 @@ from llkd_ray.store import (
     Examples,
     RunStore,
     list_column,
+    matrix_of,
     ticket_file,
 )
 
@@ -100,11 +100,10 @@ class Teacher(ABC):
             done = self.store.read_table(ticket_file(LABELS_DIR, ticket))
         else:
             done = await self._label(ticket, leased)
-        probs = done["probs"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         await self.selector.put_labels.remote(
             ticket,
             done["row"].to_numpy(),
-            probs.reshape(-1, len(self.config.labels.names)),
+            matrix_of(done["probs"], len(self.config.labels.names)),
             int(done["prompt_tokens"].to_numpy().sum()),
         )
         yield pa.table({"ticket": [ticket], "rows": [len(done)]}, schema=_RECEIPT)
@@ -274,25 +273,15 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-class TicketStream:
-    """The running Ray Data execution, watched by a thread of the driver."""
+def start_stream(config: Config, store_uri: str, selector: Any, tickets: Sequence[int]) -> Background:
+    """Start the Ray Data execution that labels the tickets."""
+    stream = _build_stream(config, store_uri, selector, tickets)
 
-    def __init__(self, config: Config, store_uri: str, selector: Any, tickets: Sequence[int]) -> None:
-        self.error: BaseException | None = None
-        self._dataset = _build_stream(config, store_uri, selector, tickets)
-        self._thread = threading.Thread(target=self._run, name="ticket-stream", daemon=True)
-        self._thread.start()
+    def consume() -> None:
+        for _ in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+            pass
 
-    def _run(self) -> None:
-        try:
-            for _ in self._dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-                pass
-        except BaseException as error:  # handed to the driver, which waits on the selector meanwhile
-            self.error = error
-
-    @property
-    def ended(self) -> bool:
-        return not self._thread.is_alive()
+    return Background("ticket-stream", consume)
 
 
 def _build_stream(config: Config, store_uri: str, selector: Any, tickets: Sequence[int]) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from llkd_ray import schemas
+from llkd_ray.cluster import Background
 from llkd_ray.config import Config
 from llkd_ray.signals import entropy
 from llkd_ray.store import CHECKPOINTS_DIR, Examples, RunStore, list_column, predictions_file
@@ -40,24 +40,9 @@ def checkpoint_dir(round_number: int) -> str:
     return f"{CHECKPOINTS_DIR}/{TRAIN_RUN}/round-{round_number:04d}"
 
 
-class TrainingRun:
-    """The Ray Train run, watched by a thread of the driver."""
-
-    def __init__(self, config: Config, store: RunStore, store_uri: str, selector: Any) -> None:
-        self.error: BaseException | None = None
-        self._trainer = _build_trainer(config, store, store_uri, selector)
-        self._thread = threading.Thread(target=self._run, name="training-run", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._trainer.fit()
-        except BaseException as error:  # handed to the driver, which waits on the selector meanwhile
-            self.error = error
-
-    @property
-    def ended(self) -> bool:
-        return not self._thread.is_alive()
+def start_training(config: Config, store: RunStore, store_uri: str, selector: Any) -> Background:
+    """Start the Ray Train run of all rounds."""
+    return Background("training-run", _build_trainer(config, store, store_uri, selector).fit)
 
 
 def _build_trainer(config: Config, store: RunStore, store_uri: str, selector: Any) -> TorchTrainer:

@@ -44,14 +44,14 @@ ROOMS: dict[str, set[str]] = {
     "recorded": {"config", "sources", "store"},
     "teacher": {"cluster", "config", "prompts", "recorded", "schemas", "store"},
     "student": {"config", "signals"},
-    "training": {"config", "schemas", "signals", "store", "student"},
+    "training": {"cluster", "config", "schemas", "signals", "store", "student"},
     # results
     "evaluate": {"signals"},
     "metrics": {"evaluate", "schedule", "signals", "store"},
     "facts": {"schemas", "store"},
     "report": {"evaluate", "facts", "schemas", "store"},
     # the whole
-    "run": {"config", "schedule", "selector", "store", "teacher", "training"},
+    "run": {"cluster", "config", "schedule", "selector", "store", "teacher", "training"},
     "quickstart": {"config", "docstrings", "prompts"},
 }
 ROOMS["loop"] = set(ROOMS) - {"docstrings", "quickstart"}
