@@ -12,11 +12,12 @@ from typing import Any
 
 import yaml
 
-from llkd_ray.config import Config, ConfigError, apply_overrides, load_config, parse_config
+from llkd_ray.config import Config, ConfigError, parse_config
 from llkd_ray.console import Display
 from llkd_ray.loop import distill
 from llkd_ray.plan import plan
 from llkd_ray.quickstart import prepare
+from llkd_ray.settings import apply_overrides, load_config
 from llkd_ray.store import CONFIG, LABELS_DIR, MODEL_DIR, RunStore
 
 USER_MISTAKE = 2

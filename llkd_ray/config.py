@@ -1,18 +1,16 @@
 """The configuration tree: every setting with its unit, its default and its checks.
 
 A run is described by one frozen :class:`Config`. It comes from a YAML file and ``--set a.b=c``
-overrides, and every mistake that can be seen without data is refused here, before anything starts,
-with the field, the value and the remedy in one line.
+overrides (``settings.py``), and every mistake that can be seen without data is refused here, before
+anything starts, with the field, the value and the remedy in one line.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
@@ -164,12 +162,26 @@ class StudentConfig(_Section):
     gpus: float = Field(0, ge=0, description="GPUs that Ray books for one rank.")
     threads: int | None = Field(None, ge=1, description="CPU threads of one rank; default: cores/ranks.")
     max_tokens: int = Field(128, ge=8, description="Tokens; longer texts are cut at the end.")
-    epochs: int = Field(6, ge=1, description="Passes over what is selected so far, in every round.")
-    batch_size: int = Field(32, ge=1, description="Texts in one optimiser step, over all ranks.")
+    epochs: int = Field(3, ge=1, description="Passes over what is selected so far, in every round.")
+    min_steps: int = Field(
+        240, ge=1, description="Optimiser steps of a round at least: a small round makes more passes."
+    )
+    batch_size: int = Field(16, ge=1, description="Texts in one optimiser step, over all ranks.")
     score_batch_size: int = Field(64, ge=1, description="Texts in one forward pass when scoring, per rank.")
     learning_rate: float = Field(1.5e-4, gt=0)
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of a round's steps spent warming up.")
     weight_decay: float = Field(0.01, ge=0)
+    loss: Literal["cross_entropy", "soft", "generalised", "candidates"] = Field(
+        "cross_entropy",
+        description="What pseudo-labels are learned by: cross_entropy: the teacher's label; soft: its "
+        "distribution; generalised: cross-entropy that gives up on what never fits (arXiv 1805.07836); "
+        "candidates: any of the likeliest labels where the teacher is unsure (after arXiv 2506.03857).",
+    )
+    in_step: Literal["none", "mask", "weight"] = Field(
+        "none",
+        description="LLKD's moving thresholds inside a step, from the forward pass itself: mask: only texts "
+        "over both thresholds count; weight: texts count by confidence × uncertainty; none: all count.",
+    )
     start: Literal["fresh", "warm"] = Field(
         "fresh", description="fresh: every round starts from the pre-trained weights; warm: from the last."
     )
@@ -201,11 +213,21 @@ class StudentConfig(_Section):
 class SelectionConfig(_Section):
     """Which labelled texts the student trains on next."""
 
-    policy: str = Field("llkd", description="A name from the registry in llkd_ray/policies.py.")
+    policy: str = Field("llkd_sample", description="A name from the registry in llkd_ray/policies.py.")
+    options: dict[str, str | bool | float] = Field(
+        default_factory=dict, description="The policy's own options, by name; see the table in README.md."
+    )
+    quota: float | Literal["off"] | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share the texts out between the pseudo-classes in proportion to their count to this "
+        "power: 1 as the teacher labels, 0 all alike; off: no shares; null: as the policy has it.",
+    )
     weighting: Literal["signals", "none"] = Field(
         "signals",
-        description="signals: weigh each text's loss by confidence × uncertainty (where the policy "
-        "looks at both); none: all alike.",
+        description="signals: weigh each text's loss as the policy says (llkd and product: confidence × "
+        "uncertainty, the others: all alike); none: all alike.",
     )
     refresh: Literal["labelled", "pool"] = Field(
         "labelled",
@@ -217,13 +239,29 @@ class SelectionConfig(_Section):
 class AcquisitionConfig(_Section):
     """Which texts the teacher reads next."""
 
-    policy: str = Field("random", description="A name from the registry in llkd_ray/policies.py.")
+    policy: str = Field("random", description="A name from the registry in llkd_ray/acquisition.py.")
+    explore: float = Field(
+        0.1, ge=0, le=1, description="Share of what the teacher reads that is drawn at random in any case."
+    )
 
 
 class BudgetConfig(_Section):
     """Where the run ends: at the first of these."""
 
-    rounds: int = Field(5, ge=1, description="Rounds of select, train, refresh.")
+    rounds: int = Field(4, ge=1, description="Rounds of select, train, refresh.")
+    growth: float = Field(
+        2.0,
+        ge=1,
+        le=10,
+        description="How many times as many new texts a round takes as the one before; 1: all alike.",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop when agreement with the teacher on the hold-out has not grown by min_gain for so "
+        "many rounds; null: never. Saves training, and the labels of the rounds that do not come.",
+    )
+    min_gain: float = Field(0.005, ge=0, description="Share of the hold-out that counts as growth.")
     labels: int | None = Field(
         None, ge=1, description="Pool texts that the teacher labels at most; default: the whole pool."
     )
@@ -302,6 +340,11 @@ class Config(_Section):
                     f"teacher.prompt.demonstrations uses the label {shot.label!r}, "
                     f"which is not in labels.names"
                 )
+        if self.budget.patience and not self.evaluation.holdout:
+            raise ValueError(
+                f"budget.patience is {self.budget.patience}, but evaluation.holdout is 0: "
+                "agreement is measured on the hold-out, so give it some texts"
+            )
         if self.test is not None and self.test.gold is None:
             raise ValueError("test.gold is missing: a test set needs the column of its true labels")
         if self.teacher.kind == "vllm" and self.teacher.prompt.answer == "letters" and len(names) > 26:
@@ -310,46 +353,6 @@ class Config(_Section):
                 "use 'names'"
             )
         return self
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply ``a.b=c`` overrides (values are YAML) and check the whole.
-
-    Raises :class:`ConfigError` with one line per mistake.
-    """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"config file {str(path)!r} does not exist") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config file {str(path)!r} holds no settings: see configs/ for examples")
-    return parse_config(apply_overrides(tree, overrides))
-
-
-def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of ``tree`` with each ``a.b=c`` set; ``c`` is read as YAML, so ``null`` and lists work."""
-    result = _copy(tree)
-    for override in overrides:
-        dotted, equals, text = override.partition("=")
-        if not equals or not all(dotted.split(".")):
-            raise ConfigError(f"--set {override!r}: write it as section.field=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override!r}: the value is not YAML ({error})") from None
-        *parents, leaf = dotted.split(".")
-        node = result
-        for parent in parents:
-            child = node.get(parent)
-            if child is None:
-                child = node[parent] = {}
-            if not isinstance(child, dict):
-                raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
-            node = child
-        node[leaf] = value
-    return result
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
@@ -362,18 +365,6 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
         for problem in error.errors():
             said.setdefault(_field(problem["loc"]), []).append(_explain(problem))
         raise ConfigError("\n".join(f"{field}: {'; '.join(why)}" for field, why in said.items())) from None
-
-
-def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML; :func:`load_config` reads it back unchanged."""
-    tree = config.model_dump(mode="json")
-    readable = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    # Some characters (a lone NEL, for one) do not come back from PyYAML's readable form.
-    return readable if yaml.safe_load(readable) == tree else yaml.safe_dump(tree, sort_keys=False)
-
-
-def _copy(tree: Any) -> Any:
-    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, Mapping) else tree
 
 
 def _field(loc: Sequence[Any]) -> str:

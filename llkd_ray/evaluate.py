@@ -9,6 +9,7 @@ Legend: N texts, C classes, R resamples, K distinct pairs of true and predicted 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,6 +127,12 @@ def agreement(p_student_NC: np.ndarray, p_teacher_NC: np.ndarray) -> float:
         )
     _check_pair(p_student_NC, p_teacher_NC, "p_student_NC", "p_teacher_NC")
     return float((p_student_NC.argmax(axis=1) == p_teacher_NC.argmax(axis=1)).mean())
+
+
+def has_flattened(value_K: Sequence[float], patience: int, min_gain: float) -> bool:
+    """Whether none of the last ``patience`` values is ``min_gain`` above the best of those before them."""
+    before, last = value_K[:-patience], value_K[-patience:]
+    return bool(before) and max(last) < max(before) + min_gain
 
 
 def accuracy_by_confidence(confidence_N: np.ndarray, correct_N: np.ndarray, parts: int = 5) -> list[float]:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow.fs as pafs
 
 from llkd_ray import __version__
+from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.cluster import check_fit, connect, library_versions
-from llkd_ray.config import Config, ConfigError, dump_config
+from llkd_ray.config import Config, ConfigError
 from llkd_ray.console import Display
 from llkd_ray.corpus import ingest
+from llkd_ray.evaluate import has_flattened
 from llkd_ray.facts import SUMMARY
 from llkd_ray.metrics import Measure
-from llkd_ray.policies import ACQUISITION, SELECTION
+from llkd_ray.policies import SELECTION
 from llkd_ray.report import model_card, write_report
 from llkd_ray.run import Run, running
 from llkd_ray.schedule import Schedule
+from llkd_ray.settings import dump_config
 from llkd_ray.store import CONFIG, ENGINES_DIR, MANIFEST, MODEL_DIR, SENT_DIR, Examples, RunStore
 from llkd_ray.student import check_student
 from llkd_ray.teacher import check_teacher
@@ -39,14 +43,27 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
         schedule = Schedule.plan(config, examples.n_pool, examples.n_test)
         store.write_json(MANIFEST, manifest(config, examples, schedule, teacher_facts))
         measure = Measure(store, schedule, len(config.labels.names))
-        with running(config, store, store_uri, schedule, display) as run:
-            for k in range(len(store.read_metrics()), schedule.rounds):
-                line = run_round(run, measure, k)
+        lines = store.read_metrics()
+        with running(config, store, store_uri, schedule, display, is_over(config, lines)) as run:
+            while not is_over(config, lines):
+                line = run_round(run, measure, len(lines))
                 store.append_metrics(line)
+                lines.append(line)
                 display.say(in_words(line))
+            if len(lines) < schedule.rounds:
+                display.say(f"agreement has flattened: {len(lines)} of {schedule.rounds} rounds were enough")
             run.finish()
             totals = run.call("stats")
-        return conclude(store, measure, totals, time.monotonic() - began)
+        return conclude(store, measure, len(lines) - 1, totals, time.monotonic() - began)
+
+
+def is_over(config: Config, lines: Sequence[dict[str, Any]]) -> bool:
+    """Whether the rounds are done, or the student has stopped to come closer to the teacher."""
+    budget = config.budget
+    if len(lines) == budget.rounds:
+        return True
+    agreement = [line["teacher_agreement"] for line in lines]
+    return budget.patience is not None and has_flattened(agreement, budget.patience, budget.min_gain)
 
 
 def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
@@ -74,9 +91,10 @@ def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
     return {"round": k, **counts, **figures, "loss": trained.get("loss"), "seconds": seconds}
 
 
-def conclude(store: RunStore, measure: Measure, totals: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Write what a finished run leaves behind: summary, model and report."""
-    last = measure.schedule.rounds - 1
+def conclude(
+    store: RunStore, measure: Measure, last: int, totals: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Write what a run leaves behind that is finished after round ``last``: summary, model and report."""
     counts = {key: totals[key] for key in ("labelled", "trained", "teacher_tokens")}
     summary = {
         "teacher": measure.teacher(),
@@ -109,6 +127,10 @@ def check(config: Config) -> dict[str, Any]:
     ):
         if name not in known:
             raise ConfigError(f"{field}: {name!r} is unknown; there are {', '.join(sorted(known))}")
+    try:
+        SELECTION[config.selection.policy].check_options(config.selection.options)
+    except ValueError as error:
+        raise ConfigError(f"selection.options: {error}") from None
     check_student(config.student)
     return check_teacher(config)
 

@@ -1,18 +1,34 @@
-"""Which texts are used: acquisition (before the teacher) and selection (after it).
+"""Selection: which labelled texts the student trains on next.
 
-A policy is a pure function of columns and a random generator, registered under its name. To add one,
-see CONTRIBUTING.md. Shapes in names: N candidates, M chosen, C classes.
+A policy gives every candidate a value, pure numpy of columns and a random generator; the candidates of
+largest value are taken, within class quotas if these are asked for. Policies are registered under their
+names and may have options. Shapes in names: N candidates, M chosen, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-from llkd_ray.signals import Floats, Ints, class_thresholds
+from llkd_ray.signals import Floats, Ints, class_thresholds, rank_within_class
 from llkd_ray.table import Candidates
+
+NEVER = -np.inf
+"""The value of a candidate that must not be taken."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a policy thinks of the candidates."""
+
+    value_N: Floats
+    """The largest are taken first; ``NEVER`` keeps a text out of this round."""
+    weight_N: Floats | None = None
+    """What each would count in the loss, on any scale; None: all alike."""
 
 
 @dataclass(frozen=True)
@@ -26,90 +42,304 @@ class Selection:
         return int(self.row_M.size)
 
 
-SelectionRule = Callable[[Candidates, int, np.random.Generator], Selection]
-AcquisitionRule = Callable[[Ints, int, np.random.Generator], Ints]
+SelectionRule = Callable[..., Judgement]
+
+_KINDS = {bool: "truth value", float: "number", str: "word"}
+_NO_ROWS, _NO_SIGNAL = np.empty(0, dtype=np.int64), np.empty(0)
+_NO_CANDIDATES = Candidates(_NO_ROWS, _NO_ROWS, _NO_SIGNAL, _NO_SIGNAL, _NO_SIGNAL, _NO_SIGNAL, n_classes=2)
 
 
 @dataclass(frozen=True)
 class SelectionPolicy:
     """A selection rule and what it needs."""
 
-    choose: SelectionRule
-    uses_uncertainty: bool
+    rule: SelectionRule
+    uses_student: bool
     """Whether the student must score the candidates first."""
+    quota: float | None = None
+    """The class quota's exponent where the config does not name one; None: no quotas."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The rule's options with their defaults."""
+        keywords = list(inspect.signature(self.rule).parameters.values())[2:]
+        return {keyword.name: keyword.default for keyword in keywords}
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise ValueError, with what there is, for an option or a value that the rule does not have."""
+        if strangers := sorted(set(options) - set(self.options)):
+            known = ", ".join(f"{name} ({value})" for name, value in self.options.items())
+            raise ValueError(f"{strangers[0]!r} is no option of the policy; it has {known or 'none'}")
+        for name, value in options.items():
+            kind = type(self.options[name])
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ValueError(f"{name} is {value!r}: use a {_KINDS[kind]} like {self.options[name]}")
+        # The rule itself knows its values; it refuses them here and not after hours of labelling.
+        self.rule(_NO_CANDIDATES, np.random.default_rng(0), **options)
+
+    def choose(
+        self,
+        candidates: Candidates,
+        n: int,
+        rng: np.random.Generator,
+        *,
+        quota: float | Literal["off"] | None = None,
+        trained_C: Ints | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Selection:
+        """At most ``n`` candidates, those of largest value first.
+
+        ``quota`` is the exponent of :func:`class_quotas`, ``off``, or None for the policy's own.
+        """
+        exponent = self.quota if quota is None else None if quota == "off" else quota
+        # By row, so that a choice does not depend on how the candidates came.
+        candidates = candidates.by_row()
+        judgement = self.rule(candidates, rng, **(options or {}))
+        index_M = best(judgement.value_N, candidates.label_N, n, exponent, trained_C, candidates.n_classes)
+        weight_N = judgement.weight_N
+        weight_M = np.ones(index_M.size) if weight_N is None else _mean_one(weight_N[index_M])
+        return Selection(candidates.row_N[index_M], weight_M)
 
 
 SELECTION: dict[str, SelectionPolicy] = {}
-ACQUISITION: dict[str, AcquisitionRule] = {}
 
 
-def selection_policy(name: str, uses_uncertainty: bool) -> Callable[[SelectionRule], SelectionRule]:
-    """Register a selection rule: of the candidates, at most ``n``, without repeats."""
+def selection_policy(
+    name: str, *, uses_student: bool, quota: float | None = None
+) -> Callable[[SelectionRule], SelectionRule]:
+    """Register a rule ``(candidates, rng, **options) -> Judgement``; candidates come in row order."""
 
     def register(rule: SelectionRule) -> SelectionRule:
-        SELECTION[name] = SelectionPolicy(rule, uses_uncertainty)
+        SELECTION[name] = SelectionPolicy(rule, uses_student, quota)
         return rule
 
     return register
 
 
-def acquisition_policy(name: str) -> Callable[[AcquisitionRule], AcquisitionRule]:
-    """Register an acquisition rule: of the unread rows (ascending), at most ``n``, without repeats."""
-
-    def register(rule: AcquisitionRule) -> AcquisitionRule:
-        ACQUISITION[name] = rule
-        return rule
-
-    return register
+# --- baselines -----------------------------------------------------------------------------------------
 
 
-@acquisition_policy("sequential")
-def acquire_sequential(unread_N: Ints, n: int, rng: np.random.Generator) -> Ints:
-    """In corpus order."""
-    return unread_N[:n]
+@selection_policy("all", uses_student=False)
+def judge_all(candidates: Candidates, rng: np.random.Generator) -> Judgement:
+    """Whatever is labelled, in corpus order: with ``budget.train: 1.0``, all pseudo-labels."""
+    return Judgement(np.zeros(len(candidates)))
 
 
-@acquisition_policy("random")
-def acquire_random(unread_N: Ints, n: int, rng: np.random.Generator) -> Ints:
-    """Uniformly at random, returned in corpus order because neighbours are cheap to read together."""
-    return np.sort(rng.choice(unread_N, size=min(n, unread_N.size), replace=False))
-
-
-@selection_policy("random", uses_uncertainty=False)
-def select_random(candidates: Candidates, n: int, rng: np.random.Generator) -> Selection:
+@selection_policy("random", uses_student=False)
+def judge_random(candidates: Candidates, rng: np.random.Generator) -> Judgement:
     """Uniformly at random, all weighing the same: the baseline of every comparison."""
-    row_N = np.sort(candidates.row_N)
-    row_M = rng.choice(row_N, size=min(n, row_N.size), replace=False)
-    return Selection(row_M, np.ones(row_M.size))
+    return Judgement(rng.random(len(candidates)))
 
 
-@selection_policy("llkd", uses_uncertainty=True)
-def select_llkd(candidates: Candidates, n: int, rng: np.random.Generator) -> Selection:
+@selection_policy("confidence", uses_student=False)
+def judge_confidence(candidates: Candidates, rng: np.random.Generator) -> Judgement:
+    """Where the teacher is surest."""
+    return Judgement(candidates.confidence_N)
+
+
+@selection_policy("entropy", uses_student=True)
+def judge_entropy(candidates: Candidates, rng: np.random.Generator) -> Judgement:
+    """Where the student's entropy is largest: uncertainty sampling. Without a student, at random."""
+    return Judgement(_known(candidates.uncertainty_N, rng))
+
+
+@selection_policy("margin", uses_student=True)
+def judge_margin(candidates: Candidates, rng: np.random.Generator) -> Judgement:
+    """Where the student's two best labels are closest. Without a student, at random."""
+    return Judgement(_known(1.0 - candidates.margin_N.astype(np.float64), rng))
+
+
+@selection_policy("product", uses_student=True)
+def judge_product(candidates: Candidates, rng: np.random.Generator) -> Judgement:
+    """Confidence × uncertainty, largest first, which is the weight in the loss, too."""
+    value_N = candidates.confidence_N * _uncertainty(candidates)
+    return Judgement(value_N, value_N)
+
+
+@selection_policy("freematch", uses_student=False)
+def judge_freematch(candidates: Candidates, rng: np.random.Generator) -> Judgement:
+    """At random where the teacher's confidence reaches the self-adaptive threshold of its pseudo-class.
+
+    FreeMatch's threshold (arXiv 2205.07246, eq. 8; see ``signals.class_thresholds``) on the teacher
+    instead of the model in training; the student is not looked at.
+    """
+    return Judgement(np.where(_sure(candidates), rng.random(len(candidates)), NEVER))
+
+
+# --- LLKD and what came of it --------------------------------------------------------------------------
+
+
+@selection_policy("llkd", uses_student=True)
+def judge_llkd(
+    candidates: Candidates,
+    rng: np.random.Generator,
+    *,
+    thresholds: str = "class",
+    order: str = "random",
+    weights: bool = True,
+) -> Judgement:
     """LLKD (arXiv 2411.08028) as we read it: the teacher is sure, and the student is not.
 
-    A text passes where the teacher's confidence and the student's uncertainty both reach the moving
-    threshold of its pseudo-class (``signals.class_thresholds``). Those that pass are taken in order of
-    confidence × uncertainty, which also is their weight in the loss. The order is ours: the paper takes
-    all that pass in a step, a round has a budget. Fewer than ``n`` may pass; the rest of the budget
-    then waits for a later round.
+    A text passes where the teacher's confidence and the student's uncertainty both reach their threshold:
+    that of its pseudo-class in FreeMatch's form (``thresholds: class``), or the mean over all texts
+    (``global``). The paper takes all that pass in a step; a round has a budget, so those that pass are
+    taken at random (``order: random``) or by confidence × uncertainty (``product``). Fewer than the
+    budget may pass; the rest of the budget then waits for a later round. A text's weight in the loss is
+    confidence × uncertainty (``weights``). Before its first round the student has no opinion; then
+    confidence alone decides.
 
-    Before its first round the student has no opinion. Then the texts over the confidence threshold are
-    taken at random, because the most confident ones are mostly of one over-predicted class.
+    Raises ValueError for an option's value that is unknown.
     """
-    candidates = candidates.by_row()
-    label_N, confidence_N = candidates.label_N, candidates.confidence_N
-    sure_N = confidence_N >= class_thresholds(confidence_N, label_N, candidates.n_classes)[label_N]
-    scored_N = ~np.isnan(candidates.uncertainty_N)
-    if not scored_N.any():
-        row_M = rng.permutation(candidates.row_N[sure_N])[:n]
-        return Selection(row_M, np.ones(row_M.size))
-    # A text that was labelled after the last refresh is as unknown to the student as can be.
-    uncertainty_N = np.where(scored_N, candidates.uncertainty_N, 1.0)
-    unsure_N = uncertainty_N >= class_thresholds(uncertainty_N, label_N, candidates.n_classes)[label_N]
-    passing = np.flatnonzero(sure_N & unsure_N)
-    value = confidence_N[passing] * uncertainty_N[passing]
-    best = np.argsort(-value, kind="stable")[:n]
-    return Selection(candidates.row_N[passing[best]], _mean_one(value[best]))
+    _one_of("thresholds", thresholds, ("class", "global"))
+    _one_of("order", order, ("random", "product"))
+    uncertainty_N = _uncertainty(candidates)
+    passing_N = np.ones(len(candidates), dtype=bool)
+    for signal_N in (candidates.confidence_N, uncertainty_N):
+        if thresholds == "class":
+            passing_N &= _over_class_threshold(signal_N, candidates)
+        elif len(candidates):
+            passing_N &= signal_N >= np.mean(signal_N)
+    product_N = candidates.confidence_N * uncertainty_N
+    has_student = not np.isnan(candidates.uncertainty_N).all()
+    value_N = product_N if order == "product" and has_student else rng.random(len(candidates))
+    return Judgement(np.where(passing_N, value_N, NEVER), product_N if weights and has_student else None)
+
+
+@selection_policy("llkd_rank", uses_student=True, quota=0.5)
+def judge_llkd_rank(candidates: Candidates, rng: np.random.Generator) -> Judgement:
+    """Rank of the confidence within its pseudo-class × the student's uncertainty, largest first.
+
+    Ours. Raw confidence cannot be compared between classes (``signals.rank_within_class``). Without a
+    student, the rank times a random number, so that the first round is not only the easiest texts.
+    """
+    rank_N = rank_within_class(candidates.confidence_N, candidates.label_N)
+    return Judgement(rank_N * _known(candidates.uncertainty_N, rng))
+
+
+@selection_policy("llkd_sample", uses_student=True, quota=0.5)
+def judge_llkd_sample(
+    candidates: Candidates,
+    rng: np.random.Generator,
+    *,
+    trust: float = 4.0,
+    need: float = 0.5,
+    support: float = 0.5,
+) -> Judgement:
+    """A weighted random sample: the surer the teacher and the less sure the student, the likelier.
+
+    Ours. A text's weight in the draw is ``rank ** trust × uncertainty ** need × support ** support``:
+    the rank of the teacher's confidence within its pseudo-class, the student's entropy, and the
+    probability that the student gives to the pseudo-label. The last keeps out what the student is unsure
+    of because the label is wrong. Drawing instead of taking the largest keeps a round from filling with
+    one kind of text. The draw is without replacement (Efraimidis & Spirakis 2006: the largest of
+    u ** (1 / weight), here in logarithms).
+
+    Raises ValueError for a negative exponent, which would turn its factor round.
+    """
+    for option, exponent in (("trust", trust), ("need", need), ("support", support)):
+        if exponent < 0:
+            raise ValueError(f"{option} is {exponent}: use 0, which leaves it out, or more")
+    rank_N = rank_within_class(candidates.confidence_N, candidates.label_N)
+    student_N = _uncertainty(candidates) ** need
+    student_N = student_N * np.nan_to_num(candidates.support_N.astype(np.float64), nan=1.0) ** support
+    weight_N = np.maximum(rank_N**trust * student_N, 1e-9)
+    # 1 - random() lies in (0, 1], so the logarithm is finite.
+    return Judgement(np.log(1.0 - rng.random(len(candidates))) / weight_N)
+
+
+# --- taking the best, within quotas --------------------------------------------------------------------
+
+
+def best(
+    value_N: Floats,
+    label_N: Ints,
+    n: int,
+    quota: float | None = None,
+    trained_C: Ints | None = None,
+    n_classes: int | None = None,
+) -> Ints:
+    """int[M]: the places of the at most ``n`` largest values, largest first, within class quotas.
+
+    With a quota, each class first fills its share; what is left over then goes to the largest values of
+    any class. Ties go to the lower place.
+    """
+    allowed_N = np.flatnonzero(value_N > NEVER)
+    if quota is None:
+        return allowed_N[_largest(value_N[allowed_N], n)]
+    n_classes = n_classes or int(label_N.max(initial=0)) + 1
+    share_C = class_quotas(np.bincount(label_N, minlength=n_classes), n, quota, trained_C)
+    taken_N = np.zeros(value_N.size, dtype=bool)
+    for c in range(n_classes):
+        of_class = allowed_N[label_N[allowed_N] == c]
+        taken_N[of_class[_largest(value_N[of_class], int(share_C[c]))]] = True
+    rest = allowed_N[~taken_N[allowed_N]]
+    taken_N[rest[_largest(value_N[rest], n - int(taken_N.sum()))]] = True
+    chosen = np.flatnonzero(taken_N)
+    return chosen[np.argsort(-value_N[chosen], kind="stable")]
+
+
+def class_quotas(count_C: Ints, n: int, quota: float, trained_C: Ints | None = None) -> Ints:
+    """int[C], summing to at most ``n``: how many texts each pseudo-class should bring to a round.
+
+    All that is trained on by the end of the round, earlier rounds included, is to be shared out between
+    the classes in proportion to ``count ** quota``: 1 as the teacher labels, 0 all classes alike, 0.5
+    between the two. The square root is what weakly supervised and multilingual training use against
+    skew (Mahajan et al., arXiv 1805.00932, sec. 2.2). A class that already has its share gets nothing.
+    Remainders of a text go to the largest fractions, the rarer class first.
+    """
+    trained_C = np.zeros_like(count_C) if trained_C is None else trained_C
+    # Classes are known by what is left and what was taken of them.
+    seen_C = count_C + trained_C
+    wish_C = np.where(seen_C > 0, np.maximum(seen_C, 1) ** float(quota), 0.0)
+    if not wish_C.sum():
+        return np.zeros_like(count_C)
+    due_C = np.maximum(wish_C / wish_C.sum() * (n + trained_C.sum()) - trained_C, 0.0)
+    if not due_C.sum():
+        return np.zeros_like(count_C)
+    due_C *= n / due_C.sum()
+    share_C = np.floor(due_C).astype(np.int64)
+    by_fraction = np.lexsort((seen_C, -(due_C - share_C)))
+    share_C[by_fraction[: n - int(share_C.sum())]] += 1
+    return share_C
+
+
+def _largest(value_N: Floats, n: int) -> Ints:
+    """Places of the ``n`` largest, largest first, ties by place."""
+    if n <= 0:
+        return np.empty(0, dtype=np.int64)
+    if n < value_N.size:
+        # All that might be among them, ties with the last included, and only those are sorted.
+        worst = np.partition(value_N, value_N.size - n)[value_N.size - n]
+        near = np.flatnonzero(value_N >= worst)
+        return near[np.argsort(-value_N[near], kind="stable")[:n]]
+    return np.argsort(-value_N, kind="stable")
+
+
+def _uncertainty(candidates: Candidates) -> Floats:
+    """The student's uncertainty; a text that it never scored is as unknown to it as can be."""
+    return np.nan_to_num(candidates.uncertainty_N.astype(np.float64), nan=1.0)
+
+
+def _known(signal_N: Floats, rng: np.random.Generator) -> Floats:
+    """The student's signal, 1 where it is missing, and random numbers where it is missing everywhere."""
+    if np.isnan(signal_N).all():
+        return rng.random(signal_N.size)
+    return np.nan_to_num(signal_N.astype(np.float64), nan=1.0)
+
+
+def _sure(candidates: Candidates) -> np.ndarray:
+    return _over_class_threshold(candidates.confidence_N, candidates)
+
+
+def _over_class_threshold(signal_N: Floats, candidates: Candidates) -> np.ndarray:
+    return (
+        signal_N >= class_thresholds(signal_N, candidates.label_N, candidates.n_classes)[candidates.label_N]
+    )
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{option} is {value!r}: use {' or '.join(known)}")
 
 
 def _mean_one(value_M: Floats) -> Floats:

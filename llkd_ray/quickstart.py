@@ -109,8 +109,8 @@ def settings(folder: Path, seed: int) -> dict[str, Any]:
             "max_model_len": MAX_TOKENS,
             "dtype": "float32",
         },
-        "student": {"model": "minilm", "max_tokens": 64, "epochs": 4},
-        "budget": {"rounds": 4, "labels": 2000, "train": 400},
+        "student": {"model": "minilm", "max_tokens": 64, "min_steps": 100},
+        "budget": {"rounds": 3, "labels": 2000, "train": 400},
         "run": {"seed": seed},
     }
 

@@ -48,7 +48,7 @@ def write_report(store: RunStore) -> str:
     """
     facts = read_facts(store)
     page = (
-        _environment()
+        page_environment()
         .get_template("report.html.j2")
         .render(
             run=facts,
@@ -71,7 +71,7 @@ def model_card(store: RunStore) -> str:
     """Markdown for model/README.md: what the model is, how it was made, how good it is, its limits."""
     facts = read_facts(store)
     return (
-        _environment()
+        page_environment()
         .get_template("model_card.md.j2")
         .render(run=facts, conclusion=conclusion(facts), held_out=held_out(facts))
     )
@@ -163,7 +163,7 @@ def markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|&])", r"\\\1", " ".join(text.split()))
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("llkd_ray"),
         autoescape=lambda name: name is None or not name.endswith(".md.j2"),
@@ -211,7 +211,7 @@ def _axes() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure, prefix: str, description: str) -> Markup:
+def svg_element(figure: Figure, prefix: str, description: str) -> Markup:
     """The figure as an <svg> element that takes the width it is given."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -249,7 +249,7 @@ def _finish_curve(figure: Figure, axes: Axes, run: RunFacts, prefix: str, said: 
     _tick_at(axes, run, "trained", at_most=6)
     axes.margins(x=0.06, y=0.12)
     figure.legend(loc="outside upper left", ncols=2, **LEGEND)
-    return _svg(figure, prefix, " ".join(part for part in said if part))
+    return svg_element(figure, prefix, " ".join(part for part in said if part))
 
 
 def _tick_at(axes: Axes, run: RunFacts, key: str, at_most: int) -> None:
@@ -300,4 +300,4 @@ def _time_bars(run: RunFacts) -> Markup | None:
     axes.set_xlim(rounds[0] - 1, rounds[-1] + 1)
     figure.legend(loc="outside upper left", ncols=6, **LEGEND)
     totals = ", ".join(f"{phase} {duration(sum(one[phase] for one in spent))}" for phase in PHASES)
-    return _svg(figure, "time", f"Time of each phase, over all rounds: {totals}.")
+    return svg_element(figure, "time", f"Time of each phase, over all rounds: {totals}.")

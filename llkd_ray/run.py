@@ -25,16 +25,25 @@ POLL_S = 0.25
 class Run:
     """Selector, teacher stream and training run of one distillation."""
 
-    def __init__(self, config: Config, store: RunStore, store_uri: str, schedule: Schedule, display: Display):
+    def __init__(
+        self,
+        config: Config,
+        store: RunStore,
+        store_uri: str,
+        schedule: Schedule,
+        display: Display,
+        over: bool = False,
+    ):
         self.schedule, self.display = schedule, display
         self.teacher: Background | None = None
         self.student: Background | None = None
         self.selector = start_selector(config, store_uri)
         first = self.call("next_round")
-        tickets = open_tickets(store, schedule, over=first == schedule.rounds)
+        over = over or first == schedule.rounds
+        tickets = open_tickets(store, schedule, over)
         if tickets:
             self.teacher = start_stream(config, store_uri, self.selector, tickets)
-        if first < schedule.rounds:
+        if not over:
             self.student = start_training(config, store, store_uri, self.selector)
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -66,10 +75,10 @@ class Run:
 
 @contextmanager
 def running(
-    config: Config, store: RunStore, store_uri: str, schedule: Schedule, display: Display
+    config: Config, store: RunStore, store_uri: str, schedule: Schedule, display: Display, over: bool
 ) -> Iterator[Run]:
-    """The parts of a run; the selector is let go at the end, so that its name is free again."""
-    run = Run(config, store, store_uri, schedule, display)
+    """The parts of a run whose rounds are over or not; the selector's name is free again at the end."""
+    run = Run(config, store, store_uri, schedule, display, over)
     try:
         yield run
     finally:

@@ -27,6 +27,8 @@ class Schedule:
     train: int
     """Texts that the student trains on, in all."""
     first_labels: float
+    growth: float
+    """New texts of a round over those of the round before."""
 
     @classmethod
     def plan(cls, config: Config, n_pool: int, n_test: int) -> Schedule:
@@ -54,6 +56,7 @@ class Schedule:
             test=n_test if evaluation.teacher_on_test else 0,
             train=train,
             first_labels=budget.first_labels,
+            growth=budget.growth,
         )
 
     @property
@@ -104,4 +107,10 @@ class Schedule:
 
     def train_target(self, round_number: int) -> int:
         """Texts trained on after the round, if every round finds as many as it may take."""
-        return self.train * (round_number + 1) // self.rounds
+        done, left = round_number + 1, self.rounds - round_number - 1
+        if self.growth == 1:
+            share = done / self.rounds
+        else:  # a geometric series
+            share = (self.growth**done - 1) / (self.growth**self.rounds - 1)
+        # Every round gets a text at least. The small number keeps a rounding error from taking one away.
+        return min(max(int(self.train * share + 1e-6), done), self.train - left)

@@ -48,11 +48,14 @@ ROUND = pa.schema(
     ]
 )
 
-# The student's opinion before a selection: predictive entropy over log(C), in [0, 1].
+# The student's opinion before a selection: predictive entropy over log(C), best probability less the
+# second, and the probability of the teacher's label (nan where the teacher has not labelled the text).
 SCORES = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
         pa.field("uncertainty", pa.float32(), nullable=False),
+        pa.field("margin", pa.float16(), nullable=False),
+        pa.field("support", pa.float16(), nullable=False),
     ]
 )
 

@@ -20,8 +20,9 @@ import pyarrow as pa
 import ray
 
 from llkd_ray import schemas
+from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.config import Config
-from llkd_ray.policies import ACQUISITION, SELECTION, Candidates, Selection
+from llkd_ray.policies import SELECTION, Selection
 from llkd_ray.schedule import Schedule
 from llkd_ray.signals import Floats, Ints, confidence, normalise
 from llkd_ray.store import (
@@ -40,7 +41,7 @@ from llkd_ray.store import (
     round_file,
     ticket_of,
 )
-from llkd_ray.table import HOLDOUT, ScoreTable
+from llkd_ray.table import HOLDOUT, Candidates, ScoreTable
 
 # First words of the seeds of the generators that are drawn from, so that no two share a stream.
 _HOLDOUT_SEED, _ACQUIRE_SEED, _SELECT_SEED = 1, 2, 3
@@ -70,6 +71,7 @@ class Selector:
         self.n_classes = len(config.labels.names)
         self.table = ScoreTable(self.n_classes, self.examples.n_pool, self.examples.n_test)
         self.policy = SELECTION[config.selection.policy]
+        self.acquisition = ACQUISITION[config.acquisition.policy]
         self.leases: dict[int, Ints] = {}
         self.state = Progress()
         self.changed = asyncio.Condition()
@@ -81,11 +83,13 @@ class Selector:
         """int64[M]: the rows that a ticket stands for; none where the run needs no more labels.
 
         Pool tickets wait until the round that is being taught is at most one ahead of the round that is
-        being trained, so that the newest student's opinion can decide what is read.
+        being trained, so that the newest student's opinion can decide what is read. Where it does decide,
+        they wait until that round is selected, so that the opinion is complete.
         """
         if ticket in self.schedule.pool_tickets:
             ahead = self.schedule.round_of(ticket)
-            await self._until(lambda: self.state.finished or ahead <= len(self.state.selected) + 1)
+            lead = 0 if self.acquisition.uses_student else 1
+            await self._until(lambda: self.state.finished or ahead <= len(self.state.selected) + lead)
             if ticket not in self.leases:
                 if self.state.finished:
                     return np.empty(0, dtype=np.int64)
@@ -121,21 +125,20 @@ class Selector:
         selected already.
         """
         await self.wait_labels(round_number)
-        done = round_number in self.state.selected
-        if round_number == 0 or done or not self.policy.uses_uncertainty:
+        done = self.state.finished or round_number in self.state.selected
+        if round_number == 0 or done or not self._student_is_asked():
             return np.empty(0, dtype=np.int64)
-        if self.config.selection.refresh == "pool":
+        if self.config.selection.refresh == "pool" or self.acquisition.uses_student:
             return self.table.untrained()
         return self._candidates(round_number).row_N
 
-    async def refresh(self, round_number: int, row_M: Ints, uncertainty_M: Floats) -> None:
-        """Note the student's uncertainty about some rows before a round."""
-        self.table.refresh(round_number, np.array(row_M), np.array(uncertainty_M))
+    async def refresh(self, round_number: int, row_M: Ints, p_MC: Floats) -> None:
+        """Note the student's answers on some rows before a round."""
+        self.table.refresh(round_number, row_M, p_MC)
 
     async def refresh_done(self, round_number: int) -> None:
         """All ranks have brought what they scored for the round."""
-        row_M = np.flatnonzero(self.table.refreshed == round_number)
-        columns = [pa.array(row_M), pa.array(self.table.uncertainty[row_M])]
+        columns = [pa.array(column) for column in self.table.scores(round_number)]
         self.store.write_table(
             round_file(round_number, SCORES), pa.Table.from_arrays(columns, schema=schemas.SCORES)
         )
@@ -168,7 +171,7 @@ class Selector:
 
     async def wait_refreshed(self, round_number: int) -> None:
         """Return when the student has scored what the round chooses from, if the policy asks for it."""
-        if round_number > 0 and self.policy.uses_uncertainty:
+        if round_number > 0 and self._student_is_asked():
             done = self.state.selected, self.state.refreshed
             await self._until(lambda: any(round_number in rounds for rounds in done))
 
@@ -179,7 +182,14 @@ class Selector:
             candidates = self._candidates(round_number)
             n = self.schedule.train_target(round_number) - self.table.count_trained()
             rng = np.random.default_rng([self.config.run.seed, _SELECT_SEED, round_number])
-            chosen = self.policy.choose(candidates, n, rng)
+            chosen = self.policy.choose(
+                candidates,
+                n,
+                rng,
+                quota=self.config.selection.quota,
+                trained_C=self.table.trained_of_class(),
+                options=self.config.selection.options,
+            )
             self._write_batch(round_number, chosen)
             facts = {
                 "selected": len(chosen),
@@ -224,6 +234,9 @@ class Selector:
         async with self.changed:
             self.changed.notify_all()
 
+    def _student_is_asked(self) -> bool:
+        return self.policy.uses_student or self.acquisition.uses_student
+
     def _candidates(self, round_number: int) -> Candidates:
         return self.table.candidates(self.schedule.tickets_before(round_number))
 
@@ -244,7 +257,13 @@ class Selector:
             return
         sizes = [self.schedule.ticket_rows(ticket) for ticket in tickets]
         rng = np.random.default_rng([self.config.run.seed, _ACQUIRE_SEED, round_number])
-        row_M = ACQUISITION[self.config.acquisition.policy](self.table.unread(), sum(sizes), rng)
+        row_M = self.acquisition.choose(
+            self.table.unread(),
+            sum(sizes),
+            rng,
+            seed=self.config.run.seed,
+            explore=self.config.acquisition.explore,
+        )
         ticket_M = np.repeat(np.array(tickets, dtype=np.int32), sizes)
         # In place before anybody acts on it: a selector that comes after this one leases the same.
         self.store.write_table(
@@ -304,7 +323,7 @@ class Selector:
     def _rebuild_round(self, k: int) -> None:
         if self.store.exists(round_file(k, SCORES)):
             scores = self.store.read_table(round_file(k, SCORES))
-            self.table.refresh(k, scores["row"].to_numpy(), scores["uncertainty"].to_numpy())
+            self.table.restore_scores(k, *(column.to_numpy() for column in scores.columns))
             self.state.refreshed.add(k)
         if self.store.exists(round_file(k, SELECTED)):
             batch = self.store.read_table(round_file(k, BATCH), ["row"])

@@ -1,9 +1,11 @@
 """What a label distribution tells: pure numpy on ``p_NC`` (N texts, C classes).
 
-Shapes in names: N texts, C classes.
+Shapes in names: N texts, C classes, K sampled answers.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +22,37 @@ def normalise(mass_NC: Floats) -> Floats:
     return np.where(total_N1 > 0, mass_NC / np.where(total_N1 > 0, total_N1, 1.0), uniform)
 
 
+def votes(answer_NK: Ints, n_classes: int) -> Floats:
+    """float[N, C]: the share of K sampled answers for each label; -1 stands for no answer.
+
+    Self-consistency (Wang et al., arXiv 2203.11171) without its reasoning paths: the share of the most
+    frequent answer is a confidence that needs no access to probabilities. A text without any answer gets
+    1/C everywhere.
+    """
+    answer_NK = np.asarray(answer_NK)
+    return normalise((answer_NK[:, :, None] == np.arange(n_classes)).sum(axis=1))
+
+
 def confidence(p_NC: Floats) -> Floats:
     """float[N]: probability of the most likely label. LLKD's teacher signal (arXiv 2411.08028, sec. 3)."""
     return np.max(p_NC, axis=1)
+
+
+def least_confidence(p_NC: Floats) -> Floats:
+    """float[N]: 1 - confidence, over its largest value 1 - 1/C, so 0 is certain and 1 is uniform.
+
+    Lewis & Gale 1994, "A sequential algorithm for training text classifiers"; the scaling is ours.
+    """
+    return (1.0 - confidence(p_NC)) / (1.0 - 1.0 / p_NC.shape[1])
+
+
+def margin(p_NC: Floats) -> Floats:
+    """float[N]: the most likely label's probability less the second's; 0 is undecided, 1 is certain.
+
+    Scheffer, Decomain & Wrobel 2001, "Active hidden Markov models for information extraction".
+    """
+    second_and_first_N2 = np.partition(p_NC, -2, axis=1)[:, -2:]
+    return second_and_first_N2[:, 1] - second_and_first_N2[:, 0]
 
 
 def entropy(p_NC: Floats) -> Floats:
@@ -36,6 +66,26 @@ def entropy(p_NC: Floats) -> Floats:
     return np.clip(-(p_NC * log_p_NC).sum(axis=1) / np.log(p_NC.shape[1]), 0.0, 1.0)
 
 
+def support(p_NC: Floats, label_N: Ints) -> Floats:
+    """float[N]: the probability that one model gives to the label that another one chose."""
+    return p_NC[np.arange(label_N.size), label_N]
+
+
+def rank_within_class(signal_N: Floats, label_N: Ints) -> Floats:
+    """float[N] in (0, 1]: a signal's rank among the texts of the same label, 1 for the largest.
+
+    The raw confidence of different labels cannot be compared: a label that the teacher over-uses looks
+    the surest. Its rank within the label can. Ties go by position.
+    """
+    order_N = np.lexsort((signal_N, label_N))  # by label, then by signal
+    count_C = np.bincount(label_N)
+    start_C = np.cumsum(count_C) - count_C
+    sorted_label_N = label_N[order_N]
+    rank_N = np.empty(label_N.size)
+    rank_N[order_N] = (np.arange(label_N.size) - start_C[sorted_label_N] + 1) / count_C[sorted_label_N]
+    return rank_N
+
+
 def class_thresholds(signal_N: Floats, label_N: Ints, n_classes: int) -> Floats:
     """float[C]: a threshold for each pseudo-class, from a global mean and each class's own mean.
 
@@ -46,10 +96,51 @@ def class_thresholds(signal_N: Floats, label_N: Ints, n_classes: int) -> Floats:
     confidence and uncertainty. A class without texts gets the global mean.
     """
     global_mean = float(np.mean(signal_N)) if signal_N.size else 0.0
+    mean_C = class_means(signal_N, label_N, n_classes, otherwise=global_mean)
     count_C = np.bincount(label_N, minlength=n_classes)
-    sum_C = np.bincount(label_N, weights=signal_N, minlength=n_classes)
-    mean_C = np.where(count_C > 0, sum_C / np.maximum(count_C, 1), global_mean)
     largest = mean_C[count_C > 0].max(initial=0.0)
     if largest <= 0:
         return np.full(n_classes, global_mean)
     return np.where(count_C > 0, global_mean * mean_C / largest, global_mean)
+
+
+def class_means(signal_N: Floats, label_N: Ints, n_classes: int, otherwise: float) -> Floats:
+    """float[C]: the mean signal of each label's texts, and ``otherwise`` for a label without any."""
+    count_C = np.bincount(label_N, minlength=n_classes)
+    sum_C = np.bincount(label_N, weights=signal_N, minlength=n_classes)
+    return np.where(count_C > 0, sum_C / np.maximum(count_C, 1), otherwise)
+
+
+@dataclass(frozen=True)
+class MovingThreshold:
+    """A threshold that follows a signal step by step: one moving average over all, one for each class.
+
+    FreeMatch (arXiv 2205.07246, eq. 5 to 8): both start at 1/C, move by ``1 - momentum`` a step before
+    the step is judged, and a class's threshold is the global one times the class's average over the
+    largest class's. Deviation: a class's average is of the signal of its texts, as in
+    :func:`class_thresholds`; a class that a step has no text of stays where it is.
+    """
+
+    overall: float
+    class_C: Floats
+    momentum: float = 0.999
+
+    @classmethod
+    def start(cls, n_classes: int, momentum: float = 0.999) -> MovingThreshold:
+        return cls(1 / n_classes, np.full(n_classes, 1 / n_classes), momentum)
+
+    def after(self, sum_C: Floats, count_C: Ints) -> MovingThreshold:
+        """The threshold moved by a step's sums and counts per class, which add up over ranks."""
+        if not count_C.sum():
+            return self
+        keep, move = self.momentum, 1 - self.momentum
+        mean_C = np.where(count_C > 0, sum_C / np.maximum(count_C, 1), self.class_C)
+        return MovingThreshold(
+            keep * self.overall + move * float(sum_C.sum() / count_C.sum()),
+            keep * self.class_C + move * mean_C,
+            self.momentum,
+        )
+
+    def of_class(self) -> Floats:
+        """float[C]: what a text of each class has to reach."""
+        return self.overall * self.class_C / max(float(self.class_C.max()), 1e-12)

@@ -16,6 +16,9 @@ import torch
 from torch import nn
 
 from llkd_ray.config import ConfigError, LabelsConfig, StudentConfig
+from llkd_ray.in_step import InStep
+from llkd_ray.losses import LOSSES
+from llkd_ray.signals import confidence
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Batch:
     texts: list[str]
     label_N: np.ndarray
     weight_N: np.ndarray
+    p_NC: np.ndarray
+    """The teacher's distribution; sums to one."""
 
 
 @dataclass
@@ -171,37 +176,24 @@ def train_round(
     seed: int = 0,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
 ) -> dict[str, float]:
-    """Train on a round's texts and return mean loss and step count; weighted cross-entropy on hard labels.
+    """Train on a round's texts and return mean loss, step count and, with ``in_step: mask``, ``masked``.
 
-    The loss of a step is the mean over its global batch of weight × cross-entropy. AdamW, linear warm-up
-    and linear decay to zero over the round.
+    The loss of a step is the mean over its global batch of weight × what the text counts in the step ×
+    ``config.loss``. AdamW, linear warm-up and linear decay to zero over the round. ``masked`` is the share of
+    texts that did not count.
     """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     length_N = np.array([len(text) for text in batch.texts])
-    steps_an_epoch = -(-length_N.size // config.batch_size)
-    steps = steps_an_epoch * config.epochs
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(student.model, config.weight_decay),
-        lr=config.learning_rate,
-        fused=True,  # a seventh of the time of the plain loop, which is a third of a small model's step
-    )
-    warmup = max(1, round(config.warmup * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-    )
+    epochs, steps = count_steps(length_N.size, config)
+    optimizer, schedule = _optimizer_and_schedule(student.model, config, steps)
+    in_step = InStep(config.in_step, batch.p_NC.shape[1], world)
     loss_sum = torch.zeros((), device=student.device)
     student.model.train()
     done = 0
-    for _ in range(config.epochs):
+    for _ in range(epochs):
         for step in plan_steps(length_N, config, rank, world, rng):
-            logits_BC = student.logits([batch.texts[i] for i in step.index_B], config.max_tokens)
-            label_B = torch.as_tensor(batch.label_N[step.index_B], dtype=torch.long, device=student.device)
-            weight_B = torch.as_tensor(
-                batch.weight_N[step.index_B], dtype=torch.float32, device=student.device
-            )
-            loss_B = nn.functional.cross_entropy(logits_BC, label_B, reduction="none")
-            loss = (weight_B * loss_B).sum() * step.scale
+            loss = _step_loss(student, batch, step, config, in_step)
             loss.backward()
             nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
             optimizer.step()
@@ -210,7 +202,46 @@ def train_round(
             loss_sum += loss.detach()
             done += 1
             on_step(done, steps)
-    return {"steps": done, "loss": float(loss_sum) / max(1, done)}
+    return {"steps": done, "loss": float(loss_sum) / max(1, done)} | in_step.facts()
+
+
+def count_steps(n: int, config: StudentConfig) -> tuple[int, int]:
+    """Epochs over ``n`` texts and optimiser steps of a round; whole epochs, with ``min_steps`` or more."""
+    steps_an_epoch = -(-n // config.batch_size)
+    epochs = max(config.epochs, -(-config.min_steps // steps_an_epoch))
+    return epochs, epochs * steps_an_epoch
+
+
+def _step_loss(
+    student: Student, batch: Batch, step: Step, config: StudentConfig, in_step: InStep
+) -> torch.Tensor:
+    """A rank's part of a step's loss, scaled so that the mean over ranks is the loss of the global batch."""
+
+    def on_device(values_B: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        return torch.as_tensor(values_B, dtype=dtype, device=student.device)
+
+    logits_BC = student.logits([batch.texts[i] for i in step.index_B], config.max_tokens)
+    label_B = on_device(batch.label_N[step.index_B], torch.long)
+    weight_B = on_device(batch.weight_N[step.index_B], torch.float32)
+    p_BC = batch.p_NC[step.index_B]
+    loss_B = LOSSES[config.loss](logits_BC, label_B, on_device(p_BC, torch.float32))
+    counts_B = in_step.weigh(logits_BC, label_B, on_device(confidence(p_BC), torch.float64), step.scale > 0)
+    return (weight_B * counts_B * loss_B).sum() * step.scale
+
+
+def _optimizer_and_schedule(
+    model: nn.Module, config: StudentConfig, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, config.weight_decay),
+        lr=config.learning_rate,
+        fused=True,  # a seventh of the time of the plain loop, which is a third of a small model's step
+    )
+    warmup = max(1, round(config.warmup * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+    return optimizer, schedule
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

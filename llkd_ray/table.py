@@ -1,7 +1,7 @@
 """The score table: what is known of every text, in one dense numpy column each.
 
 Columns are indexed by row number, so an update is one fancy assignment. All updates are idempotent:
-a label, once there, stays. 20 bytes a row. No Ray here.
+a label, once there, stays. 23 bytes a row. No Ray here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llkd_ray.signals import Floats, Ints
+from llkd_ray.signals import Floats, Ints, entropy, margin, support
 
 NONE = -1
 
@@ -30,6 +30,10 @@ class Candidates:
     """The teacher's confidence in ``label_N``."""
     uncertainty_N: Floats
     """The student's entropy, in [0, 1]; nan where it has not scored the text."""
+    margin_N: Floats
+    """The student's best probability less its second, in [0, 1]; nan where it has not scored the text."""
+    support_N: Floats
+    """The student's probability of ``label_N``; nan where it has not scored the text."""
     n_classes: int
 
     def __len__(self) -> int:
@@ -42,12 +46,32 @@ class Candidates:
             self.label_N[index_M],
             self.confidence_N[index_M],
             self.uncertainty_N[index_M],
+            self.margin_N[index_M],
+            self.support_N[index_M],
             self.n_classes,
         )
 
     def by_row(self) -> Candidates:
         """In ascending row order, so that a choice does not depend on how they came."""
         return self.take(np.argsort(self.row_N, kind="stable"))
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Pool texts that no ticket has, one entry a text, by row."""
+
+    row_N: Ints
+    uncertainty_N: Floats
+    """The student's entropy, in [0, 1]; nan where it has not scored the text."""
+    margin_N: Floats
+    """The student's best probability less its second, in [0, 1]; nan where it has not scored the text."""
+
+    def __len__(self) -> int:
+        return int(self.row_N.size)
+
+    def take(self, index_M: Ints) -> Unread:
+        """The texts at these places, in this order."""
+        return Unread(self.row_N[index_M], self.uncertainty_N[index_M], self.margin_N[index_M])
 
 
 class ScoreTable:
@@ -60,6 +84,8 @@ class ScoreTable:
         self.label = np.full(n_rows, NONE, dtype=np.int16)
         self.confidence = np.full(n_rows, np.nan, dtype=np.float32)
         self.uncertainty = np.full(n_rows, np.nan, dtype=np.float32)
+        self.margin = np.full(n_rows, np.nan, dtype=np.float16)
+        self.support = np.full(n_rows, np.nan, dtype=np.float16)
         self.refreshed = np.full(n_rows, NONE, dtype=np.int16)
         self.trained = np.full(n_rows, NONE, dtype=np.int16)
         self.ticket = np.full(n_rows, NONE, dtype=np.int32)
@@ -71,8 +97,7 @@ class ScoreTable:
 
     @property
     def nbytes(self) -> int:
-        columns = (self.label, self.confidence, self.uncertainty, self.refreshed, self.trained)
-        return sum(column.nbytes for column in (*columns, self.ticket, self.flags))
+        return sum(column.nbytes for column in vars(self).values() if isinstance(column, np.ndarray))
 
     def hold_out(self, row_M: Ints) -> None:
         """Keep these rows from training for good."""
@@ -90,21 +115,36 @@ class ScoreTable:
         self.confidence[fresh] = confidence_M[new]
         return int(fresh.size)
 
-    def refresh(self, round_number: int, row_M: Ints, uncertainty_M: Floats) -> None:
-        """Note the student's uncertainty before ``round_number``; an older round changes nothing."""
+    def refresh(self, round_number: int, row_M: Ints, p_MC: Floats) -> None:
+        """Note the student's answers before ``round_number``; an older round changes nothing."""
         newer = self.refreshed[row_M] <= round_number
-        self.uncertainty[row_M[newer]] = uncertainty_M[newer]
-        self.refreshed[row_M[newer]] = round_number
+        row_M, p_MC = row_M[newer], p_MC[newer]
+        label_M = self.label[row_M]
+        self.uncertainty[row_M] = entropy(p_MC)
+        self.margin[row_M] = margin(p_MC)
+        self.support[row_M] = np.where(label_M == NONE, np.nan, support(p_MC, label_M))
+        self.refreshed[row_M] = round_number
+
+    def restore_scores(self, round_number: int, row_M: Ints, *signals_M: Floats) -> None:
+        """Note what :meth:`scores` once gave: uncertainty, margin and support of some rows."""
+        self.uncertainty[row_M], self.margin[row_M], self.support[row_M] = signals_M
+        self.refreshed[row_M] = round_number
+
+    def scores(self, round_number: int) -> tuple[Ints, Floats, Floats, Floats]:
+        """Rows that the student scored before a round, with their uncertainty, margin and support."""
+        row_M = np.flatnonzero(self.refreshed == round_number)
+        return row_M, self.uncertainty[row_M], self.margin[row_M], self.support[row_M]
 
     def mark_trained(self, round_number: int, row_M: Ints) -> None:
         """Note the first round that trains on these rows."""
         first = self.trained[row_M] == NONE
         self.trained[row_M[first]] = round_number
 
-    def unread(self) -> Ints:
-        """int64[N]: pool rows that no ticket has, ascending."""
+    def unread(self) -> Unread:
+        """Pool texts without a ticket, by row."""
         pool = slice(0, self.n_pool)
-        return np.flatnonzero((self.ticket[pool] == NONE) & (self.flags[pool] == 0))
+        row_N = np.flatnonzero((self.ticket[pool] == NONE) & (self.flags[pool] == 0))
+        return Unread(row_N, self.uncertainty[row_N], self.margin[row_N])
 
     def untrained(self) -> Ints:
         """int64[N]: pool rows, labelled or not, that the student may still come to train on."""
@@ -120,8 +160,19 @@ class ScoreTable:
         pool = slice(0, self.n_pool)
         labelled = (self.label[pool] != NONE) & (self.ticket[pool] < tickets_below)
         row_N = np.flatnonzero(labelled & (self.trained[pool] == NONE) & (self.flags[pool] == 0))
-        columns = (self.label[row_N], self.confidence[row_N], self.uncertainty[row_N])
-        return Candidates(row_N, *columns, self.n_classes)
+        return Candidates(
+            row_N,
+            self.label[row_N],
+            self.confidence[row_N],
+            self.uncertainty[row_N],
+            self.margin[row_N],
+            self.support[row_N],
+            self.n_classes,
+        )
+
+    def trained_of_class(self) -> Ints:
+        """int64[C]: texts of each pseudo-class that the student has trained on."""
+        return np.bincount(self.label[self.trained != NONE], minlength=self.n_classes)
 
     def count_labelled(self) -> int:
         """Rows of the pool, hold-out included, that the teacher has labelled."""

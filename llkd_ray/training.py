@@ -26,8 +26,7 @@ from ray.train.torch import TorchTrainer
 from llkd_ray import schemas
 from llkd_ray.cluster import Background
 from llkd_ray.config import Config
-from llkd_ray.signals import entropy
-from llkd_ray.store import CHECKPOINTS_DIR, Examples, RunStore, list_column, predictions_file
+from llkd_ray.store import CHECKPOINTS_DIR, Examples, RunStore, list_column, matrix_of, predictions_file
 from llkd_ray.student import Batch, Student, build_student, predict, train_round
 
 TRAIN_RUN = "student"
@@ -100,7 +99,7 @@ class Rank:
         return ray.get(getattr(self.selector, method).remote(*arguments))
 
     def score(self, k: int) -> None:
-        """Refresh the student's uncertainty about what round ``k`` may choose from."""
+        """Refresh the student's opinion of what round ``k`` may choose from."""
         rows = self.ask("rows_to_score", k)
         began = time.monotonic()
         if rows.size:
@@ -108,7 +107,7 @@ class Rank:
             for start in range(0, mine.size, SCORE_CHUNK):
                 self._say(f"round {k}: scoring {min(start + SCORE_CHUNK, mine.size) * self.world} texts")
                 chunk = mine[start : start + SCORE_CHUNK]
-                self.ask("refresh", k, chunk, entropy(self._predict(chunk)).astype(np.float32))
+                self.ask("refresh", k, chunk, self._predict(chunk).astype(np.float32))
             dist.barrier()
             if self.rank == 0:
                 self.ask("refresh_done", k)
@@ -123,7 +122,12 @@ class Rank:
             data = pa.concat_tables(tables if config.replay == "all" else tables[-1:])
             if config.start == "fresh":
                 self.student.module.load_state_dict(self.first_weights)
-            batch = Batch(data["text"].to_pylist(), data["label"].to_numpy(), data["weight"].to_numpy())
+            batch = Batch(
+                data["text"].to_pylist(),
+                data["label"].to_numpy(),
+                data["weight"].to_numpy(),
+                matrix_of(data["probs"], len(self.config.labels.names)),
+            )
             self.facts = train_round(
                 self.student,
                 batch,

@@ -22,6 +22,7 @@ MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__
 # module → the modules of ours that it may import
 ROOMS: dict[str, set[str]] = {
     "config": set(),
+    "settings": {"config"},
     "schemas": set(),
     "signals": set(),
     "console": set(),
@@ -37,29 +38,63 @@ ROOMS: dict[str, set[str]] = {
     "schedule": {"config"},
     "table": {"signals", "schemas"},
     "policies": {"signals", "table"},
-    "selector": {"config", "policies", "schedule", "schemas", "signals", "store", "table"},
+    "acquisition": {"policies", "signals", "table"},
+    "selector": {
+        "acquisition",
+        "config",
+        "policies",
+        "schedule",
+        "schemas",
+        "signals",
+        "store",
+        "table",
+    },
     # teacher and student
     "prompts": {"config"},
     "cluster": {"config"},
     "recorded": {"config", "sources", "store"},
     "teacher": {"cluster", "config", "prompts", "recorded", "schemas", "store"},
-    "student": {"config", "signals"},
+    "losses": set(),
+    "in_step": {"signals"},
+    "student": {"config", "in_step", "losses", "signals"},
     "training": {"cluster", "config", "schemas", "signals", "store", "student"},
     # results
+    "calibration": {"signals"},
     "evaluate": {"signals"},
     "metrics": {"evaluate", "schedule", "signals", "store"},
     "facts": {"schemas", "store"},
     "report": {"evaluate", "facts", "schemas", "store"},
+    # policies against each other
+    "trial": {"acquisition", "config", "evaluate", "policies", "signals", "student", "table"},
+    "tables": set(),
+    "comparison": {"config", "recorded", "settings", "signals", "store", "tables", "trial"},
+    "compare_report": {"report", "store", "tables"},
     # the whole
     "run": {"cluster", "config", "schedule", "selector", "store", "teacher", "training"},
     "quickstart": {"config", "docstrings", "prompts"},
 }
 ROOMS["loop"] = set(ROOMS) - {"docstrings", "quickstart"}
 ROOMS["plan"] = {"cleaning", "config", "loop", "prompts", "readers", "sources", "teacher"}
-ROOMS["cli"] = {"config", "loop", "plan", "quickstart", "store"}
+ROOMS["cli"] = {"config", "loop", "plan", "quickstart", "settings", "store"}
+ROOMS["labelling"] = {"cli", "config", "facts", "loop", "settings", "store"}
+ROOMS["compare"] = {
+    "cli",
+    "cluster",
+    "compare_report",
+    "comparison",
+    "config",
+    "corpus",
+    "labelling",
+    "loop",
+    "report",
+    "settings",
+    "store",
+    "tables",
+    "trial",
+}
 FOR_EVERYONE = {"console"}  # how progress is printed
 
-WITH_RAY = {"cluster", "corpus", "run", "selector", "teacher", "training"}
+WITH_RAY = {"cluster", "compare", "corpus", "run", "selector", "teacher", "training"}
 MAX_LINES = 450
 MAX_BYTES = 400_000
 

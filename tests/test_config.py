@@ -12,11 +12,9 @@ from toys import config_tree, make_config
 from llkd_ray.config import (
     Config,
     ConfigError,
-    apply_overrides,
-    dump_config,
-    load_config,
     parse_config,
 )
+from llkd_ray.settings import apply_overrides, dump_config, load_config
 
 
 def refusal(**sections) -> str:
@@ -86,6 +84,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("sections", "field", "value"),
         [
+            ({"budget": {"growth": 0.5}}, "budget.growth", "0.5"),
             ({"budget": {"rounds": 0}}, "budget.rounds", "0"),
             ({"student": {"warmup": 1}}, "student.warmup", "1"),
             ({"teacher": {"dtype": "int4"}}, "teacher.dtype", "'int4'"),

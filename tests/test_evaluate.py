@@ -8,6 +8,7 @@ from llkd_ray.evaluate import (
     bootstrap_interval,
     classification,
     expected_calibration_error,
+    has_flattened,
 )
 
 
@@ -173,3 +174,18 @@ def test_empty_input_is_refused(call):
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("curve", "flat"),
+    [
+        ([], False),
+        ([0.5], False),
+        ([0.5, 0.6], False),
+        ([0.5, 0.6, 0.604, 0.6], True),
+        ([0.5, 0.6, 0.6, 0.61], False),
+        ([0.6, 0.5, 0.5], True),
+    ],
+)
+def test_a_curve_has_flattened_when_none_of_the_last_beats_the_best_before(curve, flat):
+    assert has_flattened(curve, patience=2, min_gain=0.005) is flat

@@ -60,7 +60,7 @@ def test_the_settings_are_a_whole_config(prepared: tuple[Path, dict, list[str]])
     assert config.test.gold == "label"
     assert config.teacher.prompt == PROMPT
     assert config.student.model == "minilm"
-    assert (config.budget.rounds, config.run.seed) == (4, 3)
+    assert (config.budget.rounds, config.run.seed) == (3, 3)
     assert Path(config.teacher.model or "").is_absolute()
 
 

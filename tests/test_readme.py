@@ -12,14 +12,19 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.cli import distill_parser
-from llkd_ray.config import load_config, parse_config
-from llkd_ray.policies import ACQUISITION, SELECTION
+from llkd_ray.compare import compare_parser
+from llkd_ray.comparison import load_comparison
+from llkd_ray.config import parse_config
+from llkd_ray.policies import SELECTION
 from llkd_ray.quickstart import settings
+from llkd_ray.settings import load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+COMPARISONS = sorted((ROOT / "configs").glob("compare_*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - set(COMPARISONS))
 
 
 def blocks(language: str) -> list[str]:
@@ -53,6 +58,12 @@ def test_distill_commands_parse_and_name_configs_that_load(words):
         load_config(ROOT / options.config, options.set)
 
 
+@pytest.mark.parametrize("words", [w for w in commands() if "jobs/compare.py" in w], ids=" ".join)
+def test_compare_commands_parse_and_name_settings_that_load(words):
+    options = compare_parser().parse_args(words[words.index("jobs/compare.py") + 1 :])
+    load_comparison(ROOT / options.config, options.set)
+
+
 @pytest.mark.parametrize("words", [w for w in commands() if w[0] == "ray"], ids=" ".join)
 def test_ray_commands_exist(words):
     subcommand = words[1:3] if words[1] == "job" else words[1:2]
@@ -78,6 +89,13 @@ def test_every_policy_is_in_the_tables():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configs_load(path):
     load_config(path)
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.name)
+def test_comparisons_load_and_say_how_they_are_run(path):
+    comparison = load_comparison(path)
+    load_config(comparison.base)
+    assert f"python jobs/compare.py configs/{path.name}" in path.read_text()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from llkd_ray import schemas
-from llkd_ray.config import dump_config, parse_config
+from llkd_ray.config import parse_config
 from llkd_ray.facts import SUMMARY, read_facts
 from llkd_ray.report import count, duration, model_card, percent, shorten, write_report
+from llkd_ray.settings import dump_config
 from llkd_ray.store import CONFIG, EXAMPLES_INDEX, MANIFEST, QUARANTINE_DIR, RunStore, round_file
 
 LABELS = ("billing", "delivery", "returns", "praise", "account")

@@ -13,8 +13,19 @@ import pytest
 from toys import make_config, make_run, toy_probs, toy_texts
 
 from llkd_ray import schemas
+from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.selector import Selector
-from llkd_ray.store import BATCH, LABELS_DIR, LEASES_DIR, SELECTED, list_column, round_file, ticket_file
+from llkd_ray.signals import entropy, margin, support
+from llkd_ray.store import (
+    BATCH,
+    LABELS_DIR,
+    LEASES_DIR,
+    SCORES,
+    SELECTED,
+    list_column,
+    round_file,
+    ticket_file,
+)
 
 N_POOL, N_TEST, N_CLASSES = 200, 30, 3
 GOLD = toy_texts(N_POOL + N_TEST, N_CLASSES, seed=0)[1]
@@ -27,7 +38,7 @@ class Bench:
 
     def __init__(self, folder, **sections):
         settings = {
-            "budget": {"rounds": 4, "train": 60} | sections.pop("budget", {}),
+            "budget": {"rounds": 4, "train": 60, "growth": 1.0} | sections.pop("budget", {}),
             "teacher": {"lease_rows": 16} | sections.pop("teacher", {}),
         }
         self.config = make_config(**settings, **sections)
@@ -73,11 +84,15 @@ class Bench:
             if ticket not in self.selector.state.tickets_done:
                 await self.teach(ticket)
 
+    def opinion(self, k):
+        """float32[R, C]: what the student says of every row before round ``k``."""
+        rng = np.random.default_rng(1000 * k)
+        return rng.dirichlet(np.ones(N_CLASSES), N_POOL + N_TEST).astype(np.float32)
+
     async def score(self, k):
         rows = await self.selector.rows_to_score(k)
         for mine in np.array_split(rows, 2):  # two ranks
-            uncertainty = np.random.default_rng(1000 * k).uniform(size=N_POOL + N_TEST)
-            await self.selector.refresh(k, mine, uncertainty[mine].astype(np.float32))
+            await self.selector.refresh(k, mine, self.opinion(k)[mine])
         await self.selector.refresh_done(k)
         return rows
 
@@ -374,11 +389,19 @@ class TestScoring:
             return await bench.score(1)
 
         rows = run(script())
-        scores = bench.store.read_table(round_file(1, "scores.parquet"))
+        scores = bench.store.read_table(round_file(1, SCORES))
         assert scores.schema == schemas.SCORES
         assert scores["row"].to_pylist() == rows.tolist()
-        before = bench.selector.table.uncertainty.copy()
-        assert np.array_equal(bench.restart().table.uncertainty, before, equal_nan=True)
+        p_MC = bench.opinion(1)[rows]
+        label_M = bench.selector.table.label[rows]
+        assert scores["uncertainty"].to_numpy() == pytest.approx(entropy(p_MC), abs=1e-6)
+        assert scores["margin"].to_numpy() == pytest.approx(margin(p_MC), abs=1e-3)
+        assert scores["support"].to_numpy() == pytest.approx(support(p_MC, label_M), abs=1e-3)
+        before = bench.selector.table
+        after = bench.restart().table
+        for column in ("uncertainty", "margin", "support"):
+            one, other = getattr(before, column), getattr(after, column)
+            assert np.array_equal(one, other, equal_nan=True), column
 
 
 class TestSelect:
@@ -440,7 +463,7 @@ class TestSelect:
 
     @pytest.mark.parametrize("weighting", ["signals", "none"])
     def test_weights(self, tmp_path, weighting):
-        bench = Bench(tmp_path / "run", selection={"weighting": weighting})
+        bench = Bench(tmp_path / "run", selection={"policy": "llkd", "weighting": weighting})
 
         async def script():
             await bench.round(0)
@@ -511,6 +534,164 @@ class TestSelect:
         bench.restart()
         assert run(bench.selector.next_round()) == 1
         assert run(bench.selector.last_trained())["checkpoint"] == "checkpoints/x"
+
+    def test_options_reach_the_policy(self, tmp_path):
+        options = {"order": "product", "thresholds": "global"}
+        bench = Bench(tmp_path / "run", selection={"policy": "llkd", "options": options})
+
+        async def script():
+            await bench.round(0)
+            await bench.teach_for(1)
+            await bench.score(1)
+            table = bench.selector.table
+            candidates = table.candidates(bench.schedule.tickets_before(1))
+            await bench.selector.select(1)
+            return candidates
+
+        candidates = run(script())
+        value = candidates.confidence_N * candidates.uncertainty_N
+        passing = (candidates.confidence_N >= candidates.confidence_N.mean()) & (
+            candidates.uncertainty_N >= candidates.uncertainty_N.mean()
+        )
+        order = np.argsort(-np.where(passing, value, -1), kind="stable")[: min(15, passing.sum())]
+        assert bench.batch(1)["row"].to_pylist() == candidates.row_N[order].tolist()
+
+    @pytest.mark.parametrize(("quota", "expected"), [(0.0, [20, 20, 20]), (None, None)])
+    def test_quota_shares_all_rounds_out_between_the_classes(self, tmp_path, quota, expected):
+        bench = Bench(tmp_path / "run", selection={"policy": "random", "quota": quota})
+
+        async def script():
+            for k in range(4):
+                await bench.round(k)
+
+        run(script())
+        labels = np.concatenate([bench.batch(k)["label"].to_numpy() for k in range(4)])
+        counts = np.bincount(labels, minlength=N_CLASSES).tolist()
+        assert sum(counts) == 60
+        assert (counts == [20, 20, 20]) == (expected is not None)
+
+
+class TestAcquisitionByTheStudent:
+    """The student's opinion decides what is read, so a lease waits until the opinion is complete."""
+
+    @pytest.fixture
+    def asking(self, tmp_path):
+        return self.make(tmp_path / "run")
+
+    def make(self, folder, policy="entropy", **sections):
+        selection = {"policy": "random"} | sections.pop("selection", {})
+        acquisition = {"policy": policy, "explore": 0.0} | sections.pop("acquisition", {})
+        return Bench(folder, selection=selection, acquisition=acquisition, **sections)
+
+    def tickets_of(self, bench, k):
+        first = bench.schedule.tickets_before(k - 1) if k else bench.schedule.pool_tickets.start
+        return range(first, bench.schedule.tickets_before(k))
+
+    async def lease_for(self, bench, k):
+        rows = [await bench.selector.lease(ticket) for ticket in self.tickets_of(bench, k)]
+        return np.concatenate(rows)
+
+    def test_leases_wait_for_the_selection_of_the_round_before(self, asking):
+        async def script():
+            await asking.teach_for(0)
+            next_round = asyncio.create_task(asking.selector.lease(asking.schedule.tickets_before(0)))
+            assert await still_waits(next_round), "round 0 is not selected yet"
+            await asking.selector.select(0)
+            assert len(await released(next_round)) == 16
+
+        run(script())
+
+    @pytest.mark.parametrize("policy", ["random", "llkd"])
+    def test_unread_texts_are_scored_too_whatever_selects(self, tmp_path, policy):
+        bench = self.make(tmp_path / "run", selection={"policy": policy})
+
+        async def script():
+            await bench.round(0)
+            await bench.teach_for(1)
+            waiting = asyncio.create_task(bench.selector.wait_refreshed(1))
+            assert await still_waits(waiting)
+            rows = await bench.score(1)
+            await released(waiting)
+            assert np.array_equal(rows, bench.selector.table.untrained())
+            assert np.isin(bench.selector.table.unread().row_N, rows).all()
+            assert bench.selector.table.unread().row_N.size > 0
+
+        run(script())
+
+    @pytest.mark.parametrize("policy", ["entropy", "margin"])
+    def test_reads_what_the_student_of_the_round_before_was_least_sure_of(self, tmp_path, policy):
+        bench = self.make(tmp_path / "run", policy)
+
+        async def script():
+            await bench.round(0)
+            await bench.round(1)
+            unread = bench.selector.table.unread().row_N
+            return unread, await self.lease_for(bench, 2)
+
+        unread, leased = run(script())
+        p_MC = bench.opinion(1)[unread]
+        sure_M = -entropy(p_MC) if policy == "entropy" else margin(p_MC)
+        cutoff = np.sort(sure_M)[leased.size - 1]
+        assert leased.size < unread.size
+        assert sure_M[np.isin(unread, leased)].max() <= cutoff + 1e-3, "margins are kept in 16 bits"
+
+    def test_before_the_student_has_an_opinion_chance_decides(self, tmp_path):
+        def leased(name, seed):
+            bench = self.make(tmp_path / name, run={"seed": seed})
+            return run(self.lease_for(bench, 0)).tolist()
+
+        assert leased("a", 1) == leased("b", 1)
+        assert leased("c", 2) != leased("d", 1)
+
+    def test_explore_and_seed_reach_the_policy(self, tmp_path, monkeypatch):
+        bench = self.make(tmp_path / "run", acquisition={"explore": 0.25}, run={"seed": 5})
+        seen = []
+        policy = bench.selector.acquisition
+
+        class Spy:
+            uses_student = True
+
+            def choose(self, *arguments, **more):
+                seen.append(more)
+                return policy.choose(*arguments, **more)
+
+        bench.selector.acquisition = Spy()
+        run(bench.selector.lease(bench.schedule.pool_tickets.start))
+        assert seen == [{"seed": 5, "explore": 0.25}]
+
+    @pytest.mark.parametrize("policy", sorted(name for name, it in ACQUISITION.items() if it.uses_student))
+    def test_a_restarted_selector_leases_the_same(self, tmp_path, policy):
+        async def until_round_2(bench):
+            await bench.round(0)
+            await bench.round(1)
+
+        kept, dying = (self.make(tmp_path / name, policy) for name in ("kept", "dying"))
+        for bench in (kept, dying):
+            run(until_round_2(bench))
+        # Once before the leases are in a file, so that they come from the scores in theirs; once after.
+        dying.restart()
+        first = run(self.lease_for(dying, 2)).tolist()
+        dying.restart()
+        assert run(self.lease_for(dying, 2)).tolist() == first == run(self.lease_for(kept, 2)).tolist()
+
+    def test_a_whole_run(self, tmp_path):
+        def rounds(name, restart):
+            bench = self.make(
+                tmp_path / name,
+                "m_raru",
+                selection={"policy": "llkd_sample", "quota": 0.5},
+                acquisition={"explore": 0.1},
+                budget={"labels": 120},
+            )
+            for k in range(4):
+                run(bench.round(k))
+                if restart:
+                    bench.restart()
+            stats = run(bench.selector.stats())
+            assert (stats["labelled"], stats["trained"]) == (120, 60)
+            return bench.batch_rows()
+
+        assert rounds("once", restart=False) == rounds("often", restart=True)
 
 
 class TestChance:
@@ -598,7 +779,9 @@ class TestRebuild:
         run(script())
         before = bench.selector.table
         after = bench.restart().table
-        for column in ("label", "confidence", "uncertainty", "refreshed", "trained", "ticket", "flags"):
+        columns = {name for name, value in vars(before).items() if isinstance(value, np.ndarray)}
+        assert {"label", "uncertainty", "margin", "support", "ticket"} < columns
+        for column in sorted(columns):
             one, other = getattr(before, column), getattr(after, column)
             assert np.array_equal(one, other, equal_nan=one.dtype.kind == "f"), column
 

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llkd_ray import signals
+from llkd_ray.signals import MovingThreshold
 
 
 def test_normalise_divides_by_the_mass_on_labels():
@@ -48,3 +51,109 @@ def test_class_thresholds_of_nothing():
 def test_class_thresholds_of_a_signal_that_is_zero_everywhere():
     zero = signals.class_thresholds(np.zeros(3), np.array([0, 1, 1]), 2)
     np.testing.assert_array_equal(zero, np.zeros(2))
+
+
+def test_margin_is_the_best_less_the_second():
+    p = np.array([[0.2, 0.7, 0.1], [0.5, 0.0, 0.5], [0.0, 0.0, 1.0]])
+    np.testing.assert_allclose(signals.margin(p), [0.5, 0.0, 1.0])
+
+
+@pytest.mark.parametrize("n_classes", [2, 5, 77])
+def test_least_confidence_is_zero_when_certain_and_one_when_uniform(n_classes):
+    both = np.vstack([np.eye(n_classes)[0], np.full(n_classes, 1 / n_classes)])
+    np.testing.assert_allclose(signals.least_confidence(both), [0.0, 1.0], atol=1e-12)
+
+
+def test_support_is_what_one_model_gives_to_anothers_label():
+    p = np.array([[0.2, 0.7, 0.1], [0.6, 0.3, 0.1]])
+    np.testing.assert_allclose(signals.support(p, np.array([2, 0])), [0.1, 0.6])
+
+
+def test_votes_are_shares_of_the_answers_that_were_given():
+    answers = np.array([[0, 0, 2, 1], [1, -1, -1, 1], [-1, -1, -1, -1]])
+    np.testing.assert_allclose(
+        signals.votes(answers, 3), [[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [1 / 3, 1 / 3, 1 / 3]]
+    )
+
+
+def test_rank_within_class():
+    signal = np.array([0.9, 0.1, 0.5, 0.2, 0.99])
+    label = np.array([0, 2, 0, 2, 4])
+    # Class 4 has one text, classes 1 and 3 have none; the surest of every class is alike.
+    np.testing.assert_allclose(signals.rank_within_class(signal, label), [1.0, 0.5, 0.5, 1.0, 1.0])
+
+
+def test_rank_within_class_gives_ties_by_position():
+    ranks = signals.rank_within_class(np.full(4, 0.5), np.array([1, 0, 1, 1]))
+    np.testing.assert_allclose(ranks, [1 / 3, 1.0, 2 / 3, 1.0])
+
+
+def test_rank_within_class_of_nothing():
+    assert signals.rank_within_class(np.empty(0), np.empty(0, dtype=np.int16)).size == 0
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3)), min_size=1, max_size=60))
+def test_ranks_of_a_class_are_all_its_places_in_signal_order(texts):
+    signal, label = np.array([s for s, _ in texts]), np.array([c for _, c in texts])
+    rank = signals.rank_within_class(signal, label)
+    for c in np.unique(label):
+        of_class = np.flatnonzero(label == c)
+        order = of_class[np.argsort(rank[of_class])]
+        np.testing.assert_allclose(rank[order], np.arange(1, of_class.size + 1) / of_class.size)
+        assert (np.diff(signal[order]) >= 0).all()
+
+
+def test_class_means():
+    means = signals.class_means(np.array([0.2, 0.4, 0.9]), np.array([0, 0, 2]), 4, otherwise=-1.0)
+    np.testing.assert_allclose(means, [0.3, -1.0, 0.9, -1.0])
+
+
+def sums(signal, label, n_classes=4):
+    """What a step tells the moving threshold: sum and count of each class."""
+    return np.bincount(label, weights=signal, minlength=n_classes), np.bincount(label, minlength=n_classes)
+
+
+class TestMovingThreshold:
+    def test_starts_at_one_over_the_classes(self):
+        start = MovingThreshold.start(4)
+        assert start.momentum == 0.999
+        # The largest class average is divided out, so at first all classes have the global value.
+        np.testing.assert_allclose(start.of_class(), np.full(4, 0.25))
+
+    def test_moves_by_a_step_in_freematchs_form(self):
+        after = MovingThreshold.start(2, momentum=0.9).after(*sums([0.8, 0.6, 1.0], [0, 0, 1], 2))
+        overall = 0.9 * 0.5 + 0.1 * 0.8
+        of_class = np.array([0.9 * 0.5 + 0.1 * 0.7, 0.9 * 0.5 + 0.1 * 1.0])
+        assert after.overall == pytest.approx(overall)
+        np.testing.assert_allclose(after.class_C, of_class)
+        np.testing.assert_allclose(after.of_class(), overall * of_class / of_class[1])
+
+    def test_a_class_without_texts_stays(self):
+        after = MovingThreshold.start(3, momentum=0.5).after(*sums([0.9], [1], 3))
+        np.testing.assert_allclose(after.class_C, [1 / 3, (1 / 3 + 0.9) / 2, 1 / 3])
+
+    def test_a_step_without_texts_changes_nothing(self):
+        start = MovingThreshold.start(3)
+        assert start.after(np.zeros(3), np.zeros(3, dtype=int)) is start
+
+    def test_comes_to_the_means_of_a_signal_that_stays(self):
+        threshold = MovingThreshold.start(2, momentum=0.9)
+        signal, label = np.array([0.9, 0.9, 0.3, 0.3]), np.array([0, 0, 1, 1])
+        for _ in range(300):
+            threshold = threshold.after(*sums(signal, label, 2))
+        np.testing.assert_allclose(
+            threshold.of_class(), signals.class_thresholds(signal, label, 2), rtol=1e-6
+        )
+
+    def test_does_not_depend_on_how_a_step_is_shared_out(self):
+        rng = np.random.default_rng(0)
+        signal, label = rng.uniform(size=32), rng.integers(0, 4, 32)
+        whole = MovingThreshold.start(4).after(*sums(signal, label))
+        shards = [sums(signal[rank::3], label[rank::3]) for rank in range(3)]
+        shared = MovingThreshold.start(4).after(sum(s for s, _ in shards), sum(c for _, c in shards))
+        assert shared.overall == pytest.approx(whole.overall)
+        np.testing.assert_allclose(shared.of_class(), whole.of_class())
+
+    def test_of_a_signal_that_is_zero_everywhere(self):
+        threshold = MovingThreshold(0.0, np.zeros(3)).of_class()
+        np.testing.assert_array_equal(threshold, np.zeros(3))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from toys import NAMES, toy_texts
+from toys import NAMES, toy_probs, toy_texts
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -22,10 +22,14 @@ from transformers import (
 )
 
 from llkd_ray.config import ConfigError, LabelsConfig, StudentConfig
+from llkd_ray.in_step import InStep
+from llkd_ray.losses import LOSSES
+from llkd_ray.signals import confidence, entropy, normalise
 from llkd_ray.student import (
     Batch,
     build_student,
     check_student,
+    count_steps,
     plan_steps,
     predict,
     resolve_model,
@@ -52,13 +56,19 @@ def make_config(model: str = "unused", **fields) -> StudentConfig:
         "max_tokens": 32,
         "precision": "float32",
         "learning_rate": 1e-2,
+        "min_steps": 1,
     }
     return StudentConfig.model_validate(given | fields)
 
 
 def toy_batch(n: int, seed: int = 0) -> Batch:
     texts, gold_N = toy_texts(n, 3, seed)
-    return Batch(texts, gold_N, np.ones(n))
+    return Batch(texts, gold_N, np.ones(n), toy_teacher(gold_N, seed))
+
+
+def toy_teacher(label_N: np.ndarray, seed: int = 0) -> np.ndarray:
+    """A distribution for each text whose likeliest label is the one given."""
+    return normalise(toy_probs(label_N, 3, 1.0, np.random.default_rng(seed)))
 
 
 def weights(student) -> dict[str, torch.Tensor]:
@@ -115,6 +125,21 @@ class TestPlanSteps:
             for step in plan_steps(length_N, config, 0, 1, np.random.default_rng(0))
         ]
         assert spread == [15] * 16, "one window of 16 batches, sorted, is cut into neighbours"
+
+
+@pytest.mark.parametrize(
+    ("n", "epochs", "min_steps", "expected"),
+    [
+        (160, 3, 1, (3, 30)),
+        (160, 3, 30, (3, 30)),
+        (160, 3, 31, (4, 40)),
+        (161, 3, 31, (3, 33)),
+        (5, 2, 7, (7, 7)),
+        (1, 1, 1, (1, 1)),
+    ],
+)
+def test_small_rounds_make_more_epochs(n, epochs, min_steps, expected):
+    assert count_steps(n, make_config(epochs=epochs, min_steps=min_steps)) == expected
 
 
 class TestGradients:
@@ -195,6 +220,13 @@ class TestTrainRound:
         assert said == [(i, 6) for i in range(1, 7)]
         assert facts["steps"] == 6
 
+    def test_makes_the_steps_it_must(self, tiny_encoder):
+        config, said = make_config(tiny_encoder, epochs=1, min_steps=7), []
+        learner = build_student(config, LABELS, 0, CPU)
+        facts = train_round(learner, toy_batch(40), config, on_step=lambda *step: said.append(step))
+        assert said == [(i, 9) for i in range(1, 10)], "whole epochs of three steps"
+        assert facts["steps"] == 9
+
     def test_is_the_same_again_by_seed(self, tiny_encoder):
         config = make_config(tiny_encoder, epochs=1)
 
@@ -215,7 +247,7 @@ class TestTrainRound:
 
         def trained(label_N):
             learner = build_student(config, LABELS, 0, CPU)
-            facts = train_round(learner, Batch(batch.texts, label_N, weight_N), config)
+            facts = train_round(learner, replace(batch, label_N=label_N, weight_N=weight_N), config)
             return weights(learner), facts
 
         (first, first_facts), (other, other_facts) = (
@@ -235,6 +267,7 @@ class TestTrainRound:
             batch.texts * 2,
             np.concatenate([batch.label_N, (batch.label_N + 1) % 3]),
             np.repeat([0.1, 1.9], 120),
+            np.tile(batch.p_NC, (2, 1)),
         )
         learner = build_student(config, LABELS, 0, CPU)
         train_round(learner, twice, config)
@@ -270,6 +303,100 @@ class TestTrainRound:
         decay = {p.ndim: group["weight_decay"] for group in groups for p in group["params"]}
         assert decay == {1: 0.0, 2: 0.3}
         assert sum(len(group["params"]) for group in groups) == len(list(learner.model.parameters()))
+
+
+class TestLosses:
+    @pytest.mark.parametrize("loss", LOSSES)
+    def test_each_learns(self, tiny_encoder, loss):
+        config = make_config(tiny_encoder, epochs=8, loss=loss)
+        learner, unseen, batch = build_student(config, LABELS, 0, CPU), toy_batch(150, seed=1), toy_batch(240)
+        # A teacher that is mostly sure, else all labels are candidates.
+        train_round(learner, replace(batch, p_NC=normalise(batch.p_NC**4)), config)
+        assert (predict(learner, unseen.texts, config).argmax(axis=1) == unseen.label_N).mean() > 0.8
+
+    def test_soft_learns_from_the_distribution_and_not_the_label(self, tiny_encoder):
+        config = make_config(tiny_encoder, epochs=2, loss="soft")
+        batch = toy_batch(32)
+
+        def trained(**changes):
+            learner = build_student(config, LABELS, 0, CPU)
+            train_round(learner, replace(batch, **changes), config)
+            return weights(learner)
+
+        first = trained()
+        assert same(first, trained(label_N=(batch.label_N + 1) % 3))
+        assert not same(first, trained(p_NC=toy_teacher((batch.label_N + 1) % 3)))
+
+
+class TestInStep:
+    @staticmethod
+    def one_step(monkeypatch, config, batch):
+        """Gradient and facts of a round of one step, without dropout; and the student before it."""
+        noted = []
+
+        def note(self, *_):
+            noted.extend(p.grad.ravel() for group in self.param_groups for p in group["params"])
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", note)
+        monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *_: None)
+        learner = build_student(config, LABELS, 0, CPU)
+        for part in learner.model.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+        facts = train_round(learner, batch, config)
+        assert facts["steps"] == 1
+        return torch.cat(noted), facts, learner
+
+    def test_mask_is_training_on_what_passes(self, tiny_encoder, monkeypatch):
+        """The teacher is in doubt about every third text; a student that knows nothing, about all."""
+        config = make_config(tiny_encoder, epochs=1, in_step="mask")
+        batch = toy_batch(15)
+        unsure_N = np.arange(15) % 3 == 0
+        doubted_NC = normalise(np.full((15, 3), 0.33) + 0.01 * np.eye(3)[batch.label_N])
+        batch = replace(
+            batch,
+            p_NC=np.where(unsure_N[:, None], doubted_NC, batch.p_NC),
+            weight_N=np.random.default_rng(0).uniform(0.5, 2, 15),
+        )
+        own, facts, _ = self.one_step(monkeypatch, config, batch)
+        assert facts["masked"] == pytest.approx(1 / 3)
+        sure = Batch(
+            [text for text, unsure in zip(batch.texts, unsure_N, strict=True) if not unsure],
+            *(array[~unsure_N] for array in (batch.label_N, batch.weight_N, batch.p_NC)),
+        )
+        plain, plain_facts, _ = self.one_step(monkeypatch, make_config(tiny_encoder, epochs=1), sure)
+        assert "masked" not in plain_facts
+        assert plain.abs().max() > 0
+        torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-6)
+        assert facts["loss"] == pytest.approx(plain_facts["loss"], rel=1e-5)
+
+    def test_weight_is_training_with_those_weights(self, tiny_encoder, monkeypatch):
+        config = make_config(tiny_encoder, epochs=1, in_step="weight")
+        batch = replace(toy_batch(15), weight_N=np.random.default_rng(0).uniform(0.5, 2, 15))
+        own, facts, learner = self.one_step(monkeypatch, config, batch)
+        assert "masked" not in facts
+        counts_N = confidence(batch.p_NC) * entropy(predict(learner, batch.texts, config))
+        weighted = replace(batch, weight_N=batch.weight_N * counts_N / counts_N.mean())
+        plain, plain_facts, _ = self.one_step(monkeypatch, make_config(tiny_encoder, epochs=1), weighted)
+        torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-6)
+        assert facts["loss"] == pytest.approx(plain_facts["loss"], rel=1e-5)
+
+    def test_nothing_passes(self, tiny_encoder, monkeypatch):
+        """The steps are made all the same, as on other ranks, and leave no trace but the weight decay."""
+        config = make_config(tiny_encoder, epochs=1, in_step="mask", batch_size=4, weight_decay=0.0)
+        learner = build_student(config, LABELS, 0, CPU)
+        before = weights(learner)
+        monkeypatch.setattr(InStep, "_passes", lambda self, label_B, *_: torch.zeros_like(label_B))
+        facts = train_round(learner, toy_batch(12), config)
+        assert facts == {"steps": 3, "loss": 0.0, "masked": 1.0}
+        assert same(weights(learner), before)
+
+    @pytest.mark.parametrize("in_step", ["mask", "weight"])
+    def test_learns(self, tiny_encoder, in_step):
+        config = make_config(tiny_encoder, epochs=8, in_step=in_step)
+        learner, unseen = build_student(config, LABELS, 0, CPU), toy_batch(150, seed=1)
+        train_round(learner, toy_batch(240), config)
+        assert (predict(learner, unseen.texts, config).argmax(axis=1) == unseen.label_N).mean() > 0.7
 
 
 class TestPredict:

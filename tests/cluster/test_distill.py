@@ -103,6 +103,45 @@ def test_without_gold_only_agreement_is_known(toy_settings, tmp_path):
     assert summary["trained"] == 60
 
 
+def test_a_run_whose_agreement_has_flattened_ends_early_and_whole(toy_settings, tmp_path):
+    settings = toy_settings | {
+        "budget": {"rounds": 6, "train": 150, "growth": 1.5, "patience": 1, "min_gain": 1.0}
+    }
+    run_dir = tmp_path / "run"
+    summary = run(settings, run_dir)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [0, 1], "no gain is as large as the whole hold-out"
+    assert summary["trained"] == lines[1]["trained"] < 150
+    assert summary["student"]["accuracy"] == lines[1]["accuracy"]
+    assert (run_dir / "model/config.json").exists()
+    assert summary["labelled"] < 600, "the rounds that did not come asked for no labels"
+    again = run(settings, run_dir)
+    assert {key: again[key] for key in ("labelled", "trained")} == {
+        key: summary[key] for key in ("labelled", "trained")
+    }
+
+
+def test_the_student_decides_what_the_teacher_reads(toy_settings, tmp_path):
+    settings = toy_settings | {
+        "acquisition": {"policy": "entropy", "explore": 0.25},
+        "selection": {"policy": "llkd_sample", "quota": 0.5, "options": {"trust": 2.0}},
+        "budget": {"rounds": 3, "train": 90, "labels": 340},
+        "evaluation": {"holdout": 34},
+    }
+    chosen = []
+    for name in ("one", "two"):
+        summary = run(settings, tmp_path / name)
+        assert (summary["labelled"], summary["trained"]) == (340, 90)
+        leases = sorted((tmp_path / name).glob("leases/*.parquet"))
+        assert len(leases) == 3
+        chosen.append([pq.read_table(file)["row"].to_pylist() for file in leases])
+    assert chosen[0][0] == chosen[1][0], "the first leases know no student"
+    # What is read later was scored before: unread rows are among the scores of the round before.
+    scored = set(pq.read_table(tmp_path / "one/rounds/0001/scores.parquet")["row"].to_pylist())
+    share = np.mean([row in scored for row in chosen[0][2]])
+    assert share == 1.0
+
+
 def test_same_seed_same_rounds(toy_settings, tmp_path):
     settings = toy_settings | {"selection": {"policy": "random"}, "budget": {"rounds": 2, "train": 60}}
     batches = []

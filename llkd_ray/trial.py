@@ -1,0 +1,288 @@
+"""A trial: one line of a comparison on recorded labels, with one seed, in one process and without Ray.
+
+The rounds are those of a run (``loop.py``): acquire, score, select, train, evaluate. The table, the policies
+and the student are the same code; what a run gets from its teacher is here read from a matrix, so no text is
+labelled twice however many trials there are. Every round leaves a file, so a trial that was killed, or one
+with a larger budget, goes on where the files say. One difference: here the student is done with a round
+before the next texts are acquired; in a run the teacher reads meanwhile, so acquisition sees the opinion of
+the student before.
+
+Shapes in names: N texts of the pool, T texts of the test set, M texts of a round, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import f1_score
+
+from llkd_ray.acquisition import ACQUISITION
+from llkd_ray.config import Config
+from llkd_ray.evaluate import classification
+from llkd_ray.policies import SELECTION
+from llkd_ray.signals import Floats, Ints, confidence
+from llkd_ray.student import Batch, build_student, predict, train_round
+from llkd_ray.table import ScoreTable
+
+# First words of the seeds of the generators that are drawn from, so that no two share a stream.
+_ACQUIRE_SEED, _SELECT_SEED = 2, 3
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Pool and test set, in memory; gold is known for both."""
+
+    pool: list[str]
+    gold_N: Ints
+    test: list[str]
+    gold_T: Ints
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a teacher said of every text of the pool."""
+
+    p_NC: Floats
+    tokens_N: Ints
+    """Prompt tokens of each text; zero where they are not recorded."""
+    digest: str
+    """Stands for the labels where results are looked up."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is tried: a config, the texts trained on after each round, and where results are kept."""
+
+    config: Config
+    """``selection``, ``acquisition``, ``student``, ``run.seed`` and the labels' share of ``budget``."""
+    sizes: tuple[int, ...]
+    """Texts trained on after each round, ascending."""
+    reported: tuple[int, ...]
+    """The sizes at which the student is evaluated; all are in ``sizes``."""
+    folder: Path
+
+    def key(self, digest: str, k: int) -> str:
+        """Stands for all that decides the result of round ``k``: a later size does not."""
+        config = self.config
+        decisive = {
+            "labels": digest,
+            "sizes": self.sizes[: k + 1],
+            "rounds": len(self.sizes) if self._labels_grow else None,
+            "seed": config.run.seed,
+            "student": config.student.model_dump(mode="json"),
+            "selection": config.selection.model_dump(mode="json"),
+            "acquisition": config.acquisition.model_dump(mode="json") if self._labels_grow else None,
+            "budget": [config.budget.labels, config.budget.first_labels] if self._labels_grow else None,
+        }
+        return hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    @property
+    def _labels_grow(self) -> bool:
+        return self.config.budget.first_labels < 1 or self.config.budget.labels is not None
+
+    def labelled_before(self, k: int, n_pool: int) -> int:
+        """Texts that the teacher has labelled before round ``k``; as ``schedule.tickets_before``."""
+        budget = self.config.budget
+        total = min(budget.labels or n_pool, n_pool)
+        first = max(budget.first_labels, 1 / len(self.sizes))
+        later = (1 - first) * k / (len(self.sizes) - 1) if len(self.sizes) > 1 else 1 - first
+        return max(min(total, self.sizes[k]), round(total * (first + later)))
+
+
+@dataclass
+class State:
+    """Where a trial stands between two rounds."""
+
+    table: ScoreTable
+    row_M: Ints
+    """What is selected so far, in order of selection."""
+    weight_M: Floats
+    opinion: tuple[int, Ints, Floats] | None = None
+    """The last round after which the student was asked, the rows, and its answers float[M, C]."""
+
+
+def run_trial(
+    trial: Trial,
+    texts: Texts,
+    labels: Labels,
+    say: Callable[[str], None] = lambda note: None,
+    *,
+    device: torch.device = CPU,
+) -> list[dict[str, Any]]:
+    """The figures at every reported size, from files where they are there; ``say`` hears each new one."""
+    state = State(_empty_table(labels), np.empty(0, dtype=np.int64), np.empty(0))
+    figures = []
+    for k in range(len(trial.sizes)):
+        file = trial.folder / f"{trial.key(labels.digest, k)}.npz"
+        if not _is_enough(trial, k, file):
+            _advance(trial, texts, labels, state, k, file, device)
+            say(f"{trial.sizes[k]} texts")
+        facts = _restore(file, state, labels, k)
+        if trial.sizes[k] in trial.reported:
+            figures.append(facts)
+    return figures
+
+
+def finished(trial: Trial, digest: str) -> list[dict[str, Any]]:
+    """The figures of the reported sizes that are in files already, for labels of this digest."""
+    figures = []
+    for k, size in enumerate(trial.sizes):
+        file = trial.folder / f"{trial.key(digest, k)}.npz"
+        if size in trial.reported and _is_enough(trial, k, file):
+            with np.load(file) as saved:
+                figures.append(json.loads(str(saved["facts"])))
+    return figures
+
+
+def _uses_student(trial: Trial, k: int) -> bool:
+    """Whether the student's opinion after round ``k`` decides anything."""
+    config = trial.config
+    asks = (
+        SELECTION[config.selection.policy].uses_student or ACQUISITION[config.acquisition.policy].uses_student
+    )
+    return asks and k < len(trial.sizes) - 1
+
+
+def _is_enough(trial: Trial, k: int, file: Path) -> bool:
+    """Whether the round's file holds what this trial needs of it.
+
+    A trial with fewer sizes, or that reports fewer, leaves the same file with less in it.
+    """
+    if not file.exists():
+        return False
+    is_scored, is_evaluated = _holds(file)
+    return (is_scored or not _uses_student(trial, k)) and (
+        is_evaluated or trial.sizes[k] not in trial.reported
+    )
+
+
+def _holds(file: Path) -> tuple[bool, bool]:
+    """Whether a round's file has the student's opinion of the pool, and its worth on the test set."""
+    if not file.exists():
+        return False, False
+    with np.load(file) as saved:
+        return "p" in saved, "accuracy" in json.loads(str(saved["facts"]))
+
+
+def _advance(
+    trial: Trial, texts: Texts, labels: Labels, state: State, k: int, file: Path, device: torch.device
+) -> None:
+    """One round; what the next one and the report need of it goes to ``file``, by rename."""
+    began = time.monotonic()
+    config, table = trial.config, state.table
+    policy = SELECTION[config.selection.policy]
+    acquisition = ACQUISITION[config.acquisition.policy]
+    read_M = _acquire(trial, labels, state, k)
+    rng = np.random.default_rng([config.run.seed, _SELECT_SEED, k])
+    chosen = policy.choose(
+        table.candidates(tickets_below=k + 1),
+        trial.sizes[k] - state.row_M.size,
+        rng,
+        quota=config.selection.quota,
+        trained_C=table.trained_of_class(),
+        options=config.selection.options,
+    )
+    weight_M = np.ones(len(chosen)) if config.selection.weighting == "none" else chosen.weight_M
+    arrays: dict[str, Any] = {
+        "read": read_M,
+        "row": np.concatenate([state.row_M, chosen.row_M]),
+        "weight": np.concatenate([state.weight_M, weight_M]),
+    }
+    # What another trial has in the file stays in it, or the two would undo each other's work.
+    is_scored, is_evaluated = _holds(file)
+    reported = is_evaluated or trial.sizes[k] in trial.reported
+    uses_student = is_scored or _uses_student(trial, k)
+    facts: dict[str, Any] = {"size": trial.sizes[k], "trained": int(arrays["row"].size)}
+    # A round that nobody looks at need not be trained: every round starts from the pre-trained weights.
+    if reported or uses_student:
+        row_M, label_M = arrays["row"], table.label[arrays["row"]]
+        batch = Batch(
+            [texts.pool[row] for row in row_M], label_M.astype(np.int64), arrays["weight"], labels.p_NC[row_M]
+        )
+        seed = config.run.seed * 1_000 + k
+        student = build_student(config.student, config.labels, config.run.seed, device)
+        facts |= train_round(student, batch, config.student, seed=seed)
+        if reported:
+            facts |= against_gold(texts, predict(student, texts.test, config.student))
+        if uses_student:
+            table.mark_trained(k, row_M)
+            score_M = table.untrained()
+            if not acquisition.uses_student:
+                score_M = score_M[table.label[score_M] >= 0]
+            arrays["scored"] = score_M
+            p_MC = predict(student, [texts.pool[row] for row in score_M], config.student)
+            arrays["p"] = p_MC.astype(np.float32)
+    labelled_M = np.flatnonzero(table.label >= 0)
+    facts |= {
+        "labelled": int(labelled_M.size),
+        "teacher_tokens": int(labels.tokens_N[labelled_M].sum()),
+        "pseudo_label_accuracy": float(np.mean(table.label[arrays["row"]] == texts.gold_N[arrays["row"]])),
+        "seconds": time.monotonic() - began,
+    }
+    arrays["facts"] = np.array(json.dumps(facts))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{time.monotonic_ns()}.partial")
+    with partial.open("wb") as out:
+        np.savez_compressed(out, **arrays)
+    partial.rename(file)
+
+
+def _acquire(trial: Trial, labels: Labels, state: State, k: int) -> Ints:
+    """Let the teacher read what the acquisition policy wants before round ``k``; returns the rows."""
+    table = state.table
+    n = trial.labelled_before(k, len(table)) - table.count_labelled()
+    config = trial.config
+    rng = np.random.default_rng([config.run.seed, _ACQUIRE_SEED, k])
+    policy = ACQUISITION[config.acquisition.policy]
+    row_M = policy.choose(table.unread(), n, rng, seed=config.run.seed, explore=config.acquisition.explore)
+    _note_labels(table, labels, row_M, k)
+    if state.opinion is not None:
+        table.refresh(*state.opinion)  # now that they are labelled: what the student thinks of the labels
+    return row_M
+
+
+def _restore(file: Path, state: State, labels: Labels, k: int) -> dict[str, Any]:
+    """Bring the state to the end of round ``k``; returns the round's facts."""
+    with np.load(file) as saved:
+        _note_labels(state.table, labels, saved["read"], k)
+        state.row_M, state.weight_M = saved["row"], saved["weight"]
+        state.table.mark_trained(k, state.row_M)
+        if "p" in saved:
+            state.opinion = k, saved["scored"], saved["p"]
+            state.table.refresh(*state.opinion)
+        facts: dict[str, Any] = json.loads(str(saved["facts"]))
+    return facts
+
+
+def _empty_table(labels: Labels) -> ScoreTable:
+    return ScoreTable(labels.p_NC.shape[1], len(labels.p_NC))
+
+
+def _note_labels(table: ScoreTable, labels: Labels, row_M: Ints, k: int) -> None:
+    p_MC = labels.p_NC[row_M]
+    table.lease(k, row_M)
+    table.put_labels(row_M, p_MC.argmax(axis=1), confidence(p_MC))
+
+
+def against_gold(texts: Texts, p_TC: Floats) -> dict[str, Any]:
+    """Answers on the test set against the truth: accuracy, macro-F1, calibration error, F1 of each class."""
+    scores = classification(texts.gold_T, p_TC, len(texts.names))
+    by_class_C = f1_score(
+        texts.gold_T, p_TC.argmax(axis=1), labels=range(len(texts.names)), average=None, zero_division=0
+    )
+    return {
+        "accuracy": scores.accuracy,
+        "macro_f1": scores.macro_f1,
+        "ece": scores.ece,
+        "f1_by_class": [float(f1) for f1 in by_class_C],
+    }

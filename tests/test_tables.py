@@ -1,0 +1,223 @@
+"""A comparison's figures, against numbers worked out by hand; and what is written of them."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from llkd_ray.compare_report import CURVE, MARKDOWN, PAGE, conclusion, summary_rows, write_comparison
+from llkd_ray.store import RunStore
+from llkd_ray.tables import (
+    ALL,
+    GOLD,
+    OVER_TEACHERS,
+    RANDOM,
+    Result,
+    Tables,
+    TeacherScore,
+    class_table,
+    cost_table,
+    difference_table,
+    mean_of,
+    points,
+    score_table,
+    tabulate,
+)
+
+POOL, SMALL, LARGE = 1000, 40, 100
+NAMES = ("sea", "<garden>")
+ATTACK = "<script>x</script>|"
+
+
+def result(teacher: str, line: str, seed: int, size: int, f1: float, trained: int | None = None) -> Result:
+    """Of a trial whose accuracy is 0.1 above its macro-F1, and whose classes lie 0.1 beside that."""
+    facts = {
+        "size": size,
+        "trained": trained or size,
+        "labelled": 500,
+        "teacher_tokens": 12_000,
+        "accuracy": f1 + 0.1,
+        "macro_f1": f1,
+        "ece": 0.05,
+        "pseudo_label_accuracy": 0.8,
+        "f1_by_class": [f1 - 0.1, f1 + 0.1],
+    }
+    return Result.of(teacher, line, seed, facts, POOL)
+
+
+def make_tables(results: list[Result], teachers: tuple[str, ...] = ("ann",), n_seeds: int = 2) -> Tables:
+    scores = {
+        teacher: TeacherScore(0.7 + i / 10, 0.6 + i / 10, (0.5, 0.7)) for i, teacher in enumerate(teachers)
+    }
+    lines = (GOLD, ALL, RANDOM, "rank")
+    return tabulate(
+        results, scores, lines=lines, sizes=(SMALL, LARGE), n_pool=POOL, names=NAMES, n_seeds=n_seeds
+    )
+
+
+def two_seeds(teacher: str = "ann", above: float = 0.0) -> list[Result]:
+    """*rank* is above *random* by 0.10 and 0.14, *all* at 0.45 and 0.55."""
+    return [
+        *(result(teacher, ALL, seed, POOL, f1 + above) for seed, f1 in ((0, 0.45), (1, 0.55))),
+        *(result(teacher, RANDOM, seed, LARGE, f1 + above) for seed, f1 in ((0, 0.40), (1, 0.44))),
+        *(
+            result(teacher, "rank", seed, LARGE, f1 + above, trained=80)
+            for seed, f1 in ((0, 0.50), (1, 0.58))
+        ),
+    ]
+
+
+def test_the_interval_is_students_t():
+    # Deviations 1, 0, -1: standard deviation 1; t of 2 degrees of freedom at 97.5 % is 4.3027.
+    mean, half, n = mean_of([1.0, 2.0, 3.0])
+    assert (mean, n) == (2.0, 3)
+    assert half == pytest.approx(4.302653 / 3**0.5)
+
+
+def test_one_seed_has_no_interval_and_says_so():
+    one = mean_of([0.5])
+    assert one.half is None
+    assert points(one, n_seeds=1) == "50.0 (n=1)"
+    assert points(None, n_seeds=1) == "–"
+
+
+def test_the_number_of_seeds_is_said_where_some_are_missing():
+    two = mean_of([0.5, 0.5])
+    assert points(two, n_seeds=2) == "50.0 ± 0.0"
+    assert points(two, n_seeds=3) == "50.0 ± 0.0 (n=2)"
+
+
+def test_means_and_shares():
+    tables = make_tables(two_seeds())
+    cell = tables.cell("ann", "rank", LARGE)
+    assert cell.figures["macro_f1"].mean == pytest.approx(0.54)
+    assert cell.figures["accuracy"].mean == pytest.approx(0.64)
+    # t of 1 degree of freedom at 97.5 % is 12.7062; half the difference is the standard error of two.
+    assert cell.figures["macro_f1"].half == pytest.approx(12.7062 * 0.04, rel=1e-4)
+    assert cell.figures["trained_share"].mean == pytest.approx(0.08)
+    assert [mean.mean for mean in cell.f1_by_class] == pytest.approx([0.44, 0.64])
+
+
+def test_differences_are_paired_by_seed():
+    over = make_tables(two_seeds()).cell("ann", "rank", LARGE).over
+    assert over[RANDOM]["macro_f1"].mean == pytest.approx(0.12)
+    assert over[RANDOM]["macro_f1"].half == pytest.approx(12.7062 * 0.02, rel=1e-4)
+    assert over[ALL]["macro_f1"].mean == pytest.approx(0.04)
+    assert over[ALL]["macro_f1"].half == pytest.approx(12.7062 * 0.01, rel=1e-4)
+
+
+def test_a_seed_without_its_partner_is_no_pair():
+    results = [one for one in two_seeds() if (one.line, one.seed) != (RANDOM, 0)]
+    over = make_tables(results).cell("ann", "rank", LARGE).over
+    assert over[RANDOM]["macro_f1"] == pytest.approx((0.14, None, 1))
+    assert over[ALL]["macro_f1"].n == 2
+    alone = make_tables([one for one in results if one.line == "rank"])
+    assert alone.cell("ann", "rank", LARGE).over == {}
+
+
+def test_the_references_are_set_against_nothing():
+    tables = make_tables([*two_seeds(), result("", GOLD, 0, POOL, 0.9)])
+    assert tables.whole("ann", GOLD).over == {}
+    assert tables.whole("ann", ALL).over == {}
+    assert set(tables.cell("ann", RANDOM, LARGE).over) == {ALL}
+
+
+def test_gold_stands_beside_every_teacher_and_teachers_have_a_mean():
+    results = [*two_seeds("ann"), *two_seeds("bob", above=0.2), result("", GOLD, 0, POOL, 0.9)]
+    tables = make_tables(results, ("ann", "bob"))
+    assert tables.teachers == ("ann", "bob", OVER_TEACHERS)
+    for teacher in tables.teachers:
+        assert tables.whole(teacher, GOLD).figures["macro_f1"].mean == pytest.approx(0.9)
+    assert tables.cell(OVER_TEACHERS, "rank", LARGE).figures["macro_f1"].mean == pytest.approx(0.64)
+    assert tables.cell(OVER_TEACHERS, "rank", LARGE).over[RANDOM]["macro_f1"].mean == pytest.approx(0.12)
+    assert tables.scores[OVER_TEACHERS].macro_f1 == pytest.approx(0.65)
+
+
+def test_the_mean_over_teachers_leaves_out_what_a_teacher_lacks():
+    results = [*two_seeds("ann"), *(one for one in two_seeds("bob") if one.seed == 1)]
+    tables = make_tables(results, ("ann", "bob"))
+    assert tables.cell(OVER_TEACHERS, "rank", LARGE).figures["macro_f1"] == pytest.approx((0.58, None, 1))
+
+
+def test_the_table_has_all_lines_with_the_best_marked():
+    tables = make_tables(two_seeds())
+    header, (group,) = score_table(tables, "macro_f1")
+    assert header == ["40 texts (4\u202f%)", "100 texts (10\u202f%)", "no budget"]
+    rows = dict(group.rows)
+    assert list(rows) == [
+        RANDOM,
+        "rank",
+        "all pseudo-labels",
+        "gold labels (upper bound)",
+        "the teacher itself",
+    ]
+    assert [cell.text for cell in rows[RANDOM]] == ["–", "42.0 ± 25.4", ""]
+    assert [cell.is_best for cell in rows["rank"]] == [False, True, False]
+    assert [cell.is_best for cell in rows[RANDOM]] == [False, False, False]
+    assert rows["all pseudo-labels"][-1].text == "50.0 ± 63.5"
+    assert rows["gold labels (upper bound)"][-1].text == "–"
+    assert rows["the teacher itself"][-1].text == "60.0"
+
+
+def test_differences_costs_and_classes_are_shown():
+    tables = make_tables(two_seeds())
+    header, (group,) = difference_table(tables, "macro_f1")
+    shown = dict(zip(header, (cell.text for cell in dict(group.rows)["rank"]), strict=True))
+    assert shown["100 texts (10\u202f%), over random"] == "+12.0 ± 25.4"
+    assert shown["40 texts (4\u202f%), over random"] == "–"
+    _, (group,) = cost_table(tables)
+    texts = [cell.text for cell in dict(group.rows)["rank"]]
+    assert texts == ["100 texts (10\u202f%)", "80", "8.0 %", "500", "12,000", "80.0 ± 0.0"]
+    header, rows = class_table(tables, "ann")
+    assert dict(zip(header, rows[0][1], strict=True)) == {
+        RANDOM: pytest.approx(0.32),
+        "rank": pytest.approx(0.44),
+        "all pseudo-labels": pytest.approx(0.40),
+        "gold labels (upper bound)": None,
+        "the teacher itself": 0.5,
+    }
+
+
+def test_the_summary_has_a_row_a_cell_and_one_a_teacher():
+    rows = summary_rows(make_tables(two_seeds()))
+    by_line = {row["line"]: row for row in rows}
+    assert len(rows) == len(by_line) == 4
+    assert by_line["rank"]["macro_f1_over_random"] == pytest.approx(0.12)
+    assert by_line[RANDOM]["macro_f1_over_random"] is None
+    assert by_line["teacher"]["macro_f1"] == 0.6
+
+
+def test_the_conclusion_names_the_best_line_and_admits_chance():
+    said = conclusion(make_tables(two_seeds()))
+    assert "rank has the highest macro-F1 with ann's labels: 54.0" in said
+    assert "12.0 ± 25.4 points above random, which chance may explain" in said
+    sure = [one if one.line != "rank" else result("ann", "rank", one.seed, LARGE, 0.9 + one.seed * 0.041)
+            for one in two_seeds()]  # fmt: skip
+    assert "points above random." in conclusion(make_tables(sure))
+    assert "Too few" in conclusion(make_tables([]))
+
+
+@pytest.mark.parametrize("n_results", [0, 1, None])
+def test_all_files_are_written_however_few_trials_there_are(tmp_path: Path, n_results: int | None):
+    results = two_seeds(ATTACK)[:n_results]
+    tables = make_tables(results, (ATTACK,))
+    store = RunStore(str(tmp_path))
+    write_comparison(store, tables, results, settings="a: <b>", missing=3, trials=9)
+    page = (tmp_path / PAGE).read_text()
+    assert "3 of 9 trials are missing" in page
+    assert "<script" not in page
+    assert 'href="http' not in page
+    assert 'src="' not in page
+    text = (tmp_path / MARKDOWN).read_text()
+    # A bar in a name does not make a column.
+    table = text[text.index("## Macro-F1") :].split("\n\n")[1].splitlines()
+    assert {row.replace("\\|", "").count("|") for row in table} == {6}
+    assert (tmp_path / f"{CURVE}.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / f"{CURVE}.svg").read_text()
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(results)
+    if rows:
+        assert float(rows[0]["f1 sea"]) == pytest.approx(0.35)
