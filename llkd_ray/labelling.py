@@ -53,11 +53,12 @@ def labelling_dir(store: RunStore, name: str) -> str:
 
 
 def labelling_config(config: Config) -> Config:
-    """A run that has every text labelled, none held out."""
+    """A run that has every text labelled, none held out; what it trains is not looked at."""
     tree = config.model_dump()
     tree["selection"] = {"policy": "all"}
     tree["acquisition"] = {"policy": "sequential", "explore": 0.0}
-    tree["budget"] = {"rounds": 1, "labels": None, "train": 1.0, "first_labels": 1.0}
+    tree["budget"] = {"rounds": 1, "labels": None, "train": 1, "first_labels": 1.0}
+    tree["student"] |= {"epochs": 1, "min_steps": 1}
     tree["evaluation"] = {"holdout": 0, "teacher_on_test": True}
     return parse_config(tree)
 

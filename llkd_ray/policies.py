@@ -332,9 +332,9 @@ def _sure(candidates: Candidates) -> np.ndarray:
 
 
 def _over_class_threshold(signal_N: Floats, candidates: Candidates) -> np.ndarray:
-    return (
-        signal_N >= class_thresholds(signal_N, candidates.label_N, candidates.n_classes)[candidates.label_N]
-    )
+    needed_C = class_thresholds(signal_N, candidates.label_N, candidates.n_classes)
+    # Where all texts have the same signal, its mean is equal to it, and rounding must not decide.
+    return signal_N >= needed_C[candidates.label_N] - 1e-9
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -309,6 +309,11 @@ class TestLlkdRank:
         assert not known[places(candidates, choose("llkd_rank", candidates, 60))].any()
 
 
+def test_texts_of_one_confidence_all_reach_their_threshold():
+    candidates = replace(make_candidates(90), confidence_N=np.full(90, 0.7))
+    assert len(choose("freematch", candidates, 90)) == 90
+
+
 class TestLlkdSample:
     def share_of_draws(self, candidates, marked, n=30, **options):
         """How much of 100 draws is of marked texts."""
