@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -217,13 +217,20 @@ class SelectionConfig(_Section):
     options: dict[str, str | bool | float] = Field(
         default_factory=dict, description="The policy's own options, by name; see the table in README.md."
     )
-    quota: float | Literal["off"] | None = Field(
+    quota: Annotated[float, Field(ge=0, le=1)] | Literal["off"] | None = Field(
         None,
-        ge=0,
-        le=1,
         description="Share the texts out between the pseudo-classes in proportion to their count to this "
         "power: 1 as the teacher labels, 0 all alike; off: no shares; null: as the policy has it.",
     )
+
+    @field_validator("quota", mode="before")
+    @classmethod
+    def _off(cls, quota: Any) -> Any:
+        """YAML reads a bare ``off`` as false, which would count as the exponent 0."""
+        if quota is True:
+            raise ValueError("is true: give an exponent from 0 to 1, or off")
+        return "off" if quota is False else quota
+
     weighting: Literal["signals", "none"] = Field(
         "signals",
         description="signals: weigh each text's loss as the policy says (llkd and product: confidence × "

@@ -23,6 +23,21 @@ def refusal(**sections) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize(("written", "read"), [("off", "off"), ("0", 0.0), ("0.5", 0.5), ("null", None)])
+def test_a_quota_that_is_off_is_not_one_of_zero(tmp_path, written, read):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config_tree()))
+    config = load_config(path, [f"selection.quota={written}"])
+    assert config.selection.quota == read
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize("quota", [True, 1.5, -0.1, "sometimes"])
+def test_a_quota_is_an_exponent_or_off(quota):
+    assert refusal(selection={"quota": quota}).startswith("selection.quota: ")
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("sections", "field", "said"),
