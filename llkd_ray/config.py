@@ -376,7 +376,7 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
 
 def _field(loc: Sequence[Any]) -> str:
     """The setting's dotted name, without the names of types that pydantic puts behind it."""
-    types = re.compile(r"int|float|str|bool|tuple\[.*\]")
+    types = re.compile(r"int|(constrained-)?float|str|bool|tuple\[.*\]|literal\[.*\]")
     return ".".join(str(part) for part in loc if not types.fullmatch(str(part))) or "config"
 
 
