@@ -361,16 +361,13 @@ class TestLlkdSample:
 
     def test_has_a_quota_of_its_own_that_can_be_turned_off(self):
         candidates = replace(make_candidates(400), label_N=np.repeat([0, 1], [380, 20]))
+        is_rare = np.arange(400) >= 380
         rare = {
-            quota: int(
-                np.isin(
-                    choose("llkd_sample", candidates, 60, quota=quota).row_M, candidates.row_N[380:]
-                ).sum()
-            )
-            for quota in (None, 0.5, "off")
+            quota: int(is_rare[places(candidates, choose("llkd_sample", candidates, 40, quota=quota))].sum())
+            for quota in (None, 0.25, "off")
         }
-        assert rare[None] == rare[0.5] == 11  # 60 × sqrt(20) / (sqrt(20) + sqrt(380))
-        assert rare["off"] < 8
+        assert rare[None] == rare[0.25] == 13  # 40 × 20 ** 0.25 / (20 ** 0.25 + 380 ** 0.25)
+        assert rare["off"] < 6
 
     def test_seeds_differ(self):
         candidates = make_candidates(200)
