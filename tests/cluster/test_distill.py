@@ -128,18 +128,13 @@ def test_the_student_decides_what_the_teacher_reads(toy_settings, tmp_path):
         "budget": {"rounds": 3, "train": 90, "labels": 340},
         "evaluation": {"holdout": 34},
     }
-    chosen = []
-    for name in ("one", "two"):
-        summary = run(settings, tmp_path / name)
-        assert (summary["labelled"], summary["trained"]) == (340, 90)
-        leases = sorted((tmp_path / name).glob("leases/*.parquet"))
-        assert len(leases) == 3
-        chosen.append([pq.read_table(file)["row"].to_pylist() for file in leases])
-    assert chosen[0][0] == chosen[1][0], "the first leases know no student"
-    # What is read later was scored before: unread rows are among the scores of the round before.
-    scored = set(pq.read_table(tmp_path / "one/rounds/0001/scores.parquet")["row"].to_pylist())
-    share = np.mean([row in scored for row in chosen[0][2]])
-    assert share == 1.0
+    summary = run(settings, tmp_path / "run")
+    assert (summary["labelled"], summary["trained"]) == (340, 90)
+    leases = [pq.read_table(file) for file in sorted((tmp_path / "run").glob("leases/*.parquet"))]
+    assert len(leases) == 3
+    # What the last round reads was scored before: unread rows are among the scores of the round before.
+    scored = set(pq.read_table(tmp_path / "run/rounds/0001/scores.parquet")["row"].to_pylist())
+    assert set(leases[2]["row"].to_pylist()) <= scored
 
 
 def test_same_seed_same_rounds(toy_settings, tmp_path):
