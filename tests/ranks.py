@@ -29,8 +29,8 @@ class Job:
 
 def train_on_ranks(job: Job, folder: Path) -> dict[tuple[int, int], list[dict[str, Any]]]:
     """For each config, by its place, and each world size: what every rank returned, with ``weights``."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llkd_ray.student", "transformers.models.bert.modeling_bert"])
+    # Not forked: a fork of a process whose OpenMP threads have run hangs at its first parallel loop.
+    context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=_rank, args=(rank, job, folder)) for rank in range(max(job.worlds))]
     try:
         for rank in ranks:

@@ -88,7 +88,7 @@ class TestOneLine:
 
     def test_unknown_policy(self, toy_settings, tmp_path, capfd, flags):
         message = self.refuse(capfd, toy_settings | {"selection": {"policy": "best"}}, tmp_path, flags)
-        assert "selection.policy: 'best' is unknown; there are llkd, random" in message
+        assert "selection.policy: 'best' is unknown; there are all, confidence, " in message
 
     def test_empty_corpus(self, toy_settings, tmp_path, capfd, flags):
         (tmp_path / "blank.txt").write_text("\n \n\t\n")
