@@ -6,6 +6,7 @@ Shapes in names: N texts, B texts of a step on one rank, C classes.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,10 @@ class Batch:
     """The teacher's distribution; sums to one."""
 
 
+Tokens = dict[str, list[int]]
+"""One text as the tokenizer gives it: ``input_ids`` and what else the model takes."""
+
+
 @dataclass
 class Student:
     """A model with its tokenizer, on its device."""
@@ -49,13 +54,23 @@ class Student:
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
 
-    def logits(self, texts: Sequence[str], max_tokens: int) -> torch.Tensor:
-        """float32[B, C] on the device."""
-        inputs = self.tokenizer(
-            list(texts), truncation=True, max_length=max_tokens, padding=True, return_tensors="pt"
-        ).to(self.device)
+    def encode(self, texts: Sequence[str], max_tokens: int) -> list[Tokens]:
+        """Each text as the model reads it, cut at ``max_tokens``, without padding."""
+        if not texts:
+            return []
+        columns = self.tokenizer(list(texts), truncation=True, max_length=max_tokens)
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def logits(self, tokens_B: Sequence[Tokens]) -> torch.Tensor:
+        """float32[B, C] on the device; texts are padded to the longest of them."""
+        inputs = self.tokenizer.pad(list(tokens_B), return_tensors="pt").to(self.device)
         with self.precision():
             return self.model(**inputs).logits.float()
+
+
+def lengths(tokens_N: Sequence[Tokens]) -> np.ndarray:
+    """int64[N]: tokens of each text. A text's characters say little of them where it has rare words."""
+    return np.array([len(tokens["input_ids"]) for tokens in tokens_N], dtype=np.int64)
 
 
 def resolve_model(name: str) -> str:
@@ -120,6 +135,8 @@ def build_student(config: StudentConfig, labels: LabelsConfig, seed: int, device
         dtype=torch.float32,
     )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    # Else it advises against tokenizing once and padding later, which is what saves a round's time here.
+    tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
     if model.config.pad_token_id is None:
         # Decoder checkpoints often have none, and cannot batch without one.
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -132,8 +149,27 @@ def _use_autocast(config: StudentConfig, device: torch.device) -> bool:
         return config.precision == "bfloat16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    cpu: Any = torch.cpu  # without bf16 instructions, autocast on a CPU is slower than float32
-    return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+    cpu: Any = torch.cpu
+    has_instructions = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+    return has_instructions and bfloat16_pays(device)
+
+
+def bfloat16_pays(device: torch.device) -> bool:
+    """Whether a matrix product of a small encoder's size is faster in bf16 than in float32, by measuring it.
+
+    What a processor says of itself does not tell: with the same AVX512-BF16 instructions and no AMX, one
+    machine had twice float32's speed and another two thirds of it. Takes about a tenth of a second.
+    """
+    shortest: dict[torch.dtype, float] = {}
+    for _ in range(7):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.ones(512, 384, device=device, dtype=dtype)
+            w = torch.ones(1536, 384, device=device, dtype=dtype)
+            began = time.perf_counter()
+            nn.functional.linear(x, w)
+            seconds = time.perf_counter() - began
+            shortest[dtype] = min(seconds, shortest.get(dtype, seconds))
+    return shortest[torch.bfloat16] < shortest[torch.float32]
 
 
 @dataclass(frozen=True)
@@ -149,8 +185,8 @@ def plan_steps(
 ) -> Iterator[Step]:
     """The steps of one epoch for one rank; equal in number on all ranks, whatever N is.
 
-    Texts are shuffled, sorted by length within windows of 16 batches (so that little is padding) and cut
-    into global batches, whose order is shuffled again. A rank takes every ``world``-th text of a batch.
+    Texts are shuffled, sorted by ``length_N`` within windows of 16 batches (so that little is padding) and
+    cut into global batches, whose order is shuffled again. A rank takes every ``world``-th text of a batch.
     With the same generator state, every number of ranks makes the same global batches.
     """
     n = length_N.size
@@ -184,7 +220,8 @@ def train_round(
     """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    length_N = np.array([len(text) for text in batch.texts])
+    tokens_N = student.encode(batch.texts, config.max_tokens)
+    length_N = lengths(tokens_N)
     epochs, steps = count_steps(length_N.size, config)
     optimizer, schedule = _optimizer_and_schedule(student.model, config, steps)
     in_step = InStep(config.in_step, batch.p_NC.shape[1], world)
@@ -193,7 +230,7 @@ def train_round(
     done = 0
     for _ in range(epochs):
         for step in plan_steps(length_N, config, rank, world, rng):
-            loss = _step_loss(student, batch, step, config, in_step)
+            loss = _step_loss(student, tokens_N, batch, step, config, in_step)
             loss.backward()
             nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
             optimizer.step()
@@ -213,14 +250,19 @@ def count_steps(n: int, config: StudentConfig) -> tuple[int, int]:
 
 
 def _step_loss(
-    student: Student, batch: Batch, step: Step, config: StudentConfig, in_step: InStep
+    student: Student,
+    tokens_N: Sequence[Tokens],
+    batch: Batch,
+    step: Step,
+    config: StudentConfig,
+    in_step: InStep,
 ) -> torch.Tensor:
     """A rank's part of a step's loss, scaled so that the mean over ranks is the loss of the global batch."""
 
     def on_device(values_B: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return torch.as_tensor(values_B, dtype=dtype, device=student.device)
 
-    logits_BC = student.logits([batch.texts[i] for i in step.index_B], config.max_tokens)
+    logits_BC = student.logits([tokens_N[i] for i in step.index_B])
     label_B = on_device(batch.label_N[step.index_B], torch.long)
     weight_B = on_device(batch.weight_N[step.index_B], torch.float32)
     p_BC = batch.p_NC[step.index_B]
@@ -257,13 +299,13 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 def predict(student: Student, texts: Sequence[str], config: StudentConfig) -> np.ndarray:
     """float64[N, C]: the student's probabilities, in the order of the texts."""
     student.model.eval()
+    # The wrapped module: DDP's forward would wait for the other ranks.
+    alone = Student(student.module, student.tokenizer, student.device, student.autocast)
     p_NC = np.empty((len(texts), student.module.config.num_labels))
-    order = np.argsort([len(text) for text in texts], kind="stable")[::-1]  # longest first: fail early
+    tokens_N = student.encode(texts, config.max_tokens)
+    order = np.argsort(lengths(tokens_N), kind="stable")[::-1]  # longest first: fail early
     for start in range(0, len(texts), config.score_batch_size):
         index_B = order[start : start + config.score_batch_size]
-        # The wrapped module: DDP's forward would wait for the other ranks.
-        logits_BC = Student(student.module, student.tokenizer, student.device, student.autocast).logits(
-            [texts[i] for i in index_B], config.max_tokens
-        )
+        logits_BC = alone.logits([tokens_N[i] for i in index_B])
         p_NC[index_B] = torch.softmax(logits_BC.double(), dim=1).cpu().numpy()
     return p_NC

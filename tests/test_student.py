@@ -27,9 +27,11 @@ from llkd_ray.losses import LOSSES
 from llkd_ray.signals import confidence, entropy, normalise
 from llkd_ray.student import (
     Batch,
+    bfloat16_pays,
     build_student,
     check_student,
     count_steps,
+    lengths,
     plan_steps,
     predict,
     resolve_model,
@@ -499,14 +501,62 @@ class TestBuild:
         learner = build_student(config, LABELS, 0, CPU)
         assert learner.autocast == autocast
         assert all(p.dtype == torch.float32 for p in learner.model.parameters())
-        assert learner.logits(["the sea"], 32).dtype == torch.float32
+        assert learner.logits(learner.encode(["the sea"], 32)).dtype == torch.float32
 
-    def test_auto_precision_follows_the_hardware(self, tiny_encoder, monkeypatch):
+    @pytest.mark.parametrize(("there", "pays"), [(True, True), (True, False), (False, True)])
+    def test_auto_precision_is_bf16_where_it_is_there_and_pays(self, tiny_encoder, monkeypatch, there, pays):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        for bf16 in (True, False):
-            monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda there=bf16: there)
-            learner = build_student(make_config(tiny_encoder, precision="auto"), LABELS, 0, CPU)
-            assert learner.autocast == bf16
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: there)
+        monkeypatch.setattr("llkd_ray.student.bfloat16_pays", lambda device: pays)
+        learner = build_student(make_config(tiny_encoder, precision="auto"), LABELS, 0, CPU)
+        assert learner.autocast == (there and pays)
+
+    @pytest.mark.parametrize("seconds", [{"float32": 2, "bfloat16": 1}, {"float32": 1, "bfloat16": 2}])
+    def test_bf16_pays_where_it_is_faster(self, monkeypatch, seconds):
+        """One product in seven is quick enough to tell; the others met a busy core."""
+        clock, calls = [0.0], []
+
+        def linear(x, w):
+            calls.append(x.dtype)
+            busy = 0 if len(calls) > 6 else 10 * len(calls)
+            clock[0] += seconds[str(x.dtype).removeprefix("torch.")] + busy
+
+        monkeypatch.setattr("llkd_ray.student.time.perf_counter", lambda: clock[0])
+        monkeypatch.setattr(nn.functional, "linear", linear)
+        assert bfloat16_pays(CPU) == (seconds["bfloat16"] < seconds["float32"])
+
+
+class TestTokens:
+    def test_each_text_is_as_the_tokenizer_alone_reads_it(self, tiny_encoder):
+        learner = build_student(make_config(tiny_encoder), LABELS, 0, CPU)
+        texts = ["the sea", "a much longer text about an oven and a pan", "the boat"]
+        tokens_N = learner.encode(texts, 6)
+        assert tokens_N == [dict(learner.tokenizer(text, truncation=True, max_length=6)) for text in texts]
+        assert lengths(tokens_N).tolist() == [len(tokens["input_ids"]) for tokens in tokens_N]
+        assert lengths(tokens_N).max() == 6
+        assert learner.encode([], 6) == []
+
+    def test_batches_go_by_tokens_and_not_by_characters(self, tiny_encoder, monkeypatch):
+        """Texts of few tokens and many characters, and the other way round, in steps of their own."""
+        config = make_config(tiny_encoder, batch_size=8, epochs=1)
+        learner = build_student(config, LABELS, 0, CPU)
+        texts = ["the" * 40] * 8 + ["a b c d e f g h i j k"] * 8
+        counts_N = lengths(learner.encode(texts, config.max_tokens))
+        shapes = []
+        plain = type(learner).logits
+
+        def noting(self, tokens_B):
+            shapes.append((min(map(len, (t["input_ids"] for t in tokens_B))), max(lengths(tokens_B))))
+            return plain(self, tokens_B)
+
+        monkeypatch.setattr(type(learner), "logits", noting)
+        train_round(
+            learner, Batch(texts, np.zeros(16, dtype=np.int64), np.ones(16), np.eye(3)[[0] * 16]), config
+        )
+        predict(learner, texts, make_config(tiny_encoder, score_batch_size=8))
+        assert counts_N.min() < counts_N.max()
+        assert len(shapes) == 4
+        assert all(low == high for low, high in shapes), "no token of padding"
 
 
 class TestCheck:
