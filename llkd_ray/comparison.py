@@ -27,9 +27,9 @@ from llkd_ray.tables import ALL, GOLD, RANDOM
 from llkd_ray.trial import Labels, Texts, Trial
 
 REFERENCES: dict[str, dict[str, dict[str, Any]]] = {
-    GOLD: {"selection": {"policy": "all", "options": {}, "quota": None}},
-    ALL: {"selection": {"policy": "all", "options": {}, "quota": None}},
-    RANDOM: {"selection": {"policy": "random", "options": {}, "quota": None}},
+    GOLD: {"selection": {"policy": "all", "options": {}, "quota": "off", "prior": "off"}},
+    ALL: {"selection": {"policy": "all", "options": {}, "quota": "off", "prior": "off"}},
+    RANDOM: {"selection": {"policy": "random", "options": {}, "quota": "off", "prior": "off"}},
 }
 """Lines that every comparison has; *gold* learns the true labels, whoever the teacher is."""
 

@@ -90,6 +90,11 @@ class LabelsConfig(_Section):
     descriptions: dict[str, str] = Field(
         default_factory=dict, description="One line for a label, shown in the prompt; optional."
     )
+    prior: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="The classes' true shares of the corpus, where they are known: for every label, on any "
+        "scale. The student's answers then reckon with them and not with the teacher's counts.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> LabelsConfig:
@@ -104,7 +109,17 @@ class LabelsConfig(_Section):
             seen.add(name)
         if strangers := sorted(set(self.descriptions) - seen):
             raise ValueError(f"descriptions names {strangers[0]!r}, which is not one of names")
+        if strangers := sorted(set(self.prior) - seen):
+            raise ValueError(f"prior names {strangers[0]!r}, which is not one of names")
+        if self.prior and (missing := sorted(seen - set(self.prior))):
+            raise ValueError(f"prior has no share for {missing[0]!r}: give one for every label, or none")
         return self
+
+    @property
+    def known_prior(self) -> tuple[float, ...]:
+        """``prior`` in the order of the names, summing to one; empty where nothing is known."""
+        total = sum(self.prior.values())
+        return tuple(self.prior[name] / total for name in self.names) if self.prior else ()
 
 
 class RecordedConfig(_Section):
@@ -224,14 +239,20 @@ class SelectionConfig(_Section):
         description="Share the texts out between the pseudo-classes in proportion to their count to this "
         "power: 1 as the teacher labels, 0 all alike; off: no shares; null: as the policy has it.",
     )
+    prior: Annotated[float, Field(ge=0, le=1)] | Literal["off"] | None = Field(
+        None,
+        description="The student's answers reckon with the pseudo-classes' shares of what is labelled, in "
+        "proportion to their count to this power, whatever quotas show it in training: 1 as the teacher "
+        "labels, 0 all alike; off: with what it is shown; null: as the policy has it. See labels.prior.",
+    )
 
-    @field_validator("quota", mode="before")
+    @field_validator("quota", "prior", mode="before")
     @classmethod
-    def _off(cls, quota: Any) -> Any:
+    def _off(cls, exponent: Any) -> Any:
         """YAML reads a bare ``off`` as false, which would count as the exponent 0."""
-        if quota is True:
+        if exponent is True:
             raise ValueError("is true: give an exponent from 0 to 1, or off")
-        return "off" if quota is False else quota
+        return "off" if exponent is False else exponent
 
     weighting: Literal["signals", "none"] = Field(
         "signals",

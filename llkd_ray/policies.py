@@ -10,10 +10,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from llkd_ray.priors import Exponent, effective, tempered
 from llkd_ray.signals import Floats, Ints, class_thresholds, rank_within_class
 from llkd_ray.table import Candidates
 
@@ -58,6 +59,8 @@ class SelectionPolicy:
     """Whether the student must score the candidates first."""
     quota: float | None = None
     """The class quota's exponent where the config does not name one; None: no quotas."""
+    prior: float | None = None
+    """The exponent of what the student is to reckon with where the config does not name one."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -83,7 +86,7 @@ class SelectionPolicy:
         n: int,
         rng: np.random.Generator,
         *,
-        quota: float | Literal["off"] | None = None,
+        quota: Exponent = None,
         trained_C: Ints | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Selection:
@@ -91,7 +94,7 @@ class SelectionPolicy:
 
         ``quota`` is the exponent of :func:`class_quotas`, ``off``, or None for the policy's own.
         """
-        exponent = self.quota if quota is None else None if quota == "off" else quota
+        exponent = effective(quota, self.quota)
         # By row, so that a choice does not depend on how the candidates came.
         candidates = candidates.by_row()
         judgement = self.rule(candidates, rng, **(options or {}))
@@ -105,12 +108,12 @@ SELECTION: dict[str, SelectionPolicy] = {}
 
 
 def selection_policy(
-    name: str, *, uses_student: bool, quota: float | None = None
+    name: str, *, uses_student: bool, quota: float | None = None, prior: float | None = None
 ) -> Callable[[SelectionRule], SelectionRule]:
     """Register a rule ``(candidates, rng, **options) -> Judgement``; candidates come in row order."""
 
     def register(rule: SelectionRule) -> SelectionRule:
-        SELECTION[name] = SelectionPolicy(rule, uses_student, quota)
+        SELECTION[name] = SelectionPolicy(rule, uses_student, quota, prior)
         return rule
 
     return register
@@ -205,7 +208,7 @@ def judge_llkd(
     return Judgement(np.where(passing_N, value_N, NEVER), product_N if weights and has_student else None)
 
 
-@selection_policy("llkd_rank", uses_student=True, quota=0.25)
+@selection_policy("llkd_rank", uses_student=True, quota=0.25, prior=0.5)
 def judge_llkd_rank(candidates: Candidates, rng: np.random.Generator) -> Judgement:
     """Rank of the confidence within its pseudo-class × the student's uncertainty, largest first.
 
@@ -216,7 +219,7 @@ def judge_llkd_rank(candidates: Candidates, rng: np.random.Generator) -> Judgeme
     return Judgement(rank_N * _known(candidates.uncertainty_N, rng))
 
 
-@selection_policy("llkd_sample", uses_student=True, quota=0.25)
+@selection_policy("llkd_sample", uses_student=True, quota=0.25, prior=0.5)
 def judge_llkd_sample(
     candidates: Candidates,
     rng: np.random.Generator,
@@ -282,19 +285,13 @@ def class_quotas(count_C: Ints, n: int, quota: float, trained_C: Ints | None = N
     """int[C], summing to at most ``n``: how many texts each pseudo-class should bring to a round.
 
     All that is trained on by the end of the round, earlier rounds included, is to be shared out between
-    the classes in proportion to ``count ** quota``: 1 as the teacher labels, 0 all classes alike. What is
-    between tempers skew without denying it: weakly supervised training takes 0.5 (Mahajan et al., arXiv
-    1805.00932, sec. 2.2), multilingual pre-training 0.3 (XLM-R, arXiv 1911.02116, sec. 3.1). A class that
-    already has its share gets nothing. Remainders of a text go to the largest fractions, the rarer class
-    first.
+    the classes as ``priors.tempered`` says. A class that already has its share gets nothing. Remainders of
+    a text go to the largest fractions, the rarer class first.
     """
     trained_C = np.zeros_like(count_C) if trained_C is None else trained_C
     # Classes are known by what is left and what was taken of them.
     seen_C = count_C + trained_C
-    wish_C = np.where(seen_C > 0, np.maximum(seen_C, 1) ** float(quota), 0.0)
-    if not wish_C.sum():
-        return np.zeros_like(count_C)
-    due_C = np.maximum(wish_C / wish_C.sum() * (n + trained_C.sum()) - trained_C, 0.0)
+    due_C = np.maximum(tempered(seen_C, quota) * (n + trained_C.sum()) - trained_C, 0.0)
     if not due_C.sum():
         return np.zeros_like(count_C)
     due_C *= n / due_C.sum()

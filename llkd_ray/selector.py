@@ -23,6 +23,7 @@ from llkd_ray import schemas
 from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.config import Config
 from llkd_ray.policies import SELECTION, Selection
+from llkd_ray.priors import target_prior
 from llkd_ray.schedule import Schedule
 from llkd_ray.signals import Floats, Ints, confidence, normalise
 from llkd_ray.store import (
@@ -152,6 +153,15 @@ class Selector:
             return None
         return [round_file(k, BATCH) for k in range(round_number + 1)]
 
+    async def target_prior(self, round_number: int) -> Floats | None:
+        """float[C]: the shares of the classes that the student of a selected round is to reckon with."""
+        return target_prior(
+            np.array(self.state.selected[round_number]["pseudo_labels"]),
+            self.config.selection.prior,
+            self.policy.prior,
+            self.config.labels.known_prior,
+        )
+
     async def trained(self, round_number: int, facts: dict[str, Any]) -> None:
         """The student has finished a round and its files are in place."""
         self.store.write_json(round_file(round_number, TRAINED), facts)
@@ -194,6 +204,9 @@ class Selector:
             facts = {
                 "selected": len(chosen),
                 "candidates": len(candidates),
+                "pseudo_labels": self.table.labelled_of_class(
+                    self.schedule.tickets_before(round_number)
+                ).tolist(),
                 "seconds": time.monotonic() - began,
             }
             # The batch exists once this file does.

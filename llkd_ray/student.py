@@ -19,6 +19,7 @@ from torch import nn
 from llkd_ray.config import ConfigError, LabelsConfig, StudentConfig
 from llkd_ray.in_step import InStep
 from llkd_ray.losses import LOSSES
+from llkd_ray.priors import prior_shift
 from llkd_ray.signals import confidence
 
 
@@ -31,6 +32,8 @@ class Batch:
     weight_N: np.ndarray
     p_NC: np.ndarray
     """The teacher's distribution; sums to one."""
+    prior_C: np.ndarray | None = None
+    """Shares of the classes that the student's answers are to reckon with; None: those of the texts."""
 
 
 Tokens = dict[str, list[int]]
@@ -53,6 +56,10 @@ class Student:
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
+
+    def tensor(self, values: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The values, on the device."""
+        return torch.as_tensor(values, dtype=dtype, device=self.device)
 
     def encode(self, texts: Sequence[str], max_tokens: int) -> list[Tokens]:
         """Each text as the model reads it, cut at ``max_tokens``, without padding."""
@@ -215,8 +222,8 @@ def train_round(
     """Train on a round's texts and return mean loss, step count and, with ``in_step: mask``, ``masked``.
 
     The loss of a step is the mean over its global batch of weight × what the text counts in the step ×
-    ``config.loss``. AdamW, linear warm-up and linear decay to zero over the round. ``masked`` is the share of
-    texts that did not count.
+    ``config.loss``, on logits shifted from ``batch.prior_C`` to the texts' own class shares. AdamW, linear
+    warm-up and linear decay to zero over the round. ``masked`` is the share of texts that did not count.
     """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
@@ -225,12 +232,13 @@ def train_round(
     epochs, steps = count_steps(length_N.size, config)
     optimizer, schedule = _optimizer_and_schedule(student.model, config, steps)
     in_step = InStep(config.in_step, batch.p_NC.shape[1], world)
+    shift_C = student.tensor(prior_shift(batch.label_N, batch.weight_N, batch.prior_C))
     loss_sum = torch.zeros((), device=student.device)
     student.model.train()
     done = 0
     for _ in range(epochs):
         for step in plan_steps(length_N, config, rank, world, rng):
-            loss = _step_loss(student, tokens_N, batch, step, config, in_step)
+            loss = _step_loss(student, tokens_N, batch, step, config, in_step, shift_C)
             loss.backward()
             nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
             optimizer.step()
@@ -256,18 +264,16 @@ def _step_loss(
     step: Step,
     config: StudentConfig,
     in_step: InStep,
+    shift_C: torch.Tensor,
 ) -> torch.Tensor:
     """A rank's part of a step's loss, scaled so that the mean over ranks is the loss of the global batch."""
-
-    def on_device(values_B: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        return torch.as_tensor(values_B, dtype=dtype, device=student.device)
-
     logits_BC = student.logits([tokens_N[i] for i in step.index_B])
-    label_B = on_device(batch.label_N[step.index_B], torch.long)
-    weight_B = on_device(batch.weight_N[step.index_B], torch.float32)
+    label_B = student.tensor(batch.label_N[step.index_B], torch.long)
+    weight_B = student.tensor(batch.weight_N[step.index_B])
     p_BC = batch.p_NC[step.index_B]
-    loss_B = LOSSES[config.loss](logits_BC, label_B, on_device(p_BC, torch.float32))
-    counts_B = in_step.weigh(logits_BC, label_B, on_device(confidence(p_BC), torch.float64), step.scale > 0)
+    loss_B = LOSSES[config.loss](logits_BC + shift_C, label_B, student.tensor(p_BC))
+    confidence_B = student.tensor(confidence(p_BC), torch.float64)
+    counts_B = in_step.weigh(logits_BC, label_B, confidence_B, step.scale > 0)
     return (weight_B * counts_B * loss_B).sum() * step.scale
 
 

@@ -170,6 +170,12 @@ class ScoreTable:
             self.n_classes,
         )
 
+    def labelled_of_class(self, tickets_below: int) -> Ints:
+        """int64[C]: pool texts of each pseudo-class, of the tickets below a number."""
+        label_N = self.label[: self.n_pool]
+        is_there_N = (label_N != NONE) & (self.ticket[: self.n_pool] < tickets_below)
+        return np.bincount(label_N[is_there_N], minlength=self.n_classes)
+
     def trained_of_class(self) -> Ints:
         """int64[C]: texts of each pseudo-class that the student has trained on."""
         return np.bincount(self.label[self.trained != NONE], minlength=self.n_classes)

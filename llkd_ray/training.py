@@ -127,6 +127,7 @@ class Rank:
                 data["label"].to_numpy(),
                 data["weight"].to_numpy(),
                 matrix_of(data["probs"], len(self.config.labels.names)),
+                self.ask("target_prior", k),
             )
             self.facts = train_round(
                 self.student,

@@ -28,6 +28,7 @@ from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.config import Config
 from llkd_ray.evaluate import classification
 from llkd_ray.policies import SELECTION
+from llkd_ray.priors import effective, target_prior
 from llkd_ray.signals import Floats, Ints, confidence
 from llkd_ray.student import Batch, build_student, predict, train_round
 from llkd_ray.table import ScoreTable
@@ -80,11 +81,26 @@ class Trial:
             "rounds": len(self.sizes) if self._labels_grow else None,
             "seed": config.run.seed,
             "student": config.student.model_dump(mode="json"),
-            "selection": config.selection.model_dump(mode="json"),
+            "selection": config.selection.model_dump(mode="json") | self._exponents,
+            "prior": config.labels.known_prior,
             "acquisition": config.acquisition.model_dump(mode="json") if self._labels_grow else None,
             "budget": [config.budget.labels, config.budget.first_labels] if self._labels_grow else None,
         }
         return hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def prior(self, count_C: Ints) -> Floats | None:
+        """float[C]: what the student is to reckon with, from the pseudo-labels' counts."""
+        policy, config = SELECTION[self.config.selection.policy], self.config
+        return target_prior(count_C, config.selection.prior, policy.prior, config.labels.known_prior)
+
+    @property
+    def _exponents(self) -> dict[str, float | None]:
+        """As they hold, so that a policy's new default is not taken for the old one."""
+        policy, selection = SELECTION[self.config.selection.policy], self.config.selection
+        return {
+            "quota": effective(selection.quota, policy.quota),
+            "prior": effective(selection.prior, policy.prior),
+        }
 
     @property
     def _labels_grow(self) -> bool:
@@ -207,7 +223,11 @@ def _advance(
     if reported or uses_student:
         row_M, label_M = arrays["row"], table.label[arrays["row"]]
         batch = Batch(
-            [texts.pool[row] for row in row_M], label_M.astype(np.int64), arrays["weight"], labels.p_NC[row_M]
+            [texts.pool[row] for row in row_M],
+            label_M.astype(np.int64),
+            arrays["weight"],
+            labels.p_NC[row_M],
+            trial.prior(table.labelled_of_class(tickets_below=k + 1)),
         )
         seed = config.run.seed * 1_000 + k
         student = build_student(config.student, config.labels, config.run.seed, device)

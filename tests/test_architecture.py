@@ -36,13 +36,15 @@ ROOMS: dict[str, set[str]] = {
     "corpus": {"cleaning", "config", "readers", "schemas", "sources", "staging", "store"},
     # selection
     "schedule": {"config"},
+    "priors": {"signals"},
     "table": {"signals", "schemas"},
-    "policies": {"signals", "table"},
+    "policies": {"priors", "signals", "table"},
     "acquisition": {"policies", "signals", "table"},
     "selector": {
         "acquisition",
         "config",
         "policies",
+        "priors",
         "schedule",
         "schemas",
         "signals",
@@ -56,7 +58,7 @@ ROOMS: dict[str, set[str]] = {
     "teacher": {"cluster", "config", "prompts", "recorded", "schemas", "store"},
     "losses": set(),
     "in_step": {"signals"},
-    "student": {"config", "in_step", "losses", "signals"},
+    "student": {"config", "in_step", "losses", "priors", "signals"},
     "training": {"cluster", "config", "schemas", "signals", "store", "student"},
     # results
     "calibration": {"signals"},
@@ -65,7 +67,7 @@ ROOMS: dict[str, set[str]] = {
     "facts": {"schemas", "store"},
     "report": {"evaluate", "facts", "schemas", "store"},
     # policies against each other
-    "trial": {"acquisition", "config", "evaluate", "policies", "signals", "student", "table"},
+    "trial": {"acquisition", "config", "evaluate", "policies", "priors", "signals", "student", "table"},
     "tables": set(),
     "comparison": {"config", "recorded", "settings", "signals", "store", "tables", "trial"},
     "compare_report": {"report", "store", "tables"},

@@ -140,7 +140,8 @@ class TestEntries:
         assert configs["llkd"].selection == configs["calm"].selection == base.selection
         for name, policy in ((GOLD, "all"), (ALL, "all"), (RANDOM, "random")):
             selection = configs[name].selection
-            assert (selection.policy, selection.options, selection.quota) == (policy, {}, None)
+            assert (selection.policy, selection.options) == (policy, {})
+            assert (selection.quota, selection.prior) == ("off", "off")
         for config in configs.values():
             assert (config.budget.labels, config.budget.first_labels) == (None, 1.0), "all labels are there"
 

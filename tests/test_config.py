@@ -24,18 +24,26 @@ def refusal(**sections) -> str:
 
 
 @pytest.mark.parametrize(("written", "read"), [("off", "off"), ("0", 0.0), ("0.5", 0.5), ("null", None)])
-def test_a_quota_that_is_off_is_not_one_of_zero(tmp_path, written, read):
+@pytest.mark.parametrize("setting", ["quota", "prior"])
+def test_an_exponent_that_is_off_is_not_one_of_zero(tmp_path, setting, written, read):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config_tree()))
-    config = load_config(path, [f"selection.quota={written}"])
-    assert config.selection.quota == read
+    config = load_config(path, [f"selection.{setting}={written}"])
+    assert getattr(config.selection, setting) == read
     path.write_text(dump_config(config))
     assert load_config(path) == config
 
 
-@pytest.mark.parametrize("quota", [True, 1.5, -0.1, "sometimes"])
-def test_a_quota_is_an_exponent_or_off(quota):
-    assert refusal(selection={"quota": quota}).startswith("selection.quota: ")
+@pytest.mark.parametrize("setting", ["quota", "prior"])
+@pytest.mark.parametrize("value", [True, 1.5, -0.1, "sometimes"])
+def test_it_is_an_exponent_or_off(setting, value):
+    assert refusal(selection={setting: value}).startswith(f"selection.{setting}: ")
+
+
+def test_known_shares_come_in_the_order_of_the_names():
+    labels = make_config(labels={"names": ["a", "b", "c"], "prior": {"b": 3, "a": 2, "c": 5}}).labels
+    assert labels.known_prior == pytest.approx((0.2, 0.3, 0.5))
+    assert make_config().labels.known_prior == ()
 
 
 class TestMistakes:
@@ -53,6 +61,21 @@ class TestMistakes:
                 {"labels": {"names": ["a", "b"], "descriptions": {"c": "third"}}},
                 "labels",
                 "descriptions names 'c', which is not one of names",
+            ),
+            (
+                {"labels": {"names": ["a", "b"], "prior": {"a": 0.5, "b": 0.4, "c": 0.1}}},
+                "labels",
+                "prior names 'c', which is not one of names",
+            ),
+            (
+                {"labels": {"names": ["a", "b"], "prior": {"a": 0.5}}},
+                "labels",
+                "prior has no share for 'b': give one for every label, or none",
+            ),
+            (
+                {"labels": {"names": ["a", "b"], "prior": {"a": 0.5, "b": 0}}},
+                "labels.prior.b",
+                "0 is refused: Input should be greater than 0",
             ),
             ({"corpus": {"uri": ""}}, "corpus.uri", "is empty: give a file, a glob, a folder or hf://NAME"),
             ({"corpus": {"uri": []}}, "corpus.uri", "is empty"),

@@ -570,6 +570,33 @@ class TestSelect:
         assert sum(counts) == 60
         assert (counts == [20, 20, 20]) == (expected is not None)
 
+    def test_the_student_is_told_what_to_reckon_with(self, tmp_path):
+        bench = Bench(tmp_path / "run", selection={"policy": "random", "prior": 0.5})
+
+        async def script():
+            await bench.teach_for(1)  # more than round 0 waits for
+            await bench.selector.select(0)
+            prior_C = await bench.selector.target_prior(0)
+            again = await bench.restart().target_prior(0)
+            return prior_C, again
+
+        prior_C, again = run(script())
+        below = bench.schedule.tickets_before(0)
+        rows = np.concatenate([bench.selector.leases[t] for t in range(below)])
+        rows = rows[rows < N_POOL]
+        count_C = np.bincount(bench.probs(rows).argmax(axis=1), minlength=N_CLASSES)
+        assert prior_C == pytest.approx(count_C**0.5 / (count_C**0.5).sum())
+        assert again.tolist() == prior_C.tolist()
+
+    def test_a_policy_without_a_prior_leaves_the_student_alone(self, tmp_path):
+        bench = Bench(tmp_path / "run", selection={"policy": "random"})
+
+        async def script():
+            await bench.round(0)
+            return await bench.selector.target_prior(0)
+
+        assert run(script()) is None
+
 
 class TestAcquisitionByTheStudent:
     """The student's opinion decides what is read, so a lease waits until the opinion is complete."""

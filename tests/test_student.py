@@ -307,6 +307,31 @@ class TestTrainRound:
         assert sum(len(group["params"]) for group in groups) == len(list(learner.model.parameters()))
 
 
+class TestPrior:
+    def test_decides_what_the_student_expects_and_not_what_it_is_shown(self, tiny_encoder):
+        """On texts that tell nothing, the student's answer is the prior."""
+        config = make_config(tiny_encoder, epochs=30, weight_decay=0.0)
+        label_N = np.repeat([0, 1, 2], [32, 24, 8])
+        texts = ["the sea"] * label_N.size
+        prior_C = np.array([0.1, 0.2, 0.7])
+        for prior, expected in ((None, [0.5, 0.375, 0.125]), (prior_C, prior_C)):
+            learner = build_student(config, LABELS, 0, CPU)
+            batch = Batch(texts, label_N, np.ones(label_N.size), np.eye(3)[label_N], prior)
+            train_round(learner, batch, config)
+            assert predict(learner, ["the sea"], config)[0] == pytest.approx(expected, abs=0.05)
+
+    def test_weights_count_as_shares(self, tiny_encoder):
+        """A heavy class is one that is shown often, so that the prior takes weights out again, too."""
+        config = make_config(tiny_encoder, epochs=30, weight_decay=0.0)
+        label_N = np.repeat([0, 1], 32)
+        weight_N = np.where(label_N == 0, 1.8, 0.2)
+        learner = build_student(config, LABELS, 0, CPU)
+        prior_C = np.array([0.5, 0.5, 0.0])
+        batch = Batch(["the sea"] * 64, label_N, weight_N, np.eye(3)[label_N], prior_C)
+        train_round(learner, batch, config)
+        assert predict(learner, ["the sea"], config)[0, :2] == pytest.approx([0.5, 0.5], abs=0.05)
+
+
 class TestLosses:
     @pytest.mark.parametrize("loss", LOSSES)
     def test_each_learns(self, tiny_encoder, loss):

@@ -119,6 +119,14 @@ def test_candidates_carry_every_column(table):
     np.testing.assert_array_equal(turned.by_row().support_N, candidates.support_N)
 
 
+def test_labelled_of_class_counts_the_pool_below_a_ticket(table):
+    table.lease(0, np.array([0, 1, 2]))
+    table.lease(3, np.array([3]))
+    table.put_labels(np.array([0, 1, 3]), np.array([2, 2, 0]), np.ones(3))
+    assert table.labelled_of_class(1).tolist() == [0, 0, 2]
+    assert table.labelled_of_class(4).tolist() == [1, 0, 2]
+
+
 def test_trained_of_class_counts_pseudo_labels(table):
     assert table.trained_of_class().tolist() == [0, 0, 0]
     label(table, [0, 1, 2, 3], [2, 2, 0, 1])

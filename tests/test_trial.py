@@ -136,6 +136,39 @@ class TestFigures:
         with pytest.raises(ValueError, match="order is 'worst'"):
             run_trial(wrong, texts, labels)
 
+    @pytest.mark.parametrize(
+        ("policy", "selection", "expected"),
+        [
+            ("random", {}, None),
+            ("random", {"prior": 1.0}, 1.0),
+            ("llkd_sample", {}, 0.5),
+            ("llkd_sample", {"prior": "off"}, None),
+        ],
+    )
+    def test_the_student_is_told_what_to_reckon_with(
+        self, make_trial, texts, labels, monkeypatch, policy, selection, expected
+    ):
+        priors, real = [], trial_module.train_round
+        monkeypatch.setattr(
+            trial_module,
+            "train_round",
+            lambda student, batch, *more, **named: (
+                priors.append(batch.prior_C) or real(student, batch, *more, **named)
+            ),
+        )
+        skewed = Labels(labels.p_NC * [1.0, 0.5, 0.5], labels.tokens_N, "skewed")
+        run_trial(make_trial(policy, (30,), selection=selection), texts, skewed)
+        counts = np.bincount(skewed.p_NC.argmax(axis=1))
+        if expected is None:
+            assert priors == [None]
+        else:
+            assert priors[0] == pytest.approx(counts**expected / (counts**expected).sum())
+
+    def test_known_shares_go_before_the_teachers(self, make_trial):
+        known = {"names": NAMES[:N_CLASSES], "prior": dict(zip(NAMES, [1, 1, 2], strict=False))}
+        trial = make_trial("llkd_sample", labels=known)
+        assert trial.prior(np.array([50, 60, 10])) == pytest.approx([0.25, 0.25, 0.5])
+
 
 class TestChance:
     @pytest.mark.parametrize("policy", ["random", "llkd_sample"])
@@ -214,6 +247,8 @@ class TestFiles:
             key("llkd"),
             key(run={"seed": 1}),
             key(selection={"quota": 0.5}),
+            key(selection={"prior": 0.5}),
+            key(labels={"names": NAMES[:N_CLASSES], "prior": dict.fromkeys(NAMES[:N_CLASSES], 1)}),
             key(student={"epochs": 2}),
             key(budget={"labels": 100}),
             key(budget={"labels": 100}, sizes=(10, 20)),
@@ -273,7 +308,7 @@ class TestAcquisition:
         policy = trial_module.SELECTION["llkd_sample"]
 
         class Spy:
-            uses_student = True
+            uses_student, quota, prior = True, policy.quota, policy.prior
 
             def choose(self, candidates, *arguments, **more):
                 seen.append(candidates)
