@@ -16,7 +16,16 @@ import pyarrow as pa
 import yaml
 
 from llkd_ray import schemas
-from llkd_ray.store import CONFIG, EXAMPLES_INDEX, MANIFEST, QUARANTINE_DIR, ROUNDS_DIR, RunStore, round_file
+from llkd_ray.store import (
+    CONFIG,
+    EXAMPLES_INDEX,
+    MANIFEST,
+    QUARANTINE_DIR,
+    ROUNDS_DIR,
+    SELECTED,
+    RunStore,
+    round_file,
+)
 
 SUMMARY = "summary.json"
 PHASES = ("teach", "select", "train", "refresh", "evaluate", "idle")
@@ -74,6 +83,8 @@ class RunFacts:
     student: dict[str, Any]
     totals: dict[str, Any]
     selected: list[Selected]
+    prior: dict[str, float]
+    """What shares of the classes the student reckons with; empty where it is what it was shown."""
     rows: dict[str, PartRows]
     """Of "pool" and "test"; empty while the corpus has not been read."""
     unanswered: dict[str, int]
@@ -118,6 +129,7 @@ def read_facts(store: RunStore) -> RunFacts:
         student=_pick(STUDENT_KEYS, last, summary.get("student")),
         totals=_pick(TOTAL_KEYS, last | {"seconds": total_seconds}, summary),
         selected=_read_selected(store, config["labels"]["names"]),
+        prior=_read_prior(store, config["labels"]["names"]),
         rows=_read_rows(store),
         unanswered=_read_unanswered(store),
     )
@@ -162,6 +174,14 @@ def _read_unanswered(store: RunStore) -> dict[str, int]:
     files = [name for name in store.names(QUARANTINE_DIR, ".parquet") if name.startswith("teacher-")]
     tables = (store.read_table(f"{QUARANTINE_DIR}/{name}", columns=["reason"]) for name in files)
     return dict(Counter(reason for table in tables for reason in table["reason"].to_pylist()).most_common())
+
+
+def _read_prior(store: RunStore, labels: Sequence[str]) -> dict[str, float]:
+    """Of the last round that is selected."""
+    rounds = [int(folder) for folder in store.folders(ROUNDS_DIR) if folder.isdigit()]
+    files = [file for k in sorted(rounds) if store.exists(file := round_file(k, SELECTED))]
+    prior = store.read_json(files[-1]).get("prior") if files else None
+    return dict(zip(labels, prior, strict=True)) if prior else {}
 
 
 def _read_selected(store: RunStore, labels: Sequence[str]) -> list[Selected]:

@@ -155,12 +155,8 @@ class Selector:
 
     async def target_prior(self, round_number: int) -> Floats | None:
         """float[C]: the shares of the classes that the student of a selected round is to reckon with."""
-        return target_prior(
-            np.array(self.state.selected[round_number]["pseudo_labels"]),
-            self.config.selection.prior,
-            self.policy.prior,
-            self.config.labels.known_prior,
-        )
+        prior = self.state.selected[round_number]["prior"]
+        return None if prior is None else np.array(prior)
 
     async def trained(self, round_number: int, facts: dict[str, Any]) -> None:
         """The student has finished a round and its files are in place."""
@@ -200,13 +196,17 @@ class Selector:
                 trained_C=self.table.trained_of_class(),
                 options=self.config.selection.options,
             )
+            prior_C = target_prior(
+                self.table.labelled_of_class(self.schedule.tickets_before(round_number)),
+                self.config.selection.prior,
+                self.policy.prior,
+                self.config.labels.known_prior,
+            )
             self._write_batch(round_number, chosen)
             facts = {
                 "selected": len(chosen),
                 "candidates": len(candidates),
-                "pseudo_labels": self.table.labelled_of_class(
-                    self.schedule.tickets_before(round_number)
-                ).tolist(),
+                "prior": None if prior_C is None else prior_C.tolist(),
                 "seconds": time.monotonic() - began,
             }
             # The batch exists once this file does.

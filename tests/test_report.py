@@ -12,7 +12,7 @@ from llkd_ray.config import parse_config
 from llkd_ray.facts import SUMMARY, read_facts
 from llkd_ray.report import count, duration, model_card, percent, shorten, write_report
 from llkd_ray.settings import dump_config
-from llkd_ray.store import CONFIG, EXAMPLES_INDEX, MANIFEST, QUARANTINE_DIR, RunStore, round_file
+from llkd_ray.store import CONFIG, EXAMPLES_INDEX, MANIFEST, QUARANTINE_DIR, SELECTED, RunStore, round_file
 
 LABELS = ("billing", "delivery", "returns", "praise", "account")
 TEXTS = {
@@ -392,6 +392,16 @@ def test_same_run_gives_the_same_page(tmp_path):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.yaml"):
         write_report(RunStore(str(tmp_path)))
+
+
+def test_model_card_says_what_the_student_reckons_with(tmp_path):
+    store = make_run(tmp_path / "run", labels=("ham", "spam", "news"))
+    assert "reckons with" not in model_card(store)
+    for number, prior in enumerate(([0.5, 0.3, 0.2], [0.62, 0.3, 0.08])):
+        store.write_json(round_file(number, SELECTED), {"prior": prior})
+    line = next(line for line in model_card(store).splitlines() if "reckons with" in line)
+    assert "ham 62.0 %, spam 30.0 %, news 8.0 %." in line.replace("\u202f", " "), "those of the last round"
+    assert "`labels.prior`" in line
 
 
 def test_model_card_says_what_how_and_how_good(tmp_path):
