@@ -54,7 +54,7 @@ def target_prior(
 def prior_shift(label_N: Ints, weight_N: Floats, prior_C: Floats | None) -> Floats:
     """float[C]: what is added to the student's logits in training, and only there.
 
-    The logit-adjusted loss (Menon et al., arXiv 2007.07314, eq. 10) with a target that need not be uniform:
+    The logit-adjusted loss of Menon et al. (arXiv 2007.07314) with a target that need not be uniform:
     log(share of the class in what is trained on, by weight / its target share). Cross-entropy on shifted
     logits is consistent for the target, so the student without the shift reckons with ``prior_C``. A class
     that is not trained on, or has no target, is not shifted: nothing is known of it.
