@@ -23,7 +23,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from llkd_ray.cli import USER_MISTAKE, local_dir, with_absolute_paths
 from llkd_ray.cluster import connect
-from llkd_ray.compare_report import PAGE, write_comparison
+from llkd_ray.compare_report import PAGE, read_results, write_comparison
 from llkd_ray.comparison import (
     ALL,
     GOLD,
@@ -95,6 +95,15 @@ def compare_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="train only for these teachers, lines and seeds; the report has whatever is finished",
     )
+    parser.add_argument(
+        "--add",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="CSV",
+        help="results.csv of the same comparison from elsewhere: the report has them, too, where there is no "
+        "trial of its own",
+    )
     parser.add_argument("--report-only", action="store_true", help="train nothing, write the report anew")
     return parser
 
@@ -107,19 +116,27 @@ class Job:
     digest: str
     wanted: bool
     """Whether --only leaves it in."""
+    n_pool: int
+    added: tuple[Result, ...] = ()
+    """Its results from elsewhere."""
 
     @property
     def name(self) -> str:
         parts = (self.entry.teacher, self.entry.line, f"seed {self.entry.seed}")
         return " ".join(part for part in parts if part)
 
-    def figures(self) -> list[dict[str, Any]]:
-        """Of the sizes that are finished."""
-        return finished(self.entry.trial, self.digest)
+    def results(self) -> list[Result]:
+        """Of the sizes that are finished; its own go before those from elsewhere."""
+        entry = self.entry
+        found = {one.size: one for one in self.added if one.size in entry.trial.reported}
+        for facts in finished(entry.trial, self.digest):
+            one = Result.of(entry.teacher, entry.line, entry.seed, facts, self.n_pool)
+            found[one.size] = one
+        return [found[size] for size in sorted(found)]
 
     @property
     def is_finished(self) -> bool:
-        return len(self.figures()) == len(self.entry.trial.reported)
+        return len(self.results()) == len(self.entry.trial.reported)
 
 
 @dataclass(frozen=True)
@@ -144,13 +161,14 @@ def _compare(options: argparse.Namespace, display: Display) -> int:
     teachers = {name: teacher_config(base, changes) for name, changes in comparison.teachers.items()}
     _check(comparison, base, teachers)
     _check_only(comparison, options.only)
+    added = [one for file in options.add for one in read_results(file, base.labels.names)]
     store = RunStore(out)
     _claim(store, comparison, base)
     display.say(f"results: {out}")
     if options.report_only:
         if not store.exists(EXAMPLES_INDEX):
             raise ConfigError(f"--report-only: {out} holds no comparison yet; run it without")
-        work = _gather(comparison, base, teachers, store, options.only)
+        work = _gather(comparison, base, teachers, store, options.only, added)
         _report(work, display)
         return 0
     with connect(base):
@@ -158,7 +176,7 @@ def _compare(options: argparse.Namespace, display: Display) -> int:
         for name, teacher in teachers.items():
             if teacher.teacher.kind == "vllm":
                 label_once(name, teacher, store, display)
-        work = _gather(comparison, base, teachers, store, options.only)
+        work = _gather(comparison, base, teachers, store, options.only, added)
         errors = _run(work, display)
     _report(work, display)
     for job, error in errors.items():
@@ -240,9 +258,14 @@ def _claim(store: RunStore, comparison: Comparison, base: Config) -> None:
 
 
 def _gather(
-    comparison: Comparison, base: Config, teachers: dict[str, Config], store: RunStore, only: Sequence[str]
+    comparison: Comparison,
+    base: Config,
+    teachers: dict[str, Config],
+    store: RunStore,
+    only: Sequence[str],
+    added: Sequence[Result],
 ) -> Work:
-    """Read texts and labels, and list the trials."""
+    """Read texts and labels, and list the trials with what is known of them from elsewhere."""
     examples = Examples.open(store)
     texts = read_texts(examples, base.labels.names)
     labels = {"": gold_labels(examples, texts)}
@@ -255,6 +278,9 @@ def _gather(
         scores[name] = TeacherScore(own["accuracy"], own["macro_f1"], tuple(own["f1_by_class"]))
     folder = Path(store.path(TRIALS_DIR))
     folder.mkdir(parents=True, exist_ok=True)
+    elsewhere: dict[tuple[str, str, int], list[Result]] = {}
+    for one in added:
+        elsewhere.setdefault((one.teacher, one.line, one.seed), []).append(one)
     jobs = []
     for entry in entries(comparison, base, examples.n_pool, folder):
         sizes = entry.trial.sizes
@@ -263,7 +289,9 @@ def _gather(
                 f"sizes: of a pool of {examples.n_pool} texts they are {', '.join(map(str, sizes))} texts; "
                 "every round needs a new text at least"
             )
-        jobs.append(Job(entry, labels[entry.teacher].digest, _is_wanted(entry, comparison, only)))
+        wanted = _is_wanted(entry, comparison, only)
+        known = tuple(elsewhere.get((entry.teacher, entry.line, entry.seed), ()))
+        jobs.append(Job(entry, labels[entry.teacher].digest, wanted, examples.n_pool, known))
     return Work(comparison, store, texts, labels, scores, jobs)
 
 
@@ -381,9 +409,9 @@ def tables_of(work: Work) -> tuple[Tables, list[Result], int]:
     n_pool = len(work.texts.pool)
     results, missing = [], 0
     for job in work.jobs:
-        entry, figures = job.entry, job.figures()
-        missing += len(figures) < len(entry.trial.reported)
-        results += [Result.of(entry.teacher, entry.line, entry.seed, facts, n_pool) for facts in figures]
+        of_job = job.results()
+        missing += len(of_job) < len(job.entry.trial.reported)
+        results += of_job
     lines = _lines(work.comparison)
     sizes = next(job.entry.trial.reported for job in work.jobs if job.entry.line not in (GOLD, ALL))
     tables = tabulate(

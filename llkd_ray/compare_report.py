@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from llkd_ray.config import ConfigError
 from llkd_ray.report import count, markdown, page_environment, percent, svg_element
 from llkd_ray.store import RunStore
 from llkd_ray.tables import (
@@ -210,6 +212,29 @@ def result_rows(results: Sequence[Result], names: Sequence[str]) -> list[dict[st
         by_class = flat.pop("f1_by_class")
         rows.append(flat | {f"f1 {name}": f1 for name, f1 in zip(names, by_class, strict=True)})
     return rows
+
+
+def read_results(file: str | Path, names: Sequence[str]) -> list[Result]:
+    """The results of a ``results.csv``, as :func:`result_rows` wrote them, perhaps on another machine.
+
+    Raises ConfigError where the file is no such file, or is of other classes.
+    """
+    try:
+        with Path(file).open(encoding="utf-8", newline="") as lines:
+            rows = list(csv.DictReader(lines))
+    except OSError as error:
+        raise ConfigError(f"--add: {str(file)!r} cannot be read: {error.strerror}") from None
+    columns = {field.name: field.type for field in fields(Result) if field.name != "f1_by_class"}
+    kinds = {"str": str, "int": int, "float": float}
+    found = []
+    for row in rows:
+        if missing := [name for name in (*columns, *(f"f1 {name}" for name in names)) if name not in row]:
+            raise ConfigError(
+                f"--add: {str(file)!r} has no column {missing[0]!r}; give {RESULTS} of the same comparison"
+            )
+        values = {name: kinds[str(kind)](row[name]) for name, kind in columns.items()}
+        found.append(Result(**values, f1_by_class=tuple(float(row[f"f1 {name}"]) for name in names)))
+    return found
 
 
 def summary_rows(tables: Tables) -> list[dict[str, Any]]:

@@ -70,7 +70,7 @@ ROOMS: dict[str, set[str]] = {
     "trial": {"acquisition", "config", "evaluate", "policies", "priors", "signals", "student", "table"},
     "tables": set(),
     "comparison": {"config", "recorded", "settings", "signals", "store", "tables", "trial"},
-    "compare_report": {"report", "store", "tables"},
+    "compare_report": {"config", "report", "store", "tables"},
     # the whole
     "run": {"cluster", "config", "schedule", "selector", "store", "teacher", "training"},
     "quickstart": {"config", "docstrings", "prompts"},

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from llkd_ray.compare_report import CURVE, MARKDOWN, PAGE, conclusion, summary_rows, write_comparison
+from llkd_ray.compare_report import (
+    CURVE,
+    MARKDOWN,
+    PAGE,
+    RESULTS,
+    conclusion,
+    read_results,
+    summary_rows,
+    write_comparison,
+)
+from llkd_ray.config import ConfigError
 from llkd_ray.store import RunStore
 from llkd_ray.tables import (
     ALL,
@@ -221,3 +231,14 @@ def test_all_files_are_written_however_few_trials_there_are(tmp_path: Path, n_re
     assert len(rows) == len(results)
     if rows:
         assert float(rows[0]["f1 sea"]) == pytest.approx(0.35)
+
+
+def test_results_come_back_as_they_were_written(tmp_path):
+    results = [*two_seeds(), result("", GOLD, 0, POOL, 1 / 3)]
+    store = RunStore(str(tmp_path))
+    write_comparison(store, make_tables(results), results, settings="", missing=0, trials=1)
+    assert read_results(store.path(RESULTS), NAMES) == results
+    with pytest.raises(ConfigError, match=r"--add: .* has no column 'f1 sky'; give results\.csv of the same"):
+        read_results(store.path(RESULTS), ("sea", "sky"))
+    with pytest.raises(ConfigError, match=r"--add: .*nowhere\.csv' cannot be read: No such file"):
+        read_results(tmp_path / "nowhere.csv", NAMES)

@@ -97,6 +97,14 @@ def test_a_comparison_from_settings_to_report_and_again(settings_file, tmp_path,
     assert (out / "summary.csv").read_bytes() == summary
     assert "8 of 8 trials are finished already" in capfd.readouterr().out
 
+    # What was measured elsewhere is not measured again.
+    elsewhere = tmp_path / "elsewhere"
+    command_there = [str(settings_file), "--out", str(elsewhere), "--add", str(out / "results.csv")]
+    assert compare_main(command_there) == 0
+    assert "8 of 8 trials are finished already" in capfd.readouterr().out
+    assert list((elsewhere / "trials").iterdir()) == []
+    assert sorted(rows_of(elsewhere / "results.csv"), key=str) == sorted(rows, key=str)
+
     # A larger budget goes on behind the smaller ones.
     wider = ["--set", "sizes=[0.05,0.1,0.15]"]
     assert compare_main([*command, *wider, "--only", "sure", "0"]) == 0
@@ -129,6 +137,7 @@ def test_a_failed_trial_stops_no_other(settings_file, tmp_path, capfd):
         (["--set", "lines.sure.student.start=warm"], "lines.sure: student.start"),
         (["--set", "teachers.toy.recorded.probs=nothing"], "teachers.toy: teacher.recorded.probs"),
         (["--out", "s3://bucket/x"], "--out"),
+        (["--add", "nowhere.csv"], "--add: 'nowhere.csv' cannot be read: No such file"),
     ],
 )
 def test_a_mistake_takes_one_line(settings_file, tmp_path, capfd, extra, named):
