@@ -175,7 +175,7 @@ def _panel(axes: Axes, tables: Tables, teacher: str) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     axes.xaxis.set_major_formatter(lambda value, _: count(value))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    axes.margins(x=0.05)
+    axes.set_xlim(0, 1.05 * tables.sizes[-1])  # The same in all panels, and there before the first trial.
 
 
 def _fit(axes: Axes) -> None:
