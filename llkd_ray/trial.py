@@ -82,7 +82,8 @@ class Trial:
             "seed": config.run.seed,
             "student": config.student.model_dump(mode="json"),
             "selection": config.selection.model_dump(mode="json") | self._exponents,
-            "prior": config.labels.known_prior,
+            # With `off`, what is known is not used; the exponents alone would not tell.
+            "known_prior": () if config.selection.prior == "off" else config.labels.known_prior,
             "acquisition": config.acquisition.model_dump(mode="json") if self._labels_grow else None,
             "budget": [config.budget.labels, config.budget.first_labels] if self._labels_grow else None,
         }

@@ -15,6 +15,8 @@ from llkd_ray.student import predict
 from llkd_ray.trial import Labels, Texts, Trial, against_gold, finished, run_trial
 
 N_POOL, N_TEST, N_CLASSES = 120, 40, 3
+KNOWN = {"names": NAMES[:N_CLASSES], "prior": dict(zip(NAMES, [1, 1, 2], strict=False))}
+"""Labels whose true shares are known."""
 FIGURES = {"accuracy", "macro_f1", "ece", "f1_by_class"}
 
 
@@ -165,8 +167,7 @@ class TestFigures:
             assert priors[0] == pytest.approx(counts**expected / (counts**expected).sum())
 
     def test_known_shares_go_before_the_teachers(self, make_trial):
-        known = {"names": NAMES[:N_CLASSES], "prior": dict(zip(NAMES, [1, 1, 2], strict=False))}
-        trial = make_trial("llkd_sample", labels=known)
+        trial = make_trial("llkd_sample", labels=KNOWN)
         assert trial.prior(np.array([50, 60, 10])) == pytest.approx([0.25, 0.25, 0.5])
 
 
@@ -248,7 +249,7 @@ class TestFiles:
             key(run={"seed": 1}),
             key(selection={"quota": 0.5}),
             key(selection={"prior": 0.5}),
-            key(labels={"names": NAMES[:N_CLASSES], "prior": dict.fromkeys(NAMES[:N_CLASSES], 1)}),
+            key(labels=KNOWN),
             key(student={"epochs": 2}),
             key(budget={"labels": 100}),
             key(budget={"labels": 100}, sizes=(10, 20)),
@@ -256,6 +257,7 @@ class TestFiles:
             key(budget={"first_labels": 0.5}),
         ]
         assert len({same, *others}) == len(others) + 1
+        assert key(labels=KNOWN, selection={"prior": "off"}) == same, "what is known is not used"
 
 
 HALF = {"labels": 60, "first_labels": 0.0}
