@@ -27,7 +27,6 @@ from scipy.special import softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
-from transformers import AutoModel, AutoTokenizer
 
 from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.cli import with_absolute_paths
@@ -42,17 +41,16 @@ from llkd_ray.comparison import (
     read_teacher,
     read_texts,
 )
-from llkd_ray.config import Config, StudentConfig
+from llkd_ray.config import Config, LabelsConfig, StudentConfig
 from llkd_ray.console import Display
 from llkd_ray.corpus import ingest
 from llkd_ray.labelling import teacher_config
 from llkd_ray.policies import SELECTION
-from llkd_ray.priors import prior_shift
 from llkd_ray.settings import load_config
 from llkd_ray.store import Examples, RunStore
-from llkd_ray.student import Batch, resolve_model
+from llkd_ray.student import Batch, build_student, by_length
 from llkd_ray.table import ScoreTable
-from llkd_ray.trial import Labels, Texts, Trial
+from llkd_ray.trial import CPU, Labels, Texts, Trial
 
 Predict = Callable[[Any], np.ndarray]
 
@@ -73,26 +71,19 @@ def tfidf(texts: Texts) -> Features:
     return Features(vectorizer.fit_transform(texts.pool), vectorizer.transform(texts.test), c=10.0)
 
 
-def embeddings(texts: Texts, config: StudentConfig) -> Features:
+def embeddings(texts: Texts, config: StudentConfig, labels: LabelsConfig) -> Features:
     """Mean of the last hidden states of the student's checkpoint, as it is before training, at length one."""
-    checkpoint = resolve_model(config.model)
-    tokenizer, model = AutoTokenizer.from_pretrained(checkpoint), AutoModel.from_pretrained(checkpoint).eval()
+    student = build_student(config, labels, seed=0, device=CPU)
+    encoder = student.module.base_model.eval()
 
     @torch.inference_mode()
     def embed(part: list[str]) -> np.ndarray:
-        x_NF = np.empty((len(part), model.config.hidden_size), dtype=np.float32)
-        order = np.argsort([len(text) for text in part], kind="stable")
-        for start in range(0, order.size, 64):
-            index_B = order[start : start + 64]
-            inputs = tokenizer(
-                [part[i] for i in index_B],
-                truncation=True,
-                max_length=config.max_tokens,
-                padding=True,
-                return_tensors="pt",
-            )
+        x_NF = np.empty((len(part), encoder.config.hidden_size), dtype=np.float32)
+        tokens_N = student.encode(part, config.max_tokens)
+        for index_B in by_length(tokens_N, config.score_batch_size):
+            inputs = student.tokenizer.pad([tokens_N[i] for i in index_B], return_tensors="pt")
             is_text = inputs["attention_mask"][:, :, None]
-            mean_BF = (model(**inputs).last_hidden_state * is_text).sum(dim=1) / is_text.sum(dim=1)
+            mean_BF = (encoder(**inputs).last_hidden_state * is_text).sum(dim=1) / is_text.sum(dim=1)
             x_NF[index_B] = torch.nn.functional.normalize(mean_BF).numpy()
         return x_NF
 
@@ -109,7 +100,8 @@ def fit(x_M: Any, batch: Batch, c: float) -> Predict:
     if seen.size == 1:
         return lambda x: np.eye(n_classes)[np.full(x.shape[0], seen[0])]
     model = LogisticRegression(C=c, max_iter=300).fit(x_M, batch.label_N, sample_weight=batch.weight_N)
-    shift_C = np.broadcast_to(prior_shift(batch.label_N, batch.weight_N, batch.prior_C), n_classes)
+
+    shift_C = batch.logit_shift()
 
     def predict(x: Any) -> np.ndarray:
         p_NC = np.zeros((x.shape[0], n_classes))
@@ -191,7 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with Display() as display:
         examples = read(base, display)
         texts = read_texts(examples, base.labels.names)
-        features = tfidf(texts) if options.features == "tfidf" else embeddings(texts, base.student)
+        features = (
+            tfidf(texts) if options.features == "tfidf" else embeddings(texts, base.student, base.labels)
+        )
         n_pool = examples.n_pool
         teachers = {
             name: read_teacher(teacher_config(base, changes), examples)[0]

@@ -197,13 +197,6 @@ def _check(comparison: Comparison, base: Config, teachers: dict[str, Config]) ->
     for name, changes in comparison.lines.items():
         config = _named(f"lines.{name}", changed, any_teacher, changes, comparison.seeds[0])
         _named(f"lines.{name}", check, config)
-        # A trial is one task that trains from the start; what it cannot do is refused, not passed over.
-        for field_name, value, able in (
-            ("start", config.student.start, "fresh"),
-            ("replay", config.student.replay, "all"),
-        ):
-            if value != able:
-                raise ConfigError(f"lines.{name}: student.{field_name}: a comparison knows only {able!r}")
     if base.test is None or base.corpus.gold is None:
         raise ConfigError(
             f"base: {comparison.base!r} needs test and corpus.gold: a comparison is about true labels"
@@ -283,12 +276,6 @@ def _gather(
         elsewhere.setdefault((one.teacher, one.line, one.seed), []).append(one)
     jobs = []
     for entry in entries(comparison, base, examples.n_pool, folder):
-        sizes = entry.trial.sizes
-        if sizes[0] < 1 or len(set(sizes)) < len(sizes):
-            raise ConfigError(
-                f"sizes: of a pool of {examples.n_pool} texts they are {', '.join(map(str, sizes))} texts; "
-                "every round needs a new text at least"
-            )
         wanted = _is_wanted(entry, comparison, only)
         known = tuple(elsewhere.get((entry.teacher, entry.line, entry.seed), ()))
         jobs.append(Job(entry, labels[entry.teacher].digest, wanted, examples.n_pool, known))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from itertools import cycle
 from pathlib import Path
@@ -225,7 +225,7 @@ def read_results(file: str | Path, names: Sequence[str]) -> list[Result]:
     except OSError as error:
         raise ConfigError(f"--add: {str(file)!r} cannot be read: {error.strerror}") from None
     columns = {field.name: field.type for field in fields(Result) if field.name != "f1_by_class"}
-    kinds = {"str": str, "int": int, "float": float}
+    kinds: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": _number}
     found = []
     for row in rows:
         if missing := [name for name in (*columns, *(f"f1 {name}" for name in names)) if name not in row]:
@@ -235,6 +235,11 @@ def read_results(file: str | Path, names: Sequence[str]) -> list[Result]:
         values = {name: kinds[str(kind)](row[name]) for name, kind in columns.items()}
         found.append(Result(**values, f1_by_class=tuple(float(row[f"f1 {name}"]) for name in names)))
     return found
+
+
+def _number(text: str) -> float:
+    """A count stays whole, so that results are written again as they were."""
+    return int(text) if text.isdigit() else float(text)
 
 
 def summary_rows(tables: Tables) -> list[dict[str, Any]]:

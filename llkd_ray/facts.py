@@ -17,6 +17,7 @@ import yaml
 
 from llkd_ray import schemas
 from llkd_ray.store import (
+    BATCH,
     CONFIG,
     EXAMPLES_INDEX,
     MANIFEST,
@@ -176,21 +177,22 @@ def _read_unanswered(store: RunStore) -> dict[str, int]:
     return dict(Counter(reason for table in tables for reason in table["reason"].to_pylist()).most_common())
 
 
+def _round_files(store: RunStore, name: str) -> list[str]:
+    """The files of this name of all rounds that have one, in the order of the rounds."""
+    rounds = sorted(int(folder) for folder in store.folders(ROUNDS_DIR) if folder.isdigit())
+    return [file for k in rounds if store.exists(file := round_file(k, name))]
+
+
 def _read_prior(store: RunStore, labels: Sequence[str]) -> dict[str, float]:
     """Of the last round that is selected."""
-    rounds = [int(folder) for folder in store.folders(ROUNDS_DIR) if folder.isdigit()]
-    files = [file for k in sorted(rounds) if store.exists(file := round_file(k, SELECTED))]
+    files = _round_files(store, SELECTED)
     prior = store.read_json(files[-1]).get("prior") if files else None
     return dict(zip(labels, prior, strict=True)) if prior else {}
 
 
 def _read_selected(store: RunStore, labels: Sequence[str]) -> list[Selected]:
     """Counts of each class, and the heaviest, the middle and the lightest of its texts."""
-    files = [
-        file
-        for folder in store.folders(ROUNDS_DIR)
-        if folder.isdigit() and store.exists(file := round_file(int(folder), "batch.parquet"))
-    ]
+    files = _round_files(store, BATCH)
     slim = pa.schema([schemas.ROUND.field(name) for name in ("row", "label", "weight")])
     batches = [store.read_table(file, columns=slim.names) for file in files]
     table = pa.concat_tables(batches) if batches else slim.empty_table()

@@ -51,7 +51,7 @@ def target_prior(
     return None if exponent is None else tempered(count_C, exponent)
 
 
-def prior_shift(label_N: Ints, weight_N: Floats, prior_C: Floats | None) -> Floats:
+def prior_shift(label_N: Ints, weight_N: Floats, prior_C: Floats) -> Floats:
     """float[C]: what is added to the student's logits in training, and only there.
 
     The logit-adjusted loss of Menon et al. (arXiv 2007.07314) with a target that need not be uniform:
@@ -59,8 +59,6 @@ def prior_shift(label_N: Ints, weight_N: Floats, prior_C: Floats | None) -> Floa
     logits is consistent for the target, so the student without the shift reckons with ``prior_C``. A class
     that is not trained on, or has no target, is not shifted: nothing is known of it.
     """
-    if prior_C is None:
-        return np.zeros(1)
     mass_C = np.bincount(label_N, weights=weight_N, minlength=prior_C.size)
     is_known_C = (mass_C > 0) & (prior_C > 0)
     share_C = np.where(is_known_C, mass_C, 1.0) / max(float(mass_C.sum()), 1e-12)

@@ -155,7 +155,7 @@ class Selector:
 
     async def target_prior(self, round_number: int) -> Floats | None:
         """float[C]: the shares of the classes that the student of a selected round is to reckon with."""
-        prior = self.state.selected[round_number]["prior"]
+        prior = self.state.selected[round_number].get("prior")  # none in a run begun by an older version
         return None if prior is None else np.array(prior)
 
     async def trained(self, round_number: int, facts: dict[str, Any]) -> None:

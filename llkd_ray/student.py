@@ -6,6 +6,7 @@ Shapes in names: N texts, B texts of a step on one rank, C classes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,12 @@ class Batch:
     """The teacher's distribution; sums to one."""
     prior_C: np.ndarray | None = None
     """Shares of the classes that the student's answers are to reckon with; None: those of the texts."""
+
+    def logit_shift(self) -> np.ndarray:
+        """float[C]: what is added to the logits in training."""
+        if self.prior_C is None:
+            return np.zeros(self.p_NC.shape[1])
+        return prior_shift(self.label_N, self.weight_N, self.prior_C)
 
 
 Tokens = dict[str, list[int]]
@@ -78,6 +85,13 @@ class Student:
 def lengths(tokens_N: Sequence[Tokens]) -> np.ndarray:
     """int64[N]: tokens of each text. A text's characters say little of them where it has rare words."""
     return np.array([len(tokens["input_ids"]) for tokens in tokens_N], dtype=np.int64)
+
+
+def by_length(tokens_N: Sequence[Tokens], size: int) -> Iterator[np.ndarray]:
+    """int64[B]: places of texts of like length, so that little is padding; the longest first: fail early."""
+    order = np.argsort(lengths(tokens_N), kind="stable")[::-1]
+    for start in range(0, order.size, size):
+        yield order[start : start + size]
 
 
 def resolve_model(name: str) -> str:
@@ -161,21 +175,20 @@ def _use_autocast(config: StudentConfig, device: torch.device) -> bool:
     return has_instructions and bfloat16_pays(device)
 
 
+@functools.cache  # one answer a process: every round builds a student, and all rounds shall be alike
 def bfloat16_pays(device: torch.device) -> bool:
     """Whether a matrix product of a small encoder's size is faster in bf16 than in float32, by measuring it.
 
     What a processor says of itself does not tell: with the same AVX512-BF16 instructions and no AMX, one
     machine had twice float32's speed and another two thirds of it. Takes about a tenth of a second.
     """
-    shortest: dict[torch.dtype, float] = {}
-    for _ in range(7):
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.ones(512, 384, device=device, dtype=dtype)
-            w = torch.ones(1536, 384, device=device, dtype=dtype)
-            began = time.perf_counter()
-            nn.functional.linear(x, w)
-            seconds = time.perf_counter() - began
-            shortest[dtype] = min(seconds, shortest.get(dtype, seconds))
+    shortest = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    for dtype in list(shortest) * 7:
+        x = torch.ones(512, 384, device=device, dtype=dtype)
+        w = torch.ones(1536, 384, device=device, dtype=dtype)
+        began = time.perf_counter()
+        nn.functional.linear(x, w)
+        shortest[dtype] = min(shortest[dtype], time.perf_counter() - began)
     return shortest[torch.bfloat16] < shortest[torch.float32]
 
 
@@ -232,7 +245,7 @@ def train_round(
     epochs, steps = count_steps(length_N.size, config)
     optimizer, schedule = _optimizer_and_schedule(student.model, config, steps)
     in_step = InStep(config.in_step, batch.p_NC.shape[1], world)
-    shift_C = student.tensor(prior_shift(batch.label_N, batch.weight_N, batch.prior_C))
+    shift_C = student.tensor(batch.logit_shift())
     loss_sum = torch.zeros((), device=student.device)
     student.model.train()
     done = 0
@@ -309,9 +322,7 @@ def predict(student: Student, texts: Sequence[str], config: StudentConfig) -> np
     alone = Student(student.module, student.tokenizer, student.device, student.autocast)
     p_NC = np.empty((len(texts), student.module.config.num_labels))
     tokens_N = student.encode(texts, config.max_tokens)
-    order = np.argsort(lengths(tokens_N), kind="stable")[::-1]  # longest first: fail early
-    for start in range(0, len(texts), config.score_batch_size):
-        index_B = order[start : start + config.score_batch_size]
+    for index_B in by_length(tokens_N, config.score_batch_size):
         logits_BC = alone.logits([tokens_N[i] for i in index_B])
         p_NC[index_B] = torch.softmax(logits_BC.double(), dim=1).cpu().numpy()
     return p_NC

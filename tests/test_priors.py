@@ -58,9 +58,6 @@ class TestShift:
         shift_C = prior_shift(label_N, weight_N, np.array([0.8, 0.2]))
         assert shift_C == pytest.approx(np.log([0.5 / 0.8, 0.5 / 0.2])), "shares are by weight"
 
-    def test_without_a_prior_nothing_is_shifted(self):
-        assert prior_shift(np.array([0, 1]), np.ones(2), None).tolist() == [0]
-
     def test_what_is_wanted_is_shown(self):
         assert prior_shift(np.array([0, 1]), np.ones(2), np.array([0.5, 0.5])) == pytest.approx([0, 0])
 
