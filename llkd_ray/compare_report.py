@@ -221,9 +221,10 @@ def read_results(file: str | Path, names: Sequence[str]) -> list[Result]:
     """
     try:
         with Path(file).open(encoding="utf-8", newline="") as lines:
-            rows = list(csv.DictReader(lines))
-    except OSError as error:
-        raise ConfigError(f"--add: {str(file)!r} cannot be read: {error.strerror}") from None
+            rows = list(csv.DictReader(lines, restval=""))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no CSV file"
+        raise ConfigError(f"--add: {str(file)!r} cannot be read: {reason}") from None
     columns = {field.name: field.type for field in fields(Result) if field.name != "f1_by_class"}
     kinds: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": _number}
     found = []
@@ -232,8 +233,12 @@ def read_results(file: str | Path, names: Sequence[str]) -> list[Result]:
             raise ConfigError(
                 f"--add: {str(file)!r} has no column {missing[0]!r}; give {RESULTS} of the same comparison"
             )
-        values = {name: kinds[str(kind)](row[name]) for name, kind in columns.items()}
-        found.append(Result(**values, f1_by_class=tuple(float(row[f"f1 {name}"]) for name in names)))
+        try:
+            values = {name: kinds[str(kind)](row[name]) for name, kind in columns.items()}
+            by_class = tuple(float(row[f"f1 {name}"]) for name in names)
+        except ValueError:
+            raise ConfigError(f"--add: {str(file)!r} has a broken line: {','.join(row.values())}") from None
+        found.append(Result(**values, f1_by_class=by_class))
     return found
 
 

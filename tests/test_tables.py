@@ -242,3 +242,34 @@ def test_results_come_back_as_they_were_written(tmp_path):
         read_results(store.path(RESULTS), ("sea", "sky"))
     with pytest.raises(ConfigError, match=r"--add: .*nowhere\.csv' cannot be read: No such file"):
         read_results(tmp_path / "nowhere.csv", NAMES)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"PAR1\xff\xfe", "cannot be read: it is no CSV file"),
+        (b"teacher,line\nann,rank\n", "has no column 'seed'"),
+        ("half a line", "has a broken line: ann,random,0,"),
+        ("no number", "has a broken line: ann,random,0,many"),
+    ],
+)
+def test_a_file_that_holds_no_results_is_refused_in_one_line(tmp_path, content, said):
+    store = RunStore(str(tmp_path))
+    write_comparison(
+        store,
+        make_tables(two_seeds()),
+        [result("ann", RANDOM, 0, SMALL, 0.5)],
+        settings="",
+        missing=0,
+        trials=1,
+    )
+    header, line = (tmp_path / RESULTS).read_text().splitlines()
+    if content == "half a line":
+        content = f"{header}\n{line[:20]}\n".encode()
+    elif content == "no number":
+        content = f"{header}\n{line.replace(f',{SMALL},', ',many,', 1)}\n".encode()
+    (tmp_path / RESULTS).write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read_results(tmp_path / RESULTS, NAMES)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
