@@ -237,7 +237,9 @@ def read_results(file: str | Path, names: Sequence[str]) -> list[Result]:
             values = {name: kinds[str(kind)](row[name]) for name, kind in columns.items()}
             by_class = tuple(float(row[f"f1 {name}"]) for name in names)
         except ValueError:
-            raise ConfigError(f"--add: {str(file)!r} has a broken line: {','.join(row.values())}") from None
+            raise ConfigError(
+                f"--add: {str(file)!r} has a broken line: {','.join(map(str, row.values()))}"
+            ) from None
         found.append(Result(**values, f1_by_class=by_class))
     return found
 
