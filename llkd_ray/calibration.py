@@ -11,16 +11,23 @@ from sklearn.metrics import log_loss
 
 from llkd_ray.signals import Floats, Ints, normalise
 
+NAMED = 1e-6
+"""What a label's probability is taken for at least, under a temperature.
 
-def batch_calibrate(p_NC: Floats, strength: float = 1.0) -> Floats:
-    """float[N, C]: probabilities divided by their mean over the texts, to the power ``strength``.
+Servers that name their 20 likeliest tokens say nothing of the others, which are recorded as 0 and stand just
+below the smallest named, about 1e-6. Taken for 1e-12, the few texts whose gold is not named alone decide the
+temperature, and make it far too high.
+"""
+
+
+def batch_calibrate(p_NC: Floats, mean_C: Floats, strength: float = 1.0) -> Floats:
+    """float[N, C]: probabilities divided by a mean answer, to the power ``strength``.
 
     Batch Calibration (arXiv 2309.17249, eq. 3, in log space): what a prompt makes a label likely by,
-    whatever the text, is estimated by the mean over a batch of texts, here all. It takes the classes for
-    equally frequent where ``strength`` is 1; 0 changes nothing.
+    whatever the text, is estimated by the mean over a batch of texts. It takes the classes for equally
+    frequent where ``strength`` is 1; 0 changes nothing.
     """
-    prior_C = np.maximum(p_NC.mean(axis=0), 1e-12)
-    return normalise(p_NC / prior_C**strength)
+    return normalise(p_NC / np.maximum(mean_C, 1e-12) ** strength)
 
 
 def fit_temperature(p_NC: Floats, gold_N: Ints) -> float:
@@ -28,6 +35,9 @@ def fit_temperature(p_NC: Floats, gold_N: Ints) -> float:
 
     Guo et al. 2017 (arXiv 1706.04599, sec. 4.2). The order of a text's labels stays; above 1 the teacher
     was over-confident. Raises ValueError where there is no gold.
+
+    scikit-learn 1.8 does the same, but only around an estimator that computes the probabilities itself and
+    for the classes that its sample has; this takes probabilities that are there, of labels without gold, too.
     """
     if not gold_N.size:
         raise ValueError("gold_N is empty: a temperature needs texts with gold")
@@ -42,9 +52,5 @@ def fit_temperature(p_NC: Floats, gold_N: Ints) -> float:
 
 def at_temperature(p_NC: Floats, temperature: float) -> Floats:
     """float[N, C]: the probabilities with their logarithms divided by a temperature."""
-    log_NC = _log(p_NC) / temperature
+    log_NC = np.log(np.maximum(p_NC, NAMED)) / temperature
     return normalise(np.exp(log_NC - log_NC.max(axis=1, keepdims=True)))
-
-
-def _log(p_NC: Floats) -> Floats:
-    return np.log(np.maximum(p_NC, 1e-12))

@@ -12,15 +12,16 @@ from typing import Any
 
 import yaml
 
+from llkd_ray.answers import TeacherDown
 from llkd_ray.config import Config, ConfigError, parse_config
 from llkd_ray.console import Display
 from llkd_ray.loop import distill
 from llkd_ray.plan import plan
 from llkd_ray.quickstart import prepare
 from llkd_ray.settings import apply_overrides, load_config
-from llkd_ray.store import CONFIG, LABELS_DIR, MODEL_DIR, RunStore
+from llkd_ray.store import CONFIG, MODEL_DIR, RunStore
 
-USER_MISTAKE = 2
+USER_MISTAKE, TEACHER_DOWN = 2, 3
 
 
 def distill_main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +33,9 @@ def distill_main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_MISTAKE
+    except TeacherDown as error:
+        print(f"error: {error}; what is labelled is kept: go on with --resume RUN_DIR", file=sys.stderr)
+        return TEACHER_DOWN
     return 0
 
 
@@ -106,15 +110,7 @@ def quickstart(config: Config, display: Display) -> list[Outcome]:
     names = [f"quickstart-{stamp}-{policy}" for policy in (config.selection.policy, "random")]
     first = start(_changed(config, run={"name": names[0]}), display)
     display.say("once more with the policy 'random', on the labels that are there")
-    baseline = _changed(
-        config,
-        run={"name": names[1]},
-        selection={"policy": "random"},
-        teacher={
-            "kind": "recorded",
-            "recorded": {"uri": f"{first.run_dir}/{LABELS_DIR}", "prompt_tokens": "prompt_tokens"},
-        },
-    )
+    baseline = _changed(config, run={"name": names[1]}, selection={"policy": "random"})
     return [first, start(baseline, display)]
 
 
@@ -141,7 +137,7 @@ def _finish(outcomes: Sequence[Outcome], display: Display) -> None:
         rows.append([name, *_figures(summary["student"]), *counts, f"{summary['seconds']:.0f}"])
     display.table("Result", header, rows)
     for outcome in outcomes:
-        if first["teacher"] is None:
+        if first["student"]["accuracy"] is None:
             display.say("accuracy is unknown without a test set (test.uri, test.gold)")
         display.console.print(
             f"report: {outcome.run_dir}/report.html\nmodel:  {outcome.run_dir}/{MODEL_DIR}/"
@@ -164,14 +160,31 @@ def _changed(config: Config, **sections: dict[str, Any]) -> Config:
 def with_absolute_paths(config: Config) -> Config:
     """Local paths made absolute: the workers of a cluster run from another directory than the driver."""
     tree = config.model_dump()
-    for source in filter(None, (tree["corpus"], tree["test"], tree["teacher"]["recorded"])):
+    cascade = tree["teacher"]["cascade"] or {}
+    teachers = [tree["teacher"], *(cascade[name] for name in ("small", "large") if cascade)]
+    sources = [tree["corpus"], tree["test"]]
+    for teacher in teachers:
+        sources += [teacher["recorded"], teacher["prompt"]["draw"]]
+        if teacher["cache"] not in (None, "auto"):
+            teacher["cache"] = _absolute(teacher["cache"])
+        template = teacher["prompt"]["template"]
+        if template and template.endswith(".j2"):
+            teacher["prompt"]["template"] = _absolute(template)
+        if teacher["server"]:
+            _make_folder_absolute(teacher["server"], "tokenizer")
+    for source in filter(None, sources):
         uris = source["uri"]
         source["uri"] = _absolute(uris) if isinstance(uris, str) else tuple(map(_absolute, uris))
-    for part in ("teacher", "student"):
-        if tree[part]["model"] and Path(tree[part]["model"]).is_dir():
-            tree[part]["model"] = _absolute(tree[part]["model"])
+    for part in (*teachers, tree["student"]):
+        _make_folder_absolute(part, "model")
     tree["run"]["dir"] = local_dir(tree["run"]["dir"])
     return parse_config(tree)
+
+
+def _make_folder_absolute(section: dict[str, Any], field: str) -> None:
+    """A checkpoint's folder; a hub's name stays."""
+    if section[field] and Path(section[field]).is_dir():
+        section[field] = _absolute(section[field])
 
 
 def _absolute(uri: str) -> str:

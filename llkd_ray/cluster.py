@@ -74,14 +74,16 @@ def check_fit(config: Config) -> None:
     if os.environ.get("LLKD_AUTOSCALING") == "1":
         return
     there = ray.cluster_resources()
-    teacher, student = config.teacher, config.student
+    student = config.student
+    teachers = [teacher for _, teacher in config.teacher.members()]
+    actors = sum(teacher.actors for teacher in teachers)
     for kind, field, extra in (("CPU", "cpus", LEASER_CPUS), ("GPU", "gpus", 0.0)):
-        for_teacher = teacher.actors * getattr(teacher, field)
+        for_teachers = sum(one.actors * one.parts * getattr(one, field) for one in teachers)
         for_student = student.min_workers * getattr(student, field)
-        if for_teacher + for_student + extra > there.get(kind, 0) + 1e-9:
+        if for_teachers + for_student + extra > there.get(kind, 0) + 1e-9:
             raise ConfigError(
-                f"teacher.{field}, student.{field}: {teacher.actors} teacher actor(s) and "
-                f"{student.min_workers} student rank(s) need {for_teacher:g} + {for_student:g} + {extra:g} "
+                f"teacher.{field}, student.{field}: {actors} teacher actor(s) and "
+                f"{student.min_workers} student rank(s) need {for_teachers:g} + {for_student:g} + {extra:g} "
                 f"{kind}s, but the cluster has {there.get(kind, 0):g}; lower teacher.actors, "
                 f"student.workers or one of these, or add nodes"
             )

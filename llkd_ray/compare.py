@@ -174,7 +174,7 @@ def _compare(options: argparse.Namespace, display: Display) -> int:
     with connect(base):
         ingest(base, store, display.say)
         for name, teacher in teachers.items():
-            if teacher.teacher.kind == "vllm":
+            if teacher.teacher.kind != "recorded":
                 label_once(name, teacher, store, display)
         work = _gather(comparison, base, teachers, store, options.only, added)
         errors = _run(work, display)

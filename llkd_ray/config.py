@@ -11,18 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from llkd_ray.sections import ConfigError, Section
+from llkd_ray.teacher_config import TeacherConfig
 
 
-class ConfigError(ValueError):
-    """A mistake in the configuration; the message names field, value and remedy."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-class SourceConfig(_Section):
+class SourceConfig(Section):
     """Where texts come from. Used for the corpus (the pool) and for the test set."""
 
     uri: str | tuple[str, ...] = Field(
@@ -54,36 +49,7 @@ class SourceConfig(_Section):
         return (self.uri,) if isinstance(self.uri, str) else self.uri
 
 
-class Demonstration(_Section):
-    """One labelled example shown to the teacher in its prompt."""
-
-    text: str = Field(min_length=1)
-    label: str = Field(description="A label's name.")
-
-
-class PromptConfig(_Section):
-    """How a text is put to the teacher; the text comes last, so all before it is a cached prefix."""
-
-    instruction: str = Field(
-        "Classify the text into exactly one of the categories.",
-        description="What the teacher is asked to do.",
-    )
-    answer: Literal["letters", "names"] = Field(
-        "letters",
-        description="letters: the prompt lists 'A. name' and the answer is a letter; "
-        "names: the answer is the label's name, told apart by its first token.",
-    )
-    show_labels: bool = Field(True, description="List the labels, with their descriptions, in the prompt.")
-    text_prefix: str = Field("Text: ", description="Stands before every text.")
-    answer_prefix: str = Field("\nLabel:", description="Stands between a text and its label.")
-    separator: str = Field("\n\n", description="Stands between instruction, demonstrations and the text.")
-    demonstrations: tuple[Demonstration, ...] = Field((), description="Few-shot examples, in this order.")
-    chat: Literal["auto", "never"] = Field(
-        "auto", description="auto: use the model's chat template where its tokenizer has one."
-    )
-
-
-class LabelsConfig(_Section):
+class LabelsConfig(Section):
     """The classes. Their order is the order of every probability vector of the run."""
 
     names: tuple[str, ...] = Field(description="Label names, at least two, all different.")
@@ -122,48 +88,7 @@ class LabelsConfig(_Section):
         return tuple(self.prior[name] / total for name in self.names) if self.prior else ()
 
 
-class RecordedConfig(_Section):
-    """Label distributions answered earlier: from a parquet file, or the labels/ folder of a run."""
-
-    uri: str = Field(description="A parquet file, a glob or a folder.")
-    probs: str = Field("probs", description="Column with one list of C probabilities a row.")
-    id: str = Field("id", description="Column matched with the id of the corpus and the test set.")
-    prompt_tokens: str | None = Field(None, description="Column with the prompt's tokens; optional.")
-
-
-class TeacherConfig(_Section):
-    """The large model that labels."""
-
-    kind: Literal["vllm", "recorded"] = "vllm"
-    model: str | None = Field(None, description="Checkpoint folder or hub name (kind: vllm).")
-    prompt: PromptConfig = Field(default_factory=PromptConfig)
-    recorded: RecordedConfig | None = Field(None, description="Source of answers (kind: recorded).")
-    actors: int = Field(1, ge=1, description="Teacher actors, one engine each.")
-    cpus: float = Field(0.5, gt=0, description="CPUs that Ray books for one teacher actor.")
-    gpus: float = Field(0, ge=0, description="GPUs that Ray books for one teacher actor.")
-    max_model_len: int = Field(
-        2048, ge=16, description="Tokens of prompt and answer; longer texts are cut at the end."
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Weights' type.")
-    engine: dict[str, Any] = Field(
-        default_factory=dict, description="Any further vLLM engine argument, passed on as it is."
-    )
-    kv_cache_gib: float = Field(1.0, gt=0, description="GiB of key-value cache, on CPU only.")
-    lease_rows: int = Field(128, ge=1, description="Texts a ticket stands for: the unit of labelling.")
-    tickets_in_flight: int = Field(
-        2, ge=1, description="Tickets one teacher actor works on at a time; 2 keep the engine busy."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> TeacherConfig:
-        if self.kind == "vllm" and not self.model:
-            raise ValueError("model is missing: kind 'vllm' needs a checkpoint folder or a hub name")
-        if self.kind == "recorded" and self.recorded is None:
-            raise ValueError("recorded is missing: kind 'recorded' needs recorded.uri")
-        return self
-
-
-class StudentConfig(_Section):
+class StudentConfig(Section):
     """The small model that learns; any Hugging Face checkpoint for sequence classification."""
 
     model: str = Field(
@@ -227,7 +152,7 @@ class StudentConfig(_Section):
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
 
-class SelectionConfig(_Section):
+class SelectionConfig(Section):
     """Which labelled texts the student trains on next."""
 
     policy: str = Field("llkd_sample", description="A name from the registry in llkd_ray/policies.py.")
@@ -266,7 +191,7 @@ class SelectionConfig(_Section):
     )
 
 
-class AcquisitionConfig(_Section):
+class AcquisitionConfig(Section):
     """Which texts the teacher reads next."""
 
     policy: str = Field("random", description="A name from the registry in llkd_ray/acquisition.py.")
@@ -275,8 +200,24 @@ class AcquisitionConfig(_Section):
     )
 
 
-class BudgetConfig(_Section):
+class CapConfig(Section):
+    """What all teachers of a run together may use, test set and repeated attempts included; a hard limit."""
+
+    texts: int | None = Field(None, ge=1, description="Texts that teachers read.")
+    tokens: int | None = Field(
+        None, ge=1, description="Prompt and answer tokens, whether a prefix cache knew them or not."
+    )
+    cost: float | None = Field(None, gt=0, description="In the currency of teacher.price.")
+
+    @property
+    def is_off(self) -> bool:
+        return self.texts is None and self.tokens is None and self.cost is None
+
+
+class BudgetConfig(Section):
     """Where the run ends: at the first of these."""
+
+    cap: CapConfig = Field(default_factory=CapConfig)
 
     rounds: int = Field(4, ge=1, description="Rounds of select, train, refresh.")
     growth: float = Field(
@@ -322,7 +263,7 @@ class BudgetConfig(_Section):
         return self
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """What is measured after each round."""
 
     holdout: int = Field(
@@ -336,7 +277,7 @@ class EvaluationConfig(_Section):
     )
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Where results go, and chance."""
 
     dir: str = Field("runs", description="Folder, or URI on any pyarrow filesystem, that holds the runs.")
@@ -347,7 +288,7 @@ class RunConfig(_Section):
     )
 
 
-class Config(_Section):
+class Config(Section):
     """One run, whole."""
 
     corpus: SourceConfig
@@ -363,13 +304,8 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        names = set(self.labels.names)
-        for shot in self.teacher.prompt.demonstrations:
-            if shot.label not in names:
-                raise ValueError(
-                    f"teacher.prompt.demonstrations uses the label {shot.label!r}, "
-                    f"which is not in labels.names"
-                )
+        for name, teacher in self.teacher.members():
+            self._check_teacher("teacher" if name == "teacher" else f"teacher.cascade.{name}", teacher)
         if self.budget.patience and not self.evaluation.holdout:
             raise ValueError(
                 f"budget.patience is {self.budget.patience}, but evaluation.holdout is 0: "
@@ -377,12 +313,33 @@ class Config(_Section):
             )
         if self.test is not None and self.test.gold is None:
             raise ValueError("test.gold is missing: a test set needs the column of its true labels")
-        if self.teacher.kind == "vllm" and self.teacher.prompt.answer == "letters" and len(names) > 26:
+        if self.budget.cap.cost is not None and all(one.price.is_free for _, one in self.teacher.members()):
             raise ValueError(
-                f"labels.names has {len(names)} labels, but teacher.prompt.answer 'letters' has 26: "
-                "use 'names'"
+                f"budget.cap.cost is {self.budget.cap.cost}, but teacher.price says that nothing costs "
+                "anything: give teacher.price.input and teacher.price.output, or cap tokens"
+            )
+        is_fitted_on_gold = self.teacher.confidence.method == "temperature"
+        if is_fitted_on_gold and (self.corpus.gold is None or not self.evaluation.holdout):
+            raise ValueError(
+                "teacher.confidence.method 'temperature' is fitted on texts of the hold-out with known gold: "
+                "give corpus.gold (it may be empty for most texts) and evaluation.holdout"
             )
         return self
+
+    def _check_teacher(self, field: str, teacher: TeacherConfig) -> None:
+        names = self.labels.names
+        for shot in teacher.prompt.demonstrations:
+            if shot.label not in names:
+                raise ValueError(
+                    f"{field}.prompt.demonstrations uses the label {shot.label!r}, "
+                    f"which is not in labels.names"
+                )
+        asks = teacher.kind in ("vllm", "openai")
+        if asks and teacher.prompt.answer == "letters" and len(names) > 26:
+            raise ValueError(
+                f"labels.names has {len(names)} labels, but {field}.prompt.answer 'letters' has 26: "
+                "use 'names'"
+            )
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:

@@ -67,10 +67,15 @@ def expected_calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, 
         raise ValueError(f"bins is {bins}: at least 1 is needed")
     if not (confidence_N.min() >= 0 and confidence_N.max() <= 1 + 1e-6):
         raise ValueError(f"confidence_N holds {confidence_N.min()}..{confidence_N.max()}, outside 0..1")
-    bin_N = np.clip(np.ceil(confidence_N * bins).astype(int) - 1, 0, bins - 1)
+    bin_N = confidence_bins(confidence_N, bins)
     # |bin| / N × |accuracy - confidence| of a bin is the size of its summed differences over N.
     gap_M = np.bincount(bin_N, weights=correct_N - confidence_N, minlength=bins)
     return float(np.abs(gap_M).sum() / confidence_N.size)
+
+
+def confidence_bins(confidence_N: np.ndarray, bins: int = 15) -> np.ndarray:
+    """int[N] in [0, bins): which of equal bins of confidence, closed on the right, each text falls into."""
+    return np.clip(np.ceil(np.asarray(confidence_N) * bins).astype(int) - 1, 0, bins - 1)
 
 
 def bootstrap_interval(
@@ -144,9 +149,13 @@ def accuracy_by_confidence(confidence_N: np.ndarray, correct_N: np.ndarray, part
     _check_pair(confidence_N, correct_N, "confidence_N", "correct_N")
     if parts < 1:
         raise ValueError(f"parts is {parts}: at least 1 is needed")
-    order_N = np.argsort(-confidence_N, kind="stable")
-    pieces = np.array_split(correct_N[order_N], min(parts, order_N.size))
-    return [float(piece.mean()) for piece in pieces]
+    return [float(correct_N[part].mean()) for part in surest_first(confidence_N, parts)]
+
+
+def surest_first(confidence_N: np.ndarray, parts: int) -> list[np.ndarray]:
+    """int[N / parts] each: the texts by falling confidence, in parts that differ by one text at most."""
+    order_N = np.argsort(-np.asarray(confidence_N), kind="stable")
+    return np.array_split(order_N, min(parts, order_N.size))
 
 
 def _check_pair(one_N: np.ndarray, other_N: np.ndarray, one: str, other: str) -> None:

@@ -32,7 +32,7 @@ SUMMARY = "summary.json"
 PHASES = ("teach", "select", "train", "refresh", "evaluate", "idle")
 SAMPLES_PER_CLASS = 3
 
-TEACHER_KEYS = ("accuracy", "macro_f1", "ece", "by_confidence", "off_label")
+TEACHER_KEYS = ("accuracy", "macro_f1", "ece", "by_confidence", "off_label", "quality")
 STUDENT_KEYS = (
     "accuracy",
     "macro_f1",
@@ -70,6 +70,21 @@ class PartRows(NamedTuple):
     """Rows refused, by reason."""
 
 
+class Spent(NamedTuple):
+    """What a run has used of its teachers. Empty where it is not known."""
+
+    usage: dict[str, dict[str, Any]]
+    """By teacher (``answers.Usage``), with its cost."""
+    currency: str | None
+    """None where no price is set."""
+    cap: dict[str, Any] | None
+    """Limits of the budget, and whether one was reached."""
+    unasked: int
+    """Texts that were not asked for, because the cap was reached."""
+    lost: list[dict[str, str]]
+    """Replicas of a teacher that were lost, and why."""
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """All that report and card say, read once. Shares are in [0, 1]; None stands for unknown."""
@@ -90,6 +105,7 @@ class RunFacts:
     """Of "pool" and "test"; empty while the corpus has not been read."""
     unanswered: dict[str, int]
     """Rows kept that the teacher gave no answer to, by reason."""
+    spent: Spent
 
     @property
     def labels(self) -> list[str]:
@@ -103,9 +119,20 @@ class RunFacts:
 
     @property
     def teacher_name(self) -> str:
-        settings = self.config["teacher"]
-        recorded = settings["recorded"]["uri"] if settings["kind"] == "recorded" else ""
-        return settings["model"] or f"recorded answers ({recorded.rstrip('/').rpartition('/')[2]})"
+        """One name, or that of the small teacher and of the large one."""
+        return " and ".join(_model_name(member) for member in self.teachers.values())
+
+    @property
+    def teachers(self) -> dict[str, dict[str, Any]]:
+        """The settings of each teacher that is asked, by its name in ``spent.usage``."""
+        return _members(self.config["teacher"])
+
+    @property
+    def methods(self) -> dict[str, str]:
+        """How each teacher's confidence is had; runs of older versions knew one way only."""
+        return {
+            name: member.get("confidence", {}).get("method", "raw") for name, member in self.teachers.items()
+        }
 
 
 def read_facts(store: RunStore) -> RunFacts:
@@ -133,6 +160,30 @@ def read_facts(store: RunStore) -> RunFacts:
         prior=_read_prior(store, config["labels"]["names"]),
         rows=_read_rows(store),
         unanswered=_read_unanswered(store),
+        spent=_read_spent(summary, config["teacher"]),
+    )
+
+
+def _members(teacher: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    if teacher["kind"] != "cascade":
+        return {"teacher": teacher}
+    return {name: teacher["cascade"][name] for name in ("small", "large")}
+
+
+def _model_name(teacher: dict[str, Any]) -> str:
+    recorded = teacher["recorded"]["uri"] if teacher["kind"] == "recorded" else ""
+    return teacher["model"] or f"recorded answers ({recorded.rstrip('/').rpartition('/')[2]})"
+
+
+def _read_spent(summary: dict[str, Any], teacher: dict[str, Any]) -> Spent:
+    prices = [member.get("price") or {} for member in _members(teacher).values()]
+    has_price = any(price.get(kind) for price in prices for kind in ("input", "cached", "output"))
+    return Spent(
+        usage=summary.get("usage") or {},
+        currency=summary.get("currency") if has_price else None,
+        cap=summary.get("cap"),
+        unasked=summary.get("unasked") or 0,
+        lost=summary.get("lost") or [],
     )
 
 

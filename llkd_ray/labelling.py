@@ -37,7 +37,7 @@ def label_once(name: str, config: Config, store: RunStore, display: Display) -> 
     settings = labelling_config(config)
     if run.exists(CONFIG):
         there, now = yaml.safe_load(run.read_bytes(CONFIG)), yaml.safe_load(dump_config(settings))
-        decisive = ("model", "prompt", "max_model_len", "dtype")
+        decisive = ("kind", "model", "revision", "prompt", "max_model_len", "dtype", "server", "cascade")
         if any(there["teacher"][key] != now["teacher"][key] for key in decisive):
             raise ConfigError(
                 f"teachers.{name}: {run_dir} holds the labels of another model or prompt; give the teacher "

@@ -11,21 +11,24 @@ import pyarrow.fs as pafs
 
 from llkd_ray import __version__
 from llkd_ray.acquisition import ACQUISITION
+from llkd_ray.answers import Usage
 from llkd_ray.cluster import check_fit, connect, library_versions
 from llkd_ray.config import Config, ConfigError
 from llkd_ray.console import Display
 from llkd_ray.corpus import ingest
 from llkd_ray.evaluate import has_flattened
 from llkd_ray.facts import SUMMARY
+from llkd_ray.intake import draw_holdout
+from llkd_ray.label_files import count_unanswered
 from llkd_ray.metrics import Measure
 from llkd_ray.policies import SELECTION
 from llkd_ray.report import model_card, write_report
 from llkd_ray.run import Run, running
 from llkd_ray.schedule import Schedule
 from llkd_ray.settings import dump_config
-from llkd_ray.store import CONFIG, ENGINES_DIR, MANIFEST, MODEL_DIR, SENT_DIR, Examples, RunStore
+from llkd_ray.store import CONFIG, ENGINES_DIR, LOST_DIR, MANIFEST, MODEL_DIR, Examples, RunStore
 from llkd_ray.student import check_student
-from llkd_ray.teacher import check_teacher
+from llkd_ray.teachers import check_teacher, self_contained
 
 
 def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
@@ -35,6 +38,7 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
     """
     began = time.monotonic()
     store = RunStore(store_uri)
+    config = self_contained(config)
     teacher_facts = check(config)
     store.write_bytes(CONFIG, dump_config(config).encode())
     with connect(config):
@@ -42,7 +46,8 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
         examples = ingest(config, store, display.say)
         schedule = Schedule.plan(config, examples.n_pool, examples.n_test)
         store.write_json(MANIFEST, manifest(config, examples, schedule, teacher_facts))
-        measure = Measure(store, schedule, len(config.labels.names))
+        draw_holdout(config, examples, schedule)  # refuses a hold-out that nothing can be fitted on
+        measure = Measure(store, schedule, config)
         lines = store.read_metrics()
         with running(config, store, store_uri, schedule, display, is_over(config, lines)) as run:
             while not is_over(config, lines):
@@ -54,7 +59,7 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
                 display.say(f"agreement has flattened: {len(lines)} of {schedule.rounds} rounds were enough")
             run.finish()
             totals = run.call("stats")
-        return conclude(store, measure, len(lines) - 1, totals, time.monotonic() - began)
+        return conclude(config, store, measure, len(lines) - 1, totals, time.monotonic() - began)
 
 
 def is_over(config: Config, lines: Sequence[dict[str, Any]]) -> bool:
@@ -77,6 +82,8 @@ def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
     run.call("wait_refreshed", k)
     selected = run.call("select", k)
     if k == 0 and not selected["selected"]:
+        if run.call("stats")["cap_reached"]:
+            raise ConfigError("budget.cap is reached before there is a labelled text to train on; raise it")
         raise ConfigError(
             f"round 0 has nothing to train on: {run.call('stats')['labelled']} texts are labelled, "
             f"{selected['candidates']} of them may be selected; look into quarantine/ for why the teacher "
@@ -92,18 +99,18 @@ def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
 
 
 def conclude(
-    store: RunStore, measure: Measure, last: int, totals: dict[str, Any], seconds: float
+    config: Config, store: RunStore, measure: Measure, last: int, totals: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     """Write what a run leaves behind that is finished after round ``last``: summary, model and report."""
     counts = {key: totals[key] for key in ("labelled", "trained", "teacher_tokens")}
     summary = {
-        "teacher": measure.teacher(),
+        "teacher": measure.teacher(np.random.default_rng(0)),
         "student": measure.student(last, np.random.default_rng(0)),
         **counts,
+        **spending(config, totals),
         "engines_started": len(store.names(ENGINES_DIR)),
-        "texts_sent_but_not_answered": sum(
-            int(store.read_bytes(f"{SENT_DIR}/{name}")) for name in store.names(SENT_DIR)
-        ),
+        "texts_sent_but_not_answered": count_unanswered(store),
+        "lost": lost_teachers(store),
         "seconds": seconds,
     }
     store.write_json(SUMMARY, summary)
@@ -117,6 +124,28 @@ def conclude(
     store.write_bytes(f"{MODEL_DIR}/README.md", model_card(store).encode())
     write_report(store)
     return summary
+
+
+def lost_teachers(store: RunStore) -> list[dict[str, str]]:
+    """Teachers' actors that gave up, with the reason, each once."""
+    files = (store.read_json(f"{LOST_DIR}/{name}") for name in store.names(LOST_DIR))
+    of_actor = {facts["actor"]: {"teacher": facts["teacher"], "reason": facts["reason"]} for facts in files}
+    return list(of_actor.values())
+
+
+def spending(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
+    """What each teacher has used and what that cost, and how it stands to the cap."""
+    members = dict(config.teacher.members())
+    usage = {
+        name: one | {"cost": Usage(**one).cost(members[name].price)} for name, one in totals["usage"].items()
+    }
+    cap = config.budget.cap
+    return {
+        "usage": usage,
+        "currency": next(iter(members.values())).price.currency,
+        "cap": None if cap.is_off else cap.model_dump() | {"reached": totals["cap_reached"]},
+        "unasked": totals["unasked"],
+    }
 
 
 def check(config: Config) -> dict[str, Any]:

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from llkd_ray.confidence import Calibrator
+from llkd_ray.config import Config
 from llkd_ray.evaluate import (
     accuracy_by_confidence,
     agreement,
     bootstrap_interval,
     classification,
 )
+from llkd_ray.intake import read_calibrator
 from llkd_ray.schedule import Schedule
-from llkd_ray.signals import Floats, Ints, confidence, normalise
+from llkd_ray.signals import Floats, Ints, confidence
 from llkd_ray.store import (
     BATCH,
     TRAINED,
@@ -28,13 +31,15 @@ from llkd_ray.store import (
     read_labels,
     round_file,
 )
+from llkd_ray.teacher_quality import quality_of
 
 
 class Measure:
     """Reads a run's predictions, labels and gold, and holds them against each other."""
 
-    def __init__(self, store: RunStore, schedule: Schedule, n_classes: int) -> None:
-        self.store, self.schedule, self.n_classes = store, schedule, n_classes
+    def __init__(self, store: RunStore, schedule: Schedule, config: Config) -> None:
+        self.store, self.schedule, self.config = store, schedule, config
+        self.n_classes = len(config.labels.names)
         self.examples = Examples.open(store)
 
     def round(self, round_number: int) -> dict[str, Any]:
@@ -61,18 +66,25 @@ class Measure:
             figures["macro_f1_interval"] = bootstrap_interval(gold_N[known], predicted_N, "macro_f1", rng)
         return figures
 
-    def teacher(self) -> dict[str, Any] | None:
-        """The teacher's own figures on the test set; None where it has not labelled it."""
+    def teacher(self, rng: np.random.Generator) -> dict[str, Any] | None:
+        """The teacher's own figures on the test set, and what its confidence is worth there; where it has not
+        labelled the test set, the latter on pool texts with gold; None where no gold is known at all.
+
+        Of the hold-out nothing counts, for a temperature is fitted on it.
+        """
         labels = read_labels(self.store, self.schedule.test_tickets)
         row_N, p_NC = self._teacher_opinion(labels)
         figures = self._against_gold(row_N, p_NC)
         if figures is None:
-            return None
+            quality = self._quality(read_labels(self.store, self.schedule.pool_tickets), rng)
+            return quality and {"quality": {"on": "pool texts with gold", **quality}}
         known, gold_N = self._gold(row_N)
         correct_N = p_NC[known].argmax(axis=1) == gold_N[known]
         figures["by_confidence"] = accuracy_by_confidence(confidence(p_NC[known]), correct_N)
         figures["off_label"] = float(np.mean(labels["off_label"].to_numpy()))
-        return figures
+        quality = self._quality(labels, rng)
+        assert quality is not None
+        return figures | {"quality": {"on": "test set", **quality}}
 
     def checkpoint(self, round_number: int) -> str:
         """The folder of the student's weights after a round."""
@@ -96,13 +108,23 @@ class Measure:
         scores = classification(gold_N[known], p_NC[known], self.n_classes)
         return {"accuracy": scores.accuracy, "macro_f1": scores.macro_f1, "ece": scores.ece}
 
+    def _quality(self, labels: pa.Table, rng: np.random.Generator) -> dict[str, Any] | None:
+        gold_N = self.examples.read(labels["row"].to_numpy(), ["gold"])["gold"].to_numpy()
+        mass_NC = matrix_of(labels["probs"], self.n_classes)
+        return quality_of(mass_NC, gold_N.astype(np.int64), self._calibrator(), rng)
+
+    def _calibrator(self) -> Calibrator:
+        calibrator = read_calibrator(self.store, self.config)
+        assert calibrator is not None, "it is fitted before the first round is selected"
+        return calibrator
+
     def _teacher_agreement(self, row_N: Ints, p_NC: Floats) -> float | None:
         teacher_row, p_teacher = self._teacher_opinion(read_labels(self.store, self.schedule.holdout_tickets))
         both, mine, theirs = np.intersect1d(row_N, teacher_row, return_indices=True)
         return agreement(p_NC[mine], p_teacher[theirs]) if both.size else None
 
     def _teacher_opinion(self, labels: pa.Table) -> tuple[Ints, Floats]:
-        return labels["row"].to_numpy(), normalise(matrix_of(labels["probs"], self.n_classes))
+        return labels["row"].to_numpy(), self._calibrator().apply(matrix_of(labels["probs"], self.n_classes))
 
     def _pseudo_label_accuracy(self, round_number: int) -> float | None:
         batch = self.store.read_table(round_file(round_number, BATCH), ["row", "label"])

@@ -1,19 +1,36 @@
-"""What the teacher reads: the prompt around a text, and the tokens that stand for the labels.
+"""What the teacher reads: the prompt around a text, its tokens, those of the labels, and what it answers.
 
-A label is scored by the probability of its first token right after the prompt, so each label needs a
-first token of its own. The text comes last: all before it is the same for every text, and the engine's
-prefix cache computes it once.
+The text comes last: all before it is the same for every text, and an engine's prefix cache computes it
+once. N texts of one call in names of arrays.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from string import ascii_uppercase
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from llkd_ray.config import ConfigError, LabelsConfig, PromptConfig
+import jinja2
+import numpy as np
+
+from llkd_ray.config import LabelsConfig
+from llkd_ray.prompt_template import MARKS, render_around
+from llkd_ray.sections import ConfigError
+from llkd_ray.teacher_config import PromptConfig
+
+Cut = Literal["head", "tail", "middle"]
+"""What is left out of a text that is too long."""
+Encode = Callable[[Sequence[str]], list[list[int]]]
+ELLIPSIS = " … "  # between what is left of a text whose middle was cut out
+COMMON_SPECIAL = (
+    *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>"),
+    *("<|end_header_id|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"),
+)
+"""Special tokens of many models, for a served one whose tokenizer is not known."""
 
 
 class Tokenizer(Protocol):
@@ -35,127 +52,283 @@ class Prompt:
     answers: tuple[str, ...]
     """What the teacher is to answer for each label, in label order."""
     add_special_tokens: bool
+    message: tuple[str, str] | None = None
+    """What stands around the text in the user's message, where a chat template is around that."""
+    system: str | None = None
+    special: tuple[str, ...] = ()
+    """Strings that the model reads as special tokens; in a text they are broken up."""
 
     @property
     def hash(self) -> str:
         """Changes with anything that the teacher sees, apart from the text."""
-        content = "\x00".join([self.head, self.tail, *self.answers, str(self.add_special_tokens)])
+        system = () if self.system is None else (self.system,)
+        content = "\x00".join([self.head, self.tail, *self.answers, str(self.add_special_tokens), *system])
         return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
     def render(self, text: str) -> str:
-        return f"{self.head}{text}{self.tail}"
+        """The whole prompt, in the model's chat format if it has one."""
+        return f"{self.head}{break_special(text, self.special)}{self.tail}"
+
+    def messages(self, text: str) -> list[dict[str, str]]:
+        """The prompt as chat messages, for a server that puts them into the model's chat format itself."""
+        before, behind = self.message or (self.head, self.tail)
+        user = {"role": "user", "content": f"{before}{break_special(text, self.special)}{behind}"}
+        return [user] if self.system is None else [{"role": "system", "content": self.system}, user]
 
 
-def build_prompt(config: PromptConfig, labels: LabelsConfig, tokenizer: Tokenizer) -> Prompt:
-    """Put instruction, label list and demonstrations together, in the model's chat format if it has one."""
-    letters = config.answer == "letters"
-    keys = list(ascii_uppercase[: len(labels.names)]) if letters else list(labels.names)
-    answer_of = dict(zip(labels.names, keys, strict=True))
-    parts = [config.instruction] if config.instruction else []
-    if config.show_labels:
-        parts.append("\n".join(_label_line(name, answer_of[name], labels, letters) for name in labels.names))
-    parts += [
-        f"{config.text_prefix}{shot.text}{config.answer_prefix} {answer_of[shot.label]}"
-        for shot in config.demonstrations
-    ]
-    head = config.separator.join([*parts, config.text_prefix])
-    if config.chat == "auto" and getattr(tokenizer, "chat_template", None):
-        return _chat_prompt(head, config.answer_prefix, tuple(keys), tokenizer)
-    return Prompt(head, config.answer_prefix, tuple(f" {key}" for key in keys), add_special_tokens=True)
+def break_special(text: str, special: tuple[str, ...]) -> str:
+    """The text with a space behind the first character of each special string in it."""
+    pattern = _pattern(special)
+    while pattern is not None and pattern.search(text):  # again: what comes of one can be another
+        text = pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}" if found[0][1:] else " ", text)
+    return text
 
 
-def _label_line(name: str, key: str, labels: LabelsConfig, letters: bool) -> str:
-    described = f"{name}: {labels.descriptions[name]}" if name in labels.descriptions else name
-    return f"{key}. {described}" if letters else f"- {described}"
+@lru_cache(maxsize=16)
+def _pattern(special: tuple[str, ...]) -> re.Pattern[str] | None:
+    # Without outer white space, so that a space that is put in always breaks them.
+    cores = sorted({one.strip() for one in special} - {""}, key=lambda core: (-len(core), core))
+    return re.compile("|".join(map(re.escape, cores))) if cores else None
 
 
-def _chat_prompt(head: str, answer_prefix: str, keys: tuple[str, ...], tokenizer: Tokenizer) -> Prompt:
-    # A mark that no template changes shows where the template ends and the text begins.
-    mark = "\u241etext\u241e"
-    content = f"{head}{mark}\n\nAnswer with {answer_prefix.strip().rstrip(':').lower()} only."
-    whole = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    before, found, after = whole.partition(mark)
-    if not found:
-        raise ConfigError("teacher.prompt.chat: the model's chat template drops the text; set it to 'never'")
-    return Prompt(before, after, keys, add_special_tokens=False)
+def _special_strings(tokenizer: Tokenizer | None) -> tuple[str, ...]:
+    if tokenizer is None:
+        return COMMON_SPECIAL
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    named = [*getattr(tokenizer, "all_special_tokens", ()), *(str(one) for one in added if one.special)]
+    return tuple(sorted(set(named)))
 
 
-def label_token_ids(prompt: Prompt, labels: LabelsConfig, tokenizer: Tokenizer) -> list[int]:
-    """int[C]: the first token of each label's answer, as it is tokenised right after the prompt.
+# Building
 
-    Raises :class:`ConfigError` where two labels begin with the same token, or where a label's answer
-    changes how the prompt before it is cut into tokens.
+
+def build_prompt(config: PromptConfig, labels: LabelsConfig, tokenizer: Tokenizer | None) -> Prompt:
+    """Put instruction, label list and demonstrations together, in the model's chat format if it has one.
+
+    Without a tokenizer, ``messages`` is what a server gets. Raises :class:`ConfigError` where a template
+    cannot be used, or where the system message has no place in the model's format.
     """
-    base = _token_ids(prompt, prompt.render("x"), tokenizer)
-    owner: dict[int, str] = {}
-    ids = []
-    for name, answer in zip(labels.names, prompt.answers, strict=True):
-        whole = _token_ids(prompt, prompt.render("x") + answer, tokenizer)
-        token = whole[len(base)] if len(whole) > len(base) else None
-        if token is None or whole[: len(base)] != base:
+    assert config.draw is None, "demonstrations are drawn before a prompt is built"
+    keys = tuple(ascii_uppercase[: len(labels.names)] if config.answer == "letters" else labels.names)
+    special = _special_strings(tokenizer)
+    key_of = dict(zip(labels.names, keys, strict=True))
+    head, tail = render_around(config, labels, key_of, partial(break_special, special=special))
+    if config.chat == "never" or not (tokenizer is None or getattr(tokenizer, "chat_template", None)):
+        if config.system is not None:
+            raise ConfigError(
+                f"teacher.prompt.system: {config.system!r} needs a chat template, and this teacher has none, "
+                "or teacher.prompt.chat is 'never'; put it into teacher.prompt.instruction"
+            )
+        # A template of the user's may end with the space that stands before an answer.
+        space = "" if config.template is not None and tail[-1:].isspace() else " "
+        return Prompt(head, tail, tuple(f"{space}{key}" for key in keys), True, special=special)
+    if config.template is None:
+        asked = config.answer_prefix.strip().rstrip(":").lower()
+        tail = f"\n\nAnswer with {asked or 'the label'} only."
+    message = head, tail
+    if tokenizer is not None:
+        head, tail = _in_chat_format(message, config.system, tokenizer)
+    return Prompt(head, tail, keys, False, message=message, system=config.system, special=special)
+
+
+def _in_chat_format(message: tuple[str, str], system: str | None, tokenizer: Tokenizer) -> tuple[str, str]:
+    """What stands around the text once the model's chat template is around the user's message."""
+    conversation = [{"role": "user", "content": MARKS[0].join(message)}]
+    if system is not None:
+        conversation.insert(0, {"role": "system", "content": system})
+    never = "set it to 'never'"
+    instead = "put it into teacher.prompt.instruction"
+    try:
+        whole = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        if system is None:
+            raise ConfigError(
+                f"teacher.prompt.chat: the model's chat template fails ({error}); {never}"
+            ) from error
+        raise ConfigError(
+            f"teacher.prompt.system: the model's chat template fails with it ({error}); {instead}"
+        ) from error
+    before, found, behind = whole.partition(MARKS[0])
+    if not found or MARKS[0] in behind:
+        does = "repeats" if found else "drops"
+        raise ConfigError(f"teacher.prompt.chat: the model's chat template {does} the text; {never}")
+    if system is not None and system.strip() not in whole:
+        raise ConfigError(f"teacher.prompt.system: the model's chat template drops it; {instead}")
+    return before, behind
+
+
+# Tokens
+
+
+def label_sequences(prompt: Prompt, labels: LabelsConfig, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """Each label's whole answer as tokens, as they come right after the prompt.
+
+    Raises :class:`ConfigError` where an answer has no tokens, where it changes how the prompt before it is
+    cut into tokens, or where two labels are the same tokens.
+    """
+    encode = _encoder(prompt, tokenizer)
+    base, *wholes = encode([prompt.render("x") + answer for answer in ("", *prompt.answers)])
+    owner: dict[tuple[int, ...], str] = {}
+    for name, answer, whole in zip(labels.names, prompt.answers, wholes, strict=True):
+        tokens = tuple(whole[len(base) :])
+        remedy = "rename it, or set teacher.prompt.answer to 'letters'"
+        if whole[: len(base)] != base:
             raise ConfigError(
                 f"labels.names: the teacher's tokenizer joins {answer!r} (label {name!r}) to the prompt "
-                "before it; change teacher.prompt.answer_prefix, or set teacher.prompt.answer to 'letters'"
+                "before it; change teacher.prompt.answer_prefix, or how teacher.prompt.template ends, or "
+                "set teacher.prompt.answer to 'letters'"
             )
-        if token in owner:
+        if not tokens:
+            raise ConfigError(f"labels.names: {name!r} has no tokens for this teacher; {remedy}")
+        if tokens in owner:
             raise ConfigError(
-                f"labels.names: {owner[token]!r} and {name!r} begin with the same token for this teacher "
-                f"(id {token}), so their probabilities cannot be told apart; rename one of them, or set "
-                "teacher.prompt.answer to 'letters'"
+                f"labels.names: {owner[tokens]!r} and {name!r} are the same tokens for this teacher "
+                f"({list(tokens)}), so their probabilities cannot be told apart; {remedy}"
             )
-        owner[token] = name
-        ids.append(int(token))
-    return ids
-
-
-def _token_ids(prompt: Prompt, whole: str, tokenizer: Tokenizer) -> list[int]:
-    """A whole prompt as the engine gets it."""
-    ids = tokenizer(whole, add_special_tokens=prompt.add_special_tokens)["input_ids"]
-    return _without_end_mark(prompt, ids, tokenizer)
-
-
-def _without_end_mark(prompt: Prompt, ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """The answer comes next, so an end mark that a tokenizer puts behind every text must go."""
-    special = getattr(tokenizer, "all_special_ids", ()) if prompt.add_special_tokens else ()
-    return list(ids[:-1] if ids and ids[-1] in special else ids)
+        owner[tokens] = name
+    return list(owner)
 
 
 def encode_prompts(
-    prompt: Prompt, texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int
-) -> tuple[list[list[int]], int]:
-    """Token ids of each text's whole prompt, at most ``max_tokens`` long, and how many texts were cut.
+    prompt: Prompt, texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int, cut: Cut
+) -> tuple[list[list[int]], np.ndarray]:
+    """Token ids of each text's whole prompt, at most ``max_tokens`` long, and bool[N]: which were cut.
 
-    Only the text is cut, at its end; never the instruction or a demonstration.
+    ``cut`` says what is left out of a text that is too long. Never cut are the instruction and the
+    demonstrations; raises :class:`ConfigError` where they leave no room.
     """
-    whole = tokenizer([prompt.render(text) for text in texts], add_special_tokens=prompt.add_special_tokens)
-    encoded = [_without_end_mark(prompt, ids, tokenizer) for ids in whole["input_ids"]]
-    long = [i for i, ids in enumerate(encoded) if len(ids) > max_tokens]
-    if long:
+    if not texts:
+        return [], np.zeros(0, dtype=bool)
+    encode = _encoder(prompt, tokenizer)
+    encoded = encode([prompt.render(text) for text in texts])
+    was_cut_N = np.array([len(ids) > max_tokens for ids in encoded])
+    if was_cut_N.any():
         room = room_for_text(prompt, tokenizer, max_tokens)
-    for i in long:
-        encoded[i] = _encode_cut(prompt, texts[i], tokenizer, max_tokens, room)
-    return encoded, len(long)
+    for i in np.flatnonzero(was_cut_N):
+        encoded[i] = _encode_cut(prompt, texts[i], tokenizer, encode, max_tokens, room, cut)
+    return encoded, was_cut_N
 
 
 def room_for_text(prompt: Prompt, tokenizer: Tokenizer, max_tokens: int) -> int:
     """Tokens that a text may have; raises :class:`ConfigError` where the prompt leaves none."""
-    room = max_tokens - len(_token_ids(prompt, prompt.render(""), tokenizer))
-    if room < 1:
+    (around,) = _encoder(prompt, tokenizer)([prompt.render("")])
+    if len(around) >= max_tokens:
         raise ConfigError(
             f"teacher.max_model_len leaves no room for a text: the prompt around it has "
-            f"{max_tokens - room} tokens of {max_tokens}; raise it or use fewer demonstrations"
+            f"{len(around)} tokens of {max_tokens}; raise it or use fewer demonstrations"
         )
-    return room
+    return max_tokens - len(around)
 
 
-def _encode_cut(prompt: Prompt, text: str, tokenizer: Tokenizer, max_tokens: int, room: int) -> list[int]:
-    # Tokens at the seams may merge differently, so cut a little more until the whole fits.
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    for keep in range(min(room, len(offsets)), -1, -1):
-        start_of_text = text[: offsets[keep - 1][1]] if keep else ""
-        ids = _token_ids(prompt, prompt.render(start_of_text), tokenizer)
-        if len(ids) <= max_tokens:
-            return ids
-    raise AssertionError("an empty text always fits")
+def _encoder(prompt: Prompt, tokenizer: Tokenizer) -> Encode:
+    """Turns whole prompts into tokens: without a tokenizer's end mark, as the answer comes next."""
+    n_marks = _end_marks(tokenizer) if prompt.add_special_tokens else 0
+
+    def encode(wholes: Sequence[str]) -> list[list[int]]:
+        encoded = tokenizer(list(wholes), add_special_tokens=prompt.add_special_tokens)["input_ids"]
+        return [list(ids[: len(ids) - n_marks]) for ids in encoded]
+
+    return encode
+
+
+def _end_marks(tokenizer: Tokenizer) -> int:
+    """How many tokens a tokenizer puts behind every text."""
+    bare, marked = (tokenizer("x", add_special_tokens=add)["input_ids"] for add in (False, True))
+    ends = [
+        len(marked) - start - len(bare)
+        for start in range(len(marked) - len(bare) + 1)
+        if marked[start : start + len(bare)] == bare
+    ]
+    return min(ends, default=0)
+
+
+def _encode_cut(
+    prompt: Prompt, text: str, tokenizer: Tokenizer, encode: Encode, max_tokens: int, room: int, cut: Cut
+) -> list[int]:
+    """The tokens of a prompt whose text is cut, no more than must be."""
+    text = break_special(text, prompt.special)
+    spans, most = _spans(text, tokenizer), room
+    if spans is None:  # by characters, where a tokenizer does not tell which of them its tokens are
+        spans = [(i, i + 1) for i in range(len(text))]
+        most = len(spans)
+
+    def attempt(keep: int) -> list[int]:
+        return encode([prompt.render(_shorten(text, spans, keep, cut))])[0]
+
+    # Tokens merge differently at the seams, so a few more than by the count may have to go.
+    most = max(0, min(most, len(spans) - 1))
+    return attempt(_most(most, lambda keep: len(attempt(keep)) - max_tokens))
+
+
+def _spans(text: str, tokenizer: Tokenizer) -> list[tuple[int, int]] | None:
+    """The characters that each token of the text stands for, where the tokenizer tells."""
+    if not getattr(tokenizer, "is_fast", True):
+        return None
+    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+
+
+def _shorten(text: str, spans: Sequence[tuple[int, int]], keep: int, cut: Cut) -> str:
+    """What is left of a text where ``keep`` of its tokens stay."""
+    if not keep:
+        return ""
+    first = {"tail": keep, "head": 0, "middle": (keep + 1) // 2}[cut]
+    start = text[: spans[first - 1][1]] if first else ""
+    end = text[spans[len(spans) - (keep - first)][0] :] if keep > first else ""
+    return f"{start}{ELLIPSIS if cut == 'middle' else ''}{end}"
+
+
+def _most(most: int, excess: Callable[[int], int]) -> int:
+    """The largest number up to ``most`` that has no excess, as 0 has none; looks close to ``most`` first."""
+    good, too_many, step = most, most + 1, 1
+    while good > 0 and (over := excess(good)) > 0:
+        step = max(step, over)
+        too_many, good, step = good, max(0, good - step), 2 * step
+    while too_many - good > 1:
+        middle = (good + too_many) // 2
+        good, too_many = (middle, too_many) if excess(middle) <= 0 else (good, middle)
+    return good
+
+
+# Answers
+
+_LEADING = frozenset(" \t\r\n\"'`“”‘’«»*_#>~-–—([{<•:.")
+
+
+def match_answer(said: str, answers: Sequence[str]) -> int:
+    """The label that a sampled answer means, -1 for none; ``answers`` as in :class:`Prompt`.
+
+    It is the longest of the answers that ``said`` begins with, up to the end of a word, whatever the case,
+    behind quotes, brackets, markdown and one word with a colon ("Label: sea"). A single letter counts only
+    where no word follows in its line: "A. sea" means A, "A boat" does not.
+    """
+    known = [answer.strip() for answer in answers]
+    rest = said.strip()
+    while rest:
+        if (label := _begins_with(rest, known)) >= 0:
+            return label
+        if rest[0] in _LEADING:
+            rest = rest[1:]
+        elif prefix := re.match(r"(the answer is|\w+)[*_]*\s*:", rest, re.IGNORECASE):
+            rest = rest[prefix.end() :]
+        else:
+            break
+    return -1
+
+
+def _begins_with(said: str, known: Sequence[str]) -> int:
+    folded = said.casefold()
+    found = [i for i, answer in enumerate(known) if _is_whole(folded, answer.casefold())]
+    longest = max((len(known[i]) for i in found), default=0)
+    found = [i for i in found if len(known[i]) == longest]
+    if len(found) > 1:  # they differ by case alone, so case decides
+        found = [i for i in found if said.startswith(known[i])]
+    return found[0] if len(found) == 1 else -1
+
+
+def _is_whole(said: str, answer: str) -> bool:
+    if not answer or not said.startswith(answer):
+        return False
+    behind = said[len(answer) :]
+    if len(answer) == 1 and answer.isalpha():
+        return re.match(r"[^\S\n]*($|\n|[^\w\s'’])", behind) is not None
+    return not (answer[-1].isalnum() and re.match(r"\w", behind))

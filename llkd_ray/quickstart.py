@@ -32,9 +32,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.utils import logging as transformers_logging
 
-from llkd_ray.config import LabelsConfig, PromptConfig
+from llkd_ray.config import LabelsConfig
 from llkd_ray.docstrings import AREAS, CAPS, Sentence, read_corpus
-from llkd_ray.prompts import Prompt, build_prompt, encode_prompts, label_token_ids
+from llkd_ray.prompts import Prompt, build_prompt, encode_prompts, label_sequences
+from llkd_ray.teacher_config import PromptConfig
 
 MARKER = "ready.json"
 MAX_TOKENS = 256  # of a prompt; the longest sentences have about 150
@@ -141,7 +142,7 @@ def make_teacher(
     say(f"teacher: training a tokenizer on {len(slice_):,} sentences")
     tokenizer = train_tokenizer([(one.text, one.label) for one in slice_], recipe.vocabulary)
     prompt = build_prompt(PROMPT, labels, tokenizer)
-    label_tokens_C = torch.tensor(label_token_ids(prompt, labels, tokenizer))
+    label_tokens_C = torch.tensor([token for (token,) in label_sequences(prompt, labels, tokenizer)])
     gold_N = np.array([index[one.label] for one in slice_])
     tokens = _encode(prompt, [one.text for one in slice_], tokenizer)
     model = train_teacher(tokens, gold_N, label_tokens_C, len(tokenizer), recipe, seed, say)
@@ -320,7 +321,7 @@ def _batches(lengths: Sequence[int], batch: int, rng: np.random.Generator) -> It
 
 
 def _encode(prompt: Prompt, texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[np.ndarray]:
-    return [np.array(ids) for ids in encode_prompts(prompt, texts, tokenizer, MAX_TOKENS)[0]]
+    return [np.array(ids) for ids in encode_prompts(prompt, texts, tokenizer, MAX_TOKENS, PROMPT.cut)[0]]
 
 
 def _pad_left(tokens: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:

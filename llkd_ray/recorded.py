@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +10,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llkd_ray.config import ConfigError, RecordedConfig
+from llkd_ray.answers import Allowance, Answers, TextFailed
+from llkd_ray.asking import Meter, ask_each
+from llkd_ray.sections import ConfigError
 from llkd_ray.sources import expand
 from llkd_ray.store import matrix_of, open_filesystem
+from llkd_ray.teacher_config import RecordedConfig
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,29 @@ class Recorded:
 
     def __len__(self) -> int:
         return len(self.prompt_tokens_R)
+
+
+class RecordedLabeller:
+    """A teacher that says what it once said; see ``answers.Labeller``. For benchmarks, mostly."""
+
+    def __init__(self, config: RecordedConfig, n_classes: int) -> None:
+        self.recorded = read_recorded(config, n_classes)
+
+    async def label(self, ids: Sequence[str], texts: Sequence[str], allowance: Allowance) -> Answers:
+        """Tokens are those that the answers are recorded to have cost."""
+
+        async def one(i: int, meter: Meter) -> tuple[np.ndarray, float]:
+            place = self.recorded.place.get(ids[i])
+            if place is None:
+                raise TextFailed("no_recorded_answer")
+            await meter.request(int(self.recorded.prompt_tokens_R[place]), 0)
+            probs_C = self.recorded.probs_RC[place]
+            return probs_C, float(np.clip(1.0 - probs_C.sum(), 0.0, 1.0))
+
+        return await ask_each(len(ids), self.recorded.probs_RC.shape[1], one, allowance, cut=0)
+
+    def close(self) -> None:
+        """It holds nothing but memory."""
 
 
 def read_recorded(config: RecordedConfig, n_classes: int) -> Recorded:

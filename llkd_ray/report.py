@@ -16,6 +16,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -39,6 +40,24 @@ LEGEND: dict[str, Any] = {
 }
 MISSING = "–"
 
+# What follows "Its confidence", by ``teacher.confidence.method``.
+METHOD_WORDS = {
+    "raw": "is taken as it says",
+    "batch": "is had by dividing its answers by their mean before the first round",
+    "temperature": "is set by a temperature that was fitted before the first round",
+    "votes": "is the share of its sampled answers that agree",
+}
+COSTS = (
+    ("Texts", "texts"),
+    ("Requests", "requests"),
+    ("Prompt tokens", "prompt_tokens"),
+    ("… of them from the prefix cache", "cached_tokens"),
+    ("Answer tokens", "answer_tokens"),
+    ("Texts cut to length", "cut_texts"),
+    ("Texts answered in an earlier run", "reused_texts"),
+    ("… tokens that this saved", "reused_tokens"),
+)
+
 
 def write_report(store: RunStore) -> str:
     """Write report.html into the run directory, from its files alone, and return where it is.
@@ -57,6 +76,10 @@ def write_report(store: RunStore) -> str:
             curve=_learning_curve(facts),
             agreement=_agreement_curve(facts),
             times=_time_bars(facts),
+            reliability=_reliability_diagram(facts),
+            method_words=METHOD_WORDS,
+            costs=COSTS,
+            caps=caps(facts),
             manifest_text=json.dumps(facts.manifest, indent=2, ensure_ascii=False),
             columns=_round_columns(facts),
             most_selected=max((one.texts for one in facts.selected), default=0),
@@ -73,8 +96,23 @@ def model_card(store: RunStore) -> str:
     return (
         page_environment()
         .get_template("model_card.md.j2")
-        .render(run=facts, conclusion=conclusion(facts), held_out=held_out(facts))
+        .render(
+            run=facts,
+            conclusion=conclusion(facts),
+            held_out=held_out(facts),
+            method_words=METHOD_WORDS,
+            caps=caps(facts),
+        )
     )
+
+
+def caps(run: RunFacts) -> str:
+    """The limits that the budget set, in words; '' where it set none."""
+    limits = run.spent.cap or {}
+    said = [f"{count(limits[unit])} {unit}" for unit in ("texts", "tokens") if limits.get(unit) is not None]
+    if limits.get("cost") is not None:
+        said.append(money(limits["cost"], run.spent.currency or ""))
+    return " or ".join(said)
 
 
 def conclusion(run: RunFacts) -> str:
@@ -143,6 +181,13 @@ def decimals(number: float | None, places: int = 3) -> str:
     return MISSING if number is None else f"{number:.{places}f}"
 
 
+def money(amount: float | None, currency: str) -> str:
+    """Small sums with as many digits as it takes to tell them from nothing."""
+    if amount is None:
+        return MISSING
+    return f"{amount:,.2f}{NARROW}{currency}" if not 0 < amount < 0.1 else f"{amount:.2g}{NARROW}{currency}"
+
+
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return MISSING
@@ -172,7 +217,7 @@ def page_environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for filter_ in (percent, percent_range, count, decimals, duration, shorten, markdown):
+    for filter_ in (percent, percent_range, count, decimals, money, duration, shorten, markdown):
         environment.filters[filter_.__name__] = filter_
     return environment
 
@@ -301,3 +346,45 @@ def _time_bars(run: RunFacts) -> Markup | None:
     figure.legend(loc="outside upper left", ncols=6, **LEGEND)
     totals = ", ".join(f"{phase} {duration(sum(one[phase] for one in spent))}" for phase in PHASES)
     return svg_element(figure, "time", f"Time of each phase, over all rounds: {totals}.")
+
+
+def _reliability_diagram(run: RunFacts) -> Markup | None:
+    """Accuracy against confidence in bins (Guo et al. 2017, fig. 1), as points whose area is the texts."""
+    quality = run.teacher["quality"]
+    if not quality:
+        return None
+    figure, axes = _axes()
+    figure.set_size_inches(4.8, 4.2)
+    axes.grid(axis="x", color="#e4e4e4", linewidth=0.8)
+    axes.plot([0, 1], [0, 1], color="#777777", linewidth=1.2, linestyle="--", label="as sure as right")
+    said = []
+    for key, name, colour, marker in (
+        ("raw", "as it answers", F1_COLOUR, "s"),
+        ("used", "as it is used", ACCURACY_COLOUR, "o"),
+    ):
+        if key == "raw" and not is_changed(run):
+            continue
+        filled = [one for one in quality[key]["reliability"] if one["texts"]]
+        sure, right, texts = (
+            np.array([one[k] for one in filled]) for k in ("confidence", "accuracy", "texts")
+        )
+        axes.plot(sure, right, color=colour, linewidth=1, alpha=0.6)
+        area = 12 + 260 * texts / texts.sum()
+        axes.scatter(sure, right, area, color=colour, marker=marker, alpha=0.75, linewidths=0, label=name)
+        mean = float((texts * sure).sum() / texts.sum())
+        said.append(f"{name}: sure of {percent(mean)} and right on {percent(quality[key]['accuracy'])}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{round(100 * value):d}{NARROW}%")
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.03), ylim=(0, 1.03))
+    legend = figure.legend(loc="outside upper left", ncols=3, **LEGEND)
+    for handle in legend.legend_handles:
+        if isinstance(handle, PathCollection):
+            handle.set_sizes([36])
+    bins = len(quality["used"]["reliability"])
+    words = f"Accuracy against confidence in {bins} bins. On average, {'; '.join(said)}."
+    return svg_element(figure, "reliability", words)
+
+
+def is_changed(run: RunFacts) -> bool:
+    """Whether the teacher's answers are used otherwise than they were given."""
+    return run.teacher["quality"]["method"] not in ("raw", "votes")

@@ -10,13 +10,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
+from llkd_ray.answers import TeacherDown
 from llkd_ray.cluster import Background
 from llkd_ray.config import Config, ConfigError
 from llkd_ray.console import Display
 from llkd_ray.schedule import Schedule
 from llkd_ray.selector import start_selector
 from llkd_ray.store import LABELS_DIR, RunStore, ticket_of
-from llkd_ray.teacher import start_stream
+from llkd_ray.teacher import spare_tickets, start_stream
 from llkd_ray.training import start_training
 
 POLL_S = 0.25
@@ -42,7 +43,7 @@ class Run:
         over = over or first == schedule.rounds
         tickets = open_tickets(store, schedule, over)
         if tickets:
-            self.teacher = start_stream(config, store_uri, self.selector, tickets)
+            self.teacher = start_stream(config, store_uri, self.selector, [*spare_tickets(config), *tickets])
         if not over:
             self.student = start_training(config, store, store_uri, self.selector)
 
@@ -67,6 +68,8 @@ class Run:
             if part and part.error:
                 raise plain_error(part.error)
         stats = ray.get(self.selector.stats.remote())
+        if stats["trouble"]:
+            raise TeacherDown(stats["trouble"])
         self.display.update(
             f"labelled {stats['labelled']} of {self.schedule.labels + self.schedule.holdout}, "
             f"trained on {stats['trained']} of {self.schedule.train}; {stats['note'] or 'starting'}"
@@ -86,10 +89,10 @@ def running(
 
 
 def open_tickets(store: RunStore, schedule: Schedule, over: bool) -> list[int]:
-    """Tickets without a label file; when the rounds are over, those of hold-out and test set only."""
+    """Tickets without a label file, in their order; once no round comes, of hold-out and test set only."""
     done = {ticket_of(name) for name in store.names(LABELS_DIR, ".parquet")}
-    tickets = range(schedule.n_tickets)
-    return [t for t in tickets if t not in done and not (over and t in schedule.pool_tickets)]
+    wanted = schedule.fixed_tickets() if over else schedule.in_order()
+    return [ticket for ticket in wanted if ticket not in done]
 
 
 def plain_error(error: BaseException) -> BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -12,7 +13,8 @@ from llkd_ray.config import Config, ConfigError
 class Schedule:
     """The plan of a run, fixed by the config and the number of texts.
 
-    Tickets are numbered: first those of the hold-out, then those of the pool, then those of the test set.
+    Tickets are numbered: first those of the hold-out, then those of the pool, those of the test set, and the
+    reviews, of which every round after the first has one where a cascade's large teacher reviews.
     """
 
     lease_rows: int
@@ -29,6 +31,7 @@ class Schedule:
     first_labels: float
     growth: float
     """New texts of a round over those of the round before."""
+    reviews: bool = False
 
     @classmethod
     def plan(cls, config: Config, n_pool: int, n_test: int) -> Schedule:
@@ -57,6 +60,7 @@ class Schedule:
             train=train,
             first_labels=budget.first_labels,
             growth=budget.growth,
+            reviews=config.teacher.reviews,
         )
 
     @property
@@ -74,8 +78,32 @@ class Schedule:
         return range(start, start + ceil(self.test / self.lease_rows))
 
     @property
+    def review_tickets(self) -> range:
+        start = self.test_tickets.stop
+        return range(start, start + (self.rounds - 1 if self.reviews else 0))
+
+    @property
     def n_tickets(self) -> int:
-        return self.test_tickets.stop
+        return self.review_tickets.stop
+
+    def fixed_tickets(self) -> Sequence[int]:
+        """Hold-out and test set: tickets whose rows nobody chooses in the run."""
+        return [*self.holdout_tickets, *self.test_tickets]
+
+    def needed_for(self, round_number: int) -> Iterator[int]:
+        """The tickets that must be done before a round can choose."""
+        yield from range(self.tickets_before(round_number))
+        yield from self.review_tickets[:round_number]
+
+    def in_order(self) -> Iterator[int]:
+        """All tickets, as teachers are to take them: what rounds wait for first, the test set last."""
+        yield from self.holdout_tickets
+        done = self.pool_tickets.start
+        for k in range(self.rounds):
+            yield from range(done, self.tickets_before(k))
+            yield from self.review_tickets[k - 1 : k] if k else ()
+            done = self.tickets_before(k)
+        yield from self.test_tickets
 
     def tickets_before(self, round_number: int) -> int:
         """All tickets below this number are labelled before the round is selected.
@@ -91,11 +119,13 @@ class Schedule:
         return pool.start + min(len(pool), ceil(len(pool) * (first + later) - 1e-6))
 
     def round_of(self, ticket: int) -> int:
-        """The first round that may choose from a pool ticket's rows."""
+        """The first round that may choose from the rows of a ticket of the pool, or by a review."""
+        if ticket in self.review_tickets:
+            return ticket - self.review_tickets.start + 1
         return next(k for k in range(self.rounds) if ticket < self.tickets_before(k))
 
     def ticket_rows(self, ticket: int) -> int:
-        """Texts of a ticket: ``lease_rows``, fewer for the last of its kind."""
+        """Texts of a ticket that is no review: ``lease_rows``, fewer for the last of its kind."""
         for tickets, rows in (
             (self.holdout_tickets, self.holdout),
             (self.pool_tickets, self.labels),

@@ -27,13 +27,22 @@ LEASES = pa.schema(
 
 # What the teacher said. ``probs``: probability mass of each label over the teacher's whole vocabulary,
 # not normalised; ``off_label``: the mass on everything else (0 where the source does not tell).
+# ``text_hash`` is how later runs find the answer; ``member`` says which teacher gave it (0: the only or the
+# small one, 1: the large one of a cascade); ``reused``: it was there before this run. Tokens are those of
+# all requests for the text; ``cached_tokens`` are among the prompt's. The file's metadata hold under
+# ``usage`` what the ticket has used, by teacher (``answers.Usage``).
 LABELS = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
         pa.field("id", pa.string(), nullable=False),
+        pa.field("text_hash", pa.uint64(), nullable=False),
         pa.field("probs", pa.list_(pa.float32()), nullable=False),
         pa.field("off_label", pa.float32(), nullable=False),
         pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("cached_tokens", pa.int32(), nullable=False),
+        pa.field("answer_tokens", pa.int32(), nullable=False),
+        pa.field("member", pa.int8(), nullable=False),
+        pa.field("reused", pa.bool_(), nullable=False),
     ]
 )
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,18 +22,24 @@ import ray
 
 from llkd_ray import schemas
 from llkd_ray.acquisition import ACQUISITION
+from llkd_ray.answers import Usage
 from llkd_ray.config import Config
+from llkd_ray.intake import Intake
+from llkd_ray.label_files import TicketLabels, read_all, read_lost_usage
+from llkd_ray.leases import Leases
+from llkd_ray.ledger import Ledger
 from llkd_ray.policies import SELECTION, Selection
 from llkd_ray.priors import target_prior
 from llkd_ray.schedule import Schedule
-from llkd_ray.signals import Floats, Ints, confidence, normalise
+from llkd_ray.signals import Floats, Ints
 from llkd_ray.store import (
     BATCH,
     LABELS_DIR,
-    LEASES_DIR,
+    LOST_DIR,
     ROUNDS_DIR,
     SCORES,
     SELECTED,
+    SMALL_DIR,
     TRAINED,
     Examples,
     RunStore,
@@ -40,20 +47,19 @@ from llkd_ray.store import (
     matrix_of,
     read_labels,
     round_file,
-    ticket_of,
 )
 from llkd_ray.table import HOLDOUT, Candidates, ScoreTable
+from llkd_ray.teacher_watch import TeacherWatch
 
 # First words of the seeds of the generators that are drawn from, so that no two share a stream.
-_HOLDOUT_SEED, _ACQUIRE_SEED, _SELECT_SEED = 1, 2, 3
+_ACQUIRE_SEED, _SELECT_SEED = 2, 3
+_NO_ROWS: Ints = np.empty(0, dtype=np.int64)
 
 
 @dataclass
 class Progress:
     """Where the run stands, for whoever wants to show it."""
 
-    tickets_done: set[int] = field(default_factory=set)
-    teacher_tokens: int = 0
     refreshed: set[int] = field(default_factory=set)
     selected: dict[int, dict[str, Any]] = field(default_factory=dict)
     trained: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -64,8 +70,9 @@ class Progress:
 class Selector:
     """The actor's class; also runs without Ray, in a test's event loop."""
 
-    def __init__(self, config: Config, store_uri: str) -> None:
-        self.config = config
+    def __init__(self, config: Config, store_uri: str, session: str = "") -> None:
+        """``session`` is the driver's: teachers that an earlier one has lost are not this one's."""
+        self.config, self.session = config, session
         self.store = RunStore(store_uri)
         self.examples = Examples.open(self.store)
         self.schedule = Schedule.plan(config, self.examples.n_pool, self.examples.n_test)
@@ -73,37 +80,75 @@ class Selector:
         self.table = ScoreTable(self.n_classes, self.examples.n_pool, self.examples.n_test)
         self.policy = SELECTION[config.selection.policy]
         self.acquisition = ACQUISITION[config.acquisition.policy]
-        self.leases: dict[int, Ints] = {}
+        self.intake = Intake(config, self.store, self.examples, self.schedule, self.table)
+        self.teachers = TeacherWatch(config)
+        self.ledger = Ledger(config.budget.cap, {name: one.price for name, one in config.teacher.members()})
+        self.leases = Leases(config, self.store, self.examples, self.schedule, self.table)
         self.state = Progress()
         self.changed = asyncio.Condition()
         self._rebuild()
 
     # --- what the teacher asks -----------------------------------------------------------------------
 
-    async def lease(self, ticket: int) -> Ints:
-        """int64[M]: the rows that a ticket stands for; none where the run needs no more labels.
+    async def lease(self, ticket: int) -> tuple[int, Ints]:
+        """The ticket, and int64[M]: the rows that it stands for; none where the run needs no more labels.
 
         Pool tickets wait until the round that is being taught is at most one ahead of the round that is
         being trained, so that the newest student's opinion can decide what is read. Where it does decide,
-        they wait until that round is selected, so that the opinion is complete.
+        they wait until that round is selected, so that the opinion is complete. A negative number is a
+        spare ticket: it stands for one that a teacher has given back, when there is one.
         """
-        if ticket in self.schedule.pool_tickets:
-            ahead = self.schedule.round_of(ticket)
-            lead = 0 if self.acquisition.uses_student else 1
-            await self._until(lambda: self.state.finished or ahead <= len(self.state.selected) + lead)
-            if ticket not in self.leases:
-                if self.state.finished:
-                    return np.empty(0, dtype=np.int64)
-                # In order, so that what a round reads does not depend on which ticket asks first.
-                for k in range(ahead + 1):
-                    self._plan_leases(k)
-        return self.leases[ticket]
+        if ticket < 0:
+            await self._until(lambda: self._teaching_is_over() or bool(self.teachers.given_back))
+            if not self.teachers.given_back:
+                return ticket, _NO_ROWS
+            ticket = self.teachers.given_back.popleft()
+        rows = await self._rows_of(ticket)
+        if rows.size:
+            self.teachers.leased(ticket)
+        else:
+            await self._notify_done(ticket)
+        return ticket, rows
 
-    async def put_labels(self, ticket: int, row_M: Ints, probs_MC: Floats, tokens: int) -> int:
+    async def reserve(self, ticket: int, attempt: str, teacher: str, usage: dict[str, Any]) -> bool:
+        """Whether a ticket may use so much more of a teacher; waits while others may leave some of theirs."""
+        claim = self._account(ticket, teacher), attempt, teacher, Usage(**usage)
+        async with self.changed:
+            while (verdict := self.ledger.reserve(*claim)) == "wait":
+                await self.changed.wait()
+            self.changed.notify_all()  # a refusal may be what others wait for
+        return verdict == "granted"
+
+    async def put_labels(self, ticket: int, labels: TicketLabels) -> int:
         """Note the labels of a ticket, whose file is in place; returns how many are new."""
-        new = self._note_labels(ticket, row_M, probs_MC, tokens)
+        self.teachers.finished(ticket)
+        self._settle(ticket, labels.usage)
+        new = self.intake.take(ticket, labels)
         await self._notify()
         return new
+
+    async def settle(self, ticket: int, teacher: str, usage: dict[str, Any]) -> None:
+        """The small teacher of a cascade is done with a ticket."""
+        self._settle(ticket, {teacher: Usage(**usage)})
+        await self._notify()
+
+    async def give_back(self, ticket: int, teacher: str, actor: str, reason: str) -> None:
+        """A teacher's actor has given up; another one is to take its ticket."""
+        facts = {
+            "session": self.session,
+            "ticket": ticket,
+            "teacher": teacher,
+            "actor": actor,
+            "reason": reason,
+        }
+        self.store.write_json(f"{LOST_DIR}/{actor}-{ticket:08d}.json", facts)
+        self.teachers.lost(ticket, teacher, actor, reason)
+        self.ledger.abandon(self._account(ticket, teacher))
+        await self._notify()
+
+    async def wait_taught(self) -> None:
+        """Return when no teacher has anything left to do."""
+        await self._until(self._teaching_is_over)
 
     # --- what the student asks -----------------------------------------------------------------------
 
@@ -172,8 +217,8 @@ class Selector:
 
     async def wait_labels(self, round_number: int) -> None:
         """Return when every ticket that the round may choose from is labelled."""
-        needed = set(range(self.schedule.tickets_before(round_number)))
-        await self._until(lambda: self.state.finished or needed <= self.state.tickets_done)
+        needed = set(self.schedule.needed_for(round_number))
+        await self._until(lambda: self.state.finished or needed <= self.intake.done)
 
     async def wait_refreshed(self, round_number: int) -> None:
         """Return when the student has scored what the round chooses from, if the policy asks for it."""
@@ -231,10 +276,14 @@ class Selector:
         return {
             "labelled": self.table.count_labelled(),
             "trained": self.table.count_trained(),
-            "teacher_tokens": self.state.teacher_tokens,
-            "tickets_done": len(self.state.tickets_done),
+            "teacher_tokens": sum(usage.tokens for usage in self.intake.usage.values()),
+            "usage": {name: usage.as_dict() for name, usage in self.intake.usage.items()},
+            "tickets_done": len(self.intake.done),
+            "unasked": self.intake.unasked,
+            "cap_reached": self.ledger.reached,
             "rounds_trained": len(self.state.trained),
             "note": self.state.note,
+            "trouble": self.teachers.trouble(),
         }
 
     # --- inside --------------------------------------------------------------------------------------
@@ -253,52 +302,51 @@ class Selector:
     def _candidates(self, round_number: int) -> Candidates:
         return self.table.candidates(self.schedule.tickets_before(round_number))
 
-    def _note_labels(self, ticket: int, row_M: Ints, probs_MC: Floats, tokens: int) -> int:
-        p_MC = normalise(probs_MC)
-        new = self.table.put_labels(row_M, p_MC.argmax(axis=1), confidence(p_MC))
-        if ticket not in self.state.tickets_done:
-            self.state.tickets_done.add(ticket)
-            self.state.teacher_tokens += tokens
-        return new
+    def _teaching_is_over(self) -> bool:
+        """Whether every ticket is done; once no round comes, those of hold-out and test set are enough."""
+        if self.teachers.all_lost() or len(self.intake.done) == self.schedule.n_tickets:
+            return True
+        return self.state.finished and self.intake.done.issuperset(self.schedule.fixed_tickets())
 
-    def _plan_leases(self, round_number: int) -> None:
-        """Choose the rows of all tickets that a round is the first to choose from, if that is not done."""
-        below = self.schedule.tickets_before(round_number)
-        start = self.schedule.tickets_before(round_number - 1) if round_number else 0
-        tickets = range(max(start, self.schedule.pool_tickets.start), below)
-        if not tickets or tickets[0] in self.leases:
-            return
-        sizes = [self.schedule.ticket_rows(ticket) for ticket in tickets]
-        rng = np.random.default_rng([self.config.run.seed, _ACQUIRE_SEED, round_number])
-        row_M = self.acquisition.choose(
-            self.table.unread(),
-            sum(sizes),
-            rng,
-            seed=self.config.run.seed,
-            explore=self.config.acquisition.explore,
-        )
-        ticket_M = np.repeat(np.array(tickets, dtype=np.int32), sizes)
-        # In place before anybody acts on it: a selector that comes after this one leases the same.
-        self.store.write_table(
-            f"{LEASES_DIR}/{round_number:04d}.parquet",
-            pa.Table.from_arrays([pa.array(ticket_M), pa.array(row_M)], schema=schemas.LEASES),
-        )
-        self._note_leases(ticket_M, row_M)
+    def _account(self, ticket: int, teacher: str) -> int:
+        """A ticket's account in the ledger: one for each teacher that may read it."""
+        members = list(self.teachers.members)
+        return ticket * len(members) + members.index(teacher)
 
-    def _note_leases(self, ticket_M: Ints, row_M: Ints) -> None:
-        """Rows by ticket; ``ticket_M`` is ascending."""
-        tickets, starts = np.unique(ticket_M, return_index=True)
-        for ticket, rows in zip(tickets.tolist(), np.split(row_M, starts[1:]), strict=bool(tickets.size)):
-            self.leases[ticket] = rows
-            self.table.lease(ticket, rows)
+    def _settle(self, ticket: int, usage: Mapping[str, Usage]) -> None:
+        for teacher, one in usage.items():
+            self.ledger.settle(self._account(ticket, teacher), {teacher: one})
+
+    async def _rows_of(self, ticket: int) -> Ints:
+        if ticket not in self.schedule.fixed_tickets():
+            ahead = self.schedule.round_of(ticket)
+            lead = 0 if ticket in self.schedule.review_tickets or self.acquisition.uses_student else 1
+            await self._until(lambda: self.state.finished or ahead <= len(self.state.selected) + lead)
+            if self.state.finished and ticket not in self.leases.rows:
+                return _NO_ROWS
+        return self.leases.of(ticket)
+
+    async def _notify_done(self, ticket: int) -> None:
+        """A ticket without rows is done as it is."""
+        if not self.state.finished:
+            self.intake.take(ticket, TicketLabels.empty(self.n_classes))
+        await self._notify()
 
     def _write_batch(self, round_number: int, chosen: Selection) -> None:
         row_M = np.asarray(chosen.row_M, dtype=np.int64)
         texts = self.examples.read(row_M, ["text"])["text"]
-        labels = read_labels(self.store, np.unique(self.table.ticket[row_M]).tolist())
+        # Reviews come last, and of several answers to a row the last counts.
+        tickets = [
+            *np.unique(self.table.ticket[row_M]).tolist(),
+            *self.schedule.review_tickets[:round_number],
+        ]
+        labels = read_labels(self.store, tickets)
         by_row = np.argsort(labels["row"].to_numpy(), kind="stable")
-        place_M = by_row[np.searchsorted(labels["row"].to_numpy(), row_M, sorter=by_row)]
-        p_MC = normalise(matrix_of(labels["probs"].take(pa.array(place_M)), self.n_classes))
+        place_M = by_row[np.searchsorted(labels["row"].to_numpy(), row_M, side="right", sorter=by_row) - 1]
+        assert self.intake.calibrator is not None
+        p_MC = self.intake.calibrator.apply(
+            matrix_of(labels["probs"].take(pa.array(place_M)), self.n_classes)
+        )
         columns = [
             pa.array(row_M),
             texts,
@@ -317,18 +365,19 @@ class Selector:
 
     def _rebuild(self) -> None:
         """Bring the table to what the files say."""
-        self._note_fixed_leases()
-        for name in self.store.names(LEASES_DIR, ".parquet"):
-            leases = self.store.read_table(f"{LEASES_DIR}/{name}")
-            self._note_leases(leases["ticket"].to_numpy(), leases["row"].to_numpy())
-        for name in self.store.names(LABELS_DIR, ".parquet"):
-            labels = self.store.read_table(f"{LABELS_DIR}/{name}", ["row", "probs", "prompt_tokens"])
-            self._note_labels(
-                ticket_of(name),
-                labels["row"].to_numpy(),
-                matrix_of(labels["probs"], self.n_classes),
-                int(labels["prompt_tokens"].to_numpy().sum()),
-            )
+        for ticket, labels in read_all(self.store, LABELS_DIR, self.n_classes):
+            self._settle(ticket, labels.usage)
+            self.intake.take(ticket, labels)
+        for ticket, labels in read_all(self.store, SMALL_DIR, self.n_classes):
+            self._settle(ticket, labels.usage)
+        for ticket in self.leases.empty_reviews():
+            self.intake.take(ticket, TicketLabels.empty(self.n_classes))
+        self.ledger.restore(read_lost_usage(self.store))
+        for name in self.store.names(LOST_DIR):
+            facts = self.store.read_json(f"{LOST_DIR}/{name}")
+            if facts["session"] == self.session and facts["ticket"] not in self.intake.done:
+                self.teachers.leased(facts["ticket"])
+                self.teachers.lost(facts["ticket"], facts["teacher"], facts["actor"], facts["reason"])
         for k in range(len(self.store.folders(ROUNDS_DIR))):
             self._rebuild_round(k)
         self.state.finished = len(self.state.trained) == self.schedule.rounds
@@ -345,18 +394,6 @@ class Selector:
         if self.store.exists(round_file(k, TRAINED)):
             self.state.trained[k] = self.store.read_json(round_file(k, TRAINED))
 
-    def _note_fixed_leases(self) -> None:
-        """Hold-out and test rows do not depend on anything that happens in the run."""
-        rng = np.random.default_rng([self.config.run.seed, _HOLDOUT_SEED])
-        holdout = np.sort(rng.choice(self.examples.n_pool, self.schedule.holdout, replace=False))
-        self.table.hold_out(holdout)
-        for tickets, rows in (
-            (self.schedule.holdout_tickets, holdout),
-            (self.schedule.test_tickets, self.examples.test_rows[: self.schedule.test]),
-        ):
-            sizes = [self.schedule.ticket_rows(ticket) for ticket in tickets]
-            self._note_leases(np.repeat(np.array(tickets, dtype=np.int32), sizes), rows)
-
 
 def start_selector(config: Config, store_uri: str) -> Any:
     """The actor's handle. It restarts, and its callers' calls with it, wherever its node may go.
@@ -366,4 +403,4 @@ def start_selector(config: Config, store_uri: str) -> Any:
     run = hashlib.blake2b(store_uri.encode(), digest_size=6).hexdigest()
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
     remote = ray.remote(Selector).options(name=f"llkd-selector-{run}", **options)
-    return remote.remote(config, store_uri)
+    return remote.remote(config, store_uri, uuid.uuid4().hex)

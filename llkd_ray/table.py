@@ -1,7 +1,7 @@
 """The score table: what is known of every text, in one dense numpy column each.
 
 Columns are indexed by row number, so an update is one fancy assignment. All updates are idempotent:
-a label, once there, stays. 23 bytes a row. No Ray here.
+a label, once there, stays. 24 bytes a row. No Ray here.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class ScoreTable:
         self.n_pool = n_pool
         self.label = np.full(n_rows, NONE, dtype=np.int16)
         self.confidence = np.full(n_rows, np.nan, dtype=np.float32)
+        self.member = np.full(n_rows, NONE, dtype=np.int8)  # which teacher of a cascade gave the label
         self.uncertainty = np.full(n_rows, np.nan, dtype=np.float32)
         self.margin = np.full(n_rows, np.nan, dtype=np.float16)
         self.support = np.full(n_rows, np.nan, dtype=np.float16)
@@ -107,13 +108,37 @@ class ScoreTable:
         """Note that a ticket has these rows; they are not unread any more."""
         self.ticket[row_M] = ticket
 
-    def put_labels(self, row_M: Ints, label_M: Ints, confidence_M: Floats) -> int:
-        """Note what the teacher said and return how many rows are new. The first answer stays."""
+    def put_labels(self, row_M: Ints, label_M: Ints, confidence_M: Floats, member_M: Ints) -> int:
+        """Note what a teacher said and return how many rows are new. The first answer stays."""
         new = self.label[row_M] == NONE
         fresh = row_M[new]
         self.label[fresh] = label_M[new]
         self.confidence[fresh] = confidence_M[new]
+        self.member[fresh] = member_M[new]
         return int(fresh.size)
+
+    def relabel(self, row_M: Ints, label_M: Ints, confidence_M: Floats, member_M: Ints) -> int:
+        """Note what a better teacher said of rows that have a label; returns 0, for none is new.
+
+        What the student said of the old label goes: it has to look again.
+        """
+        self.label[row_M] = label_M
+        self.confidence[row_M] = confidence_M
+        self.member[row_M] = member_M
+        self.support[row_M] = np.nan
+        return 0
+
+    def contradicted(self, lead: float, limit: int) -> Ints:
+        """int64[M], ascending: untrained pool rows whose label by the first teacher a student contradicts.
+
+        Its best answer leads by more than ``lead``, which is 0.5 at least, and is another label: a label with
+        less support than the lead cannot be the best. Of more than ``limit``, the largest leads.
+        """
+        row_N = self.untrained()
+        contradicts = (self.member[row_N] == 0) & (self.margin[row_N] > lead) & (self.support[row_N] < lead)
+        row_N = row_N[contradicts]
+        surest = np.argsort(-self.margin[row_N], kind="stable")[:limit]
+        return np.sort(row_N[surest])
 
     def refresh(self, round_number: int, row_M: Ints, p_MC: Floats) -> None:
         """Note the student's answers before ``round_number``; an older round changes nothing."""

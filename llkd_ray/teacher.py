@@ -1,64 +1,53 @@
-"""The teacher: the stream of tickets, and the actors that label what a ticket stands for.
+"""The stream of tickets: what is leased, asked, put into files and told to the selector.
 
 One Ray Data execution lives as long as the run, so every engine starts once:
 
     tickets → Leaser (asks the selector for rows, reads their texts) → pool of teacher actors → receipts
 
-A teacher stage takes the texts of one ticket, writes their label file and then tells the selector.
+A teacher stage takes the texts of one ticket, writes their label file and then tells the selector. A cascade
+has two pools, one behind the other: the small teacher's file is written before the large one is asked.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
-import socket
-import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from llkd_ray import schemas
+from llkd_ray.answers import UNASKED, Labeller, TeacherDown, Usage
+from llkd_ray.asker import Asked, Asker
 from llkd_ray.cluster import LEASER_CPUS, Background
-from llkd_ray.config import Config, ConfigError
-from llkd_ray.prompts import Prompt, build_prompt, encode_prompts, label_token_ids, room_for_text
-from llkd_ray.recorded import read_recorded
+from llkd_ray.config import Config
+from llkd_ray.label_files import in_row_order, read_ticket, ticket_labels, write_ticket
+from llkd_ray.schedule import Schedule
+from llkd_ray.signals import confidence, normalise
 from llkd_ray.store import (
-    ENGINES_DIR,
     LABELS_DIR,
     QUARANTINE_DIR,
-    SENT_DIR,
+    SMALL_DIR,
     Examples,
     RunStore,
-    list_column,
     matrix_of,
     ticket_file,
 )
-
-logger = logging.getLogger(__name__)
+from llkd_ray.teacher_config import TeacherConfig
 
 _LEASED = pa.schema([pa.field("ticket", pa.int32()), *schemas.NUMBERED_EXAMPLES])
 _RECEIPT = pa.schema([pa.field("ticket", pa.int32()), pa.field("rows", pa.int32())])
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a teacher says to the texts of a ticket. ``answered_N`` is false where it said nothing."""
-
-    probs_NC: np.ndarray
-    off_label_N: np.ndarray
-    prompt_tokens_N: np.ndarray
-    answered_N: np.ndarray
-    reason: str = ""
-    """Why the rest has no answer, for the quarantine."""
 
 
 class Leaser:
@@ -69,72 +58,94 @@ class Leaser:
         self.selector = selector
 
     async def __call__(self, tickets: pa.Table) -> AsyncIterator[pa.Table]:
-        for ticket in tickets["ticket"].to_pylist():
-            rows = await self.selector.lease.remote(ticket)
+        for number in tickets["ticket"].to_pylist():
+            ticket, rows = await self.selector.lease.remote(number)
             texts = await asyncio.to_thread(self.examples.read, rows, ["id", "text"])
             column = pa.array(np.full(len(texts), ticket, dtype=np.int32))
             leased = texts.add_column(0, "ticket", column)
             yield leased.cast(pa.schema([_LEASED.field(name) for name in leased.column_names]))
 
 
-class Teacher(ABC):
-    """What all teacher stages share: files first, then the selector."""
+class Stage(ABC):
+    """What stages share: one ticket at a call, and what happens when the teacher gives up."""
 
-    def __init__(self, config: Config, store_uri: str, selector: Any) -> None:
+    member = 0
+    """Which of the config's teachers the stage asks."""
+
+    def __init__(
+        self, config: Config, store_uri: str, selector: Any, labeller: Labeller | None = None
+    ) -> None:
         self.config = config
         self.store = RunStore(store_uri)
         self.selector = selector
+        self.actor = uuid.uuid4().hex
+        # No method of its own: that would keep the stage, and with it an engine, alive when it is dropped.
+        self.asker = Asker(config, store_uri, self.member, partial(_reserve, selector), labeller)
 
-    @abstractmethod
-    async def answer(self, ids: Sequence[str], texts: Sequence[str]) -> Answers:
-        """Label distributions of some texts."""
+    def __del__(self) -> None:
+        # Ray Data drops the stage when the stream ends; an engine that is left to die with the actor
+        # prints errors instead.
+        if asker := getattr(self, "asker", None):
+            asker.close()
 
     async def __call__(self, leased: pa.Table) -> AsyncIterator[pa.Table]:
         if not len(leased):
-            yield _RECEIPT.empty_table()
+            yield self.nothing(leased)
             return
         ticket = leased["ticket"][0].as_py()
         assert leased["ticket"].unique().to_pylist() == [ticket], "a block holds one ticket"
-        if self.store.exists(ticket_file(LABELS_DIR, ticket)):
-            # An earlier attempt died between its file and its word to the selector.
-            done = self.store.read_table(ticket_file(LABELS_DIR, ticket))
-        else:
-            done = await self._label(ticket, leased)
-        await self.selector.put_labels.remote(
-            ticket,
-            done["row"].to_numpy(),
-            matrix_of(done["probs"], len(self.config.labels.names)),
-            int(done["prompt_tokens"].to_numpy().sum()),
+        try:
+            done = await self.see_to(ticket, leased)
+        except TeacherDown as down:
+            await self._give_back(ticket, str(down))
+            done = self.nothing(leased)
+        yield done
+
+    @abstractmethod
+    async def see_to(self, ticket: int, leased: pa.Table) -> pa.Table:
+        """See to it that the ticket's file is in place; returns what goes on. Raises TeacherDown."""
+
+    def nothing(self, leased: pa.Table) -> pa.Table:
+        """What goes on of a ticket that needs no more."""
+        return _RECEIPT.empty_table()
+
+    async def put(
+        self, ticket: int, leased: pa.Table, labels: pa.Table, usage: dict[str, Usage], asked: Asked
+    ) -> None:
+        """Put a finished ticket's labels in place, and in quarantine what came to nothing."""
+        has_label_M = pc.is_in(leased["row"], value_set=labels["row"].combine_chunks()).to_numpy(
+            zero_copy_only=False
         )
-        yield pa.table({"ticket": [ticket], "rows": [len(done)]}, schema=_RECEIPT)
+        outcome_M = np.array(asked.outcome_M, dtype=object)
+        failed_M = ~has_label_M & (outcome_M != "") & (outcome_M != UNASKED)
+        if failed_M.any():
+            refused = leased.filter(pa.array(failed_M))
+            self._quarantine(ticket, refused, outcome_M[failed_M].tolist())
+        unasked = int(np.count_nonzero(~has_label_M & (outcome_M == UNASKED)))
+        in_flight = self.asker.teacher.tickets_in_flight
+        await asyncio.to_thread(
+            write_ticket, self.store, LABELS_DIR, ticket, labels, usage, unasked, in_flight
+        )
+        await self.asker.forget(asked)
 
-    async def _label(self, ticket: int, leased: pa.Table) -> pa.Table:
-        # The mark tells, after a kill, which texts were sent and never answered.
-        mark = f"{SENT_DIR}/ticket-{ticket:08d}.{uuid.uuid4().hex}"
-        await asyncio.to_thread(self.store.write_bytes, mark, str(len(leased)).encode())
-        answers = await self.answer(leased["id"].to_pylist(), leased["text"].to_pylist())
-        labels = pa.Table.from_arrays(
-            [
-                leased["row"].combine_chunks(),
-                leased["id"].combine_chunks(),
-                list_column(answers.probs_NC),
-                pa.array(answers.off_label_N.astype(np.float32)),
-                pa.array(answers.prompt_tokens_N.astype(np.int32)),
-            ],
-            schema=schemas.LABELS,
-        ).filter(pa.array(answers.answered_N))
-        if not answers.answered_N.all():
-            self._quarantine(ticket, leased.filter(pa.array(~answers.answered_N)), answers.reason)
-        await asyncio.to_thread(self.store.write_table, ticket_file(LABELS_DIR, ticket), labels)
-        await asyncio.to_thread(self.store.delete, mark)
-        return labels
+    async def tell(self, ticket: int) -> pa.Table:
+        """Tell the selector what the ticket's file says; returns the receipt."""
+        labels, usage, unasked = await asyncio.to_thread(read_ticket, self.store, LABELS_DIR, ticket)
+        n_classes = len(self.config.labels.names)
+        await self.selector.put_labels.remote(ticket, ticket_labels(labels, usage, unasked, n_classes))
+        return pa.table({"ticket": [ticket], "rows": [len(labels)]}, schema=_RECEIPT)
 
-    def _quarantine(self, ticket: int, refused: pa.Table, reason: str) -> None:
+    async def _give_back(self, ticket: int, reason: str) -> None:
+        """Let another actor have the ticket, and take no further one before the teaching is over."""
+        await self.selector.give_back.remote(ticket, self.asker.name, self.actor, reason)
+        await self.selector.wait_taught.remote()
+
+    def _quarantine(self, ticket: int, refused: pa.Table, reasons: Sequence[str]) -> None:
         n = len(refused)
         columns = {
             "source": ["teacher"] * n,
             "position": refused["row"],
-            "reason": [reason] * n,
+            "reason": reasons,
             "detail": [f"ticket {ticket}"] * n,
             "start_of_text": [text[:200] for text in refused["text"].to_pylist()],
         }
@@ -142,172 +153,158 @@ class Teacher(ABC):
         self.store.write_table(f"{QUARANTINE_DIR}/teacher-{ticket:08d}.parquet", table)
 
 
-class RecordedTeacher(Teacher):
-    """Answers from a parquet file: for benchmarks, and for runs that use an earlier run's labels."""
-
-    def __init__(self, config: Config, store_uri: str, selector: Any) -> None:
-        super().__init__(config, store_uri, selector)
-        assert config.teacher.recorded is not None
-        self.recorded = read_recorded(config.teacher.recorded, len(config.labels.names))
-
-    async def answer(self, ids: Sequence[str], texts: Sequence[str]) -> Answers:
-        place_N = np.array([self.recorded.place.get(text_id, -1) for text_id in ids], dtype=np.int64)
-        probs_NC = self.recorded.probs_RC[place_N]
-        return Answers(
-            probs_NC=probs_NC,
-            off_label_N=np.clip(1.0 - probs_NC.sum(axis=1), 0.0, 1.0),
-            prompt_tokens_N=self.recorded.prompt_tokens_R[place_N],
-            answered_N=place_N >= 0,
-            reason="no_recorded_answer",
-        )
+async def _reserve(selector: Any, ticket: int, attempt: str, teacher: str, usage: Usage) -> bool:
+    return await selector.reserve.remote(ticket, attempt, teacher, usage.as_dict())
 
 
-class VllmTeacher(Teacher):
-    """A vLLM engine in an actor: one forward pass a text gives the distribution over the labels."""
+class OnlyStage(Stage):
+    """The one teacher of a run."""
 
-    def __init__(self, config: Config, store_uri: str, selector: Any) -> None:
-        super().__init__(config, store_uri, selector)
-        began = time.monotonic()
-        # Read by vLLM when it is imported.
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.teacher.kv_cache_gib))))
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        from vllm import SamplingParams
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+    async def see_to(self, ticket: int, leased: pa.Table) -> pa.Table:
+        # Where the file is there, an earlier attempt died between its file and its word to the selector.
+        if not self.store.exists(ticket_file(LABELS_DIR, ticket)):
+            asked = await self.asker.ask(ticket, leased)
+            await self.put(ticket, leased, asked.labels, {self.asker.name: asked.usage}, asked)
+        return await self.tell(ticket)
 
-        self.tokenizer = load_tokenizer(config)
-        self.prompt, self.label_ids = prepare_prompt(config, self.tokenizer)
-        settings = {"enforce_eager": config.teacher.gpus == 0, "enable_prefix_caching": True}
-        self.engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=str(config.teacher.model),
-                dtype=config.teacher.dtype,
-                max_model_len=config.teacher.max_model_len,
-                **(settings | config.teacher.engine),
+
+class SmallStage(Stage):
+    """A cascade's small teacher: reads all but what is under review, and passes everything on."""
+
+    def nothing(self, leased: pa.Table) -> pa.Table:
+        return leased.slice(0, 0)
+
+    async def see_to(self, ticket: int, leased: pa.Table) -> pa.Table:
+        schedule = Schedule.plan(self.config, *_sizes(self.store))
+        is_done = any(self.store.exists(ticket_file(folder, ticket)) for folder in (SMALL_DIR, LABELS_DIR))
+        if not is_done and ticket not in schedule.review_tickets:
+            asked = await self.asker.ask(ticket, leased)
+            usage, in_flight = {self.asker.name: asked.usage}, self.asker.teacher.tickets_in_flight
+            await asyncio.to_thread(
+                write_ticket, self.store, SMALL_DIR, ticket, asked.labels, usage, asked.unasked, in_flight
             )
-        )
-        self.sampling = SamplingParams(
-            max_tokens=1, temperature=0.0, logprob_token_ids=self.label_ids, detokenize=False
-        )
-        self._note_start(time.monotonic() - began)
-
-    def __del__(self) -> None:
-        # Ray Data drops the stage when the stream ends; an engine that is left to die with the actor
-        # prints errors instead.
-        if engine := getattr(self, "engine", None):
-            engine.shutdown()
-
-    async def answer(self, ids: Sequence[str], texts: Sequence[str]) -> Answers:
-        room = self.config.teacher.max_model_len - 1  # the answer's token
-        encoded, _ = await asyncio.to_thread(encode_prompts, self.prompt, texts, self.tokenizer, room)
-        probs_NC = np.array(await asyncio.gather(*(self._label_probs(ids) for ids in encoded)))
-        return Answers(
-            probs_NC=probs_NC,
-            off_label_N=np.clip(1.0 - probs_NC.sum(axis=1), 0.0, 1.0),
-            prompt_tokens_N=np.array([len(ids) for ids in encoded]),
-            answered_N=np.ones(len(texts), dtype=bool),
-        )
-
-    async def _label_probs(self, token_ids: list[int]) -> list[float]:
-        """float[C]: probability of each label's token as the next one, over the whole vocabulary."""
-        from vllm.inputs import TokensPrompt
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        request = TokensPrompt(prompt_token_ids=token_ids)
-        try:
-            async for output in self.engine.generate(request, self.sampling, uuid.uuid4().hex):
-                last = output
-        except EngineDeadError:
-            # The engine does not come back in this process. Ray starts a new actor and retries there;
-            # raising instead would send the retries to the same dead engine.
-            logger.exception("the engine died; this teacher actor ends so that Ray starts a new one")
-            os._exit(1)
-        logprobs: Any = last.outputs[0].logprobs
-        return [float(np.exp(logprobs[0][token].logprob)) for token in self.label_ids]
-
-    def _note_start(self, seconds: float) -> None:
-        where = {"host": socket.gethostname(), "pid": os.getpid()}
-        facts = {"model": self.config.teacher.model, "seconds_to_start": seconds, **where}
-        self.store.write_json(f"{ENGINES_DIR}/{uuid.uuid4().hex}.json", facts)
+            await self.asker.forget(asked)
+            await self.selector.settle.remote(ticket, self.asker.name, asked.usage.as_dict())
+        return leased
 
 
-def load_tokenizer(config: Config) -> Any:
-    """The teacher's tokenizer; raises :class:`ConfigError` where there is none."""
-    from transformers import AutoTokenizer
+class LargeStage(Stage):
+    """A cascade's large teacher: reads what the small one is unsure of or has not answered, and reviews."""
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.teacher.model)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"teacher.model: no tokenizer can be loaded from {config.teacher.model!r}; give a checkpoint "
-            f"folder or a hub name ({_first_line(error)})"
-        ) from None
-    if len(tokenizer) < len(tokenizer.all_special_ids) + 10:
-        # For some types, transformers makes an empty tokenizer where there are no files for it.
-        raise ConfigError(
-            f"teacher.model: {config.teacher.model!r} has no tokenizer files (its tokenizer knows "
-            f"{len(tokenizer)} tokens); save the tokenizer beside the weights"
-        )
-    return tokenizer
+    member = 1
 
+    async def see_to(self, ticket: int, leased: pa.Table) -> pa.Table:
+        if not self.store.exists(ticket_file(LABELS_DIR, ticket)):
+            small, usage = await asyncio.to_thread(self._small_answers, ticket)
+            doubtful = leased.filter(pa.array(~np.isin(leased["row"].to_numpy(), self._sure_rows(small))))
+            asked = await self.asker.ask(ticket, doubtful)
+            answered_by_large = pc.is_in(small["row"], value_set=asked.labels["row"].combine_chunks())
+            kept = small.filter(pc.invert(answered_by_large))
+            labels = in_row_order([kept, asked.labels], leased["row"].to_numpy())
+            if ticket in Schedule.plan(self.config, *_sizes(self.store)).review_tickets:
+                # A review without an answer leaves a text with the label that it has.
+                asked = replace(asked, outcome_M=[""] * len(doubtful))
+            await self.put(ticket, doubtful, labels, usage | {self.asker.name: asked.usage}, asked)
+        return await self.tell(ticket)
 
-def prepare_prompt(config: Config, tokenizer: Any) -> tuple[Prompt, list[int]]:
-    """The prompt and the label tokens; raises :class:`ConfigError` where labels collide."""
-    prompt = build_prompt(config.teacher.prompt, config.labels, tokenizer)
-    return prompt, label_token_ids(prompt, config.labels, tokenizer)
+    def _small_answers(self, ticket: int) -> tuple[pa.Table, dict[str, Usage]]:
+        if not self.store.exists(ticket_file(SMALL_DIR, ticket)):  # a review
+            return schemas.LABELS.empty_table(), {}
+        labels, usage, _ = read_ticket(self.store, SMALL_DIR, ticket)
+        return labels.replace_schema_metadata(None), usage
 
-
-def check_teacher(config: Config) -> dict[str, Any]:
-    """Find the mistakes that can be found without an engine; returns facts for the manifest."""
-    if config.teacher.kind == "recorded":
-        assert config.teacher.recorded is not None
-        answers = read_recorded(config.teacher.recorded, len(config.labels.names))
-        return {"kind": "recorded", "uri": config.teacher.recorded.uri, "answers": len(answers)}
-    tokenizer = load_tokenizer(config)
-    prompt, _ = prepare_prompt(config, tokenizer)
-    room_for_text(prompt, tokenizer, config.teacher.max_model_len - 1)
-    return {"kind": "vllm", "model": config.teacher.model, "prompt_hash": prompt.hash}
+    def _sure_rows(self, small: pa.Table) -> np.ndarray:
+        """int64: the rows whose small answer is not to be doubted."""
+        cascade = self.config.teacher.cascade
+        assert cascade is not None
+        p_MC = normalise(matrix_of(small["probs"], len(self.config.labels.names)))
+        return small["row"].to_numpy()[confidence(p_MC) >= cascade.unsure_below]
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _sizes(store: RunStore) -> tuple[int, int]:
+    examples = Examples.open(store)
+    return examples.n_pool, examples.n_test
 
 
 def start_stream(config: Config, store_uri: str, selector: Any, tickets: Sequence[int]) -> Background:
     """Start the Ray Data execution that labels the tickets."""
-    stream = _build_stream(config, store_uri, selector, tickets)
+    groups: list[PlacementGroup] = []
+    stream = _build_stream(config, store_uri, selector, tickets, groups)
 
     def consume() -> None:
-        for _ in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
-            pass
+        try:
+            for _ in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+                pass
+        finally:
+            for group in groups:
+                ray.util.remove_placement_group(group)
 
     return Background("ticket-stream", consume)
 
 
-def _build_stream(config: Config, store_uri: str, selector: Any, tickets: Sequence[int]) -> Any:
+def spare_tickets(config: Config) -> range:
+    """One ticket for each that teachers could give back before they are all lost.
+
+    They come before all others: a ticket that was given back may be what the others wait for.
+    """
+    n = sum(teacher.actors * teacher.tickets_in_flight for _, teacher in config.teacher.members())
+    return range(-n, 0)
+
+
+def _build_stream(
+    config: Config, store_uri: str, selector: Any, tickets: Sequence[int], groups: list[PlacementGroup]
+) -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     # It warns of every actor that holds a model without booking memory, twice a minute.
     context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
     # No read task: one would ask for a whole CPU, which the student's ranks may hold for good.
     source = ray.data.from_items([{"ticket": t} for t in tickets], override_num_blocks=len(tickets))
-    teacher = config.teacher
-    common: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
-    leased = source.map_batches(
+    stages: list[type[Stage]] = [OnlyStage]
+    if config.teacher.kind == "cascade":
+        stages = [SmallStage, LargeStage]
+    members = [teacher for _, teacher in config.teacher.members()]
+    arguments: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+    stream = source.map_batches(
         Leaser,
         fn_constructor_args=(store_uri, selector),
-        compute=_pool(1, 2 * teacher.actors + 2),
+        compute=_pool(1, 2 * sum(teacher.actors for teacher in members) + 2 + len(spare_tickets(config))),
         num_cpus=LEASER_CPUS,
-        **common,
+        **arguments,
     )
-    return leased.map_batches(
-        VllmTeacher if teacher.kind == "vllm" else RecordedTeacher,
-        fn_constructor_args=(config, store_uri, selector),
-        compute=_pool(teacher.actors, teacher.tickets_in_flight),
-        num_cpus=teacher.cpus,
-        num_gpus=teacher.gpus or None,
-        **common,
-    )
+    for stage, teacher in zip(stages, members, strict=True):
+        stream = stream.map_batches(
+            stage,
+            fn_constructor_args=(config, store_uri, selector),
+            compute=_pool(teacher.actors, teacher.tickets_in_flight),
+            **_resources(teacher, groups),
+            **arguments,
+        )
+    return stream
+
+
+def _resources(teacher: TeacherConfig, groups: list[PlacementGroup]) -> dict[str, Any]:
+    """What Ray books for an actor: for an engine in several parts, a placement group that its parts find.
+
+    Groups that are made are noted in ``groups``; they stay until somebody removes them.
+    """
+    if teacher.parts == 1 or not teacher.gpus:
+        return {"num_cpus": teacher.cpus * teacher.parts, "num_gpus": teacher.gpus or None}
+    return {"num_cpus": teacher.cpus, "ray_remote_args_fn": partial(_in_placement_group, teacher, groups)}
+
+
+def _in_placement_group(teacher: TeacherConfig, groups: list[PlacementGroup]) -> dict[str, Any]:
+    """For one actor; called by Ray Data in the driver."""
+    bundles = [{"CPU": teacher.cpus, "GPU": teacher.gpus} for _ in range(teacher.parts)]
+    # The parts of a layer talk to each other for every token, so they stay on one node.
+    strategy = "STRICT_PACK" if teacher.pipeline_parallel == 1 else "PACK"
+    group = ray.util.placement_group(bundles, strategy=strategy)
+    groups.append(group)
+    return {
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(
+            group, placement_group_capture_child_tasks=True
+        )
+    }
 
 
 def _pool(actors: int, tickets: int) -> ActorPoolStrategy:

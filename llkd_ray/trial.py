@@ -292,7 +292,7 @@ def _empty_table(labels: Labels) -> ScoreTable:
 def _note_labels(table: ScoreTable, labels: Labels, row_M: Ints, k: int) -> None:
     p_MC = labels.p_NC[row_M]
     table.lease(k, row_M)
-    table.put_labels(row_M, p_MC.argmax(axis=1), confidence(p_MC))
+    table.put_labels(row_M, p_MC.argmax(axis=1), confidence(p_MC), np.zeros(row_M.size, dtype=np.int8))
 
 
 def against_gold(texts: Texts, p_TC: Floats) -> dict[str, Any]:

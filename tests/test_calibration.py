@@ -32,6 +32,16 @@ def test_a_temperature_needs_gold():
         fit_temperature(np.full((0, 4), 0.25), np.empty(0, dtype=int))
 
 
+def test_gold_that_a_server_did_not_name_does_not_decide_the_temperature():
+    p_NC, gold_N = answers(2000, 1.0)
+    unnamed = np.random.default_rng(2).random(2000) < 0.02
+    cut_NC = p_NC.copy()
+    cut_NC[unnamed, gold_N[unnamed]] = 0.0
+    cut_NC = normalise(cut_NC)
+    # It is 2.8 where an unnamed label counts as 1e-12.
+    assert fit_temperature(cut_NC, gold_N) < 1.8
+
+
 def test_at_temperature_keeps_order_and_sums():
     p_NC, _ = answers(100, 1.0)
     warm = at_temperature(p_NC, 2.0)
@@ -46,6 +56,6 @@ def test_batch_calibration_takes_a_bias_away():
     fair = normalise(np.exp(rng.normal(0, 1, (2000, 3))))
     biased = normalise(fair * np.array([5.0, 1.0, 1.0]))
     assert np.bincount(biased.argmax(axis=1), minlength=3)[0] > 1200
-    again = batch_calibrate(biased)
+    again = batch_calibrate(biased, biased.mean(axis=0))
     assert np.mean(again.argmax(axis=1) == fair.argmax(axis=1)) > 0.85
-    np.testing.assert_allclose(batch_calibrate(biased, strength=0.0), biased)
+    np.testing.assert_allclose(batch_calibrate(biased, biased.mean(axis=0), strength=0.0), biased)

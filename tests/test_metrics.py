@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
-from toys import make_config
+from toys import make_config, put_label_file
 
 from llkd_ray import schemas
 from llkd_ray.metrics import Measure
@@ -15,13 +15,11 @@ from llkd_ray.schedule import Schedule
 from llkd_ray.store import (
     BATCH,
     EXAMPLES_INDEX,
-    LABELS_DIR,
     TRAINED,
     RunStore,
     list_column,
     predictions_file,
     round_file,
-    ticket_file,
 )
 
 # 40 pool rows; 4 of them (3, 8, 20, 31) are held out. 5 test rows, 40..44, the last without gold.
@@ -49,21 +47,13 @@ class HandMade:
             self.store.write_table(f"examples/{part}.parquet", pa.table(columns, schema=schemas.EXAMPLES))
             index[part] = [{"file": f"examples/{part}.parquet", "rows": len(rows)}]
         self.store.write_json(EXAMPLES_INDEX, index)
+        self.config = config
         self.schedule = Schedule.plan(config, N_POOL, len(test_gold))
         assert self.schedule.holdout == len(HOLDOUT)
 
     def label(self, ticket, rows, probs, off_label=0.0):
-        n = len(rows)
-        columns = [
-            pa.array(rows, pa.int64()),
-            pa.array([f"id-{row}" for row in rows]),
-            list_column(np.asarray(probs)),
-            pa.array(np.broadcast_to(off_label, n).astype(np.float32)),
-            pa.array([9] * n, pa.int32()),
-        ]
-        self.store.write_table(
-            ticket_file(LABELS_DIR, ticket), pa.Table.from_arrays(columns, schema=schemas.LABELS)
-        )
+        off_label_N = np.broadcast_to(off_label, len(rows))
+        put_label_file(self.store, ticket, np.array(rows), np.asarray(probs), off_label_N=off_label_N)
 
     def predict(self, k, *ranks):
         """One (rows, probs) for each rank."""
@@ -88,7 +78,7 @@ class HandMade:
         self.store.write_table(round_file(k, BATCH), pa.Table.from_arrays(columns, schema=schemas.ROUND))
 
     def measure(self) -> Measure:
-        return Measure(self.store, self.schedule, 2)
+        return Measure(self.store, self.schedule, self.config)
 
 
 @pytest.fixture
@@ -158,7 +148,7 @@ class TestRound:
         assert run.measure().round(0) == dict.fromkeys(
             ("accuracy", "macro_f1", "ece", "teacher_agreement", "pseudo_label_accuracy")
         )
-        assert run.measure().teacher() is None
+        assert run.measure().teacher(np.random.default_rng(0)) is None
 
     def test_agreement_is_over_the_holdout_rows_that_the_teacher_answered(self, run):
         run.label(0, HOLDOUT[:3], one_sure([0, 1, 0]))
@@ -204,7 +194,7 @@ class TestTeacher:
     def test_by_hand(self, run):
         mass = np.array([[0.9, 0.0], [0.3, 0.1], [0.1, 0.7], [0.45, 0.15], [0.2, 0.2]])
         run.label(run.schedule.test_tickets.start, [40, 41, 42, 43, 44], mass, 1 - mass.sum(axis=1))
-        figures = run.measure().teacher()
+        figures = run.measure().teacher(np.random.default_rng(0))
         # gold 0 1 1 0 -, said 0 0 1 0 -.
         assert figures["accuracy"] == 0.75
         assert figures["macro_f1"] == pytest.approx((4 / 5 + 2 / 3) / 2)
@@ -216,4 +206,4 @@ class TestTeacher:
         assert json.loads(json.dumps(figures))
 
     def test_has_not_labelled_the_test_set(self, run):
-        assert run.measure().teacher() is None
+        assert run.measure().teacher(np.random.default_rng(0)) is None

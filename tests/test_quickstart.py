@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llkd_ray import quickstart
 from llkd_ray.config import parse_config
 from llkd_ray.docstrings import AREAS, Sentence
-from llkd_ray.prompts import build_prompt, encode_prompts, label_token_ids
+from llkd_ray.prompts import build_prompt, encode_prompts, label_sequences
 from llkd_ray.quickstart import PROMPT, Recipe, label_probs, last_logits, prepare, report_teacher
 
 TINY = Recipe(vocabulary=600, width=64, heads=1, epochs=3, batch=16, learning_rate=5e-3)
@@ -83,11 +83,11 @@ def test_the_saved_teacher_answers_with_label_tokens(prepared: tuple[Path, dict,
     assert model.dtype == torch.float32
     assert model.config.max_position_embeddings >= 256
     prompt = build_prompt(config.teacher.prompt, config.labels, tokenizer)
-    label_tokens = label_token_ids(prompt, config.labels, tokenizer)
+    label_tokens = [token for (token,) in label_sequences(prompt, config.labels, tokenizer)]
     assert [tokenizer.decode([token]).strip() for token in label_tokens] == list(config.labels.names)
     test = pq.read_table(folder / "test.parquet").to_pylist()
-    tokens, cut = encode_prompts(prompt, [row["text"] for row in test], tokenizer, 256)
-    assert cut == 0
+    tokens, cut = encode_prompts(prompt, [row["text"] for row in test], tokenizer, 256, "tail")
+    assert not cut.any()
     with torch.inference_mode(), quickstart._one_thread():
         p_NC = np.stack(
             [model(torch.tensor([ids])).logits[0, -1].softmax(-1)[label_tokens].numpy() for ids in tokens]

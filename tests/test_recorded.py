@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from toys import put_label_file, toy_probs, write_answers, write_corpus
 
-from llkd_ray.config import ConfigError, RecordedConfig
-from llkd_ray.recorded import read_recorded
+from llkd_ray.answers import UNASKED, Allowance, Answers, Unlimited, Usage
+from llkd_ray.config import ConfigError
+from llkd_ray.recorded import RecordedLabeller, read_recorded
+from llkd_ray.store import LABELS_DIR, RunStore
+from llkd_ray.teacher_config import RecordedConfig
 
 
 def write(tmp_path, **columns) -> str:
@@ -105,3 +113,74 @@ def test_first_of_two_answers_counts(tmp_path):
     uri = write(tmp_path, id=["a", "a"], probs=[[0.9, 0.1], [0.1, 0.9]])
     recorded = read_recorded(RecordedConfig(uri=uri), 2)
     assert recorded.probs_RC[recorded.place["a"]].tolist() == pytest.approx([0.9, 0.1])
+
+
+# --- the labeller
+
+
+class Purse:
+    """An allowance of so many tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    async def take(self, *, texts: int = 0, prompt_tokens: int = 0, answer_tokens: int = 0) -> bool:
+        fits = prompt_tokens + answer_tokens <= self.tokens
+        self.tokens -= (prompt_tokens + answer_tokens) * fits
+        return fits
+
+
+def ask(labeller: RecordedLabeller, ids: Sequence[str], allowance: Allowance | None = None) -> Answers:
+    return asyncio.run(labeller.label(ids, ["whatever it says"] * len(ids), allowance or Unlimited()))
+
+
+class TestLabeller:
+    @pytest.fixture
+    def answers(self, tmp_path) -> str:
+        corpus = write_corpus(tmp_path / "pool.parquet", 30)
+        return str(write_answers(tmp_path / "answers.parquet", [corpus]))
+
+    def labeller(self, uri: str) -> RecordedLabeller:
+        return RecordedLabeller(RecordedConfig(uri=uri, prompt_tokens="prompt_tokens"), 3)
+
+    def test_answers_by_id(self, answers):
+        recorded = pq.read_table(answers).take([17, 3, 29])
+        said = ask(self.labeller(answers), recorded["id"].to_pylist())
+        expected = np.array(recorded["probs"].to_pylist())
+        tokens = recorded["prompt_tokens"].to_pylist()
+        assert said.probs_NC == pytest.approx(expected)
+        assert said.off_label_N == pytest.approx(1 - expected.sum(axis=1), abs=1e-6)
+        assert said.prompt_tokens_N.tolist() == tokens
+        assert said.answered_N.all()
+        assert said.usage == Usage(texts=3, requests=3, prompt_tokens=sum(tokens))
+
+    def test_an_id_that_is_not_there_has_no_answer_and_costs_nothing(self, answers):
+        known = pq.read_table(answers)["id"][4].as_py()
+        said = ask(self.labeller(answers), ["nobody knows me", known])
+        assert list(said.outcome_N) == ["no_recorded_answer", ""]
+        assert said.usage.texts == 1
+        assert said.prompt_tokens_N[0] == 0
+
+    def test_mass_above_one_leaves_nothing_off_label(self, tmp_path):
+        uri = write(tmp_path, id=["a"], probs=[[0.6, 0.5]])
+        said = ask(RecordedLabeller(RecordedConfig(uri=uri), 2), ["a"])
+        assert said.off_label_N.tolist() == [0.0]
+
+    def test_the_cap_counts_the_tokens_that_the_answers_once_cost(self, answers):
+        recorded = pq.read_table(answers)
+        tokens = recorded["prompt_tokens"].to_numpy()
+        said = ask(self.labeller(answers), recorded["id"].to_pylist(), Purse(int(tokens[:10].sum())))
+        assert said.usage.tokens <= tokens[:10].sum()
+        assert set(said.outcome_N) == {"", UNASKED}
+        assert said.usage.tokens == tokens[said.answered_N].sum()
+
+    def test_labels_of_an_earlier_run_serve_a_later_one(self, tmp_path):
+        store, rng = RunStore(str(tmp_path)), np.random.default_rng(5)
+        probs_NC = toy_probs(rng.integers(0, 3, 30), 3, 0.9, rng)
+        for ticket in (0, 1):
+            rows = np.arange(15 * ticket, 15 * ticket + 15)
+            put_label_file(store, ticket, rows, probs_NC[rows], tokens=25)
+        said = ask(self.labeller(store.path(LABELS_DIR)), [f"toy-{row}" for row in range(30)])
+        assert said.answered_N.all()
+        assert np.array_equal(said.probs_NC, probs_NC.astype(float))
+        assert said.prompt_tokens_N.tolist() == [25] * 30

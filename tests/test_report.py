@@ -8,11 +8,13 @@ import pytest
 import yaml
 
 from llkd_ray import schemas
+from llkd_ray.confidence import Calibrator
 from llkd_ray.config import parse_config
 from llkd_ray.facts import SUMMARY, read_facts
-from llkd_ray.report import count, duration, model_card, percent, shorten, write_report
+from llkd_ray.report import count, duration, model_card, money, percent, shorten, write_report
 from llkd_ray.settings import dump_config
 from llkd_ray.store import CONFIG, EXAMPLES_INDEX, MANIFEST, QUARANTINE_DIR, SELECTED, RunStore, round_file
+from llkd_ray.teacher_quality import quality_of
 
 LABELS = ("billing", "delivery", "returns", "praise", "account")
 TEXTS = {
@@ -119,6 +121,41 @@ def write_round(store, number, labels, rng, n=160):
     store.write_table(round_file(number, "batch.parquet"), pa.Table.from_arrays(arrays, schema=schemas.ROUND))
 
 
+def add_teacher(store, *, calibrator=None, gold=True, cap=None, lost=()) -> dict:
+    """What later versions add to the summary on the teacher; gives it back as it is read."""
+    summary, config = store.read_json(SUMMARY), yaml.safe_load(store.read_bytes(CONFIG))
+    calibrator = calibrator or Calibrator()
+    config["teacher"].setdefault("confidence", {})["method"] = calibrator.method
+    config["teacher"]["price"] = {"currency": "EUR", "input": 0.3, "cached": None, "output": 0.6}
+    store.write_bytes(CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+    if gold:
+        rng = np.random.default_rng(3)
+        classes = len(config["labels"]["names"])
+        fair_NC = rng.dirichlet(np.full(classes, 8 / classes), 1200)
+        gold_N = np.minimum((fair_NC.cumsum(axis=1) < rng.random((1200, 1))).sum(axis=1), classes - 1)
+        summary["teacher"]["quality"] = {"on": "test set"} | quality_of(fair_NC**3, gold_N, calibrator, rng)
+    usage = {
+        "texts": 4300,
+        "requests": 4411,
+        "prompt_tokens": 305_000,
+        "cached_tokens": 220_000,
+        "answer_tokens": 4411,
+        "reused_texts": 700,
+        "reused_tokens": 49_650,
+        "cut_texts": 17,
+        "seconds": 512.5,
+        "cost": 0.0941,
+    }
+    extra = {"usage": {"teacher": usage}, "currency": "EUR", "cap": cap, "unasked": 0, "lost": list(lost)}
+    if cap and cap["reached"]:
+        extra["unasked"] = 250
+    store.write_json(SUMMARY, summary | extra)
+    return store.read_json(SUMMARY)
+
+
+WARM = Calibrator("temperature", temperature=3.0, fitted_on=200)
+
+
 class Page(HTMLParser):
     """A page read as a browser would: its text, elements, tables, and whether every tag is closed."""
 
@@ -223,6 +260,120 @@ def test_teachers_confidence_is_held_against_its_accuracy(whole):
     assert whole.row("1 (most confident)")[1] == percent(0.93)
     assert whole.row("5 (least confident)")[1] == percent(0.52)
     assert "1.3 % of the teacher's probability went to answers that are no label" in whole.plain
+
+
+def test_teachers_figures_stand_raw_beside_used(tmp_path):
+    store = make_run(tmp_path / "run")
+    quality = add_teacher(store, calibrator=WARM)["teacher"]["quality"]
+    page = render(store)
+    raw, used = quality["raw"], quality["used"]
+    assert page.row("Figure") == ["Figure", "As it answers", "As it is used"]
+    assert page.row("Log loss")[1:] == [f"{raw['nll']:.3f}", f"{used['nll']:.3f}"]
+    assert page.row("Calibration error")[1:] == [f"{raw['ece']:.3f}", f"{used['ece']:.3f}"]
+    for figures in (raw, used):
+        assert "{:.3f}–{:.3f}".format(*figures["ece_interval"]) in page.text
+    assert used["ece"] < raw["ece"] - 0.05, "or the test tells nothing"
+    assert "On 1,200 texts with gold (test set). The temperature was fitted on 200 other texts" in page.plain
+    assert page.row("1 (most confident)")[2] == percent(used["by_decile"][0]["accuracy"])
+    assert len([row for row in page.rows if "confident)" in row[0]]) == 2
+    for name, one in zip(LABELS, used["per_class"], strict=True):
+        row = next(row for row in page.rows if row and row[0] == name and len(row) == 7)
+        assert row[1:3] == [count(one["gold"]), count(one["predicted"])]
+        assert row[3:5] == [percent(one["confidence"]), percent(one["precision"])]
+    words = next(a["aria-label"] for a in page.all("svg") if "bins" in a.get("aria-label", ""))
+    assert f"as it answers: sure of {percent(mean_confidence(raw))}" in words
+    assert f"as it is used: sure of {percent(mean_confidence(used))}" in words
+
+
+def mean_confidence(figures):
+    bins = [one for one in figures["reliability"] if one["texts"]]
+    return sum(one["texts"] * one["confidence"] for one in bins) / figures["texts"]
+
+
+@pytest.mark.parametrize("method", ["raw", "votes"])
+def test_answers_used_as_they_are_given_stand_once(tmp_path, method):
+    store = make_run(tmp_path / "run")
+    add_teacher(store, calibrator=Calibrator(method))
+    page = render(store)
+    assert page.row("Figure") == ["Figure", "As it answers"]
+    words = next(a["aria-label"] for a in page.all("svg") if "bins" in a.get("aria-label", ""))
+    assert words.count("sure of") == 1
+
+
+def test_what_the_teacher_took_is_in_a_table(tmp_path):
+    store = make_run(tmp_path / "run")
+    add_teacher(store)
+    page = render(store)
+    assert page.row("Used") == ["Used", "Teacher"]
+    assert page.row("Texts cut to length")[1] == "17"
+    assert page.row("… of them from the prefix cache")[1] == "220,000"
+    assert page.row("Texts answered in an earlier run")[1] == "700"
+    assert page.row("… tokens that this saved")[1] == "49,650"
+    assert page.row("Cost")[1] == "0.094\u202fEUR"
+    assert "The cap" not in page.plain
+    assert "Replicas lost" not in page.plain
+    assert "0.094 EUR; 700 texts were answered" in model_card(store).replace("\u202f", " ")
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_cap_and_lost_replicas_are_told(tmp_path, reached):
+    store = make_run(tmp_path / "run")
+    cap = {"texts": None, "tokens": 310_000, "cost": 2.5, "reached": reached}
+    add_teacher(store, cap=cap, lost=[{"teacher": "large", "reason": "CUDA <out> of memory"}])
+    page = render(store)
+    cap_words = "The cap of 310,000 tokens or 2.50 EUR was "
+    assert cap_words + ("reached: 250 texts were not asked for." if reached else "not reached.") in page.plain
+    assert "large: CUDA <out> of memory" in page.plain
+    assert ("was reached: 250 texts" in model_card(store)) == reached
+
+
+def test_a_cascade_names_both_teachers_and_keeps_their_cost_apart(tmp_path):
+    store = make_run(tmp_path / "run")
+    summary = add_teacher(store)
+    config = yaml.safe_load(store.read_bytes(CONFIG))
+    members = {
+        name: config["teacher"] | {"model": f"models/{name}", "confidence": {"method": method}}
+        for name, method in (("small", "batch"), ("large", "raw"))
+    }
+    config["teacher"] |= {"kind": "cascade", "model": None, "cascade": members}
+    store.write_bytes(CONFIG, yaml.safe_dump(config).encode())
+    used = summary["usage"]["teacher"]
+    store.write_json(SUMMARY, summary | {"usage": {"small": used, "large": used | {"texts": 310}}})
+    page = render(store)
+    assert "models/small and models/large" in page.plain[:300]
+    assert page.row("Used") == ["Used", "Small", "Large"]
+    assert page.row("Texts")[1:] == ["4,300", "310"]
+    assert "The small one’s confidence is had by dividing" in page.plain
+    assert "The large one’s confidence is taken as it says" in page.plain
+    assert "Large: 310 texts" in model_card(store)
+
+
+@pytest.mark.parametrize("method", ["raw", "batch", "votes"])
+def test_without_gold_nothing_is_called_calibrated(tmp_path, method):
+    store = make_run(tmp_path / "run", gold=False)
+    add_teacher(store, calibrator=Calibrator(method), gold=False)
+    for text in (render(store).text, model_card(store)):
+        assert "calibrat" not in text.lower()
+        assert "not checked: there is no gold" in text
+
+
+def test_what_older_runs_do_not_tell_is_left_out(whole):
+    assert not [row for row in whole.rows if row and row[0] in ("Used", "Figure", "Tenth")]
+    assert "The cap" not in whole.plain
+    assert "not checked" not in whole.plain
+    assert whole.row("Part")
+
+
+def test_a_teacher_may_be_all_right_and_a_class_unheard_of(tmp_path):
+    store = make_run(tmp_path / "run")
+    summary = add_teacher(store)
+    figures = quality_of(np.eye(5)[[0, 1, 2]], np.arange(3), Calibrator(), np.random.default_rng(0))
+    summary["teacher"]["quality"] = {"on": "pool texts with gold"} | figures
+    store.write_json(SUMMARY, summary)
+    page = render(store)
+    assert "On 3 texts with gold (pool texts with gold)" in page.plain
+    assert page.row("AUROC")[1] == "–"
+    assert next(row for row in page.rows if row and row[0] == "account" and len(row) == 7)[3:] == ["–"] * 4
 
 
 def test_figures_are_inline_drawings_with_words(whole):
@@ -427,6 +578,10 @@ def test_numbers_read_well():
     assert percent(0.7421) == "74.2\u202f%"
     assert percent(None) == count(None) == duration(None) == "–"
     assert count(1234567) == "1,234,567"
+    assert money(1234.5, "EUR") == "1,234.50\u202fEUR"
+    assert money(0, "EUR") == "0.00\u202fEUR"
+    assert money(0.00123, "EUR") == "0.0012\u202fEUR"
+    assert money(None, "EUR") == "–"
     assert duration(0.4) == "0.4\u202fs"
     assert duration(59.99) == "1\u202fmin 0\u202fs"
     assert duration(3 * 3600 + 720) == "3\u202fh 12\u202fmin"

@@ -8,23 +8,23 @@ from __future__ import annotations
 import asyncio
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from toys import make_config, make_run, toy_probs, toy_texts
+from toys import make_config, make_run, put_label_file, toy_probs, toy_texts
 
 from llkd_ray import schemas
 from llkd_ray.acquisition import ACQUISITION
+from llkd_ray.answers import Usage
+from llkd_ray.label_files import TicketLabels, write_mark
 from llkd_ray.selector import Selector
 from llkd_ray.signals import entropy, margin, support
 from llkd_ray.store import (
     BATCH,
+    CALIBRATION,
     LABELS_DIR,
     LEASES_DIR,
     SCORES,
     SELECTED,
-    list_column,
     round_file,
-    ticket_file,
 )
 
 N_POOL, N_TEST, N_CLASSES = 200, 30, 3
@@ -59,29 +59,28 @@ class Bench:
         rows = [toy_probs(GOLD[[row]], N_CLASSES, 0.9, np.random.default_rng(row)) for row in row_M]
         return np.concatenate(rows) if rows else np.empty((0, N_CLASSES), dtype=np.float32)
 
+    async def lease(self, ticket):
+        """The rows of a ticket that is no spare one."""
+        same, rows = await self.selector.lease(ticket)
+        assert same == ticket
+        return rows
+
     def write_labels(self, ticket, row_M):
-        probs_MC = self.probs(row_M)
-        columns = [
-            pa.array(row_M, pa.int64()),
-            pa.array([f"toy-{row}" for row in row_M], pa.string()),
-            list_column(probs_MC),
-            pa.array(1 - probs_MC.sum(axis=1), pa.float32()),
-            pa.array(np.full(len(row_M), TOKENS), pa.int32()),
-        ]
-        table = pa.Table.from_arrays(columns, schema=schemas.LABELS)
-        self.store.write_table(ticket_file(LABELS_DIR, ticket), table)
-        return probs_MC
+        return put_label_file(self.store, ticket, row_M, self.probs(row_M), TOKENS)
+
+    async def put(self, ticket, row_M, probs_MC, tokens):
+        return await self.selector.put_labels(ticket, said(row_M, probs_MC, tokens))
 
     async def teach(self, ticket):
-        row_M = await self.selector.lease(ticket)
-        probs_MC = self.write_labels(ticket, row_M)
-        await self.selector.put_labels(ticket, row_M, probs_MC, TOKENS * len(row_M))
+        row_M = await self.lease(ticket)
+        self.write_labels(ticket, row_M)
+        await self.put(ticket, row_M, self.probs(row_M), TOKENS * len(row_M))
         return row_M
 
     async def teach_for(self, k):
         """All tickets that round ``k`` waits for, as far as they are not labelled."""
         for ticket in range(self.schedule.tickets_before(k)):
-            if ticket not in self.selector.state.tickets_done:
+            if ticket not in self.selector.intake.done:
                 await self.teach(ticket)
 
     def opinion(self, k):
@@ -127,6 +126,12 @@ async def released(waiting: asyncio.Task):
     return await asyncio.wait_for(waiting, timeout=5)
 
 
+def said(row_M, probs_MC, tokens) -> TicketLabels:
+    """What the one teacher of a run says to some rows."""
+    usage = {"teacher": Usage(texts=len(row_M), requests=len(row_M), prompt_tokens=tokens)}
+    return TicketLabels(row_M, probs_MC, np.zeros(len(row_M), dtype=np.int8), usage, unasked=0)
+
+
 def run(coroutine):
     return asyncio.run(coroutine)
 
@@ -135,12 +140,12 @@ class TestLease:
     def test_every_kind_has_rows_of_its_own(self, bench):
         async def script():
             await bench.teach_for(0)
-            holdout = [await bench.selector.lease(t) for t in bench.schedule.holdout_tickets]
+            holdout = [await bench.lease(t) for t in bench.schedule.holdout_tickets]
             first = [
-                await bench.selector.lease(t)
+                await bench.lease(t)
                 for t in range(bench.schedule.pool_tickets.start, bench.schedule.tickets_before(1))
             ]
-            test = [await bench.selector.lease(t) for t in bench.schedule.test_tickets]
+            test = [await bench.lease(t) for t in bench.schedule.test_tickets]
             return (np.concatenate(rows) for rows in (holdout, first, test))
 
         holdout, pool, test = run(script())
@@ -155,14 +160,14 @@ class TestLease:
         async def script():
             for k in range(4):
                 await bench.round(k)
-            return [len(await bench.selector.lease(t)) for t in range(bench.schedule.n_tickets)]
+            return [len(await bench.lease(t)) for t in range(bench.schedule.n_tickets)]
 
         assert run(script()) == [bench.schedule.ticket_rows(t) for t in range(bench.schedule.n_tickets)]
 
     def test_second_call_and_new_selector_give_the_same(self, bench):
         async def lease_all():
             tickets = [*range(bench.schedule.tickets_before(1)), *bench.schedule.test_tickets]
-            return [(await bench.selector.lease(ticket)).tolist() for ticket in tickets]
+            return [(await bench.lease(ticket)).tolist() for ticket in tickets]
 
         first = run(lease_all())
         assert run(lease_all()) == first
@@ -173,7 +178,7 @@ class TestLease:
 
     def test_is_in_its_file_before_it_is_answered(self, bench):
         ticket = bench.schedule.pool_tickets.start
-        rows = run(bench.selector.lease(ticket))
+        rows = run(bench.lease(ticket))
         leases = bench.store.read_table(f"{LEASES_DIR}/0000.parquet")
         assert leases.schema == schemas.LEASES
         of_ticket = leases["row"].to_numpy()[leases["ticket"].to_numpy() == ticket]
@@ -182,7 +187,7 @@ class TestLease:
     def test_does_not_depend_on_which_round_is_asked_for_first(self, tmp_path):
         async def lease(bench, rounds):
             tickets = [bench.schedule.tickets_before(k) - 1 for k in rounds]
-            return {k: (await bench.selector.lease(t)).tolist() for k, t in zip(rounds, tickets, strict=True)}
+            return {k: (await bench.lease(t)).tolist() for k, t in zip(rounds, tickets, strict=True)}
 
         in_order = run(lease(Bench(tmp_path / "a"), (0, 1)))
         assert run(lease(Bench(tmp_path / "b"), (1, 0))) == in_order
@@ -204,7 +209,7 @@ class TestLease:
 
     def test_sequential_acquisition_reads_in_corpus_order(self, tmp_path):
         bench = Bench(tmp_path / "run", acquisition={"policy": "sequential"}, evaluation={"holdout": 0})
-        leased = [run(bench.selector.lease(t)) for t in range(bench.schedule.tickets_before(1))]
+        leased = [run(bench.lease(t)) for t in range(bench.schedule.tickets_before(1))]
         assert np.concatenate(leased).tolist() == list(range(sum(len(rows) for rows in leased)))
 
 
@@ -212,7 +217,7 @@ class TestLookAhead:
     def test_one_round_ahead_is_given_and_two_must_wait(self, bench):
         async def script():
             await bench.teach_for(1)  # round 0 is not selected yet
-            two_ahead = asyncio.create_task(bench.selector.lease(bench.schedule.tickets_before(1)))
+            two_ahead = asyncio.create_task(bench.lease(bench.schedule.tickets_before(1)))
             assert bench.schedule.round_of(bench.schedule.tickets_before(1)) == 2
             assert await still_waits(two_ahead)
             await bench.selector.select(0)
@@ -227,7 +232,7 @@ class TestLookAhead:
         async def after():
             for k, waits in ((1, False), (2, False), (3, True)):
                 ticket = bench.schedule.tickets_before(k) - 1
-                lease = asyncio.create_task(bench.selector.lease(ticket))
+                lease = asyncio.create_task(bench.lease(ticket))
                 assert await still_waits(lease) == waits, k
                 lease.cancel()
 
@@ -237,12 +242,12 @@ class TestLookAhead:
 
     def test_holdout_and_test_need_not_wait(self, bench):
         for ticket in (*bench.schedule.holdout_tickets, *bench.schedule.test_tickets):
-            assert len(run(bench.selector.lease(ticket))) == bench.schedule.ticket_rows(ticket)
+            assert len(run(bench.lease(ticket))) == bench.schedule.ticket_rows(ticket)
 
     def test_finish_releases_waiters_with_nothing(self, bench):
         async def script():
             ticket = bench.schedule.pool_tickets.stop - 1
-            lease = asyncio.create_task(bench.selector.lease(ticket))
+            lease = asyncio.create_task(bench.lease(ticket))
             files = asyncio.create_task(bench.selector.batch_files(0))
             labels = asyncio.create_task(bench.selector.wait_labels(0))
             for waiting in (lease, files, labels):
@@ -251,8 +256,8 @@ class TestLookAhead:
             assert (await released(lease)).tolist() == []
             assert await released(files) is None
             await released(labels)
-            assert (await bench.selector.lease(ticket)).tolist() == []
-            assert len(await bench.selector.lease(bench.schedule.test_tickets.start)) == 16
+            assert (await bench.lease(ticket)).tolist() == []
+            assert len(await bench.lease(bench.schedule.test_tickets.start)) == 16
 
         run(script())
         assert bench.store.names(LEASES_DIR) == []
@@ -262,12 +267,12 @@ class TestLabels:
     def test_twice_counts_once(self, bench):
         async def script():
             ticket = bench.schedule.pool_tickets.start
-            rows = await bench.selector.lease(ticket)
+            rows = await bench.lease(ticket)
             probs = bench.probs(rows)
-            new = [await bench.selector.put_labels(ticket, rows, probs, 112) for _ in range(2)]
+            new = [await bench.put(ticket, rows, probs, 112) for _ in range(2)]
             # Another answer to the same texts changes nothing.
             other = np.roll(probs, 1, axis=1)
-            new.append(await bench.selector.put_labels(ticket, rows, other, 112))
+            new.append(await bench.put(ticket, rows, other, 112))
             assert new == [16, 0, 0]
             stats = await bench.selector.stats()
             assert (stats["labelled"], stats["teacher_tokens"], stats["tickets_done"]) == (16, 112, 1)
@@ -278,8 +283,8 @@ class TestLabels:
     def test_confidence_is_over_the_labels(self, bench):
         async def script():
             ticket = bench.schedule.pool_tickets.start
-            rows = (await bench.selector.lease(ticket))[:2]
-            await bench.selector.put_labels(ticket, rows, np.array([[0.3, 0.1, 0.0], [0.0, 0.0, 0.0]]), 9)
+            rows = (await bench.lease(ticket))[:2]
+            await bench.put(ticket, rows, np.array([[0.3, 0.1, 0.0], [0.0, 0.0, 0.0]]), 9)
             assert bench.selector.table.confidence[rows] == pytest.approx([0.75, 1 / 3])
 
         run(script())
@@ -311,7 +316,7 @@ class TestLabels:
 
     def test_ticket_whose_texts_all_went_to_quarantine_is_done(self, bench):
         async def script():
-            await bench.selector.put_labels(0, np.empty(0, dtype=np.int64), np.empty((0, N_CLASSES)), 0)
+            await bench.put(0, np.empty(0, dtype=np.int64), np.empty((0, N_CLASSES)), 0)
             assert (await bench.selector.stats())["tickets_done"] == 1
 
         run(script())
@@ -349,7 +354,7 @@ class TestScoring:
             trained = bench.batch(0)["row"].to_numpy()
             leased = np.concatenate(
                 [
-                    await bench.selector.lease(t)
+                    await bench.lease(t)
                     for t in range(bench.schedule.pool_tickets.start, bench.schedule.tickets_before(1))
                 ]
             )
@@ -493,7 +498,7 @@ class TestSelect:
             for ticket in range(bench.schedule.tickets_before(0)):
                 none = np.empty(0, dtype=np.int64)
                 bench.write_labels(ticket, none)
-                await bench.selector.put_labels(ticket, none, np.empty((0, N_CLASSES)), 0)
+                await bench.put(ticket, none, np.empty((0, N_CLASSES)), 0)
             return await bench.selector.select(0)
 
         facts = run(script())
@@ -582,7 +587,7 @@ class TestSelect:
 
         prior_C, again = run(script())
         below = bench.schedule.tickets_before(0)
-        rows = np.concatenate([bench.selector.leases[t] for t in range(below)])
+        rows = np.concatenate([bench.selector.leases.rows[t] for t in range(below)])
         rows = rows[rows < N_POOL]
         count_C = np.bincount(bench.probs(rows).argmax(axis=1), minlength=N_CLASSES)
         assert prior_C == pytest.approx(count_C**0.5 / (count_C**0.5).sum())
@@ -615,13 +620,13 @@ class TestAcquisitionByTheStudent:
         return range(first, bench.schedule.tickets_before(k))
 
     async def lease_for(self, bench, k):
-        rows = [await bench.selector.lease(ticket) for ticket in self.tickets_of(bench, k)]
+        rows = [await bench.lease(ticket) for ticket in self.tickets_of(bench, k)]
         return np.concatenate(rows)
 
     def test_leases_wait_for_the_selection_of_the_round_before(self, asking):
         async def script():
             await asking.teach_for(0)
-            next_round = asyncio.create_task(asking.selector.lease(asking.schedule.tickets_before(0)))
+            next_round = asyncio.create_task(asking.lease(asking.schedule.tickets_before(0)))
             assert await still_waits(next_round), "round 0 is not selected yet"
             await asking.selector.select(0)
             assert len(await released(next_round)) == 16
@@ -673,7 +678,7 @@ class TestAcquisitionByTheStudent:
     def test_explore_and_seed_reach_the_policy(self, tmp_path, monkeypatch):
         bench = self.make(tmp_path / "run", acquisition={"explore": 0.25}, run={"seed": 5})
         seen = []
-        policy = bench.selector.acquisition
+        policy = bench.selector.leases.policy
 
         class Spy:
             uses_student = True
@@ -682,8 +687,8 @@ class TestAcquisitionByTheStudent:
                 seen.append(more)
                 return policy.choose(*arguments, **more)
 
-        bench.selector.acquisition = Spy()
-        run(bench.selector.lease(bench.schedule.pool_tickets.start))
+        bench.selector.leases.policy = Spy()
+        run(bench.lease(bench.schedule.pool_tickets.start))
         assert seen == [{"seed": 5, "explore": 0.25}]
 
     @pytest.mark.parametrize("policy", sorted(name for name, it in ACQUISITION.items() if it.uses_student))
@@ -761,7 +766,7 @@ class TestRebuild:
     async def until(self, bench, stage):
         await bench.round(0)
         if stage == "leases":
-            await bench.selector.lease(bench.schedule.tickets_before(0))
+            await bench.lease(bench.schedule.tickets_before(0))
             return
         await bench.teach_for(1)
         if stage == "labels":
@@ -823,9 +828,98 @@ class TestRebuild:
 
     def test_half_a_write_is_no_label(self, bench):
         ticket = bench.schedule.pool_tickets.start
-        run(bench.selector.lease(ticket))
+        run(bench.lease(ticket))
         bench.store.write_bytes(f"{LABELS_DIR}/ticket-00000002.parquet.0123.tmp", b"PAR1 half")
         assert run(bench.restart().stats())["tickets_done"] == 0
+
+
+class TestTeachers:
+    def test_a_ticket_that_is_given_back_goes_to_a_spare_one_once(self, tmp_path):
+        bench = Bench(tmp_path / "run", teacher={"actors": 2})
+
+        async def script():
+            spare = asyncio.create_task(bench.selector.lease(-1))
+            rows = await bench.lease(0)
+            assert await still_waits(spare)
+            for _ in range(2):  # a call may come twice
+                await bench.selector.give_back(0, "teacher", "actor-1", "no memory")
+            ticket, again = await released(spare)
+            assert (ticket, again.tolist()) == (0, rows.tolist())
+            other = asyncio.create_task(bench.selector.lease(-2))
+            assert await still_waits(other)
+            for k in range(4):
+                await bench.round(k)
+            for ticket in bench.schedule.test_tickets:
+                await bench.teach(ticket)
+            assert (await released(other))[1].size == 0, "nothing was left to be taken"
+
+        run(script())
+
+    def test_what_was_given_back_outlives_the_selector_but_not_the_driver(self, bench):
+        async def script():
+            rows = await bench.lease(0)
+            await bench.selector.give_back(0, "teacher", "actor-1", "no memory")
+            assert "no memory" in (await bench.selector.stats())["trouble"], "there was but one actor"
+            same = Selector(bench.config, bench.store.root, bench.selector.session)
+            assert (await same.lease(-1))[1].tolist() == rows.tolist()
+            assert "no memory" in (await same.stats())["trouble"]
+            later = Selector(bench.config, bench.store.root, "another driver")
+            assert (await later.stats())["trouble"] is None
+            assert not later.teachers.given_back
+
+        run(script())
+
+    def test_a_claim_waits_for_what_others_may_leave(self, tmp_path):
+        bench = Bench(tmp_path / "run", budget={"cap": {"tokens": 200}})
+        claim = Usage(texts=1, prompt_tokens=120).as_dict()
+
+        async def script():
+            for ticket in (0, 1):
+                await bench.lease(ticket)
+            assert await bench.selector.reserve(0, "a", "teacher", claim)
+            second = asyncio.create_task(bench.selector.reserve(1, "b", "teacher", claim))
+            assert await still_waits(second), "the first may use less than it claimed"
+            rows = bench.selector.leases.rows[0][:1]
+            bench.write_labels(0, rows)
+            await bench.put(0, rows, bench.probs(rows), TOKENS)
+            assert await released(second)
+            assert not await bench.selector.reserve(1, "b", "teacher", claim)
+            assert (await bench.selector.stats())["cap_reached"]
+            # What a killed attempt may have used stays used.
+            write_mark(bench.store, "ticket-00000001.b", 1, {"teacher": Usage(**claim)})
+            later = bench.restart()
+            assert not await later.reserve(
+                1, "c", "teacher", Usage(texts=1, prompt_tokens=200 - 120 - TOKENS + 1).as_dict()
+            )
+            assert await later.reserve(
+                1, "c", "teacher", Usage(texts=1, prompt_tokens=200 - 120 - TOKENS).as_dict()
+            )
+
+        run(script())
+
+    def test_labels_wait_for_the_calibrator(self, tmp_path):
+        bench = Bench(tmp_path / "run", teacher={"confidence": {"method": "batch"}})
+
+        async def script():
+            needed = range(bench.schedule.tickets_before(0))
+            for ticket in needed[:-1]:
+                await bench.teach(ticket)
+            stats = await bench.selector.stats()
+            assert (stats["labelled"], stats["tickets_done"]) == (0, 0)
+            assert not bench.store.exists(CALIBRATION)
+            await bench.teach(needed[-1])
+            assert (await bench.selector.stats())["tickets_done"] == len(needed)
+            await bench.teach(needed[-1] + 1)
+            mean_C = np.mean([bench.probs(bench.selector.leases.rows[t]).sum(axis=0) for t in needed], axis=0)
+            fitted = bench.store.read_json(CALIBRATION)
+            assert fitted["method"] == "batch"
+            prior_C = np.array(fitted["prior_C"])
+            assert prior_C / prior_C.sum() == pytest.approx(mean_C / mean_C.sum(), abs=0.02)
+            before = bench.selector.table.confidence.copy()
+            again = bench.restart().table.confidence
+            assert np.array_equal(before, again, equal_nan=True)
+
+        run(script())
 
 
 def test_say_is_shown_in_stats(bench):

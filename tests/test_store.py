@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import make_run, toy_texts
+from toys import make_run, put_label_file, toy_texts
 
 from llkd_ray import schemas
 from llkd_ray.store import (
@@ -201,12 +201,8 @@ class TestMatrices:
 
 
 def test_read_labels_leaves_out_tickets_without_a_file(store):
-    def labels(row):
-        columns = [[row], [f"t{row}"], [[0.5, 0.5]], [0.0], [7]]
-        return pa.table(columns, schema=schemas.LABELS)
-
-    store.write_table(ticket_file(LABELS_DIR, 0), labels(5))
-    store.write_table(ticket_file(LABELS_DIR, 2), labels(9))
+    for ticket, row in ((0, 5), (2, 9)):
+        put_label_file(store, ticket, np.array([row]), np.array([[0.5, 0.5]]))
     assert read_labels(store, [2, 1, 0])["row"].to_pylist() == [9, 5]
     assert read_labels(store, [1]).equals(schemas.LABELS.empty_table())
     assert read_labels(store, []).schema == schemas.LABELS

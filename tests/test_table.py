@@ -18,7 +18,7 @@ def table() -> ScoreTable:
 
 
 def label(table: ScoreTable, rows: list[int], labels: list[int]) -> int:
-    return table.put_labels(np.array(rows), np.array(labels), np.full(len(rows), 0.5))
+    return table.put_labels(np.array(rows), np.array(labels), np.full(len(rows), 0.5), np.zeros(len(rows)))
 
 
 def p_of(*top: float) -> np.ndarray:
@@ -26,8 +26,8 @@ def p_of(*top: float) -> np.ndarray:
     return np.array([[t, (1 - t) / 2, (1 - t) / 2] for t in top])
 
 
-def test_twenty_three_bytes_a_row(table):
-    assert table.nbytes == 23 * len(table)
+def test_twenty_four_bytes_a_row(table):
+    assert table.nbytes == 24 * len(table)
 
 
 def test_unread_are_pool_rows_without_a_ticket(table):
@@ -122,7 +122,7 @@ def test_candidates_carry_every_column(table):
 def test_labelled_of_class_counts_the_pool_below_a_ticket(table):
     table.lease(0, np.array([0, 1, 2]))
     table.lease(3, np.array([3]))
-    table.put_labels(np.array([0, 1, 3]), np.array([2, 2, 0]), np.ones(3))
+    table.put_labels(np.array([0, 1, 3]), np.array([2, 2, 0]), np.ones(3), np.zeros(3))
     assert table.labelled_of_class(1).tolist() == [0, 0, 2]
     assert table.labelled_of_class(4).tolist() == [1, 0, 2]
 

@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llkd_ray import schemas
+from llkd_ray.answers import Answers, Usage
 from llkd_ray.config import Config, parse_config
-from llkd_ray.store import EXAMPLES_INDEX, RunStore
+from llkd_ray.label_files import labels_table, write_ticket
+from llkd_ray.store import EXAMPLES_INDEX, LABELS_DIR, RunStore
 
 WORDS: Mapping[str, str] = {
     "sea": "anchor boat captain deck harbour island lighthouse sail shore tide wave whale",
@@ -139,6 +141,32 @@ def make_run(
             index[part].append({"file": file, "rows": len(shard)})
     store.write_json(EXAMPLES_INDEX, index)
     return store
+
+
+def put_label_file(
+    store: RunStore,
+    ticket: int,
+    row_M: np.ndarray,
+    probs_MC: np.ndarray,
+    tokens: int = 7,
+    off_label_N: np.ndarray | None = None,
+) -> None:
+    """LABELS of a ticket, ``tokens`` of prompt a text, as the one teacher of a run would write them."""
+    n = len(row_M)
+    answers = Answers(
+        probs_NC=probs_MC,
+        off_label_N=1 - probs_MC.sum(axis=1) if off_label_N is None else off_label_N,
+        prompt_tokens_N=np.full(n, tokens),
+        cached_tokens_N=np.zeros(n, dtype=int),
+        answer_tokens_N=np.zeros(n, dtype=int),
+        outcome_N=[""] * n,
+        usage=Usage(texts=n, requests=n, prompt_tokens=tokens * n),
+    )
+    asked = pa.table(
+        {"row": pa.array(row_M, pa.int64()), "id": pa.array([f"toy-{row}" for row in row_M], pa.string())}
+    )
+    labels = labels_table(asked, np.asarray(row_M, dtype=np.uint64), answers, member=0)
+    write_ticket(store, LABELS_DIR, ticket, labels, {"teacher": answers.usage}, 0, tickets_in_flight=1)
 
 
 def training_sentences() -> list[str]:

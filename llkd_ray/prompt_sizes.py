@@ -1,0 +1,103 @@
+"""How much a teacher reads for each of some texts, before it is there: its prompts' tokens and requests.
+
+Shapes in names: N texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+
+import numpy as np
+
+from llkd_ray.config import LabelsConfig
+from llkd_ray.estimate import Asking, by_trie, by_votes
+from llkd_ray.prompts import encode_prompts, label_sequences
+from llkd_ray.server_teacher import possible_ways
+from llkd_ray.server_ways import CHARS_PER_TOKEN, ByLabelIds, ByTopLogprobs, ByVotes, Way
+from llkd_ray.teacher_config import TeacherConfig
+from llkd_ray.vllm_teacher import longest_answer, prepare, room_for_prompt
+
+
+@dataclass(frozen=True)
+class PromptSizes:
+    """Of N texts."""
+
+    tokens_N: np.ndarray
+    """Of each prompt, as it is sent once."""
+    cut_N: np.ndarray
+    """bool[N]: whether a part of the text is left out."""
+    asking: Asking
+    shared: int
+    """Tokens that stand before all of the texts and are the same."""
+    counted: bool
+    """By the teacher's own tokenizer; otherwise by characters."""
+    first: str
+    """The first prompt, as the teacher reads it."""
+    ways: tuple[str, ...] = ()
+    """Of a server: how it may be asked for probabilities, the best one first."""
+
+
+def prompt_sizes(
+    teacher: TeacherConfig, labels: LabelsConfig, texts: Sequence[str], field: str
+) -> PromptSizes:
+    """Of a vllm or openai teacher, for one text or more; raises ConfigError, with ``field``, as checks do."""
+    if teacher.kind == "openai":
+        return _of_server(teacher, labels, texts, field)
+    tokenizer, prompt, sequences = prepare(teacher, labels, field)
+    room = room_for_prompt(teacher, sequences)
+    encoded, cut_N = encode_prompts(prompt, texts, tokenizer, room, teacher.prompt.cut)
+    votes = teacher.confidence.method == "votes"
+    asking = by_votes(teacher.confidence.samples, longest_answer(sequences)) if votes else by_trie(sequences)
+    first = prompt.render(texts[0])
+    return PromptSizes(_lengths(encoded), cut_N, asking, _shared(encoded), True, first)
+
+
+def _of_server(teacher: TeacherConfig, labels: LabelsConfig, texts: Sequence[str], field: str) -> PromptSizes:
+    ways, _ = possible_ways(teacher, labels, field)
+    asking = reduce(or_, (_asking(way, labels) for way in ways))
+    names = tuple(way.name for way in ways)
+    best = ways[0]
+    if isinstance(best, ByLabelIds):
+        encoded, cut_N = encode_prompts(best.prompt, texts, best.tokenizer, best.room, teacher.prompt.cut)
+        first = best.prompt.render(texts[0])
+        return PromptSizes(_lengths(encoded), cut_N, asking, _shared(encoded), True, first, names)
+    assert isinstance(best, ByTopLogprobs | ByVotes)
+    requests = [best.chat.request(text, 1, 1) for text in texts]
+    cut_N = np.array([cut for _, cut in requests], dtype=bool)
+    contents = [[one["content"] for one in request["body"]["messages"]] for request, _ in requests]
+    counted = best.chat.tokenizer is not None
+    tokens_N = np.array(
+        [
+            request["prompt_tokens"] if counted else round(sum(map(len, content)) / CHARS_PER_TOKEN)
+            for (request, _), content in zip(requests, contents, strict=True)
+        ]
+    )
+    return PromptSizes(tokens_N, cut_N, asking, 0, counted, "\n\n".join(contents[0]), names)
+
+
+def _asking(way: Way, labels: LabelsConfig) -> Asking:
+    match way:
+        case ByLabelIds():
+            return by_trie(label_sequences(way.prompt, labels, way.tokenizer))
+        case ByVotes():
+            # A server may give one answer a request, whatever it is asked for.
+            return by_votes(way.samples, way.chat.answer_tokens, prompts=way.samples)
+        case _:
+            return Asking(prompts=(1, 1), behind=(0, 0), answers=(1, 1))
+
+
+def _lengths(encoded: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.array([len(ids) for ids in encoded])
+
+
+def _shared(encoded: Sequence[list[int]]) -> int:
+    """Tokens that all prompts begin with, as far as more than one can tell."""
+    if len(encoded) < 2:
+        return 0
+    smallest, largest = min(encoded), max(encoded)  # in the order of lists, so all others are between them
+    pairs = zip(smallest, largest, strict=False)
+    differs = (place for place, (one, other) in enumerate(pairs) if one != other)
+    return next(differs, min(len(smallest), len(largest)))

@@ -1,0 +1,140 @@
+"""The teacher on a local vLLM engine: label probabilities from its next-token distribution, or votes.
+
+Shapes in names: C labels, K sampled answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from llkd_ray.answers import Allowance, Answers, TextFailed
+from llkd_ray.asking import Meter, ask_each
+from llkd_ray.checkpoints import load_tokenizer
+from llkd_ray.config import LabelsConfig
+from llkd_ray.engine import Engine
+from llkd_ray.label_trie import LabelTrie
+from llkd_ray.prompts import (
+    Prompt,
+    build_prompt,
+    encode_prompts,
+    label_sequences,
+    match_answer,
+    room_for_text,
+)
+from llkd_ray.teacher_config import TeacherConfig
+
+
+class VllmLabeller:
+    """An engine in this process's care; see ``answers.Labeller``."""
+
+    def __init__(
+        self, teacher: TeacherConfig, labels: LabelsConfig, on_start: Callable[[float], None]
+    ) -> None:
+        self.teacher = teacher
+        self.tokenizer, self.prompt, self.sequences = prepare(teacher, labels, "teacher")
+        self.trie = LabelTrie.of(self.sequences)
+        self.engine = Engine(teacher, on_start)
+
+    async def label(self, ids: Sequence[str], texts: Sequence[str], allowance: Allowance) -> Answers:
+        encoded, cut_N = await asyncio.to_thread(
+            encode_prompts,
+            self.prompt,
+            texts,
+            self.tokenizer,
+            room_for_prompt(self.teacher, self.sequences),
+            self.teacher.prompt.cut,
+        )
+        votes = self.teacher.confidence.method == "votes"
+        how = self._by_votes if votes else self._by_probabilities
+
+        def one(i: int, meter: Meter) -> Any:
+            return self.engine.steadily(partial(how, encoded[i], meter))
+
+        return await ask_each(len(texts), len(self.sequences), one, allowance, int(cut_N.sum()))
+
+    def close(self) -> None:
+        self.engine.close()
+
+    async def _by_probabilities(self, token_ids: list[int], meter: Meter) -> tuple[np.ndarray, float]:
+        """float[C] and the off-label mass, from the distribution over the whole vocabulary."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        async def next_tokens(after: tuple[int, ...], tokens: tuple[int, ...]) -> list[float]:
+            sampling = SamplingParams(
+                max_tokens=1,
+                temperature=0.0,
+                logprob_token_ids=list(tokens),
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            await meter.request(len(token_ids) + len(after), 1)
+            output = await self.engine.ask([*token_ids, *after], sampling)
+            meter.correct(cached_tokens=output.num_cached_tokens or 0)
+            logprobs = output.outputs[0].logprobs[0]
+            return [float(np.exp(logprobs[token].logprob)) for token in tokens]
+
+        try:
+            mass = await self.trie.mass(next_tokens, self.teacher.unresolved)
+        except ValueError as error:  # not a number, or not a distribution
+            raise TextFailed("bad_answer", str(error)) from None
+        return mass.probs_C, mass.off_label
+
+    async def _by_votes(self, token_ids: list[int], meter: Meter) -> tuple[np.ndarray, float]:
+        """float[C]: the share of K sampled answers for each label, and the share for none of them."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        confidence, longest = self.teacher.confidence, longest_answer(self.sequences)
+        sampling = SamplingParams(
+            n=confidence.samples,
+            max_tokens=longest,
+            temperature=confidence.sampling_temperature,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        await meter.request(len(token_ids), confidence.samples * longest)
+        output = await self.engine.ask(token_ids, sampling)
+        said = sum(len(one.token_ids) for one in output.outputs)
+        meter.correct(
+            cached_tokens=output.num_cached_tokens or 0,
+            answer_tokens=said - confidence.samples * longest,
+        )
+        matched_K = np.array([match_answer(one.text, self.prompt.answers) for one in output.outputs])
+        votes_C = np.bincount(matched_K[matched_K >= 0], minlength=len(self.sequences))
+        return votes_C / confidence.samples, float(np.mean(matched_K < 0))
+
+
+def prepare(
+    teacher: TeacherConfig, labels: LabelsConfig, field: str
+) -> tuple[Any, Prompt, list[tuple[int, ...]]]:
+    """Tokenizer, prompt and each label's tokens; raises ConfigError with ``field`` for what cannot be."""
+    assert teacher.model is not None
+    tokenizer = load_tokenizer(teacher.model, teacher.revision, f"{field}.model")
+    prompt = build_prompt(teacher.prompt, labels, tokenizer)
+    return tokenizer, prompt, label_sequences(prompt, labels, tokenizer)
+
+
+def check_vllm_teacher(teacher: TeacherConfig, labels: LabelsConfig, field: str) -> dict[str, Any]:
+    """Find the mistakes that can be found without an engine; returns facts for the manifest."""
+    tokenizer, prompt, sequences = prepare(teacher, labels, field)
+    room_for_text(prompt, tokenizer, room_for_prompt(teacher, sequences))
+    return {
+        "kind": "vllm",
+        "model": teacher.model,
+        "revision": teacher.revision,
+        "prompt_hash": prompt.hash,
+    }
+
+
+def room_for_prompt(teacher: TeacherConfig, sequences: Sequence[Sequence[int]]) -> int:
+    """Tokens that a prompt may have, so that the longest answer still fits behind it."""
+    return teacher.max_model_len - longest_answer(sequences)
+
+
+def longest_answer(sequences: Sequence[Sequence[int]]) -> int:
+    return max(map(len, sequences))

@@ -1,0 +1,76 @@
+"""A teacher without a model, for whatever stands around teachers; and the tickets that it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from llkd_ray.answers import Allowance, Answers, TextFailed
+from llkd_ray.asking import Meter, ask_each
+
+BASE_TOKENS = 10
+
+
+def numbered(number: int) -> np.ndarray:
+    """float[3]: an answer that tells its text; its mass is 0.3 and a hundredth of the number."""
+    return np.array([number / 100, 0.1, 0.2])
+
+
+class FakeLabeller:
+    """Says ``says(number)`` to a text whose id ends in ``-number``; see ``answers.Labeller``.
+
+    A text costs one request of ``BASE_TOKENS`` and its number in prompt tokens, and one answer token.
+    """
+
+    def __init__(
+        self,
+        says: Callable[[int], np.ndarray] = numbered,
+        failing: Mapping[int, str] | None = None,
+        errors: Sequence[Exception] = (),
+        before_call: Callable[[], None] = lambda: None,
+        after_request: Callable[[Meter], None] = lambda meter: None,
+    ) -> None:
+        self.says, self.failing, self.errors = says, failing or {}, list(errors)
+        """``failing``: why numbers have no answer; ``errors``: what the first calls raise."""
+        self.before_call, self.after_request = before_call, after_request
+        self.asked: list[list[int]] = []
+        """The numbers of each call."""
+        self.is_closed = False
+
+    async def label(self, ids: Sequence[str], texts: Sequence[str], allowance: Allowance) -> Answers:
+        numbers = [int(one.rpartition("-")[2]) for one in ids]
+        self.asked.append(numbers)
+        self.before_call()
+        if self.errors:
+            raise self.errors.pop(0)
+
+        async def one(i: int, meter: Meter) -> tuple[np.ndarray, float]:
+            await meter.request(BASE_TOKENS + numbers[i], 1)
+            self.after_request(meter)
+            if numbers[i] in self.failing:
+                raise TextFailed(self.failing[numbers[i]])
+            probs_C = self.says(numbers[i])
+            return probs_C, 1.0 - probs_C.sum()
+
+        return await ask_each(len(ids), len(self.says(0)), one, allowance, cut=0)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def leased(ticket: int, rows: Sequence[int], prefix: str = "id", words: str = "text") -> pa.Table:
+    """A ticket as the leaser hands it on: ids are ``prefix-row``, texts ``words row``."""
+    columns = [
+        pa.array([ticket] * len(rows), pa.int32()),
+        pa.array(rows, pa.int64()),
+        pa.array([f"{prefix}-{row}" for row in rows], pa.string()),
+        pa.array([f"{words} {row}" for row in rows], pa.string()),
+    ]
+    return pa.Table.from_arrays(columns, names=["ticket", "row", "id", "text"])
+
+
+def cost_of(numbers: Sequence[int]) -> int:
+    """Tokens that some texts cost."""
+    return sum(BASE_TOKENS + number + 1 for number in numbers)

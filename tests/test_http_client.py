@@ -1,0 +1,348 @@
+"""Waiting, trying again and giving up: a real server on this machine that fails in every way."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from stub_server import Answer, Asked, Reply, StubServer, free_port, in_turn, said
+
+from llkd_ray.answers import Answers, TeacherDown, Unlimited
+from llkd_ray.config import LabelsConfig
+from llkd_ray.http_client import api_key, retry_after_s
+from llkd_ray.server_teacher import ServerLabeller
+from llkd_ray.teacher_config import TeacherConfig
+
+LABELS = LabelsConfig(names=("sea", "kitchen", "garden"))
+KEY_ENV = "STUB_SERVER_KEY"
+KEY = "sk-very-secret-1234"
+
+
+def make_teacher(base_url: str, server: dict[str, Any] | None = None, **settings: Any) -> TeacherConfig:
+    """One sampled answer a text: one request a text, in which the text can be read."""
+    simple = {"api_key_env": KEY_ENV, "scores": "votes", "back_off_s": 0.005, "concurrency": 4}
+    return TeacherConfig.model_validate(
+        {
+            "kind": "openai",
+            "model": "stub",
+            "server": {"base_url": base_url} | simple | (server or {}),
+            "confidence": {"samples": 1},
+            "timeout_s": 5.0,
+        }
+        | settings
+    )
+
+
+class Counting(Unlimited):
+    """An allowance without an end that counts what is claimed."""
+
+    def __init__(self) -> None:
+        self.claims = 0
+
+    async def take(self, *, texts: int = 0, prompt_tokens: int = 0, answer_tokens: int = 0) -> bool:
+        self.claims += 1
+        return True
+
+
+def ask(labeller: ServerLabeller, *calls: list[str], allowance: Any = None) -> Answers:
+    """Label the texts of some calls, one call after the other; gives the last one's answers."""
+
+    async def run() -> Answers:
+        for texts in calls:
+            ids = [str(i) for i in range(len(texts))]
+            answers = await labeller.label(ids, texts, allowance or Unlimited())
+        return answers
+
+    try:
+        return asyncio.run(run())
+    finally:
+        labeller.close()
+
+
+def texts_of(n: int) -> list[str]:
+    return [f"text number {i}." for i in range(n)]
+
+
+def good(asked: Asked) -> Reply:
+    return said(["B"])
+
+
+def poisoned(reply: Reply, *bad: str) -> Answer:
+    """Good answers to all texts but those in which ``bad`` stands."""
+    return lambda asked: reply if any(word in asked.text for word in bad) else good(asked)
+
+
+FAULTS = {
+    "server error": (Reply({"error": {"message": "out of memory"}}, status=500), "http_500"),
+    "bad gateway": (Reply(b"<html>", status=502), "http_502"),
+    "unavailable": (Reply(status=503), "http_503"),
+    "too slow": (Reply({}, wait_s=3.0), "timed_out"),
+    "truncated JSON": (Reply(b'{"choices": [{"message": {"cont'), "bad_answer"),
+    "truncated body": (Reply(b'{"choices": [', promise_bytes=100), "no_connection"),
+    "empty body": (Reply(b""), "bad_answer"),
+    "not UTF-8": (Reply(b'{"choices": "\xff\xfe"}'), "bad_answer"),
+    "nothing": (Reply(hang_up=True), "no_connection"),
+    "a list": (Reply([1, 2]), "bad_answer"),
+    "no choices": (Reply({"choices": []}), "bad_answer"),
+    "an error with status 200": (Reply({"error": {"message": "overloaded"}}), "bad_answer"),
+    "wrong shape": (Reply({"choices": [{"message": 3}]}), "bad_answer"),
+}
+
+
+@pytest.mark.parametrize(("reply", "reason"), FAULTS.values(), ids=FAULTS)
+def test_a_text_that_always_fails_is_given_up_with_its_reason_and_the_others_are_answered(reply, reason):
+    with StubServer(poisoned(reply, "number 3.")) as server:
+        labeller = ServerLabeller(make_teacher(server.base_url, attempts=2, timeout_s=0.4), LABELS)
+        answers = ask(labeller, texts_of(8))
+        tries = [asked for asked in server.asked if "number 3." in asked.text]
+    assert list(answers.outcome_N) == ["", "", "", reason, "", "", "", ""]
+    assert answers.probs_NC[answers.answered_N].tolist() == 7 * [[0.0, 1.0, 0.0]]
+    assert len(tries) == 2, "as often as teacher.attempts says"
+    assert answers.usage.texts == 8
+    assert answers.usage.requests == 9, "every attempt counts"
+
+
+@pytest.mark.parametrize(("reply", "reason"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_that_passes_costs_another_try_and_no_text(reply, reason):
+    with StubServer(in_turn([reply, reply], good)) as server:
+        labeller = ServerLabeller(make_teacher(server.base_url, attempts=3, timeout_s=0.4), LABELS)
+        answers = ask(labeller, ["one text"])
+    assert list(answers.outcome_N) == [""]
+    assert answers.usage.requests == 3
+    assert answers.prompt_tokens_N[0] > 2 * answers.usage.prompt_tokens / 3.01, "failed tries are billed"
+
+
+def test_pauses_between_tries_grow():
+    faults = 3 * [Reply(status=500)]
+    with StubServer(in_turn(faults, good)) as server:
+        teacher = make_teacher(server.base_url, {"back_off_s": 0.1}, attempts=4)
+        ask(ServerLabeller(teacher, LABELS), ["one text"])
+        at = [asked.at for asked in server.asked]
+    pauses = [after - before for before, after in pairwise(at)]
+    for pause, expected in zip(pauses, (0.1, 0.2, 0.4), strict=True):
+        assert 0.74 * expected < pause < 1.25 * expected + 0.2
+
+
+# --- busy
+
+
+def test_all_requests_wait_as_long_as_a_busy_server_says():
+    slow = Reply(said(["B"]).content, wait_s=0.15)
+    with StubServer(in_turn([Reply(status=429, headers={"Retry-After": "1"})], lambda _: slow)) as server:
+        answers = ask(ServerLabeller(make_teacher(server.base_url, {"concurrency": 2}), LABELS), texts_of(5))
+        at = [asked.at for asked in server.asked]
+    assert answers.answered_N.all()
+    assert len(at) == 6
+    later = [moment for moment in at if moment > at[0] + 0.1]
+    assert len(later) >= 4, "two are under way at a time"
+    assert min(later) - at[0] > 0.95
+
+
+@pytest.mark.parametrize(
+    "busy",
+    [
+        Reply(status=429),
+        Reply(status=429, headers={"Retry-After": "0.01"}),
+        Reply(status=503, headers={"Retry-After": "0.01"}),
+        Reply(status=429, headers={"Retry-After": "0"}),
+    ],
+)
+def test_a_refusal_for_now_uses_no_attempt_and_no_further_claim(busy):
+    with StubServer(in_turn(5 * [busy], good)) as server:
+        allowance = Counting()
+        labeller = ServerLabeller(make_teacher(server.base_url, attempts=2), LABELS)
+        answers = ask(labeller, ["one text"], allowance=allowance)
+        assert len(server.asked) == 6
+    assert list(answers.outcome_N) == [""]
+    assert answers.usage.requests == allowance.claims == 1
+
+
+def test_a_server_that_only_refuses_is_given_up():
+    with StubServer(lambda _: Reply({"error": "quota"}, status=429)) as server:
+        teacher = make_teacher(server.base_url, {"back_off_s": 0.02}, stall_s=0.5)
+        began = time.monotonic()
+        with pytest.raises(TeacherDown, match=r"teacher\.stall_s 0\.5.*429.*requests_per_minute"):
+            ask(ServerLabeller(teacher, LABELS), texts_of(3))
+    assert 0.2 < time.monotonic() - began < 3
+
+
+def test_a_wait_that_nobody_would_sit_out_is_not_begun():
+    busy = Reply(status=429, headers={"Retry-After": "86400"})
+    with StubServer(lambda _: busy) as server, pytest.raises(TeacherDown, match="86400 s"):
+        ask(ServerLabeller(make_teacher(server.base_url, stall_s=60), LABELS), texts_of(3))
+
+
+def test_silence_before_a_call_is_not_the_servers():
+    async def run(labeller: ServerLabeller) -> Answers:
+        await labeller.label(["0"], ["one"], Unlimited())
+        await asyncio.sleep(0.4)  # the student trains
+        return await labeller.label(["1"], ["two"], Unlimited())
+
+    replies = [said(["B"]), Reply(status=429, headers={"Retry-After": "0.05"})]
+    with StubServer(in_turn(replies, good)) as server:
+        answers = asyncio.run(run(ServerLabeller(make_teacher(server.base_url, stall_s=0.3), LABELS)))
+    assert list(answers.outcome_N) == [""]
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [(None, None), ("7", 7.0), ("0.5", 0.5), ("-3", 0.0), ("soon", None), ("nan", None), ("", None)],
+)
+def test_retry_after_in_seconds(header, seconds):
+    assert retry_after_s(header) == seconds
+
+
+def test_retry_after_as_a_date():
+    now = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
+    assert retry_after_s(format_datetime(now + timedelta(seconds=90), usegmt=True), now) == 90.0
+    assert retry_after_s(format_datetime(now - timedelta(seconds=90), usegmt=True), now) == 0.0
+    assert retry_after_s("Sun, 01 Mar 2026 12:00:30 -0000", now) == 30.0
+
+
+# --- refused
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_text_that_is_refused_is_not_sent_again(status):
+    refusal = Reply({"error": {"message": "the text is too long"}}, status=status)
+    with StubServer(poisoned(refusal, "number 2.")) as server:
+        answers = ask(ServerLabeller(make_teacher(server.base_url), LABELS), texts_of(5))
+        assert len(server.asked) == 5
+    assert list(answers.outcome_N) == ["", "", f"refused_http_{status}", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("status", "field"), [(401, "api_key_env"), (402, "api_key_env"), (403, "api_key_env"), (404, "base_url")]
+)
+def test_a_server_that_does_not_know_us_is_down_at_once(status, field, monkeypatch):
+    monkeypatch.setenv(KEY_ENV, KEY)
+    refusal = Reply({"error": {"message": f"no access for {KEY}"}}, status=status)
+    with StubServer(lambda _: refusal) as server:
+        labeller = ServerLabeller(make_teacher(server.base_url, {"concurrency": 1}), LABELS)
+        with pytest.raises(TeacherDown) as down:
+            ask(labeller, texts_of(5))
+        assert len(server.asked) == 1
+        assert server.base_url in str(down.value)
+    assert f"teacher.server.{field}" in str(down.value)
+    assert "'stub'" in str(down.value)
+    assert KEY not in str(down.value)
+
+
+def test_403_to_one_text_is_the_texts():
+    with StubServer(poisoned(Reply({"error": "flagged"}, status=403), "number 2.")) as server:
+        answers = ask(ServerLabeller(make_teacher(server.base_url, {"concurrency": 1}), LABELS), texts_of(4))
+    assert list(answers.outcome_N) == ["", "", "refused_http_403", ""]
+
+
+# --- down
+
+
+def test_nobody_there():
+    teacher = make_teacher(f"http://127.0.0.1:{free_port()}/v1", attempts=2)
+    allowance = Counting()
+    with pytest.raises(TeacherDown, match=r"teacher\.server\.base_url.*no_connection.*start the server"):
+        ask(ServerLabeller(teacher, LABELS), texts_of(50), allowance=allowance)
+    assert allowance.claims < 50, "given up long before the last text"
+
+
+@pytest.mark.parametrize(("reply", "reason"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("n", [1, 3], ids=["one text", "three texts"])
+def test_a_server_that_has_never_answered_sends_no_text_to_quarantine(reply, reason, n):
+    with StubServer(lambda _: reply) as server:
+        labeller = ServerLabeller(make_teacher(server.base_url, attempts=2, timeout_s=0.2), LABELS)
+        with pytest.raises(TeacherDown, match=rf"^teacher\..*{reason}.*; "):
+            ask(labeller, texts_of(n))
+
+
+def dies_after(n: int, reply: Reply) -> Answer:
+    return in_turn([said(["B"])] * n, lambda _: reply)
+
+
+@pytest.mark.parametrize("reply", [Reply(status=500), Reply(hang_up=True), Reply({"a": 1}, status=400)])
+def test_a_server_that_goes_down_half_way(reply):
+    with StubServer(dies_after(10, reply)) as server:
+        labeller = ServerLabeller(make_teacher(server.base_url, attempts=2), LABELS)
+        with pytest.raises(TeacherDown, match="texts in a row have failed"):
+            ask(labeller, texts_of(60))
+        assert len(server.asked) < 10 + 2 * 20, "not all were tried"
+
+
+@pytest.mark.parametrize("reply", [Reply(status=500), Reply({"error": "no"}, status=422)])
+def test_many_bad_texts_in_a_row_do_not_bring_a_good_server_down(reply):
+    bad = [f"number {i}." for i in range(10, 40)]
+    with StubServer(poisoned(reply, *bad)) as server:
+        labeller = ServerLabeller(make_teacher(server.base_url, attempts=2), LABELS)
+        answers = ask(labeller, texts_of(40))
+    assert answers.answered_N.tolist() == [True] * 10 + [False] * 30
+
+
+def test_a_server_that_comes_back_is_asked_again():
+    async def run(labeller: ServerLabeller) -> Answers:
+        with pytest.raises(TeacherDown):
+            await labeller.label(["0"] * 30, texts_of(30), Unlimited())
+        server.answer = good
+        return await labeller.label(["0"] * 30, texts_of(30), Unlimited())
+
+    with StubServer(dies_after(3, Reply(status=500))) as server:
+        answers = asyncio.run(run(ServerLabeller(make_teacher(server.base_url, attempts=2), LABELS)))
+    assert answers.answered_N.all()
+
+
+# --- manners
+
+
+def test_the_key_is_sent_where_there_is_one(monkeypatch, caplog):
+    caplog.set_level("DEBUG")
+    with StubServer(good) as server:
+        monkeypatch.setenv(KEY_ENV, f"{KEY}\n")
+        ask(ServerLabeller(make_teacher(server.base_url), LABELS), ["with"])
+        monkeypatch.delenv(KEY_ENV)
+        ask(ServerLabeller(make_teacher(server.base_url), LABELS), ["without"])
+        headers = [{name.lower(): v for name, v in asked.headers.items()} for asked in server.asked]
+    assert headers[0]["authorization"] == f"Bearer {KEY}"
+    assert "authorization" not in headers[1]
+    assert caplog.records, "or this says nothing"
+    assert KEY not in caplog.text
+
+
+def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch):
+    monkeypatch.setenv(KEY_ENV, f"{KEY}\nX-Other: 1")
+    with pytest.raises(TeacherDown) as down:
+        api_key(KEY_ENV)
+    assert KEY_ENV in str(down.value)
+    assert KEY not in str(down.value)
+
+
+def test_no_more_requests_at_a_time_than_allowed():
+    slow = Reply(said(["B"]).content, wait_s=0.05)
+    with StubServer(lambda _: slow) as server:
+        ask(ServerLabeller(make_teacher(server.base_url, {"concurrency": 3}), LABELS), texts_of(12))
+        assert server.most_at_once == 3
+
+
+def test_requests_are_spaced_evenly():
+    with StubServer(good) as server:
+        teacher = make_teacher(server.base_url, {"requests_per_minute": 600, "concurrency": 8})
+        ask(ServerLabeller(teacher, LABELS), texts_of(6))
+        at = sorted(asked.at for asked in server.asked)
+    assert at[-1] - at[0] > 3.5 * 0.1, "five gaps of 0.1 s, though the first may be late itself"
+    assert all(at[i + 3] - at[i] > 0.1 for i in range(3)), "none in a bunch"
+
+
+def test_replies_of_a_call_that_ends_do_not_hold_the_next_one_up():
+    """Cancelled requests give their slots back."""
+
+    async def run(labeller: ServerLabeller) -> Answers:
+        with pytest.raises(TeacherDown):
+            await labeller.label(["0"] * 20, texts_of(20), Unlimited())
+        server.answer = good
+        return await labeller.label(["0"] * 20, texts_of(20), Unlimited())
+
+    with StubServer(lambda _: Reply(status=401)) as server:
+        answers = asyncio.run(run(ServerLabeller(make_teacher(server.base_url), LABELS)))
+    assert answers.answered_N.all()
