@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from llkd_ray.label_files import count_unanswered
 from llkd_ray.store import ENGINES_DIR, LABELS_DIR, MANIFEST, SENT_DIR, RunStore
 
 ROOT = Path(__file__).parents[1]
@@ -52,9 +53,8 @@ def main() -> None:
     driver = start(["--resume", str(run_dir)])
     print(f"the last driver ended with status {driver.wait()}")
     rows = [r for f in run_dir.glob("labels/*.parquet") for r in pq.read_table(f)["row"].to_pylist()]
-    marks = {name: int(store.read_bytes(f"{SENT_DIR}/{name}")) for name in store.names(SENT_DIR)}
     print(f"labelled {len(rows)} texts, {len(set(rows))} different")
-    print(f"sent and not answered: {sum(marks.values())} texts in {len(marks)} tickets")
+    print(f"sent and not answered: {count_unanswered(store)} texts in {len(store.names(SENT_DIR))} tickets")
     print(f"engines started: {len(store.names(ENGINES_DIR))}; files: {run_dir}")
 
 

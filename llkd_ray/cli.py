@@ -137,7 +137,13 @@ def _finish(outcomes: Sequence[Outcome], display: Display) -> None:
         rows.append([name, *_figures(summary["student"]), *counts, f"{summary['seconds']:.0f}"])
     display.table("Result", header, rows)
     for outcome in outcomes:
-        if first["student"]["accuracy"] is None:
+        reused = [one for one in outcome.summary["usage"].values() if one["reused_texts"]]
+        for one in reused:
+            display.say(
+                f"{outcome.config.selection.policy}: {one['reused_texts']} of its labels were there from "
+                f"earlier runs, which saved {one['reused_tokens']} teacher tokens"
+            )
+        if outcome.summary["student"]["accuracy"] is None:
             display.say("accuracy is unknown without a test set (test.uri, test.gold)")
         display.console.print(
             f"report: {outcome.run_dir}/report.html\nmodel:  {outcome.run_dir}/{MODEL_DIR}/"

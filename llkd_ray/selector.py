@@ -174,9 +174,12 @@ class Selector:
         done = self.state.finished or round_number in self.state.selected
         if round_number == 0 or done or not self._student_is_asked():
             return np.empty(0, dtype=np.int64)
-        if self.config.selection.refresh == "pool" or self.acquisition.uses_student:
-            return self.table.untrained()
-        return self._candidates(round_number).row_N
+        everything = self.config.selection.refresh == "pool" or self.acquisition.uses_student
+        row_M = self.table.untrained() if everything else self._candidates(round_number).row_N
+        if not row_M.size:  # nobody will say that they are scored
+            self.state.refreshed.add(round_number)
+            await self._notify()
+        return row_M
 
     async def refresh(self, round_number: int, row_M: Ints, p_MC: Floats) -> None:
         """Note the student's answers on some rows before a round."""

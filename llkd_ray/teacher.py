@@ -15,7 +15,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,15 @@ class Stage(ABC):
         """What goes on of a ticket that needs no more."""
         return _RECEIPT.empty_table()
 
+    def is_review(self, ticket: int) -> bool:
+        """Whether its texts have labels, at which a cascade's large teacher is to look again."""
+        return ticket in self._reviews
+
+    @cached_property
+    def _reviews(self) -> range:
+        examples = Examples.open(self.store)
+        return Schedule.plan(self.config, examples.n_pool, examples.n_test).review_tickets
+
     async def put(
         self, ticket: int, leased: pa.Table, labels: pa.Table, usage: dict[str, Usage], asked: Asked
     ) -> None:
@@ -175,9 +184,8 @@ class SmallStage(Stage):
         return leased.slice(0, 0)
 
     async def see_to(self, ticket: int, leased: pa.Table) -> pa.Table:
-        schedule = Schedule.plan(self.config, *_sizes(self.store))
         is_done = any(self.store.exists(ticket_file(folder, ticket)) for folder in (SMALL_DIR, LABELS_DIR))
-        if not is_done and ticket not in schedule.review_tickets:
+        if not is_done and not self.is_review(ticket):
             asked = await self.asker.ask(ticket, leased)
             usage, in_flight = {self.asker.name: asked.usage}, self.asker.teacher.tickets_in_flight
             await asyncio.to_thread(
@@ -201,7 +209,7 @@ class LargeStage(Stage):
             answered_by_large = pc.is_in(small["row"], value_set=asked.labels["row"].combine_chunks())
             kept = small.filter(pc.invert(answered_by_large))
             labels = in_row_order([kept, asked.labels], leased["row"].to_numpy())
-            if ticket in Schedule.plan(self.config, *_sizes(self.store)).review_tickets:
+            if self.is_review(ticket):
                 # A review without an answer leaves a text with the label that it has.
                 asked = replace(asked, outcome_M=[""] * len(doubtful))
             await self.put(ticket, doubtful, labels, usage | {self.asker.name: asked.usage}, asked)
@@ -219,11 +227,6 @@ class LargeStage(Stage):
         assert cascade is not None
         p_MC = normalise(matrix_of(small["probs"], len(self.config.labels.names)))
         return small["row"].to_numpy()[confidence(p_MC) >= cascade.unsure_below]
-
-
-def _sizes(store: RunStore) -> tuple[int, int]:
-    examples = Examples.open(store)
-    return examples.n_pool, examples.n_test
 
 
 def start_stream(config: Config, store_uri: str, selector: Any, tickets: Sequence[int]) -> Background:

@@ -238,8 +238,8 @@ class TeacherConfig(Section):
                 )
         if self.kind == "cascade" and self.confidence.method != "raw":
             raise ValueError(
-                f"confidence.method is {self.confidence.method!r}, but the answers of a cascade's two teachers "
-                "have no common scale to be fitted: leave it 'raw'"
+                f"confidence.method is {self.confidence.method!r}, but the answers of a cascade's two "
+                "teachers have no common scale to be fitted: leave it 'raw'"
             )
         if self.kind == "recorded" and self.confidence.method == "votes":
             raise ValueError(

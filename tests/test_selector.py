@@ -833,6 +833,25 @@ class TestRebuild:
         assert run(bench.restart().stats())["tickets_done"] == 0
 
 
+class TestNothingIsLeft:
+    def test_a_round_without_candidates_does_not_wait_for_their_scores(self, bench):
+        """As when the cap ends the teaching after the first round."""
+
+        async def script():
+            await bench.round(0)
+            for ticket in range(bench.schedule.tickets_before(0), bench.schedule.tickets_before(1)):
+                await bench.lease(ticket)
+                none = np.empty(0, dtype=np.int64)
+                await bench.put(ticket, none, np.empty((0, N_CLASSES)), 0)
+            rest = bench.selector._candidates(1).row_N
+            bench.selector.table.mark_trained(0, rest)
+            assert (await bench.selector.rows_to_score(1)).size == 0
+            await asyncio.wait_for(bench.selector.wait_refreshed(1), timeout=5)
+            assert (await bench.selector.select(1))["selected"] == 0
+
+        run(script())
+
+
 class TestTeachers:
     def test_a_ticket_that_is_given_back_goes_to_a_spare_one_once(self, tmp_path):
         bench = Bench(tmp_path / "run", teacher={"actors": 2})

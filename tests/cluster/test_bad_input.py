@@ -64,12 +64,16 @@ class TestOneLine:
         message = self.refuse(capfd, toy_settings | {"labels": {"names": ["sea"]}}, tmp_path, flags)
         assert "labels: names has 1 label(s): a classifier needs at least two" in message
 
-    def test_colliding_label_tokens(self, toy_settings, tiny_llm, tmp_path, capfd, flags):
-        settings = vllm(toy_settings, tiny_llm, answer="names")
-        settings["labels"] = {"names": ["sea", "sea shore", "kitchen"]}
+    def test_a_prompt_that_leaves_the_text_out(self, toy_settings, tiny_llm, tmp_path, capfd, flags):
+        settings = vllm(toy_settings, tiny_llm, template="{{ instruction }} Label:")
         message = self.refuse(capfd, settings, tmp_path, flags)
-        assert "'sea' and 'sea shore' begin with the same token" in message
-        assert "letters" in message
+        assert "teacher.prompt.template" in message
+        assert "{{ text }}" in message
+
+    def test_a_cap_in_money_without_a_price(self, toy_settings, tmp_path, capfd, flags):
+        settings = changed(toy_settings, "budget", cap={"cost": 5.0})
+        message = self.refuse(capfd, settings, tmp_path, flags)
+        assert "budget.cap.cost is 5.0, but teacher.price says that nothing costs anything" in message
 
     def test_a_student_that_is_no_checkpoint(self, toy_settings, tmp_path, capfd, flags):
         message = self.refuse(capfd, changed(toy_settings, "student", model=str(tmp_path)), tmp_path, flags)

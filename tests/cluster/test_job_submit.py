@@ -81,6 +81,7 @@ def test_the_quickstart_as_a_submitted_job(head: dict[str, str], tmp_path: Path)
     LOG.write_text(done.stdout)
     assert done.returncode == 0, done.stdout[-5000:]
     assert "student by random" in done.stdout
+    assert "random: 3119 of its labels were there from earlier runs, which saved" in done.stdout
 
     # Results lie in the home directory: the job's working directory is a copy that Ray deletes.
     runs = sorted((tmp_path / "home/llkd-ray/runs").glob("quickstart-2*"))
