@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from llkd_ray.cleaning import Cleaner, Example
 from llkd_ray.config import SourceConfig
-from llkd_ray.readers import COMPRESSIONS, RawRow, Unit, open_hub, open_parquet, read_rows, reading
+from llkd_ray.readers import COMPRESSIONS, RawRow, Unit, open_hub, open_parquet, passing, read_rows, reading
 from llkd_ray.store import open_filesystem
 
 PARTS = 20
@@ -117,7 +117,7 @@ def draw(units: Sequence[Unit], source: SourceConfig, field: str, labels: Sequen
     """Up to ``n`` rows, of evenly spaced parts of the source and spread over the beginning of each.
 
     With ``source.limit`` they are its first rows, as those are all that is read; with ``source.where`` the
-    first that pass in each part, as nobody knows how many will.
+    first that pass in each part.
     """
     parts = [_Part(unit) for unit in units] if source.limit else _parts(units, source, field)
     wanted = min(n, source.limit or n)
@@ -131,7 +131,29 @@ def draw(units: Sequence[Unit], source: SourceConfig, field: str, labels: Sequen
         rows += found
         scanned += looked_at
     passed = len(rows) / scanned if source.where and scanned else 1.0
+    if source.where and (counted := _share_passing(units, source, field)) is not None:
+        passed = counted
     return _cleaned(rows, source, field, labels, opened, passed)
+
+
+def _share_passing(units: Sequence[Unit], source: SourceConfig, field: str) -> float | None:
+    """Share of the rows that ``where`` lets through, counted, where its columns can be read by themselves and
+    are small: files are often sorted by them, so that no sample tells.
+    """
+    if any(unit.kind != "parquet" for unit in units):
+        return None
+    passed = rows = size = 0
+    for unit in units:
+        with reading(unit, field), open_parquet(unit) as file:
+            columns = [file.schema_arrow.names.index(name) for name in source.where]
+            for group in range(*unit.part):
+                of_group = file.metadata.row_group(group)
+                size += sum(of_group.column(column).total_compressed_size for column in columns)
+                if size > SCAN_BYTES:
+                    return None
+                passes = passing(file.read_row_group(group, columns=list(source.where)), source.where)
+                passed, rows = passed + int(passes.sum()), rows + passes.size
+    return passed / rows if rows else None
 
 
 @dataclass(frozen=True)

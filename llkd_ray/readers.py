@@ -112,7 +112,7 @@ def _parquet_rows(unit: Unit, source: SourceConfig) -> Iterator[RawRow]:
         for group in range(*unit.part):
             # The texts of a row group are read only where one of its rows is wanted.
             filters = file.read_row_group(group, columns=list(source.where)) if source.where else None
-            if filters is None or _mask(filters, source.where).any():
+            if filters is None or passing(filters, source.where).any():
                 start = position
                 for batch in file.iter_batches(
                     BATCH_ROWS, row_groups=[group], columns=wanted_columns(source)
@@ -124,7 +124,7 @@ def _parquet_rows(unit: Unit, source: SourceConfig) -> Iterator[RawRow]:
 
 def _table_rows(table: pa.Table, first: int, source: SourceConfig) -> Iterator[RawRow]:
     """The wanted rows of a table whose first row stands at ``first``."""
-    kept = np.flatnonzero(_mask(table, source.where))
+    kept = np.flatnonzero(passing(table, source.where))
     if kept.size < table.num_rows:
         table = table.take(pa.array(kept))
     blank = [None] * table.num_rows
@@ -146,7 +146,7 @@ def _values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
         return [None if one is None else one.decode("utf-8", "surrogateescape") for one in raw]
 
 
-def _mask(table: pa.Table, where: dict[str, Any]) -> np.ndarray:
+def passing(table: pa.Table, where: dict[str, Any]) -> np.ndarray:
     """bool[rows]: the rows whose columns equal the wanted values; each distinct value is compared once."""
     mask = np.ones(table.num_rows, dtype=bool)
     for name, wanted in where.items():

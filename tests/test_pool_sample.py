@@ -69,7 +69,7 @@ class TestParquet:
         rows, sample = look(uri=str(tmp_path), where={"part": 1})
         assert rows == Rows(1000, True)
         assert all(number % 4 == 1 for number in numbers(sample))
-        assert rows.count * sample.usable == pytest.approx(250, rel=0.2)
+        assert rows.count * sample.usable == pytest.approx(250)
 
     def test_a_limit_takes_the_first_rows(self, tmp_path):
         write_parquet(tmp_path / "x.parquet", 0, 100)
