@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import math
 import shutil
@@ -30,6 +31,7 @@ import pyarrow.parquet as pq
 import torch
 from torch.nn import functional
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from llkd_ray.answers import Answers, Unlimited
 from llkd_ray.config import LabelsConfig
@@ -64,6 +66,11 @@ class LabelSet:
     names: tuple[str, ...]
     prompt: PromptConfig
 
+    @property
+    def is_long(self) -> bool:
+        """Whether many names stand in the prompt."""
+        return self.prompt.show_labels and len(self.names) > 26
+
     def encode(
         self, texts: Sequence[str], tokenizer: PreTrainedTokenizerFast
     ) -> tuple[list[list[int]], list[tuple[int, ...]]]:
@@ -81,6 +88,11 @@ class Split:
 
     texts: list[str]
     golds: list[str]
+
+    def __getitem__(self, rows: Any) -> Split:
+        return Split(
+            np.array(self.texts, dtype=object)[rows].tolist(), np.array(self.test.golds)[rows].tolist()
+        )
 
 
 def label_sets(names: Sequence[str]) -> list[LabelSet]:
@@ -106,25 +118,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/banking77.parquet"))
     parser.add_argument("--folder", type=Path, default=Path("runs/label-names"), help="keeps the teacher")
     parser.add_argument("--texts", type=int, default=500, help="of the test split")
-    parser.add_argument("--exact", type=int, default=500, help="of those asked without leaving anything open")
+    parser.add_argument("--shown", type=int, default=200, help="of those, where all names are in the prompt")
+    parser.add_argument("--exact", type=int, default=50, help="of those, asked with nothing left open, too")
     parser.add_argument("--epochs", type=float, default=5.0)
     options = parser.parse_args(arguments)
     if not options.data.exists():
         print(f"label_names: there is no {options.data}; give BANKING77 (text, label, split) with --data")
         return
+    transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)  # small matrices: see quickstart.py
     train, test = read_splits(options.data)
     sets = label_sets(sorted(set(train.golds)))
     teacher = options.folder / "teacher"
     make_teacher(teacher, train, sets, options.epochs)
-    rows = np.random.default_rng(0).permutation(len(test.texts))[: options.texts]
-    test = Split([test.texts[row] for row in rows], [test.golds[row] for row in rows])
-    truth = [Truth.of(teacher, labels, test) for labels in sets]
-    for one in truth:
-        tell(one.summary())
+    test = test[np.random.default_rng(0).permutation(len(test.texts))[: options.texts]]
+    truths = [Truth.of(teacher, labels, test[: options.shown if labels.is_long else None]) for labels in sets]
+    for truth in truths:
+        tell(truth.summary())
     print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}", flush=True)
-    for block_size, chosen in ((CPU_BLOCK_SIZE, truth), (VLLM_BLOCK_SIZE, truth[2:4])):
-        asyncio.run(measure(teacher, chosen, test.texts, options.exact, block_size))
+    asyncio.run(measure(teacher, truths, options.exact, CPU_BLOCK_SIZE))
+    asyncio.run(measure(teacher, truths[2:4], 0, VLLM_BLOCK_SIZE))
 
 
 def tell(line: str) -> None:
@@ -280,7 +293,7 @@ class Truth:
     prompts: list[list[int]]
     sequences: list[tuple[int, ...]]
     probs_NC: np.ndarray
-    golds: list[str]
+    test: Split
 
     @classmethod
     def of(cls, teacher: Path, labels: LabelSet, test: Split) -> Truth:
@@ -291,12 +304,12 @@ class Truth:
         for i in range(3):
             off = np.abs(sequence_NC[i] - whole_sequence_probs(model, prompts[i], sequences)).max()
             assert off < 1e-5, f"one pass for all labels is {off} away from a pass for each"
-        return cls(labels, prompts, sequences, shared_out(sequence_NC, sequences), test.golds)
+        return cls(labels, prompts, sequences, shared_out(sequence_NC, sequences), test)
 
     def summary(self) -> str:
         names = self.labels.names
-        known = [i for i, gold in enumerate(self.golds) if gold in names]
-        golds = [names.index(self.golds[i]) for i in known]
+        known = [i for i, gold in enumerate(self.test.golds) if gold in names]
+        golds = [names.index(self.test.golds[i]) for i in known]
         right = np.mean(self.probs_NC[known].argmax(1) == golds) if known else math.nan
         confidence = (self.probs_NC.max(1) / self.probs_NC.sum(1)).mean()
         tokens = np.array([len(own) for own in self.sequences])
@@ -367,10 +380,8 @@ HEADINGS = (
 )
 
 
-async def measure(
-    teacher: Path, truth: Sequence[Truth], texts: Sequence[str], n_exact: int, block_size: int
-) -> None:
-    """Ask one engine for all label sets and print a line for each, by default and with nothing left open."""
+async def measure(teacher: Path, truths: Sequence[Truth], n_exact: int, block_size: int) -> None:
+    """Ask one engine for all label sets and print a line for each: by default, and for some texts exactly."""
     started: list[Any] = []
 
     def start(settings: TeacherConfig) -> Any:
@@ -378,21 +389,26 @@ async def measure(
         return started[-1]
 
     engine: Engine | None = None
-    for one, unresolved in product(truth, (UNRESOLVED, 0.0)):
-        asked = list(texts) if unresolved else list(texts[:n_exact])
-        labeller = labeller_of(teacher, one.labels, unresolved, block_size)
-        if engine is None:
-            engine = Engine(labeller.teacher, lambda seconds: tell(f"engine up in {seconds:.0f} s"), start)
-        labeller.engine = engine
+    for truth, (unresolved, most) in product(truths, ((UNRESOLVED, None), (0.0, n_exact))):
+        asked = truth.test.texts[:most]
+        if not asked:
+            continue
+        labeller = labeller_of(teacher, truth.labels, unresolved, block_size)
+        engine = labeller.engine = engine or Engine(labeller.teacher, tell_start, start)
         await labeller.label(["warm-up"], ["x"], Unlimited())
         assert await started[0].reset_prefix_cache()
         begun = time.monotonic()
         answers = await labeller.label([str(i) for i in range(len(asked))], asked, Unlimited())
         seconds = time.monotonic() - begun
-        cells = line_of(one, answers, unresolved, block_size, seconds)
-        print(f"| {' | '.join(cells)} |", flush=True)
-    assert engine is not None
-    engine.close()
+        print(f"| {' | '.join(cells(truth, answers, unresolved, block_size, seconds))} |", flush=True)
+    if engine is not None:
+        engine.close()
+    started.clear()
+    gc.collect()  # vLLM's own clean-up fails where it comes only at the end of the process
+
+
+def tell_start(seconds: float) -> None:
+    tell(f"engine up in {seconds:.0f} s")
 
 
 def labeller_of(teacher: Path, labels: LabelSet, unresolved: float, block_size: int) -> VllmLabeller:
@@ -407,7 +423,7 @@ def labeller_of(teacher: Path, labels: LabelSet, unresolved: float, block_size: 
     return VllmLabeller(settings, LabelsConfig(names=labels.names), lambda seconds: None)
 
 
-def line_of(
+def cells(
     truth: Truth, answers: Answers, unresolved: float, block_size: int, seconds: float
 ) -> tuple[str, ...]:
     assert answers.answered_N.all(), f"texts without an answer: {set(answers.outcome_N)}"

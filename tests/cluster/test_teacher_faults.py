@@ -30,6 +30,11 @@ ROWS = 500 + 120
 """Texts that a run of ``toy_settings`` has labelled: 500 of the pool, 120 of the test set."""
 
 
+def quick(settings: dict) -> dict:
+    """A student that learns little, soon."""
+    return settings["student"] | {"epochs": 4}
+
+
 def run(settings: dict, folder: Path) -> dict:
     with Display() as display:
         return distill(parse_config(settings), str(folder), display)
@@ -184,8 +189,8 @@ class TestCap:
         assert summary["unasked"] == ROWS - len(labels["row"])
         assert quarantined(run_dir) == {}
         if tokens == 1_000:  # the student learns from what there is, and nothing more is spent
-            summary = run(settings, run_dir)
-            assert summary["teacher_tokens"] == used
+            summary = run(settings | {"student": quick(settings)}, tmp_path / "whole")
+            assert tokens - 40 < summary["teacher_tokens"] <= tokens
 
     @pytest.mark.parametrize(("cap", "texts"), [({"texts": 100}, 100), ({"cost": 0.0021}, 105)])
     def test_texts_and_money(self, toy_settings, tmp_path, cap, texts, teach):
@@ -222,7 +227,8 @@ class TestCascade:
         teacher = {"kind": "cascade", "cascade": {**members, **cascade}, "lease_rows": 32}
         return toy_settings | {
             "teacher": teacher,
-            "budget": {"rounds": 4, "train": 240, "labels": 500, "growth": 1.0, "first_labels": 1.0},
+            "student": quick(toy_settings) | {"epochs": 8},
+            "budget": {"rounds": 3, "train": 180, "labels": 500, "growth": 1.0, "first_labels": 1.0},
         }
 
     def test_the_large_one_reads_only_what_is_in_doubt(self, toy_settings, tmp_path, teach):
@@ -250,7 +256,7 @@ class TestCascade:
         reviews = [pq.read_table(file) for file in sorted(run_dir.glob("leases/review-*.parquet"))]
         assert len(reviews[0]) == 0, "no student had looked before the first of them"
         reviewed = [row for table in reviews for row in table["row"].to_pylist()]
-        assert 0 < len(reviewed) <= 3 * 40
+        assert 0 < len(reviewed) <= 40
         assert summary["usage"]["large"]["texts"] == len(set(reviewed)) == len(reviewed)
         # What the student trains on after a review carries the large one's label.
         gold = dict(enumerate(pq.read_table(toy_settings["corpus"]["uri"])["label"].to_pylist()))
@@ -272,7 +278,8 @@ class TestConfidence:
         method = "temperature"
         teacher = toy_settings["teacher"] | {"confidence": {"method": method}}
         run_dir = tmp_path / "run"
-        summary = run(toy_settings | {"teacher": teacher}, run_dir)
+        settings = toy_settings | {"teacher": teacher, "student": quick(toy_settings)}
+        summary = run(settings | {"budget": {"rounds": 1, "train": 60, "labels": 500}}, run_dir)
         fitted = json.loads((run_dir / "calibration.json").read_text())
         assert fitted["method"] == method
         quality = summary["teacher"]["quality"]
