@@ -57,7 +57,8 @@ def labelling_config(config: Config) -> Config:
     tree = config.model_dump()
     tree["selection"] = {"policy": "all"}
     tree["acquisition"] = {"policy": "sequential", "explore": 0.0}
-    tree["budget"] = {"rounds": 1, "labels": None, "train": 1, "first_labels": 1.0}
+    cap = tree["budget"]["cap"]
+    tree["budget"] = {"rounds": 1, "labels": None, "train": 1, "first_labels": 1.0, "cap": cap}
     tree["student"] |= {"epochs": 1, "min_steps": 1}
     tree["evaluation"] = {"holdout": 0, "teacher_on_test": True}
     return parse_config(tree)

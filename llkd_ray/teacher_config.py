@@ -236,6 +236,12 @@ class TeacherConfig(Section):
                 raise ValueError(
                     f"cascade.{name} is a cascade itself: name a vllm, openai or recorded teacher"
                 )
+        currencies = dict.fromkeys(member.price.currency for _, member in self.members())
+        if len(currencies) > 1:
+            raise ValueError(
+                f"price.currency is {' and '.join(currencies)} for the two teachers of a cascade: give both in "
+                "one currency"
+            )
         if self.kind == "cascade" and self.confidence.method != "raw":
             raise ValueError(
                 f"confidence.method is {self.confidence.method!r}, but the answers of a cascade's two "

@@ -109,6 +109,47 @@ class TestMistakes:
         assert said in message
         assert "\n" not in message, "one mistake, one line"
 
+    @pytest.mark.parametrize(
+        ("teacher", "said"),
+        [
+            ({"kind": "openai", "model": "m"}, "server is missing: kind 'openai' needs server.base_url"),
+            ({"kind": "openai", "server": {"base_url": "http://h/v1"}}, "model is missing: kind 'openai'"),
+            ({"kind": "cascade"}, "cascade is missing: kind 'cascade' needs cascade.small and cascade.large"),
+            ({"confidence": {"method": "votes"}}, "samples answers, which recorded ones cannot"),
+        ],
+    )
+    def test_of_a_teacher(self, teacher, said):
+        message = refusal(teacher=teacher)
+        assert message.startswith("teacher: ")
+        assert said in message
+
+    def test_of_a_cascade(self):
+        vllm = {"kind": "vllm", "model": "m"}
+        nested = {"kind": "cascade", "cascade": {"small": vllm, "large": vllm}}
+
+        def refused(**cascade):
+            return refusal(teacher={"kind": "cascade", "cascade": {"small": vllm, "large": vllm} | cascade})
+
+        assert "cascade.large is a cascade itself" in refused(large=nested)
+        assert "USD and EUR for the two teachers" in refused(large=vllm | {"price": {"currency": "EUR"}})
+        shot = {"demonstrations": [{"text": "t", "label": "desert"}]}
+        message = refused(small=vllm | {"prompt": shot})
+        assert "teacher.cascade.small.prompt.demonstrations uses the label 'desert'" in message
+        fitted = nested | {"confidence": {"method": "batch"}}
+        assert "have no common scale to be fitted: leave it 'raw'" in refusal(teacher=fitted)
+
+    def test_of_what_a_run_may_cost(self):
+        message = refusal(budget={"cap": {"cost": 3.0}})
+        assert "budget.cap.cost is 3.0, but teacher.price says that nothing costs anything" in message
+        make_config(budget={"cap": {"cost": 3.0}}, teacher={"price": {"input": 0.1}})
+        assert refusal(budget={"cap": {"tokens": 0}}).startswith("budget.cap.tokens: 0 is refused")
+
+    def test_of_a_temperature_without_gold(self):
+        fitted = {"confidence": {"method": "temperature"}}
+        message = refusal(teacher=fitted, corpus={"gold": None})
+        assert "give corpus.gold (it may be empty for most texts) and evaluation.holdout" in message
+        assert "is fitted on texts of the hold-out" in refusal(teacher=fitted, evaluation={"holdout": 0})
+
     def test_more_labels_than_letters(self):
         labels = {"names": [f"label {i}" for i in range(27)]}
         vllm = {"kind": "vllm", "model": "some-model"}
