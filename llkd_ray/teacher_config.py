@@ -239,8 +239,8 @@ class TeacherConfig(Section):
         currencies = dict.fromkeys(member.price.currency for _, member in self.members())
         if len(currencies) > 1:
             raise ValueError(
-                f"price.currency is {' and '.join(currencies)} for the two teachers of a cascade: give both in "
-                "one currency"
+                f"price.currency is {' and '.join(currencies)} for the two teachers of a cascade: give "
+                "both in one"
             )
         if self.kind == "cascade" and self.confidence.method != "raw":
             raise ValueError(
