@@ -90,9 +90,7 @@ class Split:
     golds: list[str]
 
     def __getitem__(self, rows: Any) -> Split:
-        return Split(
-            np.array(self.texts, dtype=object)[rows].tolist(), np.array(self.test.golds)[rows].tolist()
-        )
+        return Split(np.array(self.texts, dtype=object)[rows].tolist(), np.array(self.golds)[rows].tolist())
 
 
 def label_sets(names: Sequence[str]) -> list[LabelSet]:
@@ -321,13 +319,13 @@ class Truth:
             f"off-label {1 - self.probs_NC.sum(1).mean():.3f}"
         )
 
-    def naive_tokens(self, block_size: int | None = None) -> float:
-        """Tokens computed for a text with one prompt for each label; with a prefix cache if that has blocks.
+    def naive_tokens(self, n_texts: int, block_size: int | None = None) -> float:
+        """Tokens computed for each of the first texts with one prompt a label; in a cache if that has blocks.
 
         As in vLLM, only whole blocks are found again, and the last token is always computed.
         """
         computed, known = 0, set()
-        for ids, own in product(self.prompts, self.sequences):
+        for ids, own in product(self.prompts[:n_texts], self.sequences):
             whole = [*ids, *own]
             found = block = 0
             for end in range(block_size, len(whole) + 1, block_size) if block_size else ():
@@ -336,7 +334,7 @@ class Truth:
                     found = end
                 known.add(block)
             computed += len(whole) - found
-        return computed / len(self.prompts)
+        return computed / n_texts
 
 
 @torch.inference_mode()
@@ -439,8 +437,8 @@ def cells(
         f"{usage.requests / n:.1f}",
         f"{usage.prompt_tokens / n:,.0f}",
         f"{(usage.prompt_tokens - usage.cached_tokens) / n:,.0f}",
-        f"{truth.naive_tokens():,.0f}",
-        f"{truth.naive_tokens(block_size):,.0f}",
+        f"{truth.naive_tokens(n):,.0f}",
+        f"{truth.naive_tokens(n, block_size):,.0f}",
         f"{n / seconds:.1f}",
     )
 

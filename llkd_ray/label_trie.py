@@ -101,13 +101,12 @@ class LabelTrie:
         return cls(root, max(map(len, sequences)))
 
     async def mass(self, ask: NextTokens, unresolved: float) -> Mass:
-        """Share out the answers to one text; ``unresolved``: the mass that need not be followed, in all.
+        """Share out the answers to one text; a branch of no more mass than ``unresolved`` is not followed.
 
-        The walk is best-first: it takes the largest open branch, as long as the open ones together hold
-        more than ``unresolved``. Branches that it would take in any case, whatever is found in larger ones,
-        are asked for at the same time; so it asks exactly what a walk one by one asks, in fewer rounds.
-        The mass of a branch that stays open goes to the labels below it in equal parts. That moves at most
-        ``unresolved``, so no label, and no set of labels, is further than that from its true mass.
+        The walk goes level by level, and asks for all branches of a level that matter at the same time. The
+        mass of a branch that is not followed goes to the labels below it in equal parts. So a label is no
+        further than ``unresolved`` from its true mass; one that begins others, no further than its
+        branches that were not followed hold together. That is told of all of them in ``Mass.unresolved``.
 
         Each node is asked for once. Exceptions of ``ask`` come through as they are, and end the other
         questions. Raises ValueError where ``unresolved`` is not in [0, 1), or where ``ask`` gives what
@@ -116,38 +115,25 @@ class LabelTrie:
         if not 0 <= unresolved < 1:
             raise ValueError(f"unresolved is {unresolved}: give a probability from 0 to less than 1")
         mass_S = np.zeros(self.n_labels + 1)  # of each label and, at index -1, off-label
-        open_: list[_Branch] = [_Branch(1.0, self._root)]
-        requests = 0
-        while needed := _needed(open_, unresolved):
-            open_ = open_[len(needed) :]
+        level: list[_Branch] = [_Branch(1.0, self._root)]
+        requests, left = 0, 0.0
+        while level:
+            needed = [branch for branch in level if branch.mass > unresolved]
+            for branch in level:
+                if branch.mass <= unresolved:
+                    mass_S[branch.node.labels] += branch.mass / len(branch.node.labels)
+                    left += branch.mass
+            level = []
             answers = await _together([_ask_all(ask, branch.node) for branch in needed])
             for branch, p_K in zip(needed, answers, strict=True):
                 requests += -(-len(p_K) // MAX_TOKENS)
                 mass_S[branch.node.owner] += branch.mass * max(0.0, 1.0 - p_K.sum())
                 for p, child in zip(p_K.tolist(), branch.node.children.values(), strict=True):
                     if child.children:
-                        open_.append(_Branch(branch.mass * p, child))
+                        level.append(_Branch(branch.mass * p, child))
                     else:
                         mass_S[child.owner] += branch.mass * p
-        for branch in open_:
-            mass_S[branch.node.labels] += branch.mass / len(branch.node.labels)
-        left = float(sum(branch.mass for branch in open_))
         return Mass(mass_S[:-1], off_label=float(mass_S[-1]), unresolved=left, requests=requests)
-
-
-def _needed(open_: list[_Branch], unresolved: float) -> list[_Branch]:
-    """Sorts ``open_``, largest first, and gives those at its front that must be followed in any case.
-
-    A branch must be where it and all smaller ones hold more than ``unresolved``: nothing that is found in
-    larger ones can make it superfluous.
-    """
-    open_.sort(key=lambda branch: (-branch.mass, branch.node.after))
-    tail = 0.0
-    for i in range(len(open_) - 1, -1, -1):
-        tail += open_[i].mass
-        if tail > unresolved:
-            return open_[: i + 1]
-    return []
 
 
 async def _ask_all(ask: NextTokens, node: _Node) -> np.ndarray:

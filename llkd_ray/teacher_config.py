@@ -192,7 +192,8 @@ class TeacherConfig(Section):
         5e-4,
         ge=0,
         lt=0.1,
-        description="Probability, in all, of label names begun that need not be followed to their end.",
+        description="Probability of a branch of the label names that is not worth a request: its names share "
+        "it as they are. No name is further off than that, but for one that others go on from.",
     )
     lease_rows: int = Field(128, ge=1, description="Texts a ticket stands for: the unit of labelling.")
     tickets_in_flight: int = Field(
