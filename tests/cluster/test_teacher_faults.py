@@ -188,9 +188,15 @@ class TestCap:
         assert summary["cap"] == {"texts": None, "tokens": tokens, "cost": None, "reached": True}
         assert summary["unasked"] == ROWS - len(labels["row"])
         assert quarantined(run_dir) == {}
-        if tokens == 1_000:  # the student learns from what there is, and nothing more is spent
-            summary = run(settings | {"student": quick(settings)}, tmp_path / "whole")
-            assert tokens - 40 < summary["teacher_tokens"] <= tokens
+
+    def test_the_student_learns_from_what_a_cap_leaves(self, toy_settings, tmp_path):
+        budget = {"rounds": 2, "train": 60, "labels": 500, "cap": {"tokens": 1_000}}
+        answers = toy_settings["teacher"]["recorded"] | {"prompt_tokens": "prompt_tokens"}
+        teacher = toy_settings["teacher"] | {"lease_rows": 16, "recorded": answers}
+        changed = {"budget": budget, "teacher": teacher, "student": quick(toy_settings)}
+        summary = run(toy_settings | changed, tmp_path / "run")
+        assert 960 < summary["teacher_tokens"] <= 1_000
+        assert (tmp_path / "run/model/config.json").exists()
 
     @pytest.mark.parametrize(("cap", "texts"), [({"texts": 100}, 100), ({"cost": 0.0021}, 105)])
     def test_texts_and_money(self, toy_settings, tmp_path, cap, texts, teach):
