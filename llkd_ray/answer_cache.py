@@ -49,11 +49,6 @@ _NAMES_OF_MEMBER = {0: ("teacher", "small"), 1: ("large",)}
 _NEEDED = ("text_hash", "member", "probs")
 
 
-def text_hash(text: str) -> int:
-    """The 64-bit hash of a clean text: the same as ``cleaning.Example.hash``."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
 # --- what decides an answer
 
 

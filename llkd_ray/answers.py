@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from decimal import Decimal
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,8 +47,8 @@ class Usage:
         """Prompt and answer tokens: what a cap counts."""
         return self.prompt_tokens + self.answer_tokens
 
-    def cost(self, price: PriceConfig) -> float:
-        """In the price's currency."""
+    def cost(self, price: PriceConfig) -> Decimal:
+        """In the price's currency, exactly."""
         return price.cost(self.prompt_tokens, self.cached_tokens, self.answer_tokens)
 
     def as_dict(self) -> dict[str, Any]:

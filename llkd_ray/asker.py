@@ -17,13 +17,14 @@ import numpy as np
 import pyarrow as pa
 
 from llkd_ray import schemas
-from llkd_ray.answer_cache import AnswerCache, register, text_hash
+from llkd_ray.answer_cache import AnswerCache, register
 from llkd_ray.answers import UNASKED, Allowance, Labeller, Unlimited, Usage
+from llkd_ray.cleaning import text_hash
 from llkd_ray.config import Config
 from llkd_ray.label_files import in_row_order, labels_table, mark_file, write_mark
 from llkd_ray.ledger import RemoteAllowance
 from llkd_ray.store import ENGINES_DIR, LABELS_DIR, SMALL_DIR, RunStore
-from llkd_ray.teachers import cache_folder, cache_key, make_labeller
+from llkd_ray.teachers import cache_folder, make_labeller
 
 Reserve = Callable[[int, str, str, Usage], Awaitable[bool]]
 """``reserve(ticket, attempt, teacher, usage)``: whether so much more may be used, says the selector."""
@@ -56,12 +57,15 @@ class Asker:
         member: int,
         reserve: Reserve,
         labeller: Labeller | None = None,
+        key: str | None = None,
     ) -> None:
+        """``key``: what its answers are found by in later runs; without one, nothing is reused."""
         self.config, self.store_uri, self.store = config, store_uri, RunStore(store_uri)
         self.member = member
         self.name, self.teacher = list(config.teacher.members())[member]
         self._reserve = reserve
         self._labeller = labeller
+        self._key = key
         self._cache: AnswerCache | None = None
         self._is_prepared = False
         self._preparing = asyncio.Lock()
@@ -117,11 +121,10 @@ class Asker:
         if self._labeller is None:
             self._labeller = make_labeller(self.teacher, labels, self._note_start)
         folder = cache_folder(self.config, self.teacher)
-        if folder is not None:
-            key, n_classes = cache_key(self.teacher, labels), len(labels.names)
+        if folder is not None and self._key is not None:
             own = f"{self.store_uri}/{SMALL_DIR if self.name == 'small' else LABELS_DIR}"
-            self._cache = AnswerCache.open(folder, key, n_classes, own)
-            register(folder, key, own, self.member)
+            self._cache = AnswerCache.open(folder, self._key, len(labels.names), own)
+            register(folder, self._key, own, self.member)
 
     def _reuse(self, hash_M: np.ndarray, texts: pa.Table) -> tuple[np.ndarray, pa.Table]:
         """bool[M]: which texts have an answer of an earlier run; and LABELS of those, as this run's."""

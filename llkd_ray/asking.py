@@ -5,13 +5,13 @@ Shapes in names: N texts of one call, C labels.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
 
 from llkd_ray.answers import UNASKED, Allowance, Answers, TextFailed, Usage
+from llkd_ray.together import together
 
 
 class CapReached(Exception):
@@ -65,29 +65,19 @@ async def ask_each(n_texts: int, n_classes: int, ask_one: AskOne, allowance: All
         except CapReached:
             outcome_N[i] = UNASKED
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for i in range(n_texts):
-                group.create_task(one(i))
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-
-    def column(name: str) -> np.ndarray:
-        return np.array([getattr(meter, name) for meter in meters], dtype=np.int64)
-
+    await together(one(i) for i in range(n_texts))
+    names = ("requests", "prompt_tokens", "cached_tokens", "answer_tokens")
+    used = {name: np.array([getattr(meter, name) for meter in meters], dtype=np.int64) for name in names}
     return Answers(
         probs_NC=probs_NC,
         off_label_N=off_label_N,
-        prompt_tokens_N=column("prompt_tokens"),
-        cached_tokens_N=column("cached_tokens"),
-        answer_tokens_N=column("answer_tokens"),
+        prompt_tokens_N=used["prompt_tokens"],
+        cached_tokens_N=used["cached_tokens"],
+        answer_tokens_N=used["answer_tokens"],
         outcome_N=outcome_N,
         usage=Usage(
-            texts=int(np.count_nonzero(column("requests"))),
-            requests=int(column("requests").sum()),
-            prompt_tokens=int(column("prompt_tokens").sum()),
-            cached_tokens=int(column("cached_tokens").sum()),
-            answer_tokens=int(column("answer_tokens").sum()),
+            texts=int(np.count_nonzero(used["requests"])),
             cut_texts=cut,
+            **{name: int(used_N.sum()) for name, used_N in used.items()},
         ),
     )

@@ -27,8 +27,13 @@ class Refusal(NamedTuple):
     detail: str = ""
 
 
+def text_hash(text: str) -> int:
+    """The 64-bit hash by which equal texts are found: duplicates, and answers of earlier runs."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
 class Example(NamedTuple):
-    """A row of EXAMPLES, and the 64-bit hash of its text."""
+    """A row of EXAMPLES, and the :func:`text_hash` of its text."""
 
     id: str
     text: str
@@ -145,12 +150,12 @@ class Cleaner:
             return gold
         if gold is None and self._gold_required:
             return Refusal("missing_gold", f"{self._field}.gold is {self._source.gold!r}")
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        hash_ = text_hash(text)
         given = row.id.decode("utf-8", "surrogateescape") if isinstance(row.id, bytes) else row.id
         if given is None or given == "" or given != given:  # NaN is no id
-            id_ = digest.hex()
+            id_ = f"{hash_:016x}"
         else:
             id_ = str(given)
             if wrong := _undecodable(id_):
                 return Refusal("undecodable", f"{self._field}.id: {wrong}")
-        return Example(id_, text, NO_GOLD if gold is None else gold, int.from_bytes(digest, "big"))
+        return Example(id_, text, NO_GOLD if gold is None else gold, hash_)

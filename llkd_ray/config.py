@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from llkd_ray.sections import ConfigError, Section
-from llkd_ray.teacher_config import TeacherConfig
+from llkd_ray.teacher_config import TeacherConfig, member_field
 
 
 class SourceConfig(Section):
@@ -305,7 +305,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         for name, teacher in self.teacher.members():
-            self._check_teacher("teacher" if name == "teacher" else f"teacher.cascade.{name}", teacher)
+            self._check_teacher(member_field(name), teacher)
         if self.budget.patience and not self.evaluation.holdout:
             raise ValueError(
                 f"budget.patience is {self.budget.patience}, but evaluation.holdout is 0: "

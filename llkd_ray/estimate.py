@@ -6,18 +6,16 @@ Shapes in names: N texts of the sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from llkd_ray.config import CapConfig
+from llkd_ray.label_trie import LabelTrie
 from llkd_ray.teacher_config import PriceConfig
 
 Z = 1.96
 """Half of a 95 % interval, in standard errors."""
-LARGEST_REQUEST = 128
-"""Tokens that one request may ask for: as in label_trie."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +103,11 @@ class Asking:
         return all(least == most for least, most in (self.prompts, self.behind, self.answers))
 
 
-def by_trie(sequences: Sequence[tuple[int, ...]]) -> Asking:
+def by_trie(trie: LabelTrie) -> Asking:
     """Label probabilities by the labels' token sequences: from the first tokens only to every branch."""
-    children: dict[tuple[int, ...], set[int]] = {}
-    for sequence in sequences:
-        for place, token in enumerate(sequence):
-            children.setdefault(sequence[:place], set()).add(token)
-    requests = {after: math.ceil(len(tokens) / LARGEST_REQUEST) for after, tokens in children.items()}
-    first, every = requests[()], sum(requests.values())
-    behind = sum(len(after) * count for after, count in requests.items())
+    questions = list(trie.questions())
+    first, every = questions[0][1], sum(requests for _, requests in questions)
+    behind = sum(after * requests for after, requests in questions)
     return Asking((first, every), (0, behind), (first, every))
 
 

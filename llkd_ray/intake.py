@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from llkd_ray.answers import Usage, add_usages
-from llkd_ray.confidence import Calibrator
+from llkd_ray.confidence import MIN_GOLD, Calibrator
 from llkd_ray.config import Config, ConfigError
 from llkd_ray.label_files import TicketLabels
 from llkd_ray.schedule import Schedule
@@ -19,9 +19,6 @@ from llkd_ray.table import ScoreTable
 
 # First word of the seed of the generator that the hold-out is drawn by; the selector's others differ.
 _HOLDOUT_SEED = 1
-
-MIN_GOLD = 20
-"""Texts with gold that a temperature is fitted on at least."""
 
 
 class Intake:
@@ -50,7 +47,7 @@ class Intake:
         if self.calibrator is not None:
             return self._note(ticket, labels)
         self._waiting[ticket] = labels
-        if not set(self._fitted_on()) <= self.done | set(self._waiting):
+        if not set(self._fitted_on()) <= self._waiting.keys():
             return 0
         self.calibrator = self._fit()
         self.store.write_json(CALIBRATION, self.calibrator.as_dict())
@@ -71,14 +68,14 @@ class Intake:
         return range(self.schedule.tickets_before(0))
 
     def _fit(self) -> Calibrator:
-        there = [self._waiting[ticket] for ticket in self._fitted_on() if ticket in self._waiting]
+        there = [self._waiting[ticket] for ticket in self._fitted_on()]
         row_M = np.concatenate([np.empty(0, dtype=np.int64), *(one.row_M for one in there)])
         mass_MC = np.concatenate([np.empty((0, self.n_classes)), *(one.probs_MC for one in there)])
         gold_M = self.examples.read(row_M, ["gold"])["gold"].to_numpy()
         try:
             return Calibrator.fit(self.config, mass_MC, gold_M)
         except ValueError as error:
-            raise ConfigError(f"teacher.confidence.method {self.config.method!r}: {error}") from None
+            raise ConfigError(str(error)) from None
 
 
 def read_calibrator(store: RunStore, config: Config) -> Calibrator | None:
@@ -87,9 +84,7 @@ def read_calibrator(store: RunStore, config: Config) -> Calibrator | None:
         return Calibrator.from_dict(store.read_json(CALIBRATION))
     if config.teacher.confidence.method in ("batch", "temperature"):
         return None
-    return Calibrator.fit(
-        config.teacher.confidence, np.empty((0, len(config.labels.names))), np.empty(0, int)
-    )
+    return Calibrator(config.teacher.confidence.method)
 
 
 def draw_holdout(config: Config, examples: Examples, schedule: Schedule) -> np.ndarray:

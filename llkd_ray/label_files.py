@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from llkd_ray import schemas
 from llkd_ray.answers import Answers, Usage, add_usages
@@ -87,6 +88,13 @@ def read_all(store: RunStore, folder: str, n_classes: int) -> Iterator[tuple[int
     for name in store.names(folder, ".parquet"):
         table = store.read_table(f"{folder}/{name}", ["row", "probs", "member"])
         yield ticket_of(name), ticket_labels(table, *_read_metadata(table.schema.metadata or {}), n_classes)
+
+
+def read_usages(store: RunStore, folder: str) -> Iterator[tuple[int, dict[str, Usage]]]:
+    """What every ticket that has a file in a folder has used, by teacher; from the files' ends alone."""
+    for name in store.names(folder, ".parquet"):
+        schema = pq.read_schema(store.path(f"{folder}/{name}"), filesystem=store.fs)
+        yield ticket_of(name), _read_metadata(schema.metadata or {})[0]
 
 
 def ticket_labels(labels: pa.Table, usage: dict[str, Usage], unasked: int, n_classes: int) -> TicketLabels:

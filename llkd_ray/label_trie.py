@@ -14,19 +14,18 @@ Shapes in names: C labels, K tokens that are asked for together.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import numpy as np
+
+from llkd_ray.together import together
 
 MAX_TOKENS = 128
 """Tokens that one request may ask for: vLLM's limit of ``logprob_token_ids``."""
 OVERFULL = 0.01
 """Next-token probabilities may add up to this much more than one; an engine that says more is broken."""
 
-T = TypeVar("T")
 NextTokens = Callable[[tuple[int, ...], tuple[int, ...]], Awaitable[Sequence[float]]]
 """``ask(after, tokens)``: the probability of each of ``tokens`` as the next one behind ``after``."""
 
@@ -53,6 +52,11 @@ class _Node:
     children: dict[int, _Node] = field(default_factory=dict)
     labels: list[int] = field(default_factory=list)
     """All labels that begin with ``after``, in label order."""
+
+    @property
+    def requests(self) -> int:
+        """How many it takes to ask for all children."""
+        return -(-len(self.children) // MAX_TOKENS)
 
 
 @dataclass
@@ -100,6 +104,15 @@ class LabelTrie:
             raise ValueError("there are no labels: give at least one sequence of tokens")
         return cls(root, max(map(len, sequences)))
 
+    def questions(self) -> Iterator[tuple[int, int]]:
+        """Of every place that a walk may come to, the root first: its tokens behind the prompt, and the
+        requests that it takes.
+        """
+        nodes = [self._root]
+        for node in nodes:
+            yield len(node.after), node.requests
+            nodes += [child for child in node.children.values() if child.children]
+
     async def mass(self, ask: NextTokens, unresolved: float) -> Mass:
         """Share out the answers to one text; a branch of no more mass than ``unresolved`` is not followed.
 
@@ -124,9 +137,9 @@ class LabelTrie:
                     mass_S[branch.node.labels] += branch.mass / len(branch.node.labels)
                     left += branch.mass
             level = []
-            answers = await _together([_ask_all(ask, branch.node) for branch in needed])
+            answers = await together([_ask_all(ask, branch.node) for branch in needed])
             for branch, p_K in zip(needed, answers, strict=True):
-                requests += -(-len(p_K) // MAX_TOKENS)
+                requests += branch.node.requests
                 mass_S[branch.node.owner] += branch.mass * max(0.0, 1.0 - p_K.sum())
                 for p, child in zip(p_K.tolist(), branch.node.children.values(), strict=True):
                     if child.children:
@@ -142,7 +155,7 @@ async def _ask_all(ask: NextTokens, node: _Node) -> np.ndarray:
     chunks = [tokens[start : start + MAX_TOKENS] for start in range(0, len(tokens), MAX_TOKENS)]
     # The first one alone: an engine's prefix cache then knows the prompt when the others come.
     answers = [await ask(node.after, chunks[0])]
-    answers += await _together([_ask_one(ask, node.after, chunk) for chunk in chunks[1:]])
+    answers += await together([_ask_one(ask, node.after, chunk) for chunk in chunks[1:]])
     for chunk, answer in zip(chunks, answers, strict=True):
         if len(answer) != len(chunk):
             raise ValueError(f"{len(answer)} probabilities came back for {len(chunk)} tokens")
@@ -156,13 +169,3 @@ async def _ask_all(ask: NextTokens, node: _Node) -> np.ndarray:
 
 async def _ask_one(ask: NextTokens, after: tuple[int, ...], tokens: tuple[int, ...]) -> Sequence[float]:
     return await ask(after, tokens)
-
-
-async def _together(questions: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Like asyncio.gather, but what fails ends the others, and its exception comes alone."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(question) for question in questions]
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]

@@ -45,7 +45,7 @@ class Ledger:
     def __init__(self, cap: CapConfig, prices: Mapping[str, PriceConfig]) -> None:
         """``prices`` by teacher; a teacher without one costs nothing. They share one currency."""
         self.cap = cap
-        self._prices = {name: _Price(price) for name, price in prices.items()}
+        self._prices = prices
         self._answered: ByTeacher = {}
         self._lost: ByTeacher = {}
         self._held: dict[int, ByTeacher] = {}
@@ -129,13 +129,10 @@ class Ledger:
 
     def _cost(self, unknown: ByTeacher) -> Decimal:
         """Of what is answered, and of what may be used at most beside it."""
-        answered = (self._price(name).cost(usage) for name, usage in self._answered.items())
-        return sum(answered, Decimal()) + sum(
-            (self._price(name).at_most(usage) for name, usage in unknown.items()), Decimal()
-        )
-
-    def _price(self, teacher: str) -> _Price:
-        return self._prices.get(teacher, _FREE)
+        free = PriceConfig()
+        costs = [usage.cost(self._prices.get(name, free)) for name, usage in self._answered.items()]
+        costs += [_at_most(usage, self._prices.get(name, free)) for name, usage in unknown.items()]
+        return sum(costs, Decimal())
 
     def _fits(self, more: ByTeacher, tickets: Iterable[int]) -> bool:
         """Whether ``more`` fits on top of what is spent and what some tickets hold."""
@@ -150,28 +147,16 @@ class Ledger:
         return cap.cost is None or self._cost(unknown) <= Decimal(str(cap.cost))
 
 
-class _Price:
-    """A price in exact decimals, so that a sum of many small costs is not above a cap by a rounding error."""
-
-    def __init__(self, price: PriceConfig) -> None:
-        self.input = Decimal(str(price.input)) / 1_000_000
-        self.cached = self.input if price.cached is None else Decimal(str(price.cached)) / 1_000_000
-        self.output = Decimal(str(price.output)) / 1_000_000
-
-    def cost(self, usage: Usage) -> Decimal:
-        fresh = usage.prompt_tokens - usage.cached_tokens
-        return fresh * self.input + usage.cached_tokens * self.cached + usage.answer_tokens * self.output
-
-    def at_most(self, usage: Usage) -> Decimal:
-        """Before it is known which of the prompt's tokens a cache knows."""
-        return usage.prompt_tokens * max(self.input, self.cached) + usage.answer_tokens * self.output
+def _at_most(usage: Usage, price: PriceConfig) -> Decimal:
+    """Before it is known which of the prompt's tokens a cache knows."""
+    none_or_all = (0, usage.prompt_tokens)
+    return max(price.cost(usage.prompt_tokens, cached, usage.answer_tokens) for cached in none_or_all)
 
 
 def _has_asked(usage: Usage) -> bool:
     return bool(usage.requests or usage.texts or usage.tokens)
 
 
-_FREE = _Price(PriceConfig())
 _COUNTED = ("texts", "prompt_tokens", "answer_tokens")
 
 

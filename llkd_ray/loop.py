@@ -137,7 +137,8 @@ def spending(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
     """What each teacher has used and what that cost, and how it stands to the cap."""
     members = dict(config.teacher.members())
     usage = {
-        name: one | {"cost": Usage(**one).cost(members[name].price)} for name, one in totals["usage"].items()
+        name: one | {"cost": float(Usage(**one).cost(members[name].price))}
+        for name, one in totals["usage"].items()
     }
     cap = config.budget.cap
     return {

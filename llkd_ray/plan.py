@@ -16,6 +16,7 @@ from llkd_ray.loop import check
 from llkd_ray.plan_teacher import Part, TeacherPlan, plan_teacher, totals_in_words
 from llkd_ray.pool_sample import count_rows, draw
 from llkd_ray.schedule import Schedule
+from llkd_ray.teacher_config import member_field
 from llkd_ray.teachers import self_contained
 
 SAMPLE_ROWS = 500
@@ -45,8 +46,7 @@ def plan(config: Config, display: Display) -> None:
         parts += [test] if config.evaluation.teacher_on_test else []
     plans = []
     for name, teacher in config.teacher.members():
-        field = "teacher" if name == "teacher" else f"teacher.cascade.{name}"
-        plans.append(plan_teacher(config, field, teacher, parts))
+        plans.append(plan_teacher(config, member_field(name), teacher, parts))
         for line in plans[-1].lines:
             display.say(f"{name}: {line}")
     _say_totals(config, plans, display)

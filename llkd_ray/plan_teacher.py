@@ -12,7 +12,7 @@ from operator import add
 
 import numpy as np
 
-from llkd_ray.answer_cache import AnswerCache, speed_of
+from llkd_ray.answer_cache import AnswerCache, Speed, speed_of
 from llkd_ray.config import Config
 from llkd_ray.estimate import NOTHING, Bill, Estimate, bill, hours, mean
 from llkd_ray.pool_sample import Sample
@@ -65,7 +65,8 @@ def plan_teacher(config: Config, field: str, teacher: TeacherConfig, parts: Sequ
     lines = [f"{teacher.model}, {teacher.actors} actor(s)"]
     lines += [f"prompts of the {part.name}: {_prompts(part, sizes[i])}" for i, part in enumerate(parts)]
     lines.append(_requests(sizes[0]))
-    found, said = _answered(config, teacher, parts)
+    folder, key = cache_folder(config, teacher), cache_key(config, teacher)
+    found, said = _answered(folder, key, len(config.labels.names), parts)
     lines += said
     if not is_known:
         lines.append("what it takes in all is unknown, as the number of texts is: set budget.labels")
@@ -78,7 +79,8 @@ def plan_teacher(config: Config, field: str, teacher: TeacherConfig, parts: Sequ
     if any(one.any() for one in found):
         without = _needed(teacher, parts, sizes, [np.zeros_like(one) for one in found])
         lines.append(_saved(need.bill, without.bill, teacher))
-    lines.append(_time(config, teacher, need))
+    earlier = None if folder is None or key is None else speed_of(folder, key)
+    lines.append(_time(teacher, need, earlier))
     return TeacherPlan(lines, need.bill, sizes[0].first)
 
 
@@ -156,13 +158,12 @@ def _ends(ends: tuple[int, int]) -> str:
 
 
 def _answered(
-    config: Config, teacher: TeacherConfig, parts: Sequence[Part]
+    folder: str | None, key: str | None, n_classes: int, parts: Sequence[Part]
 ) -> tuple[list[np.ndarray], list[str]]:
     """bool[N] for each part: which texts of its sample earlier runs have answered."""
-    folder = cache_folder(config, teacher)
-    if folder is None:
+    if folder is None or key is None:
         return [np.zeros(len(part.texts), dtype=bool) for part in parts], []
-    cache = AnswerCache.open(folder, cache_key(teacher, config.labels), len(config.labels.names), own=None)
+    cache = AnswerCache.open(folder, key, n_classes, own=None)
     found = [cache.find(part.hashes())[0] for part in parts]
     line = (
         f"earlier runs have answered {sum(map(np.count_nonzero, found))} of the {sum(map(len, found))} texts"
@@ -180,14 +181,12 @@ def _saved(need: Bill, without: Bill, teacher: TeacherConfig) -> str:
     return f"{line} and {without.cost.high - need.cost.high:,.2f} {teacher.price.currency}"
 
 
-def _time(config: Config, teacher: TeacherConfig, need: _Need) -> str:
+def _time(teacher: TeacherConfig, need: _Need, earlier: Speed | None) -> str:
     """Hours, and where the speed is known from."""
     tokens, actors = need.bill.prompt_tokens, teacher.actors
     if teacher.tokens_per_s is not None:
         speed = teacher.tokens_per_s * actors
         return f"{_hours(hours(tokens, speed, speed))}, at teacher.tokens_per_s"
-    folder = cache_folder(config, teacher)
-    earlier = None if folder is None else speed_of(folder, cache_key(teacher, config.labels))
     if earlier is not None:
         speed = earlier.tokens_per_s * actors
         return (

@@ -14,11 +14,11 @@ import numpy as np
 
 from llkd_ray.config import LabelsConfig
 from llkd_ray.estimate import Asking, by_trie, by_votes
-from llkd_ray.prompts import encode_prompts, label_sequences
+from llkd_ray.prompts import encode_prompts
 from llkd_ray.server_teacher import possible_ways
 from llkd_ray.server_ways import CHARS_PER_TOKEN, ByLabelIds, ByTopLogprobs, ByVotes, Way
 from llkd_ray.teacher_config import TeacherConfig
-from llkd_ray.vllm_teacher import longest_answer, prepare, room_for_prompt
+from llkd_ray.vllm_teacher import prepare, room_for_prompt
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ def prompt_sizes(
     """Of a vllm or openai teacher, for one text or more; raises ConfigError, with ``field``, as checks do."""
     if teacher.kind == "openai":
         return _of_server(teacher, labels, texts, field)
-    tokenizer, prompt, sequences = prepare(teacher, labels, field)
-    room = room_for_prompt(teacher, sequences)
+    tokenizer, prompt, trie = prepare(teacher, labels, field)
+    room = room_for_prompt(teacher, trie)
     encoded, cut_N = encode_prompts(prompt, texts, tokenizer, room, teacher.prompt.cut)
     votes = teacher.confidence.method == "votes"
-    asking = by_votes(teacher.confidence.samples, longest_answer(sequences)) if votes else by_trie(sequences)
+    asking = by_votes(teacher.confidence.samples, trie.depth) if votes else by_trie(trie)
     first = prompt.render(texts[0])
     return PromptSizes(_lengths(encoded), cut_N, asking, _shared(encoded), True, first)
 
 
 def _of_server(teacher: TeacherConfig, labels: LabelsConfig, texts: Sequence[str], field: str) -> PromptSizes:
     ways, _ = possible_ways(teacher, labels, field)
-    asking = reduce(or_, (_asking(way, labels) for way in ways))
+    asking = reduce(or_, map(_asking, ways))
     names = tuple(way.name for way in ways)
     best = ways[0]
     if isinstance(best, ByLabelIds):
@@ -78,10 +78,10 @@ def _of_server(teacher: TeacherConfig, labels: LabelsConfig, texts: Sequence[str
     return PromptSizes(tokens_N, cut_N, asking, 0, counted, "\n\n".join(contents[0]), names)
 
 
-def _asking(way: Way, labels: LabelsConfig) -> Asking:
+def _asking(way: Way) -> Asking:
     match way:
         case ByLabelIds():
-            return by_trie(label_sequences(way.prompt, labels, way.tokenizer))
+            return by_trie(way.trie)
         case ByVotes():
             # A server may give one answer a request, whatever it is asked for.
             return by_votes(way.samples, way.chat.answer_tokens, prompts=way.samples)

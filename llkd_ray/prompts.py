@@ -253,7 +253,7 @@ def _encode_cut(
         most = len(spans)
 
     def attempt(keep: int) -> list[int]:
-        return encode([prompt.render(_shorten(text, spans, keep, cut))])[0]
+        return encode([prompt.render(shorten(text, spans, keep, cut))])[0]
 
     # Tokens merge differently at the seams, so a few more than by the count may have to go.
     most = max(0, min(most, len(spans) - 1))
@@ -267,8 +267,11 @@ def _spans(text: str, tokenizer: Tokenizer) -> list[tuple[int, int]] | None:
     return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
 
-def _shorten(text: str, spans: Sequence[tuple[int, int]], keep: int, cut: Cut) -> str:
-    """What is left of a text where ``keep`` of its tokens stay."""
+def shorten(text: str, spans: Sequence[tuple[int, int]], keep: int, cut: Cut) -> str:
+    """What is left of a text where ``keep`` of its tokens stay, which stand for ``spans`` of it.
+
+    ``cut`` says which go: those at its head, at its tail or in its middle.
+    """
     if not keep:
         return ""
     first = {"tail": keep, "head": 0, "middle": (keep + 1) // 2}[cut]

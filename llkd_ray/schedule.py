@@ -90,6 +90,9 @@ class Schedule:
         """Hold-out and test set: tickets whose rows nobody chooses in the run."""
         return [*self.holdout_tickets, *self.test_tickets]
 
+    def is_fixed(self, ticket: int) -> bool:
+        return ticket in self.holdout_tickets or ticket in self.test_tickets
+
     def needed_for(self, round_number: int) -> Iterator[int]:
         """The tickets that must be done before a round can choose."""
         yield from range(self.tickets_before(round_number))

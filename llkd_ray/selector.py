@@ -25,7 +25,7 @@ from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.answers import Usage
 from llkd_ray.config import Config
 from llkd_ray.intake import Intake
-from llkd_ray.label_files import TicketLabels, read_all, read_lost_usage
+from llkd_ray.label_files import TicketLabels, read_all, read_lost_usage, read_usages
 from llkd_ray.leases import Leases
 from llkd_ray.ledger import Ledger
 from llkd_ray.policies import SELECTION, Selection
@@ -321,7 +321,7 @@ class Selector:
             self.ledger.settle(self._account(ticket, teacher), {teacher: one})
 
     async def _rows_of(self, ticket: int) -> Ints:
-        if ticket not in self.schedule.fixed_tickets():
+        if not self.schedule.is_fixed(ticket):
             ahead = self.schedule.round_of(ticket)
             lead = 0 if ticket in self.schedule.review_tickets or self.acquisition.uses_student else 1
             await self._until(lambda: self.state.finished or ahead <= len(self.state.selected) + lead)
@@ -371,8 +371,8 @@ class Selector:
         for ticket, labels in read_all(self.store, LABELS_DIR, self.n_classes):
             self._settle(ticket, labels.usage)
             self.intake.take(ticket, labels)
-        for ticket, labels in read_all(self.store, SMALL_DIR, self.n_classes):
-            self._settle(ticket, labels.usage)
+        for ticket, usage in read_usages(self.store, SMALL_DIR):
+            self._settle(ticket, usage)
         for ticket in self.leases.empty_reviews():
             self.intake.take(ticket, TicketLabels.empty(self.n_classes))
         self.ledger.restore(read_lost_usage(self.store))

@@ -16,8 +16,8 @@ from pydantic import BaseModel, Field
 
 from llkd_ray.answers import TextFailed
 from llkd_ray.http_client import BadReply, NoScores, Post, Refused
-from llkd_ray.label_trie import LabelTrie
-from llkd_ray.prompts import ELLIPSIS, Prompt, encode_prompts, match_answer, room_for_text
+from llkd_ray.label_trie import OVERFULL, LabelTrie
+from llkd_ray.prompts import Prompt, encode_prompts, match_answer, room_for_text, shorten
 from llkd_ray.sections import ConfigError
 from llkd_ray.teacher_config import TeacherConfig
 
@@ -25,8 +25,6 @@ CHARS_PER_TOKEN = 4
 """For texts to be cut without a tokenizer: usual for English, too many for most other languages."""
 TOKENS_PER_MESSAGE = 16
 """What a chat template puts around a message, at most; what servers count has the last word."""
-OVERFULL = 0.01
-"""Probabilities may add up to this much more than one, by rounding; more is nonsense."""
 
 Logprob = Annotated[float, Field(le=1e-3)]  # refuses nan, too
 PostOne = Callable[[Post[Any]], Awaitable[Any]]
@@ -161,7 +159,7 @@ class Chat:
         pieces = self._pieces(text)
         cut = len(pieces) > self.room
         if cut:
-            text = keep_pieces(text, pieces, self.room, self.teacher.prompt.cut)
+            text = shorten(text, pieces, self.room, self.teacher.prompt.cut)
         messages = self.prompt.messages(text)
         body |= {"model": self.teacher.model, "messages": messages, "max_tokens": answer_tokens}
         tokens = sum(self._tokens(message["content"]) + TOKENS_PER_MESSAGE for message in messages)
@@ -177,18 +175,6 @@ class Chat:
 
     def _tokens(self, text: str) -> int:
         return len(self._pieces(text)) if self.tokenizer is not None else len(text.encode())
-
-
-def keep_pieces(text: str, pieces: Sequence[tuple[int, int]], room: int, cut: str) -> str:
-    """``room`` of the pieces of a text that has more: the last, the first, or some of both ends.
-
-    ``cut`` says what is left out: head, tail or middle.
-    """
-    first = {"head": 0, "tail": room, "middle": room - room // 2}[cut]
-    last = room - first
-    begin = text[: pieces[first - 1][1]] if first else ""
-    end = text[pieces[len(pieces) - last][0] :] if last else ""
-    return f"{begin}{ELLIPSIS}{end}" if cut == "middle" else begin + end
 
 
 class ByTopLogprobs:

@@ -32,7 +32,7 @@ from llkd_ray.answers import UNASKED, Labeller, TeacherDown, Usage
 from llkd_ray.asker import Asked, Asker
 from llkd_ray.cluster import LEASER_CPUS, Background
 from llkd_ray.config import Config
-from llkd_ray.label_files import in_row_order, read_ticket, ticket_labels, write_ticket
+from llkd_ray.label_files import TicketLabels, in_row_order, read_ticket, ticket_labels, write_ticket
 from llkd_ray.schedule import Schedule
 from llkd_ray.signals import confidence, normalise
 from llkd_ray.store import (
@@ -45,6 +45,7 @@ from llkd_ray.store import (
     ticket_file,
 )
 from llkd_ray.teacher_config import TeacherConfig
+from llkd_ray.teachers import cache_key
 
 _LEASED = pa.schema([pa.field("ticket", pa.int32()), *schemas.NUMBERED_EXAMPLES])
 _RECEIPT = pa.schema([pa.field("ticket", pa.int32()), pa.field("rows", pa.int32())])
@@ -73,14 +74,19 @@ class Stage(ABC):
     """Which of the config's teachers the stage asks."""
 
     def __init__(
-        self, config: Config, store_uri: str, selector: Any, labeller: Labeller | None = None
+        self,
+        config: Config,
+        store_uri: str,
+        selector: Any,
+        labeller: Labeller | None = None,
+        key: str | None = None,
     ) -> None:
         self.config = config
         self.store = RunStore(store_uri)
         self.selector = selector
         self.actor = uuid.uuid4().hex
         # No method of its own: that would keep the stage, and with it an engine, alive when it is dropped.
-        self.asker = Asker(config, store_uri, self.member, partial(_reserve, selector), labeller)
+        self.asker = Asker(config, store_uri, self.member, partial(_reserve, selector), labeller, key)
 
     def __del__(self) -> None:
         # Ray Data drops the stage when the stream ends; an engine that is left to die with the actor
@@ -120,8 +126,10 @@ class Stage(ABC):
 
     async def put(
         self, ticket: int, leased: pa.Table, labels: pa.Table, usage: dict[str, Usage], asked: Asked
-    ) -> None:
-        """Put a finished ticket's labels in place, and in quarantine what came to nothing."""
+    ) -> TicketLabels:
+        """Put a finished ticket's labels in place, and in quarantine what came to nothing; returns what the
+        selector is to be told.
+        """
         has_label_M = pc.is_in(leased["row"], value_set=labels["row"].combine_chunks()).to_numpy(
             zero_copy_only=False
         )
@@ -136,13 +144,19 @@ class Stage(ABC):
             write_ticket, self.store, LABELS_DIR, ticket, labels, usage, unasked, in_flight
         )
         await self.asker.forget(asked)
+        return ticket_labels(labels, usage, unasked, len(self.config.labels.names))
 
-    async def tell(self, ticket: int) -> pa.Table:
-        """Tell the selector what the ticket's file says; returns the receipt."""
-        labels, usage, unasked = await asyncio.to_thread(read_ticket, self.store, LABELS_DIR, ticket)
-        n_classes = len(self.config.labels.names)
-        await self.selector.put_labels.remote(ticket, ticket_labels(labels, usage, unasked, n_classes))
-        return pa.table({"ticket": [ticket], "rows": [len(labels)]}, schema=_RECEIPT)
+    async def there(self, ticket: int) -> TicketLabels | None:
+        """What the ticket's file says, where an earlier attempt died before it could tell the selector."""
+        if not self.store.exists(ticket_file(LABELS_DIR, ticket)):
+            return None
+        said = await asyncio.to_thread(read_ticket, self.store, LABELS_DIR, ticket)
+        return ticket_labels(*said, len(self.config.labels.names))
+
+    async def tell(self, ticket: int, labels: TicketLabels) -> pa.Table:
+        """Tell the selector of a ticket whose file is in place; returns the receipt."""
+        await self.selector.put_labels.remote(ticket, labels)
+        return pa.table({"ticket": [ticket], "rows": [len(labels.row_M)]}, schema=_RECEIPT)
 
     async def _give_back(self, ticket: int, reason: str) -> None:
         """Let another actor have the ticket, and take no further one before the teaching is over."""
@@ -170,11 +184,11 @@ class OnlyStage(Stage):
     """The one teacher of a run."""
 
     async def see_to(self, ticket: int, leased: pa.Table) -> pa.Table:
-        # Where the file is there, an earlier attempt died between its file and its word to the selector.
-        if not self.store.exists(ticket_file(LABELS_DIR, ticket)):
+        done = await self.there(ticket)
+        if done is None:
             asked = await self.asker.ask(ticket, leased)
-            await self.put(ticket, leased, asked.labels, {self.asker.name: asked.usage}, asked)
-        return await self.tell(ticket)
+            done = await self.put(ticket, leased, asked.labels, {self.asker.name: asked.usage}, asked)
+        return await self.tell(ticket, done)
 
 
 class SmallStage(Stage):
@@ -202,7 +216,8 @@ class LargeStage(Stage):
     member = 1
 
     async def see_to(self, ticket: int, leased: pa.Table) -> pa.Table:
-        if not self.store.exists(ticket_file(LABELS_DIR, ticket)):
+        done = await self.there(ticket)
+        if done is None:
             small, usage = await asyncio.to_thread(self._small_answers, ticket)
             doubtful = leased.filter(pa.array(~np.isin(leased["row"].to_numpy(), self._sure_rows(small))))
             asked = await self.asker.ask(ticket, doubtful)
@@ -212,8 +227,8 @@ class LargeStage(Stage):
             if self.is_review(ticket):
                 # A review without an answer leaves a text with the label that it has.
                 asked = replace(asked, outcome_M=[""] * len(doubtful))
-            await self.put(ticket, doubtful, labels, usage | {self.asker.name: asked.usage}, asked)
-        return await self.tell(ticket)
+            done = await self.put(ticket, doubtful, labels, usage | {self.asker.name: asked.usage}, asked)
+        return await self.tell(ticket, done)
 
     def _small_answers(self, ticket: int) -> tuple[pa.Table, dict[str, Usage]]:
         if not self.store.exists(ticket_file(SMALL_DIR, ticket)):  # a review
@@ -278,7 +293,7 @@ def _build_stream(
     for stage, teacher in zip(stages, members, strict=True):
         stream = stream.map_batches(
             stage,
-            fn_constructor_args=(config, store_uri, selector),
+            fn_constructor_args=(config, store_uri, selector, None, cache_key(config, teacher)),
             compute=_pool(teacher.actors, teacher.tickets_in_flight),
             **_resources(teacher, groups),
             **arguments,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -135,11 +136,18 @@ class PriceConfig(Section):
     def is_free(self) -> bool:
         return not (self.input or self.cached or self.output)
 
-    def cost(self, prompt_tokens: int, cached_tokens: int, answer_tokens: int) -> float:
-        """In the currency. ``cached_tokens`` are among ``prompt_tokens``."""
+    def cost(self, prompt_tokens: int, cached_tokens: int, answer_tokens: int) -> Decimal:
+        """In the currency; ``cached_tokens`` are among ``prompt_tokens``.
+
+        Exact, so that a sum of many small costs is not above a cap by a rounding error.
+        """
         cached = self.input if self.cached is None else self.cached
-        fresh = prompt_tokens - cached_tokens
-        return (fresh * self.input + cached_tokens * cached + answer_tokens * self.output) / 1e6
+        parts = (
+            (prompt_tokens - cached_tokens, self.input),
+            (cached_tokens, cached),
+            (answer_tokens, self.output),
+        )
+        return sum((tokens * Decimal(str(rate)) for tokens, rate in parts), Decimal()) / 1_000_000
 
 
 class CascadeConfig(Section):
@@ -158,6 +166,11 @@ class CascadeConfig(Section):
         "this says another label than the small one did; null: never.",
     )
     review: int = Field(128, ge=1, description="Texts that the large one reviews in a round at most.")
+
+
+def member_field(name: str) -> str:
+    """Where the settings of a teacher stand that :meth:`TeacherConfig.members` calls so."""
+    return "teacher" if name == "teacher" else f"teacher.cascade.{name}"
 
 
 class TeacherConfig(Section):

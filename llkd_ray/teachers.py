@@ -12,7 +12,7 @@ from llkd_ray.demonstrations import with_demonstrations
 from llkd_ray.prompt_template import inline_template
 from llkd_ray.recorded import RecordedLabeller, read_recorded
 from llkd_ray.server_teacher import ServerLabeller, check_server_teacher, possible_ways
-from llkd_ray.teacher_config import TeacherConfig
+from llkd_ray.teacher_config import TeacherConfig, member_field
 from llkd_ray.vllm_teacher import VllmLabeller, check_vllm_teacher, prepare
 
 CACHE_DIR = "teacher-cache"
@@ -41,7 +41,7 @@ def check_teacher(config: Config) -> dict[str, Any]:
 
 
 def _check(name: str, teacher: TeacherConfig, labels: LabelsConfig) -> dict[str, Any]:
-    field = _field(name)
+    field = member_field(name)
     match teacher.kind:
         case "vllm":
             return check_vllm_teacher(teacher, labels, field)
@@ -60,13 +60,18 @@ def cache_folder(config: Config, teacher: TeacherConfig) -> str | None:
     return f"{config.run.dir.rstrip('/')}/{CACHE_DIR}" if teacher.cache == "auto" else teacher.cache
 
 
-def cache_key(teacher: TeacherConfig, labels: LabelsConfig) -> str:
-    """Changes with whatever decides an answer apart from the text."""
+def cache_key(config: Config, teacher: TeacherConfig) -> str | None:
+    """Changes with whatever decides an answer apart from the text; None where nothing is to be reused.
+
+    For the driver: on another machine, a checkpoint's files may have other times.
+    """
+    if cache_folder(config, teacher) is None:
+        return None
     if teacher.kind == "openai":
-        prompt = possible_ways(teacher, labels, "teacher")[1]
+        prompt = possible_ways(teacher, config.labels, "teacher")[1]
     else:
-        prompt = prepare(teacher, labels, "teacher")[1]
-    return answer_key(teacher, labels.names, prompt.hash)
+        prompt = prepare(teacher, config.labels, "teacher")[1]
+    return answer_key(teacher, config.labels.names, prompt.hash)
 
 
 def self_contained(config: Config) -> Config:
@@ -78,10 +83,6 @@ def self_contained(config: Config) -> Config:
     for name, teacher in config.teacher.members():
         section = tree["teacher"] if name == "teacher" else tree["teacher"]["cascade"][name]
         prompt = inline_template(teacher.prompt)
-        prompt = with_demonstrations(prompt, config.labels, f"{_field(name)}.prompt.draw")
+        prompt = with_demonstrations(prompt, config.labels, f"{member_field(name)}.prompt.draw")
         section["prompt"] = prompt.model_dump()
     return parse_config(tree)
-
-
-def _field(member: str) -> str:
-    return "teacher" if member == "teacher" else f"teacher.cascade.{member}"

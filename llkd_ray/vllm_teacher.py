@@ -36,8 +36,7 @@ class VllmLabeller:
         self, teacher: TeacherConfig, labels: LabelsConfig, on_start: Callable[[float], None]
     ) -> None:
         self.teacher = teacher
-        self.tokenizer, self.prompt, self.sequences = prepare(teacher, labels, "teacher")
-        self.trie = LabelTrie.of(self.sequences)
+        self.tokenizer, self.prompt, self.trie = prepare(teacher, labels, "teacher")
         self.engine = Engine(teacher, on_start)
 
     async def label(self, ids: Sequence[str], texts: Sequence[str], allowance: Allowance) -> Answers:
@@ -46,7 +45,7 @@ class VllmLabeller:
             self.prompt,
             texts,
             self.tokenizer,
-            room_for_prompt(self.teacher, self.sequences),
+            room_for_prompt(self.teacher, self.trie),
             self.teacher.prompt.cut,
         )
         votes = self.teacher.confidence.method == "votes"
@@ -55,7 +54,7 @@ class VllmLabeller:
         def one(i: int, meter: Meter) -> Any:
             return self.engine.steadily(partial(how, encoded[i], meter))
 
-        return await ask_each(len(texts), len(self.sequences), one, allowance, int(cut_N.sum()))
+        return await ask_each(len(texts), self.trie.n_labels, one, allowance, int(cut_N.sum()))
 
     def close(self) -> None:
         self.engine.close()
@@ -90,7 +89,7 @@ class VllmLabeller:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        confidence, longest = self.teacher.confidence, longest_answer(self.sequences)
+        confidence, longest = self.teacher.confidence, self.trie.depth
         sampling = SamplingParams(
             n=confidence.samples,
             max_tokens=longest,
@@ -105,24 +104,22 @@ class VllmLabeller:
             answer_tokens=said - confidence.samples * longest,
         )
         matched_K = np.array([match_answer(one.text, self.prompt.answers) for one in output.outputs])
-        votes_C = np.bincount(matched_K[matched_K >= 0], minlength=len(self.sequences))
+        votes_C = np.bincount(matched_K[matched_K >= 0], minlength=self.trie.n_labels)
         return votes_C / confidence.samples, float(np.mean(matched_K < 0))
 
 
-def prepare(
-    teacher: TeacherConfig, labels: LabelsConfig, field: str
-) -> tuple[Any, Prompt, list[tuple[int, ...]]]:
-    """Tokenizer, prompt and each label's tokens; raises ConfigError with ``field`` for what cannot be."""
+def prepare(teacher: TeacherConfig, labels: LabelsConfig, field: str) -> tuple[Any, Prompt, LabelTrie]:
+    """Tokenizer, prompt and the labels' tokens; raises ConfigError with ``field`` for what cannot be."""
     assert teacher.model is not None
     tokenizer = load_tokenizer(teacher.model, teacher.revision, f"{field}.model")
     prompt = build_prompt(teacher.prompt, labels, tokenizer)
-    return tokenizer, prompt, label_sequences(prompt, labels, tokenizer)
+    return tokenizer, prompt, LabelTrie.of(label_sequences(prompt, labels, tokenizer))
 
 
 def check_vllm_teacher(teacher: TeacherConfig, labels: LabelsConfig, field: str) -> dict[str, Any]:
     """Find the mistakes that can be found without an engine; returns facts for the manifest."""
-    tokenizer, prompt, sequences = prepare(teacher, labels, field)
-    room_for_text(prompt, tokenizer, room_for_prompt(teacher, sequences))
+    tokenizer, prompt, trie = prepare(teacher, labels, field)
+    room_for_text(prompt, tokenizer, room_for_prompt(teacher, trie))
     return {
         "kind": "vllm",
         "model": teacher.model,
@@ -131,10 +128,6 @@ def check_vllm_teacher(teacher: TeacherConfig, labels: LabelsConfig, field: str)
     }
 
 
-def room_for_prompt(teacher: TeacherConfig, sequences: Sequence[Sequence[int]]) -> int:
+def room_for_prompt(teacher: TeacherConfig, trie: LabelTrie) -> int:
     """Tokens that a prompt may have, so that the longest answer still fits behind it."""
-    return teacher.max_model_len - longest_answer(sequences)
-
-
-def longest_answer(sequences: Sequence[Sequence[int]]) -> int:
-    return max(map(len, sequences))
+    return teacher.max_model_len - trie.depth

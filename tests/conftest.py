@@ -13,7 +13,12 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from toys import save_tiny_encoder, save_tiny_llm
+
+# Machines are shared: how long an example takes says nothing of the code.
+settings.register_profile("llkd", deadline=None)
+settings.load_profile("llkd")
 
 
 @pytest.fixture(scope="session")

@@ -23,10 +23,9 @@ from llkd_ray.answer_cache import (
     register,
     registrations,
     speed_of,
-    text_hash,
 )
 from llkd_ray.answers import Usage
-from llkd_ray.cleaning import Cleaner, Example
+from llkd_ray.cleaning import Cleaner, Example, text_hash
 from llkd_ray.config import SourceConfig
 from llkd_ray.readers import RawRow
 from llkd_ray.store import LABELS_DIR, RunStore, list_column, matrix_of, ticket_file

@@ -42,10 +42,11 @@ ROOMS: dict[str, set[str]] = {
     "prompt_template": {"config", "sections", "teacher_config"},
     "prompts": {"config", "prompt_template", "sections", "teacher_config"},
     "demonstrations": {"cleaning", "config", "readers", "sections", "sources", "teacher_config"},
-    "label_trie": set(),
+    "together": set(),
+    "label_trie": {"together"},
     "checkpoints": {"sections"},
     "answers": {"teacher_config"},
-    "asking": {"answers"},
+    "asking": {"answers", "together"},
     "calibration": {"signals"},
     "confidence": {"calibration", "signals", "teacher_config"},
     # the kinds of teachers
@@ -91,7 +92,17 @@ ROOMS: dict[str, set[str]] = {
     "schedule": {"config"},
     "label_files": {"answers", "schemas", "store"},
     "ledger": {"answers", "config", "teacher_config"},
-    "asker": {"answer_cache", "answers", "config", "label_files", "ledger", "schemas", "store", "teachers"},
+    "asker": {
+        "answer_cache",
+        "answers",
+        "cleaning",
+        "config",
+        "label_files",
+        "ledger",
+        "schemas",
+        "store",
+        "teachers",
+    },
     "teacher": {
         "answers",
         "asker",
@@ -103,6 +114,7 @@ ROOMS: dict[str, set[str]] = {
         "signals",
         "store",
         "teacher_config",
+        "teachers",
     },
     # selection
     "priors": {"signals"},
@@ -169,7 +181,7 @@ ROOMS: dict[str, set[str]] = {
 }
 ROOMS["loop"] = set(ROOMS) - {"docstrings", "quickstart"}
 # a plan, before anything starts
-ROOMS["estimate"] = {"config", "teacher_config"}
+ROOMS["estimate"] = {"config", "label_trie", "teacher_config"}
 ROOMS["pool_sample"] = {"cleaning", "config", "readers", "store"}
 ROOMS["speed_guess"] = set()
 ROOMS["prompt_sizes"] = {
@@ -199,6 +211,7 @@ ROOMS["plan"] = {
     "pool_sample",
     "schedule",
     "sources",
+    "teacher_config",
     "teachers",
 }
 ROOMS["cli"] = {"answers", "config", "loop", "plan", "quickstart", "settings", "store"}

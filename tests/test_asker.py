@@ -14,13 +14,13 @@ from toys import make_config
 
 from llkd_ray import asker as asker_module
 from llkd_ray import schemas
-from llkd_ray.answer_cache import text_hash
 from llkd_ray.answers import UNASKED, TeacherDown, Usage
 from llkd_ray.asker import Asked, Asker
+from llkd_ray.cleaning import text_hash
 from llkd_ray.config import Config
 from llkd_ray.label_files import mark_file, write_ticket
 from llkd_ray.store import ENGINES_DIR, LABELS_DIR, SENT_DIR, SMALL_DIR, RunStore, matrix_of
-from llkd_ray.teachers import CACHE_DIR
+from llkd_ray.teachers import CACHE_DIR, cache_key
 
 
 class Selector:
@@ -66,8 +66,9 @@ class Bench:
         member: int = 0,
         selector: Selector | None = None,
     ) -> Asker:
-        reserve = (selector or Selector()).reserve
-        return Asker(config or self.config(), self.store(run).root, member, reserve, labeller)
+        reserve, config = (selector or Selector()).reserve, config or self.config()
+        _, teacher = list(config.teacher.members())[member]
+        return Asker(config, self.store(run).root, member, reserve, labeller, cache_key(config, teacher))
 
     def answer(self, asker: Asker, ticket: int, texts: pa.Table, folder: str = LABELS_DIR) -> Asked:
         """Ask and put the labels in place, as a stage does."""

@@ -22,6 +22,7 @@ from llkd_ray.estimate import (
     mean,
     what_caps_do,
 )
+from llkd_ray.label_trie import LabelTrie
 from llkd_ray.teacher_config import PriceConfig
 
 exactly = Estimate.exactly
@@ -80,21 +81,21 @@ class TestWords:
 
 class TestAsking:
     def test_labels_of_one_token_take_one_request(self):
-        assert by_trie([(1,), (2,), (3,)]) == Asking((1, 1), (0, 0), (1, 1))
+        assert by_trie(LabelTrie.of([(1,), (2,), (3,)])) == Asking((1, 1), (0, 0), (1, 1))
 
     def test_every_branch_may_be_followed(self):
         # From nothing to 1, 2; from 1 to 3, 4; from 1, 4 to 5; 1 is a label, too.
-        asking = by_trie([(1,), (2,), (1, 3), (1, 4, 5)])
+        asking = by_trie(LabelTrie.of([(1,), (2,), (1, 3), (1, 4, 5)]))
         assert asking == Asking(prompts=(1, 3), behind=(0, 3), answers=(1, 3))
         assert not asking.is_known
 
     def test_more_first_tokens_than_one_request_may_name(self):
-        assert by_trie([(token,) for token in range(300)]) == Asking((3, 3), (0, 0), (3, 3))
+        assert by_trie(LabelTrie.of([(token,) for token in range(300)])) == Asking((3, 3), (0, 0), (3, 3))
 
     def test_votes_and_not_knowing_which(self):
         votes = by_votes(10, longest_answer=3, prompts=10)
         assert votes == Asking((1, 10), (0, 0), (10, 30))
-        assert (by_votes(10, 3) | by_trie([(1,), (2,)])) == Asking((1, 1), (0, 0), (1, 30))
+        assert (by_votes(10, 3) | by_trie(LabelTrie.of([(1,), (2,)]))) == Asking((1, 1), (0, 0), (1, 30))
 
 
 class TestBill:

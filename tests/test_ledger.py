@@ -168,7 +168,7 @@ class TestCallsThatComeTwice:
 
 
 def true_cost(used: dict[str, Usage]) -> float:
-    return sum(one.cost(PRICES[name]) for name, one in used.items())
+    return float(sum(one.cost(PRICES[name]) for name, one in used.items()))
 
 
 amounts = st.builds(

@@ -14,8 +14,9 @@ from rich.console import Console
 from toys import NAMES, make_config, write_answers, write_corpus
 
 from llkd_ray import schemas
-from llkd_ray.answer_cache import register, text_hash
+from llkd_ray.answer_cache import register
 from llkd_ray.answers import Usage
+from llkd_ray.cleaning import text_hash
 from llkd_ray.config import ConfigError
 from llkd_ray.console import Display
 from llkd_ray.plan import plan
@@ -201,7 +202,7 @@ def answer(config, tmp_path, n: int, usage: Usage | None = None) -> str:
         table = table.replace_schema_metadata(facts)
     run = RunStore(str(tmp_path / "runs" / "earlier"))
     run.write_table(ticket_file(LABELS_DIR, 0), table)
-    key = cache_key(config.teacher, config.labels)
+    key = cache_key(config, config.teacher)
     register(f"{config.run.dir}/teacher-cache", key, run.path(LABELS_DIR), 0)
     return run.path(LABELS_DIR)
 

@@ -26,10 +26,9 @@ from transformers import AutoTokenizer
 
 from llkd_ray.answers import UNASKED, TeacherDown
 from llkd_ray.config import LabelsConfig
-from llkd_ray.prompts import build_prompt, encode_prompts, label_sequences
+from llkd_ray.prompts import build_prompt, encode_prompts, label_sequences, shorten
 from llkd_ray.sections import ConfigError
 from llkd_ray.server_teacher import ServerLabeller, check_server_teacher
-from llkd_ray.server_ways import keep_pieces
 from llkd_ray.teacher_config import TeacherConfig
 
 VOCABULARY = 800
@@ -444,7 +443,7 @@ def test_what_is_kept_of_a_text_are_whole_pieces_of_its_ends(words, room, cut):
     room = min(room, len(words) - 1)
     ends = np.cumsum([len(word) for word in words]).tolist()
     pieces = list(zip([0, *ends[:-1]], ends, strict=True))
-    kept = keep_pieces("".join(words), pieces, room, cut)
+    kept = shorten("".join(words), pieces, room, cut)
     begin = {"head": 0, "tail": room, "middle": (room + 1) // 2}[cut]
     assert kept.startswith("".join(words[:begin]))
     assert kept.endswith("".join(words[len(words) - (room - begin) :]) if room > begin else "")

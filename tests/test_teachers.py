@@ -130,7 +130,8 @@ class TestCache:
 
         def key(labels=labels, **settings):
             tree = vllm(tiny_llm, **settings) if kind == "vllm" else openai(**settings)
-            return cache_key(teacher_of(tree), labels)
+            config = make_config().model_copy(update={"labels": labels})
+            return cache_key(config, teacher_of(tree))
 
         same = [key(), key(actors=4), key(price={"input": 2.0}), key(attempts=9)]
         assert len(set(same)) == 1
@@ -140,9 +141,13 @@ class TestCache:
         assert len({*same, *others}) == 1 + len(others)
 
     def test_where_it_is_served_does_not_matter(self):
-        labels = make_config().labels
+        config = make_config()
         here, there = (openai(server={"base_url": f"http://{host}/v1"}) for host in ("a", "b"))
-        assert cache_key(teacher_of(here), labels) == cache_key(teacher_of(there), labels)
+        assert cache_key(config, teacher_of(here)) == cache_key(config, teacher_of(there))
+
+    def test_without_a_folder_there_is_none(self):
+        assert cache_key(make_config(), teacher_of(openai(cache=None))) is None
+        assert cache_key(make_config(), make_config().teacher) is None
 
 
 class TestSelfContained:
