@@ -257,6 +257,9 @@ class TestCascade:
 
     def test_a_confident_student_sends_labels_to_review(self, toy_settings, tmp_path):
         settings = self.settings(toy_settings, tmp_path, unsure_below=0.0, contradicted_above=0.5, review=40)
+        # Enough in the first round for a student that is sure of itself when the second review is planned.
+        settings["budget"] |= {"train": 360}
+        settings["student"] |= {"epochs": 16}
         summary = run(settings, tmp_path / "run")
         run_dir = tmp_path / "run"
         reviews = [pq.read_table(file) for file in sorted(run_dir.glob("leases/review-*.parquet"))]

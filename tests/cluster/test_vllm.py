@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import os
@@ -186,9 +187,9 @@ def test_an_engine_that_is_lost_is_replaced_and_nothing_with_it(vllm_settings, t
     hit: list[int] = []
 
     def harm_engine_after_some_labels() -> None:
-        while len(list(run_dir.glob("labels/*.parquet"))) < 3:
+        while len(list(run_dir.glob("labels/*.parquet"))) < 3 or not (pids := engine_pids(run_dir)):
             time.sleep(0.02)
-        for pid in engine_pids(run_dir):
+        for pid in pids:
             os.kill(pid, fault)
             hit.append(pid)
 
@@ -241,6 +242,12 @@ def test_a_second_run_with_another_policy_asks_nothing_and_starts_no_engine(vllm
 
 def engine_pids(run_dir: Path) -> list[int]:
     """Engine processes whose parent is a teacher actor of this run: others are not ours to harm."""
-    actors = {json.loads(file.read_text())["pid"] for file in run_dir.glob("engines/*.json")}
-    children = [child for pid in actors if psutil.pid_exists(pid) for child in psutil.Process(pid).children()]
-    return [child.pid for child in children if "EngineCore" in " ".join(child.cmdline())]
+    found = []
+    for file in run_dir.glob("engines/*.json"):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(json.loads(file.read_text())["pid"]).children():
+                # Some live for a moment only.
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "EngineCore" in " ".join(child.cmdline()):
+                        found.append(child.pid)
+    return found
