@@ -25,6 +25,7 @@ from llkd_ray.policies import SELECTION
 from llkd_ray.report import model_card, write_report
 from llkd_ray.run import Run, running
 from llkd_ray.schedule import Schedule
+from llkd_ray.session import at_work
 from llkd_ray.settings import dump_config
 from llkd_ray.store import CONFIG, ENGINES_DIR, LOST_DIR, MANIFEST, MODEL_DIR, Examples, RunStore
 from llkd_ray.student import check_student
@@ -40,8 +41,8 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
     store = RunStore(store_uri)
     config = self_contained(config)
     teacher_facts = check(config)
-    store.write_bytes(CONFIG, dump_config(config).encode())
-    with connect(config):
+    with at_work(store, display.say) as session, connect(config):
+        store.write_bytes(CONFIG, dump_config(config).encode())
         check_fit(config)
         examples = ingest(config, store, display.say)
         schedule = Schedule.plan(config, examples.n_pool, examples.n_test)
@@ -49,7 +50,8 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
         draw_holdout(config, examples, schedule)  # refuses a hold-out that nothing can be fitted on
         measure = Measure(store, schedule, config)
         lines = store.read_metrics()
-        with running(config, store, store_uri, schedule, display, is_over(config, lines)) as run:
+        over = is_over(config, lines)
+        with running(config, store, store_uri, session, schedule, display, over) as run:
             while not is_over(config, lines):
                 line = run_round(run, measure, len(lines))
                 store.append_metrics(line)

@@ -16,6 +16,7 @@ from llkd_ray.config import Config, ConfigError
 from llkd_ray.console import Display
 from llkd_ray.schedule import Schedule
 from llkd_ray.selector import start_selector
+from llkd_ray.session import Session
 from llkd_ray.store import LABELS_DIR, RunStore, ticket_of
 from llkd_ray.teacher import spare_tickets, start_stream
 from llkd_ray.training import start_training
@@ -31,14 +32,15 @@ class Run:
         config: Config,
         store: RunStore,
         store_uri: str,
+        session: Session,
         schedule: Schedule,
         display: Display,
         over: bool = False,
     ):
-        self.schedule, self.display = schedule, display
+        self.session, self.schedule, self.display = session, schedule, display
         self.teacher: Background | None = None
         self.student: Background | None = None
-        self.selector = start_selector(config, store_uri)
+        self.selector = start_selector(config, store_uri, session.id)
         first = self.call("next_round")
         over = over or first == schedule.rounds
         tickets = open_tickets(store, schedule, over)
@@ -64,6 +66,7 @@ class Run:
         self._check()
 
     def _check(self) -> None:
+        self.session.check()
         for part in (self.teacher, self.student):
             if part and part.error:
                 raise plain_error(part.error)
@@ -78,10 +81,16 @@ class Run:
 
 @contextmanager
 def running(
-    config: Config, store: RunStore, store_uri: str, schedule: Schedule, display: Display, over: bool
+    config: Config,
+    store: RunStore,
+    store_uri: str,
+    session: Session,
+    schedule: Schedule,
+    display: Display,
+    over: bool,
 ) -> Iterator[Run]:
-    """The parts of a run whose rounds are over or not; the selector's name is free again at the end."""
-    run = Run(config, store, store_uri, schedule, display, over)
+    """The parts of a run whose rounds are over or not; nothing of them is left at the end."""
+    run = Run(config, store, store_uri, session, schedule, display, over)
     try:
         yield run
     finally:

@@ -9,9 +9,7 @@ rebuilds itself from the run directory.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llkd_ray import schemas
 from llkd_ray.acquisition import ACQUISITION
@@ -30,6 +29,7 @@ from llkd_ray.leases import Leases
 from llkd_ray.ledger import Ledger
 from llkd_ray.policies import SELECTION, Selection
 from llkd_ray.priors import target_prior
+from llkd_ray.session import Fence
 from llkd_ray.schedule import Schedule
 from llkd_ray.signals import Floats, Ints
 from llkd_ray.store import (
@@ -74,6 +74,8 @@ class Selector:
         """``session`` is the driver's: teachers that an earlier one has lost are not this one's."""
         self.config, self.session = config, session
         self.store = RunStore(store_uri)
+        # Before anything is read: what an older incarnation writes from now on it was to write before.
+        self.fence = Fence.claim(self.store, session)
         self.examples = Examples.open(self.store)
         self.schedule = Schedule.plan(config, self.examples.n_pool, self.examples.n_test)
         self.n_classes = len(config.labels.names)
@@ -103,6 +105,7 @@ class Selector:
             if not self.teachers.given_back:
                 return ticket, _NO_ROWS
             ticket = self.teachers.given_back.popleft()
+        self.fence.check_now_and_then()
         rows = await self._rows_of(ticket)
         if rows.size:
             self.teachers.leased(ticket)
@@ -187,6 +190,7 @@ class Selector:
 
     async def refresh_done(self, round_number: int) -> None:
         """All ranks have brought what they scored for the round."""
+        self.fence.check()
         columns = [pa.array(column) for column in self.table.scores(round_number)]
         self.store.write_table(
             round_file(round_number, SCORES), pa.Table.from_arrays(columns, schema=schemas.SCORES)
@@ -208,6 +212,7 @@ class Selector:
 
     async def trained(self, round_number: int, facts: dict[str, Any]) -> None:
         """The student has finished a round and its files are in place."""
+        self.fence.check()
         self.store.write_json(round_file(round_number, TRAINED), facts)
         self.state.trained[round_number] = facts
         await self._notify()
@@ -233,6 +238,7 @@ class Selector:
         """Choose the round's texts and put its batch in place; the second call changes nothing."""
         if round_number not in self.state.selected:
             began = time.monotonic()
+            self.fence.check()
             candidates = self._candidates(round_number)
             n = self.schedule.train_target(round_number) - self.table.count_trained()
             rng = np.random.default_rng([self.config.run.seed, _SELECT_SEED, round_number])
@@ -327,6 +333,8 @@ class Selector:
             await self._until(lambda: self.state.finished or ahead <= len(self.state.selected) + lead)
             if self.state.finished and ticket not in self.leases.rows:
                 return _NO_ROWS
+        if ticket not in self.leases.rows:
+            self.fence.check()
         return self.leases.of(ticket)
 
     async def _notify_done(self, ticket: int) -> None:
@@ -398,12 +406,11 @@ class Selector:
             self.state.trained[k] = self.store.read_json(round_file(k, TRAINED))
 
 
-def start_selector(config: Config, store_uri: str) -> Any:
+def start_selector(config: Config, store_uri: str, session: str) -> Any:
     """The actor's handle. It restarts, and its callers' calls with it, wherever its node may go.
 
-    The name is the run's own, so a second driver on the same run and cluster is refused by Ray.
+    It begins on the driver's node, which a run needs anyway, rather than on one that may be taken away.
     """
-    run = hashlib.blake2b(store_uri.encode(), digest_size=6).hexdigest()
-    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
-    remote = ray.remote(Selector).options(name=f"llkd-selector-{run}", **options)
-    return remote.remote(config, store_uri, uuid.uuid4().hex)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(Selector).options(**options).remote(config, store_uri, session)

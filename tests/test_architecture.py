@@ -145,6 +145,7 @@ ROOMS: dict[str, set[str]] = {
         "priors",
         "schedule",
         "schemas",
+        "session",
         "signals",
         "store",
         "table",
@@ -176,7 +177,8 @@ ROOMS: dict[str, set[str]] = {
     "comparison": {"config", "recorded", "settings", "signals", "store", "tables", "trial"},
     "compare_report": {"config", "report", "store", "tables"},
     # the whole
-    "run": {"answers", "cluster", "config", "schedule", "selector", "store", "teacher", "training"},
+    "session": {"config", "store"},
+    "run": {"answers", "cluster", "config", "schedule", "selector", "session", "store", "teacher", "training"},
     "quickstart": {"config", "docstrings", "prompts", "teacher_config"},
 }
 ROOMS["loop"] = set(ROOMS) - {"docstrings", "quickstart"}

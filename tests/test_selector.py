@@ -6,6 +6,7 @@ The plain class runs in a test's own event loop. Blocking is tested by a wait th
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.answers import Usage
 from llkd_ray.label_files import TicketLabels, write_mark
 from llkd_ray.selector import Selector
+from llkd_ray.session import Fence, Superseded
 from llkd_ray.signals import entropy, margin, support
 from llkd_ray.store import (
     BATCH,
     CALIBRATION,
+    EPOCHS_DIR,
     LABELS_DIR,
     LEASES_DIR,
     SCORES,
@@ -831,6 +834,45 @@ class TestRebuild:
         run(bench.lease(ticket))
         bench.store.write_bytes(f"{LABELS_DIR}/ticket-00000002.parquet.0123.tmp", b"PAR1 half")
         assert run(bench.restart().stats())["tickets_done"] == 0
+
+
+class TestFence:
+    """A selector whose node was lost may go on answering for a while after the next one has begun."""
+
+    def test_one_that_was_replaced_writes_nothing_more(self, bench):
+        async def script():
+            await bench.round(0)
+            await bench.teach_for(1)
+            await bench.score(1)
+            stale, newest = bench.selector, bench.restart()
+            files = everything_below(bench.store)
+            with pytest.raises(Superseded):
+                await stale.select(1)
+            with pytest.raises(Superseded):
+                await stale.refresh_done(1)
+            with pytest.raises(Superseded):
+                await stale.trained(1, {})
+            with pytest.raises(Superseded):
+                await stale.lease(bench.schedule.tickets_before(1))
+            assert everything_below(bench.store) == files
+            assert (await newest.select(1))["selected"] > 0
+
+        run(script())
+
+    def test_of_another_driver_too(self, bench):
+        Fence.claim(bench.store, "another driver")
+
+        async def script():
+            with pytest.raises(Superseded, match="another driver"):
+                await bench.lease(bench.schedule.pool_tickets.start)
+
+        run(script())
+
+
+def everything_below(store):
+    """Content of all files of a run but the epochs."""
+    files = (file for file in Path(store.root).rglob("*") if file.is_file() and EPOCHS_DIR not in file.parts)
+    return {file: file.read_bytes() for file in files}
 
 
 class TestNothingIsLeft:

@@ -51,6 +51,12 @@ def test_killed_three_times_then_finished(toy_settings, own_cluster_env, tmp_pat
         while count(run_dir, pattern) < number:
             assert driver.poll() is None, log.read_text()
             time.sleep(0.02)
+        if pattern.startswith("labels"):
+            refused = start(["--resume", str(run_dir)], tmp_path / "second.txt", own_cluster_env)
+            assert refused.wait(timeout=120) == 2
+            said = (tmp_path / "second.txt").read_text()
+            assert f"another driver is at work on this run (process {driver.pid} on" in said
+            assert "Traceback" not in said
         time.sleep(rng.uniform(0, 0.5))
         driver.send_signal(signal.SIGKILL)
         driver.wait()
