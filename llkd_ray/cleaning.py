@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import reprlib
 import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from llkd_ray.config import SourceConfig
-from llkd_ray.readers import RawRow
+from llkd_ray.readers import RawRow, Unreadable
 
 START_CHARS = 200  # how much of a refused text the quarantine keeps
 NO_GOLD = -1
@@ -18,6 +19,11 @@ NO_GOLD = -1
 # Line breaks that are control characters would, if only removed, glue two words together.
 _BREAKS = re.compile(r"\r\n?|[\x0b\x0c\x85]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+# Lists and objects may be too deep for Python's own repr, and as large as a line.
+_IN_SHORT = reprlib.Repr()
+_IN_SHORT.maxstring = _IN_SHORT.maxother = START_CHARS
 
 
 class Refusal(NamedTuple):
@@ -85,7 +91,7 @@ def start_of_text(value: object) -> str:
         return ""
     if isinstance(value, bytes):
         value = value[: 4 * START_CHARS].decode("utf-8", "replace")
-    text = value if isinstance(value, str) else repr(value)
+    text = value if isinstance(value, str) else _IN_SHORT.repr(value)
     return text[:START_CHARS].encode("utf-8", "replace").decode()
 
 
@@ -121,7 +127,7 @@ class GoldNames:
         if found is None and not self._numbers_are_names and name.isdecimal() and len(name) < 10:
             found = int(name) if int(name) < len(self._index) else None
         if found is None:
-            shown = repr(start_of_text(value) if isinstance(value, str) else value)[:START_CHARS]
+            shown = start_of_text(repr(start_of_text(value)) if isinstance(value, str) else value)
             return Refusal("unknown_gold", f"{shown} is neither a name nor an index of labels.names")
         return found
 
@@ -138,7 +144,8 @@ class Cleaner:
     def __call__(self, row: RawRow) -> Example | Refusal:
         """The example, or the first reason against the row.
 
-        Reasons beside those of :func:`clean_text`: broken_line, unknown_gold, missing_gold (test only).
+        Reasons beside those of :func:`clean_text`: broken_line, unknown_gold, missing_gold (test only),
+        bad_id.
         """
         if row.broken:
             return Refusal("broken_line", row.broken)
@@ -154,6 +161,8 @@ class Cleaner:
         given = row.id.decode("utf-8", "surrogateescape") if isinstance(row.id, bytes) else row.id
         if given is None or given == "" or given != given:  # NaN is no id
             id_ = f"{hash_:016x}"
+        elif isinstance(given, (list, dict, Unreadable)):
+            return Refusal("bad_id", f"{self._field}.id: a value of type {type(given).__name__}")
         else:
             id_ = str(given)
             if wrong := _undecodable(id_):

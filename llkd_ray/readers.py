@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -22,9 +22,17 @@ import pyarrow.parquet as pq
 from llkd_ray.config import ConfigError, SourceConfig
 from llkd_ray.store import open_filesystem
 
-BATCH_ROWS = 1024  # rows turned into Python objects at a time
+BATCH_ROWS = 1024  # rows turned into Python objects at a time, at most
+BATCH_BYTES = 32 << 20  # of such rows, where a parquet file tells
 MIN_LINE_BYTES = 16 << 20  # the longest line read whole, unless max_chars asks for longer ones
 COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a value in a file that Python cannot hold, such as a date in the year 300,000."""
+
+    kind: str
 
 
 class RawRow(NamedTuple):
@@ -43,7 +51,7 @@ class RawRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Unit:
-    """What is read in one go: a file, some row groups of a parquet file, or a share of a hub data set."""
+    """What is read in one go: a file or a piece of it, some row groups of parquet, a share of a hub's set."""
 
     source: str  # as people know it
     kind: str  # parquet, jsonl, json, ndjson, csv, tsv, txt or hf
@@ -51,6 +59,7 @@ class Unit:
     base: str = ""  # opens the file's filesystem
     path: str = ""  # on that filesystem
     part: tuple[int, int] = (0, 1)  # parquet: row groups [start, stop); hf: (index, of how many)
+    span: tuple[int, int] | None = None  # file of lines: bytes [start, stop), whole records; None: all of it
     first: int = 0  # position of the first row
 
 
@@ -70,7 +79,7 @@ def read_rows(unit: Unit, source: SourceConfig, field: str, labels: Sequence[str
             case "csv" | "tsv":
                 yield from _csv_rows(unit, source)
             case "txt":
-                for position, line, cut in _lines(unit, source.max_chars):
+                for position, (line, cut, _) in enumerate(_lines(unit, source.max_chars), unit.first):
                     yield RawRow(position, line, broken=cut)
             case _:
                 yield from _jsonl_rows(unit, source)
@@ -114,9 +123,9 @@ def _parquet_rows(unit: Unit, source: SourceConfig) -> Iterator[RawRow]:
             filters = file.read_row_group(group, columns=list(source.where)) if source.where else None
             if filters is None or passing(filters, source.where).any():
                 start = position
-                for batch in file.iter_batches(
-                    BATCH_ROWS, row_groups=[group], columns=wanted_columns(source)
-                ):
+                meta = file.metadata.row_group(group)
+                rows = max(1, min(BATCH_ROWS, BATCH_BYTES * meta.num_rows // (meta.total_byte_size or 1)))
+                for batch in file.iter_batches(rows, row_groups=[group], columns=wanted_columns(source)):
                     yield from _table_rows(pa.Table.from_batches([batch]), start, source)
                     start += batch.num_rows
             position += file.metadata.row_group(group).num_rows
@@ -124,26 +133,34 @@ def _parquet_rows(unit: Unit, source: SourceConfig) -> Iterator[RawRow]:
 
 def _table_rows(table: pa.Table, first: int, source: SourceConfig) -> Iterator[RawRow]:
     """The wanted rows of a table whose first row stands at ``first``."""
-    kept = np.flatnonzero(passing(table, source.where))
-    if kept.size < table.num_rows:
-        table = table.take(pa.array(kept))
     blank = [None] * table.num_rows
     texts = _values(table[source.text])
     golds = blank if source.gold is None else _values(table[source.gold])
     ids = blank if source.id is None else _values(table[source.id])
-    for position, text, gold, id_ in zip((kept + first).tolist(), texts, golds, ids, strict=True):
-        yield RawRow(position, text, gold, id_)
+    # Picked in Python: Arrow cannot take rows of every type, and takes those of string views wrongly.
+    for at in np.flatnonzero(passing(table, source.where)).tolist():
+        yield RawRow(first + at, texts[at], golds[at], ids[at])
 
 
 def _values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
     """Python values. Arrow does not check strings when reading; bad bytes become surrogates."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
     try:
         return column.to_pylist()
+    except (ValueError, OverflowError):  # bad bytes, dates that Python does not know
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    if isinstance(scalar, pa.DictionaryScalar):
+        scalar = scalar.value
+    try:
+        return scalar.as_py()
     except UnicodeDecodeError:
-        raw = column.cast(pa.large_binary()).to_pylist()
-        return [None if one is None else one.decode("utf-8", "surrogateescape") for one in raw]
+        if isinstance(scalar, (pa.StringScalar, pa.LargeStringScalar, pa.StringViewScalar)):
+            return scalar.as_buffer().to_pybytes().decode("utf-8", "surrogateescape")
+    except (ValueError, OverflowError):
+        pass
+    return Unreadable(str(scalar.type))
 
 
 def passing(table: pa.Table, where: dict[str, Any]) -> np.ndarray:
@@ -159,11 +176,13 @@ def passing(table: pa.Table, where: dict[str, Any]) -> np.ndarray:
 
 def _equals(value: object, wanted: str | int | bool) -> bool:
     """Whether a value is the wanted one; a csv has only strings, so ``3`` equals ``"3"``."""
+    if value is None or isinstance(value, (list, dict, Unreadable)):
+        return False
     if isinstance(value, str) and isinstance(wanted, bool):
         return value.strip().lower() == str(wanted).lower()
     if isinstance(value, bool) or isinstance(wanted, bool):
         return value is wanted or (isinstance(wanted, str) and str(value).lower() == wanted.lower())
-    return value == wanted or (value is not None and str(value) == str(wanted))
+    return value == wanted or str(value) == str(wanted)
 
 
 def open_hub(unit: Unit) -> Any:
@@ -199,33 +218,49 @@ def _hub_rows(unit: Unit, source: SourceConfig, labels: Sequence[str]) -> Iterat
 # Files of lines
 
 
-def _lines(unit: Unit, max_chars: int) -> Iterator[tuple[int, str, str]]:
-    """Position, text without its end, and "" or what is wrong with the line.
+def _lines(unit: Unit, max_chars: int) -> Iterator[tuple[str, str, int]]:
+    """Text without its end, "" or what is wrong with the line, and the byte behind it (decompressed).
 
     Read as bytes and decoded line by line: bad bytes become surrogates and spoil one line. A line too
     long to hold is cut, its rest passed over.
     """
     # A character takes at most 12 bytes in JSON (a pair of \\u escapes), so no text is cut unseen.
     limit = max(MIN_LINE_BYTES, 16 * max_chars)
-    fs, _ = open_filesystem(unit.base)
-    compression = COMPRESSIONS.get(unit.path.lower().rpartition(".")[2])
-    with io.BufferedReader(fs.open_input_stream(unit.path, compression=compression), 1 << 20) as stream:
-        position = 0
-        while line := stream.readline(limit):
-            wrong = ""
+    at, stop = unit.span or (0, None)
+    with _open_at(unit, at) as stream:
+        while (stop is None or at < stop) and (line := stream.readline(limit)):
+            begin, wrong = at, ""
+            at += len(line)
             if len(line) == limit and not line.endswith(b"\n"):
                 wrong = f"the line is longer than {limit} bytes"
-                while (rest := stream.readline(limit)) and not rest.endswith(b"\n"):
-                    pass
-            if position == 0:
+                while rest := stream.readline(limit):
+                    at += len(rest)
+                    if rest.endswith(b"\n"):
+                        break
+            if begin == 0:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            yield position, line.rstrip(b"\r\n").decode("utf-8", "surrogateescape"), wrong
-            position += 1
+            yield line.rstrip(b"\r\n").decode("utf-8", "surrogateescape"), wrong, at
+
+
+def _open_at(unit: Unit, start: int) -> io.BufferedReader:
+    """The file's bytes, decompressed; a piece's, from ``start`` on, as only plain files have pieces."""
+    fs, _ = open_filesystem(unit.base)
+    if unit.span is None:
+        file = fs.open_input_stream(unit.path, compression=compression_of(unit))
+    else:
+        file = fs.open_input_file(unit.path)
+        file.seek(start)
+    return io.BufferedReader(file, 1 << 20)
+
+
+def compression_of(unit: Unit) -> str | None:
+    """How a file of lines is compressed, by the end of its name."""
+    return COMPRESSIONS.get(unit.path.lower().rpartition(".")[2])
 
 
 def jsonl_records(unit: Unit, max_chars: int) -> Iterator[tuple[int, Any, str, str]]:
     """Position, value, the line as it is, and "" or what is wrong with it; blank lines are left out."""
-    for position, line, wrong in _lines(unit, max_chars):
+    for position, (line, wrong, _) in enumerate(_lines(unit, max_chars), unit.first):
         if line.strip():
             record = None
             if not wrong:
@@ -248,20 +283,22 @@ def _jsonl_rows(unit: Unit, source: SourceConfig) -> Iterator[RawRow]:
             yield RawRow(position, record.get(source.text), gold, id_)
 
 
-def csv_records(unit: Unit, max_chars: int) -> Iterator[tuple[int, list[str], str]]:
-    """Number (-1 for the header), fields, and "" or what is wrong; blank lines are left out."""
+def csv_steps(unit: Unit, max_chars: int) -> Iterator[tuple[list[str], str, int]]:
+    """Fields, "" or what is wrong, and the byte behind the record; a blank line has neither of the two.
+
+    Behind every step the reader is as fresh as at a file's start, so a piece may begin there.
+    """
     csv.field_size_limit(max(MIN_LINE_BYTES, 16 * max_chars))
-    cut = ""
+    cut, end = "", 0
 
     def feed() -> Iterator[str]:
-        nonlocal cut
-        for _, line, wrong in _lines(unit, max_chars):
+        nonlocal cut, end
+        for line, wrong, end in _lines(unit, max_chars):  # noqa: B007
             cut = cut or wrong
             yield line + "\n"
 
     # Strict: a stray quote breaks its own record and does not silently swallow the next ones.
     reader = csv.reader(feed(), delimiter="\t" if unit.kind == "tsv" else ",", strict=True)
-    number = -1
     while True:
         fields: list[str] = []
         try:
@@ -270,16 +307,24 @@ def csv_records(unit: Unit, max_chars: int) -> Iterator[tuple[int, list[str], st
             return
         except csv.Error as error:
             cut = cut or str(error)
-        if fields or cut:
-            yield number, fields, cut
-            number, cut = number + 1, ""
+        yield fields, cut, end
+        cut = ""
+
+
+def csv_records(unit: Unit, max_chars: int) -> Iterator[tuple[int, list[str], str]]:
+    """Number (-1 for the header), fields, and "" or what is wrong; blank lines are left out."""
+    has_header = unit.span is None or unit.span[0] == 0
+    steps = ((fields, wrong) for fields, wrong, _ in csv_steps(unit, max_chars) if fields or wrong)
+    for number, (fields, wrong) in enumerate(steps, -1 if has_header else unit.first):
+        yield number, fields, wrong
 
 
 def _csv_rows(unit: Unit, source: SourceConfig) -> Iterator[RawRow]:
-    records = csv_records(unit, source.max_chars)
-    header = next(records)[1]
+    header = next(csv_records(replace(unit, span=None), source.max_chars))[1]
     column = {name: place for place, name in enumerate(header)}
-    for number, fields, wrong in records:
+    for number, fields, wrong in csv_records(unit, source.max_chars):
+        if number < 0:
+            continue
         if not wrong and len(fields) != len(header):
             wrong = f"{len(fields)} fields, but the header has {len(header)}"
         if wrong:

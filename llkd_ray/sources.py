@@ -7,7 +7,7 @@ starts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -33,6 +33,7 @@ from llkd_ray.store import open_filesystem
 
 TASK_BYTES = 32 << 20  # what one task reads, where the files allow it
 JSONL_LOOK_ROWS = 1000  # rows in which a JSON lines file must show its columns
+NAME_CHARS, NAMES_SHOWN = 100, 50  # of the columns that a message lists
 HUB_UNITS = 64  # a hub data set is opened anew in every unit, so it is not cut finer than this
 KINDS = ("parquet", "jsonl", "json", "ndjson", "csv", "tsv", "txt")
 
@@ -186,21 +187,38 @@ def _inspect(unit: Unit, source: SourceConfig, field: str, number: int) -> list[
     return [unit]
 
 
-def _check_columns(columns: Iterable[str], unit: Unit, source: SourceConfig, field: str) -> None:
+def _check_columns(columns: Sequence[str], unit: Unit, source: SourceConfig, field: str) -> None:
     wanted = [("text", source.text), ("gold", source.gold), ("id", source.id)]
     wanted += [("where", name) for name in source.where]
     for setting, name in wanted:
         if name is not None and name not in columns:
             raise ConfigError(
                 f"{field}.{setting}: there is no column {name!r} in {unit.source!r}; "
-                f"its columns are {', '.join(columns) or '(none)'}"
+                f"its columns are {_in_words(columns)}"
             )
+        if name is not None and columns.count(name) > 1:
+            raise ConfigError(
+                f"{field}.{setting}: {unit.source!r} has {columns.count(name)} columns {name!r}: rename them"
+            )
+
+
+def _in_words(columns: Sequence[str]) -> str:
+    """In one line, whatever stands where the names of columns should be."""
+    shown = [name if name.isprintable() else repr(name) for name in (one[:NAME_CHARS] for one in columns)]
+    more = ["…"] if len(shown) > NAMES_SHOWN else []
+    return ", ".join([*shown[:NAMES_SHOWN], *more]) or "(none)"
 
 
 def _parquet_units(unit: Unit, source: SourceConfig, field: str) -> list[Unit]:
     """Row groups together until the wanted columns reach TASK_BYTES, uncompressed."""
     with open_parquet(unit) as file:
         _check_columns(file.schema_arrow.names, unit, source, field)
+        for name in source.where:
+            if pa.types.is_nested(kind := file.schema_arrow.field(name).type):
+                raise ConfigError(
+                    f"{field}.where: column {name!r} of {unit.source!r} is of type {kind}: name a column of "
+                    "single values"
+                )
         wanted = set(wanted_columns(source))
         units: list[Unit] = []
         first = start = size = rows = 0

@@ -10,15 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given
-from hypothesis import strategies as st
 
-from llkd_ray import corpus, schemas, sources
+from llkd_ray import duplicates, schemas, sources
 from llkd_ray.config import Config, ConfigError, parse_config
-from llkd_ray.corpus import ingest, repeats
+from llkd_ray.corpus import ingest
 from llkd_ray.store import EXAMPLES_INDEX, Examples, RunStore
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.fixture
@@ -140,14 +138,16 @@ def test_repeats_go_whatever_files_and_buckets_they_are_in(
     tmp_path: Path, store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "TASK_BYTES", 1)  # a task, and so a shard, for every row group
-    monkeypatch.setattr(corpus, "BUCKET_ROWS", 60)
+    monkeypatch.setattr(duplicates, "BUCKET_ROWS", 60)
     rng = np.random.default_rng(0)
     files = [[f"text {n}" for n in rng.integers(0, 120, size=50)] for _ in range(3)]
     files.insert(1, files[0])  # this shard vanishes
     for number, rows in enumerate(files):
         pq.write_table(pa.table({"text": rows}), tmp_path / f"{number}.parquet", row_group_size=25)
-    test_rows = [{"text": f"text {n}", "y": 0} for n in (5, 6, 7, 5)]
-    test = {"uri": jsonl(tmp_path / "test.jsonl", test_rows), "gold": "y"}
+    (tmp_path / "test").mkdir()
+    test_rows = {"text": [f"text {n}" for n in (5, 6, 7, 5)], "y": [0] * 4}
+    pq.write_table(pa.table(test_rows), tmp_path / "test" / "test.parquet")
+    test = {"uri": str(tmp_path / "test"), "gold": "y"}
     examples = ingest(config_of({"uri": f"{tmp_path}/*.parquet"}, test), store, quiet)
 
     in_test = ["text 5", "text 6", "text 7"]
@@ -162,24 +162,9 @@ def test_repeats_go_whatever_files_and_buckets_they_are_in(
     shards = store.read_json(EXAMPLES_INDEX)["pool"]
     assert len(shards) < 8  # eight were staged
     assert store.names("examples") == sorted(
-        ["index.json", "test-00000.parquet", *(Path(shard["file"]).name for shard in shards)]
+        ["index.json", "test-000000-00000.parquet", *(Path(shard["file"]).name for shard in shards)]
     )
     assert store.folders("examples") == []
-
-
-@given(st.lists(st.tuples(st.integers(0, 6), st.booleans())))
-def test_repeats_against_a_plain_loop(rows: list[tuple[int, bool]]) -> None:
-    rows.sort(key=lambda row: not row[1])  # the test set stands first
-    hash_N = np.array([value for value, _ in rows], dtype=np.uint64)
-    test_N = np.array([in_test for _, in_test in rows], dtype=bool)
-    first: dict[int, bool] = {}
-    expected = []
-    for number, (value, in_test) in enumerate(rows):
-        if value in first:
-            expected.append((number, first[value] and not in_test))
-        first.setdefault(value, in_test)
-    repeat_R, leaked_R = repeats(hash_N, test_N)
-    assert list(zip(repeat_R.tolist(), leaked_R.tolist(), strict=True)) == expected
 
 
 def test_same_input_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +179,7 @@ def test_same_input_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         names = store.names("examples")
         contents.append({name: store.read_bytes(f"examples/{name}") for name in names})
         contents[-1]["quarantine"] = json.dumps(quarantine(store)).encode()
-    assert len(contents[0]) == 6 + 2
+    assert len(contents[0]) > 6 * 3 + 2  # the files are cut, too
     assert contents[0] == contents[1]
 
 
@@ -208,7 +193,7 @@ def test_finished_ingestion_is_opened_and_a_half_one_starts_over(tmp_path: Path,
         store.write_bytes(name, b"left by a run that died")
     store.write_bytes("quarantine/teacher-0.parquet", b"not ours")
     assert texts(ingest(config, store, quiet)) == ["x"]
-    assert store.names("examples") == ["index.json", "pool-00000.parquet"]
+    assert store.names("examples") == ["index.json", "pool-000000-00000.parquet"]
     assert store.folders("examples") == []
     assert store.names("quarantine") == ["pool-000000-00000.parquet", "teacher-0.parquet"]
 
@@ -277,3 +262,48 @@ def test_run_directory_may_be_a_uri(tmp_path: Path) -> None:
     store = RunStore(f"file://{tmp_path}/run")
     assert texts(ingest(config_of({"uri": f"file://{uri}"}), store, quiet)) == ["x", "y"]
     assert quarantine(store)[0]["source"] == f"file://{uri}"
+
+
+def test_few_rows_take_few_row_groups(
+    tmp_path: Path, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [f"text {n}" for n in range(5000)]
+    pq.write_table(pa.table({"text": [*rows, "text 7", *rows[:3]]}), tmp_path / "a.parquet")
+    examples = ingest(config_of({"uri": f"{tmp_path}/a.parquet"}), store, quiet)
+    reads = []
+    real = pq.ParquetFile.read_row_groups
+
+    def noted(file: pq.ParquetFile, groups: list[int], columns: list[str]) -> pa.Table:
+        reads.append((groups, columns))
+        return real(file, groups, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", noted)
+    assert examples.read([3000, 2, 3001], ["text"])["text"].to_pylist() == [rows[3000], rows[2], rows[3001]]
+    assert reads == [([0, 2], ["text"])]
+
+
+def test_a_large_csv_is_read_in_pieces_and_its_positions_are_true(
+    tmp_path: Path, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f'{n},"text {n},\nwith ""quotes"" and\n\nbreaks"' for n in range(300)]
+    lines[77], lines[222], lines[290] = "77,", "222,one,too many", '290,"never ""closed'
+    lines[100] = lines[99]
+    (tmp_path / "a.csv").write_text("\n".join(["id,text", *lines]))
+    monkeypatch.setattr(sources, "TASK_BYTES", 3000)
+    said: list[str] = []
+    examples = ingest(config_of({"uri": f"{tmp_path}/a.csv", "id": "id"}), store, said.append)
+    assert said[:2] == [
+        "looking where 1 large file(s) can be cut, in 5 task(s)",
+        "reading the corpus in 5 task(s)",
+    ]
+    refused = {row["position"]: row["reason"] for row in quarantine(store)}
+    assert {place: refused.pop(place) for place in (77, 100, 222)} == {
+        77: "empty",
+        100: "duplicate",
+        222: "broken_line",
+    }
+    # What is never closed takes rows behind it along, until a quote stands where none can.
+    assert set(refused.values()) == {"broken_line"}
+    assert min(refused) == 290
+    ids = examples.read(range(examples.n_rows))["id"].to_pylist()
+    assert ids[:287] == [str(n) for n in range(290) if n not in (77, 100, 222)]

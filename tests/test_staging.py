@@ -7,7 +7,8 @@ import pytest
 
 from llkd_ray import schemas, staging
 from llkd_ray.cleaning import Example, Refusal
-from llkd_ray.staging import KEYS, Staged, StagingWriter
+from llkd_ray.hashes import PARTITIONS, read_hashes
+from llkd_ray.staging import KEYS, Lot, StagingWriter
 from llkd_ray.store import RunStore
 
 
@@ -26,9 +27,9 @@ def test_files_are_cut_at_their_row_limits(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(staging, "GROUP_ROWS", 4)
     store = RunStore(str(tmp_path))
     writer = fill(store, 25)
-    assert [shard["rows"] for shard in writer.shards] == [10, 10, 5]
+    shards = [shard for lot in writer.lots for shard in lot.shards]
+    assert [shard.rows for shard in shards] == [10, 10, 5]
     assert writer.reasons == {"empty": 25}
-    shards = [Staged("pool", **shard) for shard in writer.shards]
     tables = [store.read_table(shard.file) for shard in shards]
     assert all(table.schema.equals(schemas.EXAMPLES) for table in tables)
     assert [text for table in tables for text in table["text"].to_pylist()] == [
@@ -36,7 +37,6 @@ def test_files_are_cut_at_their_row_limits(tmp_path: Path, monkeypatch: pytest.M
     ]
     keys = [store.read_table(shard.keys_file) for shard in shards]
     assert all(table.schema.equals(KEYS) for table in keys)
-    assert keys[2]["hash"].to_pylist() == [2**64 - 1 - n for n in range(20, 25)]
     assert keys[2]["position"].to_pylist() == [20, 21, 22, 23, 24]
     assert pq.ParquetFile(store.path(shards[0].file)).metadata.num_row_groups == 3
     files = store.names("quarantine")
@@ -46,9 +46,33 @@ def test_files_are_cut_at_their_row_limits(tmp_path: Path, monkeypatch: pytest.M
 
 def test_shards_are_cut_at_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "SHARD_CHARS", 27)  # three texts of nine characters
-    assert [shard["rows"] for shard in fill(RunStore(str(tmp_path)), 7).shards] == [3, 3, 1]
+    assert [shard.rows for lot in fill(RunStore(str(tmp_path)), 7).lots for shard in lot.shards] == [3, 3, 1]
+
+
+def test_ids_count_as_size_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "SHARD_CHARS", 100)
+    writer = StagingWriter(RunStore(str(tmp_path)), "pool-000000")
+    for n in range(4):
+        writer.keep("file", n, Example("i" * 50, "t", -1, n))
+    writer.flush()
+    assert [shard.rows for shard in writer.lots[0].shards] == [2, 2]
+
+
+def test_hashes_of_neighbouring_shards_are_in_one_file_by_row_of_the_lot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "SHARD_ROWS", 10)
+    monkeypatch.setattr(staging, "LOT_ROWS", 20)
+    store = RunStore(str(tmp_path))
+    lots = fill(store, 45).lots
+    assert [[shard.rows for shard in lot.shards] for lot in lots] == [[10, 10], [10, 10], [5]]
+    assert [Lot.from_dict(lot.as_dict()) for lot in lots] == lots
+    for first, lot in zip((0, 20, 40), lots, strict=True):
+        records = read_hashes(store, lot.hashes_file, 0, PARTITIONS)
+        hashes = dict(zip(records["row"].tolist(), records["hash"].tolist(), strict=True))
+        assert hashes == {n: 2**64 - 1 - first - n for n in range(lot.rows)}
 
 
 def test_nothing_in_nothing_out(tmp_path: Path) -> None:
-    assert fill(RunStore(str(tmp_path)), 0).shards == []
+    assert fill(RunStore(str(tmp_path)), 0).lots == []
     assert list(tmp_path.rglob("*.parquet")) == []
