@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -29,9 +30,11 @@ from llkd_ray.student import (
     Batch,
     bfloat16_pays,
     build_student,
+    by_length,
     check_student,
     count_steps,
     lengths,
+    made_ahead,
     plan_steps,
     predict,
     resolve_model,
@@ -571,13 +574,13 @@ class TestTokens:
         texts = ["the" * 40] * 8 + ["a b c d e f g h i j k"] * 8
         counts_N = lengths(learner.encode(texts, config.max_tokens))
         shapes = []
-        plain = type(learner).logits
+        plain = type(learner).pad
 
         def noting(self, tokens_B):
             shapes.append((min(map(len, (t["input_ids"] for t in tokens_B))), max(lengths(tokens_B))))
             return plain(self, tokens_B)
 
-        monkeypatch.setattr(type(learner), "logits", noting)
+        monkeypatch.setattr(type(learner), "pad", noting)
         train_round(
             learner, Batch(texts, np.zeros(16, dtype=np.int64), np.ones(16), np.eye(3)[[0] * 16]), config
         )
@@ -585,6 +588,124 @@ class TestTokens:
         assert counts_N.min() < counts_N.max()
         assert len(shapes) == 4
         assert all(low == high for low, high in shapes), "no token of padding"
+
+    @pytest.mark.parametrize("side", ["right", "left"])
+    def test_padding_is_the_tokenizers(self, tiny_encoder, side):
+        learner = build_student(make_config(tiny_encoder), LABELS, 0, CPU)
+        learner.tokenizer.padding_side = side
+        learner.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+        learner.tokenizer._pad_token_type_id = 1
+        tokens_B = learner.encode(["the sea", "a much longer text about an oven and a pan", ""], 32)
+        expected = learner.tokenizer.pad(tokens_B, return_tensors="pt")
+        padded = learner.pad(tokens_B)
+        assert padded.keys() == expected.keys() == set(learner.tokenizer.model_input_names)
+        assert all(torch.equal(padded[name], expected[name]) for name in padded)
+        assert (padded["token_type_ids"] == 1).any()
+        assert padded["input_ids"].dtype == torch.int64
+
+    def test_decoder_padded_on_the_left_answers_as_on_the_right(self, tiny_llm):
+        learner = build_student(make_config(tiny_llm), LABELS, 0, CPU)
+        texts = ["the sea", "a much longer text about an oven and a pan"]
+        right = predict(learner, texts, make_config())
+        learner.tokenizer.padding_side = "left"
+        assert predict(learner, texts, make_config()) == pytest.approx(right, abs=1e-5)
+
+    @settings(max_examples=100, deadline=None)
+    @given(
+        st.lists(st.integers(1, 60), min_size=1, max_size=80),
+        st.integers(1, 9),
+        st.none() | st.integers(1, 200),
+    )
+    def test_batches_fill_the_budget_and_hold_each_text_once(self, length_N, size, budget):
+        tokens_N = [{"input_ids": [1] * length} for length in length_N]
+        batches = list(by_length(tokens_N, size, budget))
+        assert sorted(np.concatenate(batches)) == list(range(len(length_N)))
+        longest = [max(length_N[i] for i in index_B) for index_B in batches]
+        assert longest == sorted(longest, reverse=True)
+        for index_B, most in zip(batches[:-1], longest, strict=False):
+            assert index_B.size == max(size, (budget or 0) // most)
+
+
+class TestOnAGpu:
+    """What scoring does for a GPU only, on the CPU, which takes it for one."""
+
+    @pytest.fixture
+    def learner(self, tiny_encoder, monkeypatch):
+        student = build_student(make_config(tiny_encoder), LABELS, 0, CPU)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+        plain = torch.Tensor.to
+
+        def stay(self, *where, **options):
+            return self if torch.device("cuda") in where else plain(self, *where, **options)
+
+        monkeypatch.setattr(torch.Tensor, "to", stay)
+        monkeypatch.setattr("llkd_ray.student.GPU_CHUNK", 8)
+        return replace(student, device=torch.device("cuda"))
+
+    def test_answers_are_the_same(self, learner):
+        texts, _ = toy_texts(30, 3, seed=2)
+        texts[4], texts[9] = "sea " * 100, ""
+        config = make_config(score_batch_size=3)
+        on_cpu = predict(replace(learner, device=CPU), texts, config)
+        assert predict(learner, texts, config) == pytest.approx(on_cpu, abs=1e-5)
+        assert predict(learner, [], config).shape == (0, 3)
+
+    def test_short_texts_fill_a_batch_and_a_mask_that_hides_nothing_is_left_out(self, learner, monkeypatch):
+        shapes, plain = [], type(learner).forward
+
+        def noting(self, inputs):
+            shapes.append((*inputs["input_ids"].shape, "attention_mask" in inputs))
+            return plain(self, inputs)
+
+        monkeypatch.setattr(type(learner), "forward", noting)
+        texts = ["sea"] * 8 + ["sea"] * 6 + ["the sea", "sea"]
+        predict(learner, texts, make_config(score_batch_size=1, max_tokens=16))
+        assert shapes == [(5, 3, False), (3, 3, False), (4, 4, True), (4, 3, False)]
+
+    def test_what_fails_while_batches_are_made_is_raised(self, learner, monkeypatch):
+        def refuse(self, tokens_B):
+            raise RuntimeError("out of pinned memory")
+
+        monkeypatch.setattr(type(learner), "pad", refuse)
+        with pytest.raises(RuntimeError, match="out of pinned memory"):
+            predict(learner, ["the sea"] * 20, make_config())
+
+
+class TestMadeAhead:
+    def test_order_and_number(self):
+        made = []
+
+        def items():
+            for i in range(20):
+                made.append(i)
+                yield i
+
+        used = []
+        for item in made_ahead(items(), 3):
+            used.append(item)
+            assert len(made) <= len(used) + 3
+        assert used == list(range(20))
+
+    def test_are_made_while_those_before_are_used(self):
+        """Each item waits until the one before is in use."""
+        in_use = threading.Event()
+
+        def items():
+            yield 0
+            assert in_use.wait(60)
+            yield 1
+
+        for item in made_ahead(items(), 1):
+            if item == 0:
+                in_use.set()
+        assert item == 1
+
+    def test_a_user_that_stops_ends_the_thread(self):
+        before = threading.active_count()
+        ahead = made_ahead(iter(range(1000)), 2)
+        assert next(ahead) == 0
+        ahead.close()
+        assert threading.active_count() == before
 
 
 class TestCheck:
