@@ -45,7 +45,7 @@ from llkd_ray.config import Config, LabelsConfig, StudentConfig
 from llkd_ray.console import Display
 from llkd_ray.corpus import ingest
 from llkd_ray.labelling import teacher_config
-from llkd_ray.policies import SELECTION
+from llkd_ray.selection import RoundSelection
 from llkd_ray.settings import load_config
 from llkd_ray.store import Examples, RunStore
 from llkd_ray.student import Batch, build_student, by_length
@@ -114,8 +114,9 @@ def fit(x_M: Any, batch: Batch, c: float) -> Predict:
 def screen(trial: Trial, texts: Texts, features: Features, labels: Labels) -> list[tuple[float, float]]:
     """Accuracy and macro-F1 at every reported size."""
     config, n_classes = trial.config, len(texts.names)
-    policy, acquisition = SELECTION[config.selection.policy], ACQUISITION[config.acquisition.policy]
+    acquisition = ACQUISITION[config.acquisition.policy]
     table = ScoreTable(n_classes, len(texts.pool))
+    predict: Predict | None = None
     row_M, weight_M, figures = np.empty(0, dtype=np.int64), np.empty(0), []
     for k, size in enumerate(trial.sizes):
         n = trial.labelled_before(k, len(table)) - table.count_labelled()
@@ -124,21 +125,17 @@ def screen(trial: Trial, texts: Texts, features: Features, labels: Labels) -> li
         read_M = acquisition.choose(table.unread(), n, rng, seed=seed, explore=explore)
         p_MC = labels.p_NC[read_M]
         table.lease(k, read_M)
-        table.put_labels(read_M, p_MC.argmax(axis=1), p_MC.max(axis=1))
-        chosen = policy.choose(
-            table.candidates(k + 1),
-            size - row_M.size,
-            np.random.default_rng([config.run.seed, 3, k]),
-            quota=config.selection.quota,
-            trained_C=table.trained_of_class(),
-            options=config.selection.options,
-        )
+        table.put_labels(read_M, p_MC.argmax(axis=1), p_MC.max(axis=1), np.zeros(read_M.size, dtype=np.int8))
+        selection = RoundSelection(config, table, k, tickets_below=k + 1)
+        if predict:
+            to_score = selection.to_score()
+            table.refresh(k, to_score, predict(features.x_N[to_score]))
+        chosen = selection.choose(size - row_M.size)
         row_M, weight_M = np.append(row_M, chosen.row_M), np.append(weight_M, chosen.weight_M)
         table.mark_trained(k, row_M)
         prior_C = trial.prior(table.labelled_of_class(k + 1))
         batch = Batch([], table.label[row_M].astype(np.int64), weight_M, labels.p_NC[row_M], prior_C)
         predict = fit(features.x_N[row_M], batch, features.c)
-        table.refresh(k, np.arange(len(table)), predict(features.x_N))
         if size in trial.reported:
             answer_T = predict(features.x_T).argmax(axis=1)
             f1 = f1_score(texts.gold_T, answer_T, average="macro", zero_division=0)

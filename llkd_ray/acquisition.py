@@ -1,22 +1,65 @@
 """Acquisition: which unread texts the teacher reads next, from what the student thinks of them.
 
-A policy gives every unread text a value, from columns, the run's seed and a random generator; those of
-largest value are read, next to a share that is drawn at random for exploration. Shapes in names: N unread
-texts, M chosen.
+A policy gives every unread text a value, from its columns, the run's seed and a random number of its own;
+those of largest value are read, next to a share that is drawn at random for exploration. Texts are looked
+at a chunk at a time, and the choice is the same however they are divided (``scan.py``). Shapes in names: N
+unread texts of a chunk, M chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from llkd_ray.policies import best
+from llkd_ray.chance import Draw, hash_uniform
+from llkd_ray.chunks import Chunked, slices
+from llkd_ray.scan import Best, Found, best
 from llkd_ray.signals import Floats, Ints
 from llkd_ray.table import Unread
 
-AcquisitionRule = Callable[[Unread, int, np.random.Generator], Floats]
+AcquisitionRule = Callable[[Unread, int, Draw], Floats]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is looked for among the unread texts of every shard; can be sent there."""
+
+    rule: AcquisitionRule
+    n: int
+    seed: int
+    draw: Draw
+    explore: float
+    explorer: Draw
+    """Its numbers say which texts are explored: those of the largest."""
+
+    def find(self, chunks: Iterable[Unread]) -> FoundUnread:
+        """Of one shard's texts, all that may be read."""
+        wanted, explored, count = Best(self.n), Best(self.n), 0
+        for unread in chunks:
+            count += len(unread)
+            wanted.note(unread.row_N, self.rule(unread, self.seed, self.draw))
+            if self.explore:
+                explored.note(unread.row_N, self.explorer(unread.row_N))
+        return FoundUnread(wanted.found(), explored.found(), count)
+
+    def settle(self, parts: Sequence[FoundUnread]) -> Ints:
+        """int64[M], ascending: the choice among what all shards have found, whichever order they come in."""
+        n = min(self.n, sum(part.count for part in parts))
+        explored_M = _largest_rows([part.explored for part in parts], round(self.explore * n))
+        wanted_M = _largest_rows([part.wanted for part in parts], n)
+        others_M = wanted_M[~np.isin(wanted_M, explored_M)]
+        return np.sort(np.concatenate([explored_M, others_M[: n - explored_M.size]]))
+
+
+@dataclass(frozen=True)
+class FoundUnread:
+    """What a shard has found: texts of largest value, texts that chance would explore, their number."""
+
+    wanted: Found
+    explored: Found
+    count: int
 
 
 @dataclass(frozen=True)
@@ -30,18 +73,27 @@ class AcquisitionPolicy:
     """Whether a share of what is read is drawn at random."""
 
     def choose(
-        self, unread: Unread, n: int, rng: np.random.Generator, *, seed: int = 0, explore: float = 0.0
+        self,
+        unread: Unread | Chunked[Unread],
+        n: int,
+        rng: np.random.Generator,
+        *,
+        seed: int = 0,
+        explore: float = 0.0,
     ) -> Ints:
         """int64[M]: at most ``n`` rows, ascending, because neighbours are cheap to read together.
 
         A share ``explore`` of them is drawn at random from all unread texts, so that what the student is
         wrongly sure of is seen, too; the rest are those of largest value.
         """
-        n = min(n, len(unread))
-        explored = rng.choice(len(unread), size=round(explore * n) if self.explores else 0, replace=False)
-        value_N = np.array(self.rule(unread, seed, rng), dtype=np.float64)
-        value_N[explored] = np.inf
-        return np.sort(unread.row_N[best(value_N, np.zeros(len(unread), dtype=np.int64), n)])
+        reading = self.reading(n, rng, seed=seed, explore=explore)
+        chunks = [unread.take(part) for part in slices(len(unread))] if isinstance(unread, Unread) else unread
+        return reading.settle([reading.find(chunks)])
+
+    def reading(self, n: int, rng: np.random.Generator, *, seed: int = 0, explore: float = 0.0) -> Reading:
+        """What to look for, as in :meth:`choose`."""
+        draw, explorer = Draw.from_rng(rng), Draw.from_rng(rng)
+        return Reading(self.rule, n, seed, draw, explore if self.explores else 0.0, explorer)
 
 
 ACQUISITION: dict[str, AcquisitionPolicy] = {}
@@ -50,7 +102,10 @@ ACQUISITION: dict[str, AcquisitionPolicy] = {}
 def acquisition_policy(
     name: str, *, uses_student: bool, explores: bool = True
 ) -> Callable[[AcquisitionRule], AcquisitionRule]:
-    """Register a rule ``(unread, seed, rng) -> value_N``; no value may be ``-inf``."""
+    """Register a rule ``(unread, seed, draw) -> value_N``.
+
+    No value may be ``-inf``, or depend on the other texts.
+    """
 
     def register(rule: AcquisitionRule) -> AcquisitionRule:
         ACQUISITION[name] = AcquisitionPolicy(rule, uses_student, explores)
@@ -60,31 +115,31 @@ def acquisition_policy(
 
 
 @acquisition_policy("sequential", uses_student=False, explores=False)
-def value_sequential(unread: Unread, seed: int, rng: np.random.Generator) -> Floats:
+def value_sequential(unread: Unread, seed: int, draw: Draw) -> Floats:
     """In corpus order, all of it: ``acquisition.explore`` does not apply."""
     return -unread.row_N.astype(np.float64)
 
 
 @acquisition_policy("random", uses_student=False)
-def value_random(unread: Unread, seed: int, rng: np.random.Generator) -> Floats:
+def value_random(unread: Unread, seed: int, draw: Draw) -> Floats:
     """Uniformly at random."""
-    return rng.random(len(unread))
+    return draw(unread.row_N)
 
 
 @acquisition_policy("entropy", uses_student=True)
-def value_entropy(unread: Unread, seed: int, rng: np.random.Generator) -> Floats:
+def value_entropy(unread: Unread, seed: int, draw: Draw) -> Floats:
     """Where the student's entropy is largest; what it never scored comes first, at random."""
-    return _known(unread.uncertainty_N, rng)
+    return _known(unread.uncertainty_N, unread, draw)
 
 
 @acquisition_policy("margin", uses_student=True)
-def value_margin(unread: Unread, seed: int, rng: np.random.Generator) -> Floats:
+def value_margin(unread: Unread, seed: int, draw: Draw) -> Floats:
     """Where the student's two best labels are closest; what it never scored comes first, at random."""
-    return _known(1.0 - unread.margin_N.astype(np.float64), rng)
+    return _known(1.0 - unread.margin_N.astype(np.float64), unread, draw)
 
 
 @acquisition_policy("m_raru", uses_student=True)
-def value_m_raru(unread: Unread, seed: int, rng: np.random.Generator) -> Floats:
+def value_m_raru(unread: Unread, seed: int, draw: Draw) -> Floats:
     """Randomised accept or reject by normalised uncertainty (M-RARU, arXiv 2511.11574).
 
     A text is accepted with a probability equal to its entropy over log C. The random number is a hash of
@@ -96,20 +151,13 @@ def value_m_raru(unread: Unread, seed: int, rng: np.random.Generator) -> Floats:
     return uncertainty_N - hash_uniform(seed, unread.row_N)
 
 
-def hash_uniform(seed: int, row_N: Ints) -> Floats:
-    """float64[N] in [0, 1): a number of each row that looks random and depends on seed and row alone.
-
-    The finaliser of SplitMix64 (Steele, Lea & Flood 2014), on the row's place in the seed's sequence.
-    """
-    with np.errstate(over="ignore"):
-        x_N = (row_N.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        x_N += np.uint64(seed) * np.uint64(0xD1B54A32D192ED03)
-        x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x_N ^= x_N >> np.uint64(31)
-    return (x_N >> np.uint64(11)).astype(np.float64) / 2.0**53
+def _largest_rows(parts: Sequence[Found], n: int) -> Ints:
+    """int64[M]: rows of the at most ``n`` largest values of several parts, largest first, ties by row."""
+    found = Found.joined(parts)
+    found = found.take(np.argsort(found.row_M))
+    return found.row_M[best(found.value_M, found.label_M, n)]
 
 
-def _known(signal_N: Floats, rng: np.random.Generator) -> Floats:
+def _known(signal_N: Floats, unread: Unread, draw: Draw) -> Floats:
     """The student's signal, and for what it never scored a random number above all of them."""
-    return np.where(np.isnan(signal_N), 1.0 + rng.random(signal_N.size), signal_N)
+    return np.where(np.isnan(signal_N), 1.0 + draw(unread.row_N), signal_N)

@@ -13,9 +13,8 @@ from typing import Any
 import ray
 import ray.data
 
-from llkd_ray.config import Config, ConfigError
-
-LEASER_CPUS = 0.05
+from llkd_ray.config import Config
+from llkd_ray.room import require_room
 
 
 @contextmanager
@@ -71,22 +70,8 @@ def check_fit(config: Config) -> None:
 
     Skipped where an autoscaler may still add nodes (LLKD_AUTOSCALING=1, set by cluster.yaml).
     """
-    if os.environ.get("LLKD_AUTOSCALING") == "1":
-        return
-    there = ray.cluster_resources()
-    student = config.student
-    teachers = [teacher for _, teacher in config.teacher.members()]
-    actors = sum(teacher.actors for teacher in teachers)
-    for kind, field, extra in (("CPU", "cpus", LEASER_CPUS), ("GPU", "gpus", 0.0)):
-        for_teachers = sum(one.actors * one.parts * getattr(one, field) for one in teachers)
-        for_student = student.min_workers * getattr(student, field)
-        if for_teachers + for_student + extra > there.get(kind, 0) + 1e-9:
-            raise ConfigError(
-                f"teacher.{field}, student.{field}: {actors} teacher actor(s) and "
-                f"{student.min_workers} student rank(s) need {for_teachers:g} + {for_student:g} + {extra:g} "
-                f"{kind}s, but the cluster has {there.get(kind, 0):g}; lower teacher.actors, "
-                f"student.workers or one of these, or add nodes"
-            )
+    if os.environ.get("LLKD_AUTOSCALING") != "1":
+        require_room(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
 
 def library_versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from llkd_ray.sections import ConfigError, Section
-from llkd_ray.teacher_config import TeacherConfig, member_field
+from llkd_ray.teacher_config import TeacherConfig, ends, member_field
 
 
 class SourceConfig(Section):
@@ -96,10 +96,24 @@ class StudentConfig(Section):
         "quickstart extra."
     )
     workers: int | tuple[int, int] = Field(
-        2, description="DDP ranks; (min, max) lets Ray Train go on with fewer after a loss."
+        2,
+        description="DDP ranks; (min, max): as many as there is room for when the run starts, when one is "
+        "lost and when nodes come. Ray Train takes nodes for empty: give ranks nodes of their own then "
+        "(resources).",
+    )
+    resize_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds between two looks at whether more of (min, max) ranks have room, or fewer. A "
+        "change starts the round under way anew.",
     )
     cpus: float = Field(0.5, gt=0, description="CPUs that Ray books for one rank.")
     gpus: float = Field(0, ge=0, description="GPUs that Ray books for one rank.")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="Ray's custom resources for one rank: keeps ranks to the nodes that were started with "
+        "them, as {student: 1}.",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of one rank; default: cores/ranks.")
     max_tokens: int = Field(128, ge=8, description="Tokens; longer texts are cut at the end.")
     epochs: int = Field(3, ge=1, description="Passes over what is selected so far, in every round.")
@@ -138,18 +152,16 @@ class StudentConfig(Section):
     @field_validator("workers")
     @classmethod
     def _workers(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
-        low, high = (workers, workers) if isinstance(workers, int) else workers
-        if not 1 <= low <= high:
-            raise ValueError("must be at least 1, or (min, max) with 1 <= min <= max")
+        ends(workers)
         return workers
 
     @property
     def max_workers(self) -> int:
-        return self.workers if isinstance(self.workers, int) else self.workers[1]
+        return ends(self.workers)[1]
 
     @property
     def min_workers(self) -> int:
-        return self.workers if isinstance(self.workers, int) else self.workers[0]
+        return ends(self.workers)[0]
 
 
 class SelectionConfig(Section):
@@ -188,6 +200,14 @@ class SelectionConfig(Section):
         "labelled",
         description="What the student scores before each selection: the labelled texts that may be "
         "selected, or the whole pool.",
+    )
+    refresh_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of these texts that it scores in a round. Below 1, those that the policy would "
+        "take first if the student were as unsure of them as could be: what it has not looked at for long, "
+        "or never, and what is near to being selected.",
     )
 
 

@@ -27,9 +27,10 @@ from ray.data import DataContext
 from llkd_ray import sources
 from llkd_ray.cleaning import Cleaner, Refusal, start_of_text
 from llkd_ray.config import Config, ConfigError, SourceConfig
-from llkd_ray.duplicates import TASK_CPUS, find_repeats, settle
+from llkd_ray.duplicates import find_repeats, settle
 from llkd_ray.ranges import Found, Stretch, pieces, stretches, survey
 from llkd_ray.readers import RawRow, Unit, read_rows, reading
+from llkd_ray.room import READING_CPUS
 from llkd_ray.sources import pack, plan
 from llkd_ray.staging import STAGING, Lot, StagingWriter
 from llkd_ray.store import EXAMPLES_INDEX, QUARANTINE_DIR, Examples, RunStore
@@ -189,7 +190,7 @@ def _run(
     with _quiet_ray_data():
         # from_items needs no read task, which would ask for a whole CPU.
         done = ray.data.from_items(numbered, override_num_blocks=len(numbered)).map_batches(
-            task, batch_size=1, num_cpus=TASK_CPUS, fn_kwargs=arguments
+            task, batch_size=1, num_cpus=READING_CPUS, fn_kwargs=arguments
         )
         for row in done.iter_rows():
             answer = json.loads(row["answer"])

@@ -19,10 +19,10 @@ import ray
 from llkd_ray import schemas
 from llkd_ray.cleaning import START_CHARS
 from llkd_ray.hashes import buckets, read_hashes, repeats
+from llkd_ray.room import READING_CPUS
 from llkd_ray.staging import GROUP_ROWS, STAGING, Lot, Staged
 from llkd_ray.store import QUARANTINE_DIR, RunStore
 
-TASK_CPUS = 0.5  # below 1, so that tasks find room beside actors that hold most of a small machine
 BUCKET_ROWS = 4_000_000  # hashes that one task compares: about 250 MB at work
 
 
@@ -42,7 +42,7 @@ def _bucket_file(bucket: int) -> str:
     return f"{STAGING}/repeats-{bucket:05d}.int64"
 
 
-@ray.remote(num_cpus=TASK_CPUS)
+@ray.remote(num_cpus=READING_CPUS)
 def _repeats_in_bucket(
     store: RunStore, lots: Sequence[tuple[str, Lot]], bucket: int, share: tuple[int, int]
 ) -> np.ndarray:
@@ -101,7 +101,7 @@ def _move(store: RunStore, shard: Staged) -> None:
     store.fs.move(store.path(shard.file), store.path(_target(shard)))
 
 
-@ray.remote(num_cpus=TASK_CPUS)
+@ray.remote(num_cpus=READING_CPUS)
 def _thin_out(
     store: RunStore, lot: Lot, marks: Sequence[tuple[int, int, int]]
 ) -> tuple[list[int], Mapping[str, int]]:

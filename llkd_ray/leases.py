@@ -60,7 +60,7 @@ class Leases:
         sizes = [self.schedule.ticket_rows(ticket) for ticket in tickets]
         rng = np.random.default_rng([self.config.run.seed, _ACQUIRE_SEED, round_number])
         row_M = self.policy.choose(
-            self.table.unread(),
+            self.table.unread_chunks(),
             sum(sizes),
             rng,
             seed=self.config.run.seed,

@@ -62,7 +62,7 @@ def plan_teacher(config: Config, field: str, teacher: TeacherConfig, parts: Sequ
         answers = Bill(texts, NOTHING, NOTHING, NOTHING) if is_known else None
         return TeacherPlan(["recorded answers; nothing is asked of an LLM"], answers)
     sizes = [prompt_sizes(teacher, config.labels, part.texts, field) for part in parts]
-    lines = [f"{teacher.model}, {teacher.actors} actor(s)"]
+    lines = [f"{teacher.model}, {_ends((teacher.min_actors, teacher.max_actors))} actor(s)"]
     lines += [f"prompts of the {part.name}: {_prompts(part, sizes[i])}" for i, part in enumerate(parts)]
     lines.append(_requests(sizes[0]))
     folder, key = cache_folder(config, teacher), cache_key(config, teacher)
@@ -183,14 +183,13 @@ def _saved(need: Bill, without: Bill, teacher: TeacherConfig) -> str:
 
 def _time(teacher: TeacherConfig, need: _Need, earlier: Speed | None) -> str:
     """Hours, and where the speed is known from."""
-    tokens, actors = need.bill.prompt_tokens, teacher.actors
-    if teacher.tokens_per_s is not None:
-        speed = teacher.tokens_per_s * actors
-        return f"{_hours(hours(tokens, speed, speed))}, at teacher.tokens_per_s"
+    tokens, fewest, most = need.bill.prompt_tokens, teacher.min_actors, teacher.max_actors
+    if (speed := teacher.tokens_per_s) is not None:
+        return f"{_hours(hours(tokens, speed * fewest, speed * most))}, at teacher.tokens_per_s"
     if earlier is not None:
-        speed = earlier.tokens_per_s * actors
+        speed = earlier.tokens_per_s
         return (
-            f"{_hours(hours(tokens, speed, speed))}, at {earlier.tokens_per_s:,.0f} prompt tokens a second "
+            f"{_hours(hours(tokens, speed * fewest, speed * most))}, at {speed:,.0f} prompt tokens a second "
             f"and actor, as {earlier.tickets} earlier ticket(s) took, the newest in {earlier.labels}"
         )
     on_gpu = teacher.gpus > 0
@@ -199,10 +198,11 @@ def _time(teacher: TeacherConfig, need: _Need, earlier: Speed | None) -> str:
         guess = tokens_per_s(teacher.model, teacher.dtype, on_gpu)
     if guess is None:
         return "hours: unknown until a first run has measured it; set teacher.tokens_per_s where you know it"
-    engines = actors * teacher.parts if on_gpu else 1  # on CPUs, all actors share what was measured
+    # On CPUs, all actors share what was measured.
+    slowest, fastest = (n * teacher.parts if on_gpu else 1 for n in (fewest, most))
     low, high = (UTILISATION[0], UTILISATION[1])
     return (
-        f"{_hours(hours(need.new_tokens, guess[0] * engines, guess[1] * engines))}; no more than a guess: "
+        f"{_hours(hours(need.new_tokens, guess[0] * slowest, guess[1] * fastest))}; no more than a guess: "
         f"matrix products on this machine, {low:.0%} to {high:.0%} of them used"
     )
 

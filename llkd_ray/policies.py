@@ -1,25 +1,27 @@
 """Selection: which labelled texts the student trains on next.
 
-A policy gives every candidate a value, pure numpy of columns and a random generator; the candidates of
-largest value are taken, within class quotas if these are asked for. Policies are registered under their
-names and may have options. Shapes in names: N candidates, M chosen, C classes.
+A policy gives every candidate a value, pure numpy of columns; the candidates of largest value are taken,
+within class quotas if these are asked for. It sees them a chunk at a time, next to what is known of all of
+them together, so that the choice is the same however they are divided (``scan.py``). Policies are
+registered under their names and may have options. Shapes in names: N candidates of a chunk, M chosen, C
+classes.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from llkd_ray.chance import Draw
+from llkd_ray.chunks import Chunked, slices
 from llkd_ray.priors import Exponent, effective, tempered
-from llkd_ray.signals import Floats, Ints, class_thresholds, rank_within_class
+from llkd_ray.scan import NEVER, Best, Found, Pool, Survey, best, known
+from llkd_ray.signals import Floats, Ints
 from llkd_ray.table import Candidates
-
-NEVER = -np.inf
-"""The value of a candidate that must not be taken."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class Selection:
 
 SelectionRule = Callable[..., Judgement]
 
+_TIE = 1e-9
+"""Where all texts have the same signal, its mean is equal to it, and rounding must not decide."""
+
 _KINDS = {bool: "truth value", float: "number", str: "word"}
 _NO_ROWS, _NO_SIGNAL = np.empty(0, dtype=np.int64), np.empty(0)
 _NO_CANDIDATES = Candidates(_NO_ROWS, _NO_ROWS, _NO_SIGNAL, _NO_SIGNAL, _NO_SIGNAL, _NO_SIGNAL, n_classes=2)
@@ -61,6 +66,8 @@ class SelectionPolicy:
     """The class quota's exponent where the config does not name one; None: no quotas."""
     prior: float | None = None
     """The exponent of what the student is to reckon with where the config does not name one."""
+    ranks: bool = False
+    """Whether the rule asks for :meth:`Pool.rank`, for which the survey has to count."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -78,11 +85,11 @@ class SelectionPolicy:
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise ValueError(f"{name} is {value!r}: use a {_KINDS[kind]} like {self.options[name]}")
         # The rule itself knows its values; it refuses them here and not after hours of labelling.
-        self.rule(_NO_CANDIDATES, np.random.default_rng(0), **options)
+        self.rule(_NO_CANDIDATES, Pool(Survey.empty(2, self.ranks), Draw(0)), **options)
 
     def choose(
         self,
-        candidates: Candidates,
+        candidates: Candidates | Chunked[Candidates],
         n: int,
         rng: np.random.Generator,
         *,
@@ -94,26 +101,84 @@ class SelectionPolicy:
 
         ``quota`` is the exponent of :func:`class_quotas`, ``off``, or None for the policy's own.
         """
+        chunks = in_order(candidates)
+        search = self.search(self.survey(chunks), n, rng, quota=quota, trained_C=trained_C, options=options)
+        return search.settle([search.find(chunks)])
+
+    def survey(self, chunks: Iterable[Candidates]) -> Survey:
+        """What is counted of all candidates before any is judged; there is one chunk at least."""
+        return Survey.of(chunks, self.ranks)
+
+    def search(
+        self,
+        survey: Survey,
+        n: int,
+        rng: np.random.Generator,
+        *,
+        quota: Exponent = None,
+        trained_C: Ints | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Search:
+        """What to look for, from the surveys of all shards added up; the rest is as in :meth:`choose`."""
         exponent = effective(quota, self.quota)
-        # By row, so that a choice does not depend on how the candidates came.
-        candidates = candidates.by_row()
-        judgement = self.rule(candidates, rng, **(options or {}))
-        index_M = best(judgement.value_N, candidates.label_N, n, exponent, trained_C, candidates.n_classes)
-        weight_N = judgement.weight_N
-        weight_M = np.ones(index_M.size) if weight_N is None else _mean_one(weight_N[index_M])
-        return Selection(candidates.row_N[index_M], weight_M)
+        share_C = None if exponent is None else class_quotas(survey.count_C, n, exponent, trained_C)
+        return Search(self.rule, dict(options or {}), Pool(survey, Draw.from_rng(rng)), n, share_C)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is looked for among the candidates of every shard; can be sent there."""
+
+    rule: SelectionRule
+    options: Mapping[str, Any]
+    pool: Pool
+    n: int
+    share_C: Ints | None
+    """int64[C]: how many of the texts each class brings, where there are quotas."""
+
+    def find(self, chunks: Iterable[Candidates]) -> Found:
+        """Of one shard's candidates, by row, all that may be chosen: at most twice ``n``."""
+        found = Best(self.n, self.share_C)
+        for chunk in chunks:
+            judgement = self.rule(chunk, self.pool, **self.options)
+            found.note(chunk.row_N, judgement.value_N, chunk.label_N, judgement.weight_N)
+        return found.found()
+
+    def settle(self, parts: Sequence[Found]) -> Selection:
+        """The choice among what all shards have found, whichever order they come in."""
+        found = Found.joined(parts)
+        found = found.take(np.argsort(found.row_M))
+        chosen = found.take(best(found.value_M, found.label_M, self.n, self.share_C))
+        return Selection(chosen.row_M, _mean_one(chosen.weight_M))
+
+
+def in_order(candidates: Candidates | Chunked[Candidates]) -> Iterable[Candidates]:
+    """Chunks by ascending row, so that a choice does not depend on how the candidates came."""
+    if not isinstance(candidates, Candidates):
+        return candidates
+    by_row = candidates.by_row()
+    return [by_row.take(part) for part in slices(len(by_row))]
 
 
 SELECTION: dict[str, SelectionPolicy] = {}
 
 
 def selection_policy(
-    name: str, *, uses_student: bool, quota: float | None = None, prior: float | None = None
+    name: str,
+    *,
+    uses_student: bool,
+    quota: float | None = None,
+    prior: float | None = None,
+    ranks: bool = False,
 ) -> Callable[[SelectionRule], SelectionRule]:
-    """Register a rule ``(candidates, rng, **options) -> Judgement``; candidates come in row order."""
+    """Register a rule ``(candidates, pool, **options) -> Judgement``.
+
+    It judges each candidate by its columns and by what ``pool`` knows of all of them, which has the random
+    numbers, too; never by the others of its chunk.
+    """
 
     def register(rule: SelectionRule) -> SelectionRule:
-        SELECTION[name] = SelectionPolicy(rule, uses_student, quota, prior)
+        SELECTION[name] = SelectionPolicy(rule, uses_student, quota, prior, ranks)
         return rule
 
     return register
@@ -123,50 +188,50 @@ def selection_policy(
 
 
 @selection_policy("all", uses_student=False)
-def judge_all(candidates: Candidates, rng: np.random.Generator) -> Judgement:
+def judge_all(candidates: Candidates, pool: Pool) -> Judgement:
     """Whatever is labelled, in corpus order: with ``budget.train: 1.0``, all pseudo-labels."""
     return Judgement(np.zeros(len(candidates)))
 
 
 @selection_policy("random", uses_student=False)
-def judge_random(candidates: Candidates, rng: np.random.Generator) -> Judgement:
+def judge_random(candidates: Candidates, pool: Pool) -> Judgement:
     """Uniformly at random, all weighing the same: the baseline of every comparison."""
-    return Judgement(rng.random(len(candidates)))
+    return Judgement(pool.random(candidates))
 
 
 @selection_policy("confidence", uses_student=False)
-def judge_confidence(candidates: Candidates, rng: np.random.Generator) -> Judgement:
+def judge_confidence(candidates: Candidates, pool: Pool) -> Judgement:
     """Where the teacher is surest."""
     return Judgement(candidates.confidence_N)
 
 
 @selection_policy("entropy", uses_student=True)
-def judge_entropy(candidates: Candidates, rng: np.random.Generator) -> Judgement:
+def judge_entropy(candidates: Candidates, pool: Pool) -> Judgement:
     """Where the student's entropy is largest: uncertainty sampling. Without a student, at random."""
-    return Judgement(_known(candidates.uncertainty_N, rng))
+    return Judgement(_student(candidates.uncertainty_N, candidates, pool))
 
 
 @selection_policy("margin", uses_student=True)
-def judge_margin(candidates: Candidates, rng: np.random.Generator) -> Judgement:
+def judge_margin(candidates: Candidates, pool: Pool) -> Judgement:
     """Where the student's two best labels are closest. Without a student, at random."""
-    return Judgement(_known(1.0 - candidates.margin_N.astype(np.float64), rng))
+    return Judgement(_student(1.0 - candidates.margin_N.astype(np.float64), candidates, pool))
 
 
 @selection_policy("product", uses_student=True)
-def judge_product(candidates: Candidates, rng: np.random.Generator) -> Judgement:
+def judge_product(candidates: Candidates, pool: Pool) -> Judgement:
     """Confidence × uncertainty, largest first, which is the weight in the loss, too."""
-    value_N = candidates.confidence_N * _uncertainty(candidates)
+    value_N = candidates.confidence_N * known(candidates.uncertainty_N)
     return Judgement(value_N, value_N)
 
 
 @selection_policy("freematch", uses_student=False)
-def judge_freematch(candidates: Candidates, rng: np.random.Generator) -> Judgement:
+def judge_freematch(candidates: Candidates, pool: Pool) -> Judgement:
     """At random where the teacher's confidence reaches the self-adaptive threshold of its pseudo-class.
 
     FreeMatch's threshold (arXiv 2205.07246, eq. 8; see ``signals.class_thresholds``) on the teacher
     instead of the model in training; the student is not looked at.
     """
-    return Judgement(np.where(_sure(candidates), rng.random(len(candidates)), NEVER))
+    return Judgement(np.where(_is_sure(candidates, pool), pool.random(candidates), NEVER))
 
 
 # --- LLKD and what came of it --------------------------------------------------------------------------
@@ -175,7 +240,7 @@ def judge_freematch(candidates: Candidates, rng: np.random.Generator) -> Judgeme
 @selection_policy("llkd", uses_student=True)
 def judge_llkd(
     candidates: Candidates,
-    rng: np.random.Generator,
+    pool: Pool,
     *,
     thresholds: str = "class",
     order: str = "random",
@@ -195,34 +260,35 @@ def judge_llkd(
     """
     _one_of("thresholds", thresholds, ("class", "global"))
     _one_of("order", order, ("random", "product"))
-    uncertainty_N = _uncertainty(candidates)
-    passing_N = np.ones(len(candidates), dtype=bool)
-    for signal_N in (candidates.confidence_N, uncertainty_N):
-        if thresholds == "class":
-            passing_N &= _over_class_threshold(signal_N, candidates)
-        elif len(candidates):
-            passing_N &= signal_N >= np.mean(signal_N)
+    uncertainty_N = known(candidates.uncertainty_N)
+    if thresholds == "class":
+        sure_N = _is_sure(candidates, pool)
+        unsure_N = uncertainty_N >= pool.uncertainty_threshold_C[candidates.label_N] - _TIE
+    else:
+        sure_N = candidates.confidence_N >= pool.means[0] - _TIE
+        unsure_N = uncertainty_N >= pool.means[1] - _TIE
     product_N = candidates.confidence_N * uncertainty_N
-    has_student = not np.isnan(candidates.uncertainty_N).all()
-    value_N = product_N if order == "product" and has_student else rng.random(len(candidates))
-    return Judgement(np.where(passing_N, value_N, NEVER), product_N if weights and has_student else None)
+    value_N = product_N if order == "product" and pool.is_scored else pool.random(candidates)
+    return Judgement(
+        np.where(sure_N & unsure_N, value_N, NEVER), product_N if weights and pool.is_scored else None
+    )
 
 
-@selection_policy("llkd_rank", uses_student=True, quota=0.25, prior=0.5)
-def judge_llkd_rank(candidates: Candidates, rng: np.random.Generator) -> Judgement:
+@selection_policy("llkd_rank", uses_student=True, quota=0.25, prior=0.5, ranks=True)
+def judge_llkd_rank(candidates: Candidates, pool: Pool) -> Judgement:
     """Rank of the confidence within its pseudo-class × the student's uncertainty, largest first.
 
-    Ours. Raw confidence cannot be compared between classes (``signals.rank_within_class``). Without a
+    Ours. Raw confidence cannot be compared between classes (``signals.mean_ranks``). Without a
     student, the rank times a random number, so that the first round is not only the easiest texts.
     """
-    rank_N = rank_within_class(candidates.confidence_N, candidates.label_N)
-    return Judgement(rank_N * _known(candidates.uncertainty_N, rng))
+    rank_N = pool.rank(candidates)
+    return Judgement(rank_N * _student(candidates.uncertainty_N, candidates, pool))
 
 
-@selection_policy("llkd_sample", uses_student=True, quota=0.25, prior=0.5)
+@selection_policy("llkd_sample", uses_student=True, quota=0.25, prior=0.5, ranks=True)
 def judge_llkd_sample(
     candidates: Candidates,
-    rng: np.random.Generator,
+    pool: Pool,
     *,
     trust: float = 4.0,
     need: float = 0.5,
@@ -242,43 +308,15 @@ def judge_llkd_sample(
     for option, exponent in (("trust", trust), ("need", need), ("support", support)):
         if exponent < 0:
             raise ValueError(f"{option} is {exponent}: use 0, which leaves it out, or more")
-    rank_N = rank_within_class(candidates.confidence_N, candidates.label_N)
-    student_N = _uncertainty(candidates) ** need
-    student_N = student_N * np.nan_to_num(candidates.support_N.astype(np.float64), nan=1.0) ** support
+    rank_N = pool.rank(candidates)
+    student_N = known(candidates.uncertainty_N) ** need
+    student_N = student_N * known(candidates.support_N) ** support
     weight_N = np.maximum(rank_N**trust * student_N, 1e-9)
     # 1 - random() lies in (0, 1], so the logarithm is finite.
-    return Judgement(np.log(1.0 - rng.random(len(candidates))) / weight_N)
+    return Judgement(np.log(1.0 - pool.random(candidates)) / weight_N)
 
 
-# --- taking the best, within quotas --------------------------------------------------------------------
-
-
-def best(
-    value_N: Floats,
-    label_N: Ints,
-    n: int,
-    quota: float | None = None,
-    trained_C: Ints | None = None,
-    n_classes: int | None = None,
-) -> Ints:
-    """int[M]: the places of the at most ``n`` largest values, largest first, within class quotas.
-
-    With a quota, each class first fills its share; what is left over then goes to the largest values of
-    any class. Ties go to the lower place.
-    """
-    allowed_N = np.flatnonzero(value_N > NEVER)
-    if quota is None:
-        return allowed_N[_largest(value_N[allowed_N], n)]
-    n_classes = n_classes or int(label_N.max(initial=0)) + 1
-    share_C = class_quotas(np.bincount(label_N, minlength=n_classes), n, quota, trained_C)
-    taken_N = np.zeros(value_N.size, dtype=bool)
-    for c in range(n_classes):
-        of_class = allowed_N[label_N[allowed_N] == c]
-        taken_N[of_class[_largest(value_N[of_class], int(share_C[c]))]] = True
-    rest = allowed_N[~taken_N[allowed_N]]
-    taken_N[rest[_largest(value_N[rest], n - int(taken_N.sum()))]] = True
-    chosen = np.flatnonzero(taken_N)
-    return chosen[np.argsort(-value_N[chosen], kind="stable")]
+# --- quotas -------------------------------------------------------------------------------------------
 
 
 def class_quotas(count_C: Ints, n: int, quota: float, trained_C: Ints | None = None) -> Ints:
@@ -301,38 +339,13 @@ def class_quotas(count_C: Ints, n: int, quota: float, trained_C: Ints | None = N
     return share_C
 
 
-def _largest(value_N: Floats, n: int) -> Ints:
-    """Places of the ``n`` largest, largest first, ties by place."""
-    if n <= 0:
-        return np.empty(0, dtype=np.int64)
-    if n < value_N.size:
-        # All that might be among them, ties with the last included, and only those are sorted.
-        worst = np.partition(value_N, value_N.size - n)[value_N.size - n]
-        near = np.flatnonzero(value_N >= worst)
-        return near[np.argsort(-value_N[near], kind="stable")[:n]]
-    return np.argsort(-value_N, kind="stable")
-
-
-def _uncertainty(candidates: Candidates) -> Floats:
-    """The student's uncertainty; a text that it never scored is as unknown to it as can be."""
-    return np.nan_to_num(candidates.uncertainty_N.astype(np.float64), nan=1.0)
-
-
-def _known(signal_N: Floats, rng: np.random.Generator) -> Floats:
+def _student(signal_N: Floats, candidates: Candidates, pool: Pool) -> Floats:
     """The student's signal, 1 where it is missing, and random numbers where it is missing everywhere."""
-    if np.isnan(signal_N).all():
-        return rng.random(signal_N.size)
-    return np.nan_to_num(signal_N.astype(np.float64), nan=1.0)
+    return known(signal_N) if pool.is_scored else pool.random(candidates)
 
 
-def _sure(candidates: Candidates) -> np.ndarray:
-    return _over_class_threshold(candidates.confidence_N, candidates)
-
-
-def _over_class_threshold(signal_N: Floats, candidates: Candidates) -> np.ndarray:
-    needed_C = class_thresholds(signal_N, candidates.label_N, candidates.n_classes)
-    # Where all texts have the same signal, its mean is equal to it, and rounding must not decide.
-    return signal_N >= needed_C[candidates.label_N] - 1e-9
+def _is_sure(candidates: Candidates, pool: Pool) -> np.ndarray:
+    return candidates.confidence_N >= pool.confidence_threshold_C[candidates.label_N] - _TIE
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ from llkd_ray.answers import TeacherDown
 from llkd_ray.cluster import Background
 from llkd_ray.config import Config, ConfigError
 from llkd_ray.console import Display
+from llkd_ray.repair import put_aside_broken
 from llkd_ray.schedule import Schedule
 from llkd_ray.selector import start_selector
 from llkd_ray.session import Session
@@ -40,6 +41,7 @@ class Run:
         self.session, self.schedule, self.display = session, schedule, display
         self.teacher: Background | None = None
         self.student: Background | None = None
+        put_aside_broken(store, display.say)  # before anybody reads them
         self.selector = start_selector(config, store_uri, session.id)
         first = self.call("next_round")
         over = over or first == schedule.rounds

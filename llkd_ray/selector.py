@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +30,9 @@ from llkd_ray.leases import Leases
 from llkd_ray.ledger import Ledger
 from llkd_ray.policies import SELECTION, Selection
 from llkd_ray.priors import target_prior
-from llkd_ray.session import Fence
 from llkd_ray.schedule import Schedule
+from llkd_ray.selection import RoundSelection
+from llkd_ray.session import Fence
 from llkd_ray.signals import Floats, Ints
 from llkd_ray.store import (
     BATCH,
@@ -48,11 +50,9 @@ from llkd_ray.store import (
     read_labels,
     round_file,
 )
-from llkd_ray.table import HOLDOUT, Candidates, ScoreTable
+from llkd_ray.table import ScoreTable
 from llkd_ray.teacher_watch import TeacherWatch
 
-# First words of the seeds of the generators that are drawn from, so that no two share a stream.
-_ACQUIRE_SEED, _SELECT_SEED = 2, 3
 _NO_ROWS: Ints = np.empty(0, dtype=np.int64)
 
 
@@ -87,6 +87,7 @@ class Selector:
         self.ledger = Ledger(config.budget.cap, {name: one.price for name, one in config.teacher.members()})
         self.leases = Leases(config, self.store, self.examples, self.schedule, self.table)
         self.state = Progress()
+        self._to_score: dict[int, Ints] = {}
         self.changed = asyncio.Condition()
         self._rebuild()
 
@@ -144,7 +145,8 @@ class Selector:
             "actor": actor,
             "reason": reason,
         }
-        self.store.write_json(f"{LOST_DIR}/{actor}-{ticket:08d}.json", facts)
+        with suppress(OSError):  # where the disk is full, which is the reason; the file is for a restart only
+            self.store.write_json(f"{LOST_DIR}/{actor}-{ticket:08d}.json", facts)
         self.teachers.lost(ticket, teacher, actor, reason)
         self.ledger.abandon(self._account(ticket, teacher))
         await self._notify()
@@ -165,7 +167,7 @@ class Selector:
 
     async def holdout_rows(self) -> Ints:
         """int64[M]: the rows on which the student is held against the teacher."""
-        return np.flatnonzero(self.table.flags & HOLDOUT)
+        return self.table.held_out()
 
     async def rows_to_score(self, round_number: int) -> Ints:
         """int64[M]: what the student scores before the round's selection; waits for the labels.
@@ -177,8 +179,10 @@ class Selector:
         done = self.state.finished or round_number in self.state.selected
         if round_number == 0 or done or not self._student_is_asked():
             return np.empty(0, dtype=np.int64)
-        everything = self.config.selection.refresh == "pool" or self.acquisition.uses_student
-        row_M = self.table.untrained() if everything else self._candidates(round_number).row_N
+        if round_number not in self._to_score:
+            # Once, for scores that come in change what would be looked at.
+            self._to_score = {round_number: self._selection(round_number).to_score()}
+        row_M = self._to_score[round_number]
         if not row_M.size:  # nobody will say that they are scored
             self.state.refreshed.add(round_number)
             await self._notify()
@@ -210,6 +214,10 @@ class Selector:
         prior = self.state.selected[round_number].get("prior")  # none in a run begun by an older version
         return None if prior is None else np.array(prior)
 
+    async def require_charge(self) -> None:
+        """Raises Superseded where another driver, or a newer selector, has taken over the run."""
+        self.fence.check()
+
     async def trained(self, round_number: int, facts: dict[str, Any]) -> None:
         """The student has finished a round and its files are in place."""
         self.fence.check()
@@ -239,17 +247,9 @@ class Selector:
         if round_number not in self.state.selected:
             began = time.monotonic()
             self.fence.check()
-            candidates = self._candidates(round_number)
+            selection = self._selection(round_number)
             n = self.schedule.train_target(round_number) - self.table.count_trained()
-            rng = np.random.default_rng([self.config.run.seed, _SELECT_SEED, round_number])
-            chosen = self.policy.choose(
-                candidates,
-                n,
-                rng,
-                quota=self.config.selection.quota,
-                trained_C=self.table.trained_of_class(),
-                options=self.config.selection.options,
-            )
+            chosen = selection.choose(n)
             prior_C = target_prior(
                 self.table.labelled_of_class(self.schedule.tickets_before(round_number)),
                 self.config.selection.prior,
@@ -259,7 +259,8 @@ class Selector:
             self._write_batch(round_number, chosen)
             facts = {
                 "selected": len(chosen),
-                "candidates": len(candidates),
+                "candidates": len(self.table.candidate_chunks(selection.tickets_below)),
+                "staleness": selection.staleness(chosen.row_M),
                 "prior": None if prior_C is None else prior_C.tolist(),
                 "seconds": time.monotonic() - began,
             }
@@ -308,8 +309,9 @@ class Selector:
     def _student_is_asked(self) -> bool:
         return self.policy.uses_student or self.acquisition.uses_student
 
-    def _candidates(self, round_number: int) -> Candidates:
-        return self.table.candidates(self.schedule.tickets_before(round_number))
+    def _selection(self, round_number: int) -> RoundSelection:
+        before = self.schedule.tickets_before(round_number)
+        return RoundSelection(self.config, self.table, round_number, before)
 
     def _teaching_is_over(self) -> bool:
         """Whether every ticket is done; once no round comes, those of hold-out and test set are enough."""

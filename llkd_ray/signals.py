@@ -1,6 +1,6 @@
 """What a label distribution tells: pure numpy on ``p_NC`` (N texts, C classes).
 
-Shapes in names: N texts, C classes, K sampled answers.
+Shapes in names: N texts, C classes, K sampled answers or grades.
 """
 
 from __future__ import annotations
@@ -71,44 +71,58 @@ def support(p_NC: Floats, label_N: Ints) -> Floats:
     return p_NC[np.arange(label_N.size), label_N]
 
 
-def rank_within_class(signal_N: Floats, label_N: Ints) -> Floats:
-    """float[N] in (0, 1]: a signal's rank among the texts of the same label, 1 for the largest.
+RANK_BITS = 12
+"""Low bits of a float32 that a rank does without: 11 of the 23 behind the point remain."""
+RANK_KEYS = (24 << 23 >> RANK_BITS) + 1
+"""49,153 grades of confidence: doubts from 2**-24, the least that float32 tells from none, to 1."""
+_MAX_COUNTS = 1 << 24
 
-    The raw confidence of different labels cannot be compared: a label that the teacher over-uses looks
-    the surest. Its rank within the label can. Ties go by position.
+
+def rank_step(n_classes: int) -> int:
+    """How many grades are taken as one, so that counts by class and grade take 128 MiB at most."""
+    return 1 << max(0, (n_classes * RANK_KEYS - 1).bit_length() - _MAX_COUNTS.bit_length() + 1)
+
+
+def confidence_grade(confidence_N: Floats) -> NDArray[np.int32]:
+    """int32[N] in [0, 49,152]: the larger the surer, fine where a teacher is nearly certain.
+
+    The upper bits of the doubt, 1 - confidence, as a float32: 2,048 grades from one power of two to the next.
+    So .9999 and .99991 differ as much as .9 and .91 do. A teacher's confidences crowd near 1, and there the
+    confidence's own upper bits would be all alike.
     """
-    order_N = np.lexsort((signal_N, label_N))  # by label, then by signal
-    count_C = np.bincount(label_N)
-    start_C = np.cumsum(count_C) - count_C
-    sorted_label_N = label_N[order_N]
-    rank_N = np.empty(label_N.size)
-    rank_N[order_N] = (np.arange(label_N.size) - start_C[sorted_label_N] + 1) / count_C[sorted_label_N]
-    return rank_N
+    doubt_N = np.float32(1) - np.asarray(confidence_N, dtype=np.float32)
+    bits_N = doubt_N.view(np.int32) - np.int32(103 << 23)  # those of 2**-24
+    return np.int32(RANK_KEYS - 1) - np.clip(bits_N >> RANK_BITS, 0, RANK_KEYS - 1).astype(np.int32)
 
 
-def class_thresholds(signal_N: Floats, label_N: Ints, n_classes: int) -> Floats:
-    """float[C]: a threshold for each pseudo-class, from a global mean and each class's own mean.
+def mean_ranks(count_CK: Ints) -> Floats:
+    """float64[C, K] in (0, 1]: the rank of a text within its class, from counts by class and ascending grade.
 
-    The form is FreeMatch's self-adaptive threshold (arXiv 2205.07246, eq. 8): the global value, scaled
-    for each class by that class's value over the largest. Two deviations. Exact means over the texts at
-    hand stand for the exponential moving averages, because between rounds all of them are known. And a
-    class's value is the mean signal of the texts with that pseudo-label, so that the same form serves
-    confidence and uncertainty. A class without texts gets the global mean.
+    The raw confidence of different labels cannot be compared: a label that the teacher over-uses looks the
+    surest. Its rank within the label can. Texts of one grade share the mean of their ranks, so that the
+    ranks of a class have the same mean whatever the ties. With the highest rank instead, a class of which
+    the teacher is always equally sure would be the surest of all.
     """
-    global_mean = float(np.mean(signal_N)) if signal_N.size else 0.0
-    mean_C = class_means(signal_N, label_N, n_classes, otherwise=global_mean)
-    count_C = np.bincount(label_N, minlength=n_classes)
-    largest = mean_C[count_C > 0].max(initial=0.0)
+    upto_CK = np.cumsum(count_CK, axis=1)
+    return (upto_CK - (count_CK - 1) / 2) / np.maximum(upto_CK[:, -1:], 1)
+
+
+def class_thresholds(sum_C: Ints | Floats, count_C: Ints) -> Floats:
+    """float64[C]: a threshold for each pseudo-class, from a global mean and each class's own mean.
+
+    Takes the sum of the signal and the number of texts of each pseudo-class. The form is FreeMatch's
+    self-adaptive threshold (arXiv 2205.07246, eq. 8): the global value, scaled for each class by that
+    class's value over the largest. Two deviations. Exact means over the texts at hand stand for the
+    exponential moving averages, because between rounds all of them are known. And a class's value is the
+    mean signal of the texts with that pseudo-label, so that the same form serves confidence and
+    uncertainty. A class without texts gets the global mean.
+    """
+    global_mean = sum_C.sum() / max(count_C.sum(), 1)
+    mean_C = sum_C / np.maximum(count_C, 1)
+    largest = mean_C.max(initial=0.0)
     if largest <= 0:
-        return np.full(n_classes, global_mean)
+        return np.full(count_C.size, global_mean)
     return np.where(count_C > 0, global_mean * mean_C / largest, global_mean)
-
-
-def class_means(signal_N: Floats, label_N: Ints, n_classes: int, otherwise: float) -> Floats:
-    """float[C]: the mean signal of each label's texts, and ``otherwise`` for a label without any."""
-    count_C = np.bincount(label_N, minlength=n_classes)
-    sum_C = np.bincount(label_N, weights=signal_N, minlength=n_classes)
-    return np.where(count_C > 0, sum_C / np.maximum(count_C, 1), otherwise)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ has two pools, one behind the other: the small teacher's file is written before 
 from __future__ import annotations
 
 import asyncio
+import errno
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
@@ -30,9 +31,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from llkd_ray import schemas
 from llkd_ray.answers import UNASKED, Labeller, TeacherDown, Usage
 from llkd_ray.asker import Asked, Asker
-from llkd_ray.cluster import LEASER_CPUS, Background
+from llkd_ray.cluster import Background
 from llkd_ray.config import Config
 from llkd_ray.label_files import TicketLabels, in_row_order, read_ticket, ticket_labels, write_ticket
+from llkd_ray.room import LEASER_CPUS, of_one_part
 from llkd_ray.schedule import Schedule
 from llkd_ray.signals import confidence, normalise
 from llkd_ray.store import (
@@ -67,6 +69,9 @@ class Leaser:
             yield leased.cast(pa.schema([_LEASED.field(name) for name in leased.column_names]))
 
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
 class Stage(ABC):
     """What stages share: one ticket at a call, and what happens when the teacher gives up."""
 
@@ -93,6 +98,7 @@ class Stage(ABC):
         # prints errors instead.
         if asker := getattr(self, "asker", None):
             asker.close()
+            _leave_placement_group(asker.teacher)
 
     async def __call__(self, leased: pa.Table) -> AsyncIterator[pa.Table]:
         if not len(leased):
@@ -104,6 +110,11 @@ class Stage(ABC):
             done = await self.see_to(ticket, leased)
         except TeacherDown as down:
             await self._give_back(ticket, str(down))
+            done = self.nothing(leased)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            await self._give_back(ticket, f"no room to write labels: {error}")
             done = self.nothing(leased)
         yield done
 
@@ -265,7 +276,7 @@ def spare_tickets(config: Config) -> range:
 
     They come before all others: a ticket that was given back may be what the others wait for.
     """
-    n = sum(teacher.actors * teacher.tickets_in_flight for _, teacher in config.teacher.members())
+    n = sum(teacher.max_actors * teacher.tickets_in_flight for _, teacher in config.teacher.members())
     return range(-n, 0)
 
 
@@ -274,8 +285,13 @@ def _build_stream(
 ) -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    # It warns of every actor that holds a model without booking memory, twice a minute.
-    context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
+    # They warn of every actor that holds a model without booking memory, and ask what an actor would book as
+    # often as they look: each time, a placement group would be made that nobody uses and that holds its GPUs.
+    context.issue_detectors_config.detectors = []
+    # An actor takes no more tickets than it works on, so a pool is never busier than this: by default, Ray
+    # Data waits for a queue at the actors before it adds one, and tickets are not to be bound before their
+    # time.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     # No read task: one would ask for a whole CPU, which the student's ranks may hold for good.
     source = ray.data.from_items([{"ticket": t} for t in tickets], override_num_blocks=len(tickets))
     stages: list[type[Stage]] = [OnlyStage]
@@ -286,15 +302,16 @@ def _build_stream(
     stream = source.map_batches(
         Leaser,
         fn_constructor_args=(store_uri, selector),
-        compute=_pool(1, 2 * sum(teacher.actors for teacher in members) + 2 + len(spare_tickets(config))),
+        compute=_pool(1, 1, 2 * sum(one.max_actors for one in members) + 2 + len(spare_tickets(config))),
         num_cpus=LEASER_CPUS,
         **arguments,
     )
     for stage, teacher in zip(stages, members, strict=True):
-        stream = stream.map_batches(
+        # The form without a check that refuses a teacher on GPUs without a batch size: a block is one ticket.
+        stream = stream.map_batches_internal(
             stage,
             fn_constructor_args=(config, store_uri, selector, None, cache_key(config, teacher)),
-            compute=_pool(teacher.actors, teacher.tickets_in_flight),
+            compute=_pool(teacher.min_actors, teacher.max_actors, teacher.tickets_in_flight),
             **_resources(teacher, groups),
             **arguments,
         )
@@ -306,14 +323,15 @@ def _resources(teacher: TeacherConfig, groups: list[PlacementGroup]) -> dict[str
 
     Groups that are made are noted in ``groups``; they stay until somebody removes them.
     """
-    if teacher.parts == 1 or not teacher.gpus:
-        return {"num_cpus": teacher.cpus * teacher.parts, "num_gpus": teacher.gpus or None}
+    if not teacher.is_placed_in_parts:
+        booked = {"num_cpus": teacher.cpus * teacher.parts, "num_gpus": teacher.gpus or None}
+        return booked | ({"resources": teacher.resources} if teacher.resources else {})
     return {"num_cpus": teacher.cpus, "ray_remote_args_fn": partial(_in_placement_group, teacher, groups)}
 
 
 def _in_placement_group(teacher: TeacherConfig, groups: list[PlacementGroup]) -> dict[str, Any]:
     """For one actor; called by Ray Data in the driver."""
-    bundles = [{"CPU": teacher.cpus, "GPU": teacher.gpus} for _ in range(teacher.parts)]
+    bundles = [of_one_part(teacher) for _ in range(teacher.parts)]
     # The parts of a layer talk to each other for every token, so they stay on one node.
     strategy = "STRICT_PACK" if teacher.pipeline_parallel == 1 else "PACK"
     group = ray.util.placement_group(bundles, strategy=strategy)
@@ -325,8 +343,23 @@ def _in_placement_group(teacher: TeacherConfig, groups: list[PlacementGroup]) ->
     }
 
 
-def _pool(actors: int, tickets: int) -> ActorPoolStrategy:
-    """Some actors, each at work on some tickets at a time."""
+def _leave_placement_group(teacher: TeacherConfig) -> None:
+    """Give back what was booked for the engine in parts of the actor that this runs in, if it is one.
+
+    A pool that shrinks drops the actor; its group would stay until the run ends, and a pool that grows
+    again makes another one.
+    """
+    if teacher.is_placed_in_parts and ray.is_initialized():
+        group = ray.util.get_current_placement_group()
+        if group is not None:
+            ray.util.remove_placement_group(group)
+
+
+def _pool(fewest: int, most: int, tickets: int) -> ActorPoolStrategy:
+    """From so many to so many actors, each at work on some tickets at a time."""
     return ActorPoolStrategy(
-        size=actors, max_tasks_in_flight_per_actor=tickets, max_concurrent_calls_per_actor=tickets
+        min_size=fewest,
+        max_size=most,
+        max_tasks_in_flight_per_actor=tickets,
+        max_concurrent_calls_per_actor=tickets,
     )

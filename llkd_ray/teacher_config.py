@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llkd_ray.sections import Section
 
@@ -168,6 +168,14 @@ class CascadeConfig(Section):
     review: int = Field(128, ge=1, description="Texts that the large one reviews in a round at most.")
 
 
+def ends(number: int | tuple[int, int]) -> tuple[int, int]:
+    """Least and most of a pool that is given as a number or as (min, max); raises ValueError."""
+    low, high = (number, number) if isinstance(number, int) else number
+    if not 1 <= low <= high:
+        raise ValueError(f"is {number}: give a number, at least 1, or (min, max) with 1 <= min <= max")
+    return low, high
+
+
 def member_field(name: str) -> str:
     """Where the settings of a teacher stand that :meth:`TeacherConfig.members` calls so."""
     return "teacher" if name == "teacher" else f"teacher.cascade.{name}"
@@ -187,10 +195,20 @@ class TeacherConfig(Section):
     recorded: RecordedConfig | None = Field(None, description="Source of answers (kind: recorded).")
     server: ServerConfig | None = Field(None, description="Where the model is served (kind: openai).")
     cascade: CascadeConfig | None = Field(None, description="The two teachers (kind: cascade).")
-    actors: int = Field(1, ge=1, description="Teacher actors, one engine each.")
+    actors: int | tuple[int, int] = Field(
+        1,
+        description="Teacher actors, one engine each; (min, max): more come while all are busy and room is "
+        "there, and idle ones go at once, between rounds too. Each that comes starts an engine, which takes "
+        "minutes for a large model: keep with min what must not wait.",
+    )
     cpus: float = Field(0.5, gt=0, description="CPUs that Ray books for one teacher actor.")
     gpus: float = Field(
         0, ge=0, description="GPUs that Ray books for one teacher actor; for each of its parts where it has."
+    )
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="Ray's custom resources for one teacher actor, or for each of its parts on GPUs: keeps "
+        "actors to the nodes that were started with them, as {teacher: 1}.",
     )
     tensor_parallel: int = Field(1, ge=1, description="Parts that each layer of a model is cut into.")
     pipeline_parallel: int = Field(1, ge=1, description="Parts that a model's layers are shared out to.")
@@ -229,6 +247,12 @@ class TeacherConfig(Section):
         description="Prompt tokens that one actor takes in a second, for --plan; null: as earlier runs "
         "measured, or a rough guess.",
     )
+
+    @field_validator("actors")
+    @classmethod
+    def _actors(cls, actors: int | tuple[int, int]) -> int | tuple[int, int]:
+        ends(actors)
+        return actors
 
     @model_validator(mode="after")
     def _check(self) -> TeacherConfig:
@@ -276,6 +300,14 @@ class TeacherConfig(Section):
             yield from (("small", self.cascade.small), ("large", self.cascade.large))
 
     @property
+    def min_actors(self) -> int:
+        return ends(self.actors)[0]
+
+    @property
+    def max_actors(self) -> int:
+        return ends(self.actors)[1]
+
+    @property
     def reviews(self) -> bool:
         """Whether a large teacher looks again at labels that a confident student contradicts."""
         return (
@@ -288,3 +320,8 @@ class TeacherConfig(Section):
     def parts(self) -> int:
         """Processes that one engine is spread over."""
         return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def is_placed_in_parts(self) -> bool:
+        """Whether Ray places each part of an engine by itself; parts on CPUs are processes of one actor."""
+        return self.parts > 1 and self.gpus > 0

@@ -39,17 +39,19 @@ class TeacherWatch:
             self.given_back.append(ticket)
 
     def all_lost(self) -> bool:
-        """Whether some teacher has no actor left, so that its tickets can never be done."""
-        return any(len(self._lost[name]) >= one.actors for name, one in self.members.items())
+        """Whether some teacher has no actor left, so that its tickets can never be done.
+
+        A pool that may grow replaces who has given up, until as many have as there may be.
+        """
+        return any(len(self._lost[name]) >= one.max_actors for name, one in self.members.items())
 
     def trouble(self) -> str | None:
         """Why teaching cannot go on, in a sentence for the user, or None."""
         for name, teacher in self.members.items():
             lost = self._lost[name]
-            if len(lost) >= teacher.actors:
+            if len(lost) >= teacher.max_actors:
                 who = "the teacher" if name == "teacher" else f"the {name} teacher"
-                reasons = "; ".join(dict.fromkeys(lost.values()))
-                return f"{who} has given up, all {teacher.actors} actor(s): {reasons}"
+                return f"{who} has given up, all {teacher.max_actors} actor(s): {_reasons(lost)}"
         quiet = time.monotonic() - self._last_sign
         patience = max(teacher.stall_s for teacher in self.members.values())
         waiting = len(self._under_way) + len(self.given_back)
@@ -57,8 +59,14 @@ class TeacherWatch:
             return (
                 f"the teachers have made no progress for {quiet:.0f} s with {waiting} ticket(s) "
                 "under way (teacher.stall_s): an actor waits for resources, or its node is lost"
+                + "".join(f"; {len(lost)} gave up: {_reasons(lost)}" for lost in self._lost.values() if lost)
             )
         return None
 
     def _sign(self) -> None:
         self._last_sign = time.monotonic()
+
+
+def _reasons(lost: dict[str, str]) -> str:
+    """Why actors gave up, each reason once."""
+    return "; ".join(dict.fromkeys(lost.values()))

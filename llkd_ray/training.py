@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from pathlib import Path
+import uuid
 from typing import Any
 
 import numpy as np
@@ -20,33 +20,48 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
 from llkd_ray import schemas
 from llkd_ray.cluster import Background
 from llkd_ray.config import Config
+from llkd_ray.room import of_a_rank
 from llkd_ray.store import CHECKPOINTS_DIR, Examples, RunStore, list_column, matrix_of, predictions_file
 from llkd_ray.student import Batch, Student, build_student, predict, train_round
 
 TRAIN_RUN = "student"
+ROUND_PREFIX = "round-"
+"""Begins the name of a checkpoint's folder."""
 SCORE_CHUNK = 16_384
 """Rows that a rank reads, scores and reports at a time."""
 
 
-def checkpoint_dir(round_number: int) -> str:
-    """Where Ray Train keeps the student of a round."""
-    return f"{CHECKPOINTS_DIR}/{TRAIN_RUN}/round-{round_number:04d}"
-
-
 def start_training(config: Config, store: RunStore, store_uri: str, selector: Any) -> Background:
-    """Start the Ray Train run of all rounds."""
-    return Background("training-run", _build_trainer(config, store, store_uri, selector).fit)
+    """Start the training of all rounds."""
+    return Background("training-run", lambda: _keep_training(config, store, store_uri, selector))
+
+
+def _keep_training(config: Config, store: RunStore, store_uri: str, selector: Any) -> None:
+    """Train until the rounds are over; where a run of Ray Train is lost that finished a round, start another.
+
+    ``student.max_failures`` is what Ray Train counts from the run's begin: over days on nodes that come and
+    go, any number would be too small. What breaks the same round again and again still ends the training.
+    """
+    while True:
+        began_at = ray.get(selector.next_round.remote())
+        try:
+            _build_trainer(config, store, store_uri, selector).fit()
+            return
+        except (TrainingFailedError, RayActorError):  # the latter where Ray Train's own actor has died
+            if not config.student.max_failures or ray.get(selector.next_round.remote()) == began_at:
+                raise
 
 
 def _build_trainer(config: Config, store: RunStore, store_uri: str, selector: Any) -> TorchTrainer:
     student = config.student
-    resources = {"CPU": student.cpus} | ({"GPU": student.gpus} if student.gpus else {})
+    resources = {name: amount for name, amount in of_a_rank(student).items() if amount}
     return TorchTrainer(
         train_loop,
         train_loop_config={"config": config, "store_uri": store_uri, "selector": selector},
@@ -54,13 +69,13 @@ def _build_trainer(config: Config, store: RunStore, store_uri: str, selector: An
             num_workers=student.workers,  # type: ignore[arg-type]  # Ray's annotation lacks (min, max)
             use_gpu=student.gpus > 0,
             resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=student.resize_s,  # type: ignore[call-arg]  # of Ray Train v2
         ),
         run_config=RunConfig(
             name=TRAIN_RUN,
             storage_path=store.path(CHECKPOINTS_DIR),
             storage_filesystem=store.fs,
             failure_config=FailureConfig(max_failures=student.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
 
@@ -103,7 +118,7 @@ class Rank:
         rows = self.ask("rows_to_score", k)
         began = time.monotonic()
         if rows.size:
-            mine = rows[self.rank :: self.world]
+            mine = np.array_split(rows, self.world)[self.rank]  # neighbours share row groups
             for start in range(0, mine.size, SCORE_CHUNK):
                 self._say(f"round {k}: scoring {min(start + SCORE_CHUNK, mine.size) * self.world} texts")
                 chunk = mine[start : start + SCORE_CHUNK]
@@ -148,25 +163,40 @@ class Rank:
         self._say(f"round {k}: evaluating")
         columns = [pa.array(mine), list_column(self._predict(mine))]
         table = pa.Table.from_arrays(columns, schema=schemas.PREDICTIONS)
+        self.ask("require_charge")
         self.store.write_table(predictions_file(k, self.rank, self.world), table)
         self.seconds["evaluate"] = time.monotonic() - began
 
     def report(self, k: int) -> None:
-        """Hand the checkpoint to Ray Train; when it is in its place, the round is finished."""
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if self.rank == 0:
-                self.student.module.save_pretrained(folder)
-                self.student.tokenizer.save_pretrained(folder)
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(
-                {"round": k} | self.facts,
-                checkpoint=checkpoint,
-                checkpoint_dir_name=Path(checkpoint_dir(k)).name,
-            )
+        """Keep the student; when it is in its place and all ranks have come so far, the round is finished."""
+        checkpoint = self._save(k) if self.rank == 0 else None
+        ray.train.report({"round": k} | self.facts)
+        dist.barrier()  # every rank's predictions are in their place
         if self.rank == 0:
-            facts = {"ranks": self.world, "checkpoint": checkpoint_dir(k), "seconds": self.seconds}
+            facts = {"ranks": self.world, "checkpoint": checkpoint, "seconds": self.seconds}
             self.ask("trained", k, self.facts | facts)
+            self._drop_old_checkpoints(k)
+
+    def _save(self, k: int) -> str:
+        """Write the student to a folder of this attempt's own, in the run directory; returns it.
+
+        Not by way of Ray Train, which keeps a list of its checkpoints by the names of their folders: a round
+        that is trained again, because its end was not noted, spoils the list, and with it every resume.
+        """
+        place = f"{CHECKPOINTS_DIR}/{ROUND_PREFIX}{k:04d}-{uuid.uuid4().hex[:8]}"
+        target = self.store.path(place)
+        with tempfile.TemporaryDirectory() as folder:
+            self.student.module.save_pretrained(folder)
+            self.student.tokenizer.save_pretrained(folder)
+            self.store.fs.create_dir(target, recursive=True)
+            pafs.copy_files(folder, target, destination_filesystem=self.store.fs)
+        return place
+
+    def _drop_old_checkpoints(self, k: int) -> None:
+        """Of rounds before the last two: a rank that was taken for dead cannot harm a newer one like this."""
+        for name in self.store.folders(CHECKPOINTS_DIR):
+            if name.startswith(ROUND_PREFIX) and int(name.split("-")[1]) < k - 1:
+                self.store.fs.delete_dir(self.store.path(f"{CHECKPOINTS_DIR}/{name}"))
 
     def _build(self) -> Student:
         device = ray.train.torch.get_device()

@@ -29,12 +29,13 @@ from llkd_ray.config import Config
 from llkd_ray.evaluate import classification
 from llkd_ray.policies import SELECTION
 from llkd_ray.priors import effective, target_prior
+from llkd_ray.selection import RoundSelection
 from llkd_ray.signals import Floats, Ints, confidence
 from llkd_ray.student import Batch, build_student, predict, train_round
 from llkd_ray.table import ScoreTable
 
 # First words of the seeds of the generators that are drawn from, so that no two share a stream.
-_ACQUIRE_SEED, _SELECT_SEED = 2, 3
+_ACQUIRE_SEED = 2
 CPU = torch.device("cpu")
 
 
@@ -197,18 +198,10 @@ def _advance(
     """One round; what the next one and the report need of it goes to ``file``, by rename."""
     began = time.monotonic()
     config, table = trial.config, state.table
-    policy = SELECTION[config.selection.policy]
     acquisition = ACQUISITION[config.acquisition.policy]
     read_M = _acquire(trial, labels, state, k)
-    rng = np.random.default_rng([config.run.seed, _SELECT_SEED, k])
-    chosen = policy.choose(
-        table.candidates(tickets_below=k + 1),
-        trial.sizes[k] - state.row_M.size,
-        rng,
-        quota=config.selection.quota,
-        trained_C=table.trained_of_class(),
-        options=config.selection.options,
-    )
+    selection = RoundSelection(config, table, k, tickets_below=k + 1)
+    chosen = selection.choose(trial.sizes[k] - state.row_M.size)
     weight_M = np.ones(len(chosen)) if config.selection.weighting == "none" else chosen.weight_M
     arrays: dict[str, Any] = {
         "read": read_M,

@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llkd_ray.acquisition import ACQUISITION, hash_uniform
+from llkd_ray import chunks
+from llkd_ray.acquisition import ACQUISITION
+from llkd_ray.chance import Draw
+from llkd_ray.chunks import Chunked
 from llkd_ray.table import Unread
 
 WITH_STUDENT = sorted(name for name, policy in ACQUISITION.items() if policy.uses_student)
@@ -56,6 +59,19 @@ class TestContract:
         unread = make_unread(150, scored=scored)
         first, second = (choose(name, unread, 40, seed=3, explore=0.2) for _ in range(2))
         np.testing.assert_array_equal(first, second)
+
+    def test_chunks_do_not_matter(self, name, scored, monkeypatch):
+        unread = make_unread(150, scored=scored)
+        whole = choose(name, unread, 40, seed=3, explore=0.2)
+        borders = [slice(0, 0), slice(0, 1), slice(1, 90), slice(90, 90), slice(90, 150)]
+        monkeypatch.setattr(chunks, "CHUNK", 7)
+        for parts in (unread, Chunked(lambda: map(unread.take, borders))):
+            np.testing.assert_array_equal(choose(name, parts, 40, seed=3, explore=0.2), whole)
+
+    def test_a_text_is_valued_by_itself(self, name, scored):
+        unread, rule = make_unread(60, scored=scored), ACQUISITION[name].rule
+        order = np.random.default_rng(1).permutation(60)
+        np.testing.assert_array_equal(rule(unread.take(order), 5, Draw(7)), rule(unread, 5, Draw(7))[order])
 
     def test_input_is_left_alone(self, name, scored):
         unread = make_unread(50, scored=scored)
@@ -128,7 +144,7 @@ class TestExploration:
 
 class TestMRaru:
     def value(self, unread, seed=5):
-        return ACQUISITION["m_raru"].rule(unread, seed, np.random.default_rng(99))
+        return ACQUISITION["m_raru"].rule(unread, seed, Draw(99))
 
     def test_a_texts_value_does_not_depend_on_the_others(self):
         unread = make_unread(500)
@@ -138,9 +154,9 @@ class TestMRaru:
         parts = [self.value(unread.take(part)) for part in np.array_split(np.arange(500), 7)]
         np.testing.assert_array_equal(np.concatenate(parts), whole)
 
-    def test_no_generator_is_asked(self):
+    def test_nothing_is_drawn(self):
         unread = make_unread(50)
-        one, other = (ACQUISITION["m_raru"].rule(unread, 5, np.random.default_rng(s)) for s in (1, 2))
+        one, other = (ACQUISITION["m_raru"].rule(unread, 5, Draw(s)) for s in (1, 2))
         np.testing.assert_array_equal(one, other)
         assert not np.array_equal(self.value(unread, seed=6), one), "the run's seed counts"
 
@@ -160,36 +176,3 @@ class TestMRaru:
     def test_never_scored_is_always_accepted(self):
         unread = make_unread(300, scored=0.5)
         assert (self.value(unread)[np.isnan(unread.uncertainty_N)] > 0).all()
-
-
-class TestHashUniform:
-    @pytest.mark.parametrize("seed", [0, 1, 12345, 2**63])
-    def test_is_uniform(self, seed):
-        n, bins = 100_000, 100
-        u = hash_uniform(seed, np.arange(n))
-        assert (u >= 0).all()
-        assert (u < 1).all()
-        assert u.mean() == pytest.approx(0.5, abs=4 * np.sqrt(1 / 12 / n))
-        expected = n / bins
-        chi_square = ((np.histogram(u, bins, (0, 1))[0] - expected) ** 2 / expected).sum()
-        assert 54 < chi_square < 160, "99 degrees of freedom: beyond these one time in ten thousand"
-
-    def test_neighbours_and_seeds_have_nothing_to_do_with_each_other(self):
-        n = 50_000
-        u = hash_uniform(0, np.arange(n))
-        pairs = {
-            "next row": (u[:-1], u[1:]),
-            "next seed": (u, hash_uniform(1, np.arange(n))),
-            "far row": (u, hash_uniform(0, np.arange(n) + 2**40)),
-        }
-        for name, (one, other) in pairs.items():
-            assert abs(np.corrcoef(one, other)[0, 1]) < 4 / np.sqrt(n), name
-
-    def test_depends_on_seed_and_row_alone(self):
-        rows = np.array([7, 0, 123456789])
-        np.testing.assert_array_equal(hash_uniform(3, rows)[::-1], hash_uniform(3, rows[::-1]))
-        np.testing.assert_array_equal(hash_uniform(3, rows), hash_uniform(3, rows.astype(np.int32)))
-
-    def test_stays_what_it_is(self):
-        # A run that goes on after an update must decide as before.
-        assert hash_uniform(0, np.array([0]))[0] == pytest.approx(0.883311, abs=1e-6)

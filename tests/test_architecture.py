@@ -36,8 +36,21 @@ ROOMS: dict[str, set[str]] = {
     "readers": {"config", "schemas", "store"},
     "sources": {"config", "readers", "store"},
     "cleaning": {"config", "readers"},
-    "staging": {"cleaning", "schemas", "store"},
-    "corpus": {"cleaning", "config", "readers", "schemas", "sources", "staging", "store"},
+    "ranges": {"readers", "store"},
+    "hashes": {"store"},
+    "staging": {"cleaning", "hashes", "schemas", "store"},
+    "duplicates": {"cleaning", "hashes", "room", "schemas", "staging", "store"},
+    "corpus": {
+        "cleaning",
+        "config",
+        "duplicates",
+        "ranges",
+        "readers",
+        "room",
+        "sources",
+        "staging",
+        "store",
+    },
     # what a teacher is asked, and what becomes of its answers
     "prompt_template": {"config", "sections", "teacher_config"},
     "prompts": {"config", "prompt_template", "sections", "teacher_config"},
@@ -88,7 +101,8 @@ ROOMS: dict[str, set[str]] = {
         "vllm_teacher",
     },
     # the stream of tickets
-    "cluster": {"config"},
+    "room": {"config", "teacher_config"},
+    "cluster": {"config", "room"},
     "schedule": {"config"},
     "label_files": {"answers", "schemas", "store"},
     "ledger": {"answers", "config", "teacher_config"},
@@ -109,6 +123,7 @@ ROOMS: dict[str, set[str]] = {
         "cluster",
         "config",
         "label_files",
+        "room",
         "schedule",
         "schemas",
         "signals",
@@ -118,9 +133,15 @@ ROOMS: dict[str, set[str]] = {
     },
     # selection
     "priors": {"signals"},
-    "table": {"signals", "schemas"},
-    "policies": {"priors", "signals", "table"},
-    "acquisition": {"policies", "signals", "table"},
+    "chunks": set(),
+    "chance": {"signals"},
+    "fixed_point": {"chunks", "signals"},
+    "table": {"chunks", "fixed_point", "signals"},
+    "scan": {"chance", "chunks", "fixed_point", "signals", "table"},
+    "policies": {"chance", "chunks", "priors", "scan", "signals", "table"},
+    "acquisition": {"chance", "chunks", "scan", "signals", "table"},
+    "shards": {"acquisition", "chunks", "policies", "priors", "scan", "signals", "table"},
+    "selection": {"acquisition", "chance", "chunks", "config", "policies", "signals", "table"},
     "intake": {
         "answers",
         "confidence",
@@ -145,6 +166,7 @@ ROOMS: dict[str, set[str]] = {
         "priors",
         "schedule",
         "schemas",
+        "selection",
         "session",
         "signals",
         "store",
@@ -155,7 +177,7 @@ ROOMS: dict[str, set[str]] = {
     "losses": set(),
     "in_step": {"signals"},
     "student": {"config", "in_step", "losses", "priors", "signals"},
-    "training": {"cluster", "config", "schemas", "signals", "store", "student"},
+    "training": {"cluster", "config", "room", "schemas", "signals", "store", "student"},
     # results
     "evaluate": {"signals"},
     "teacher_quality": {"confidence", "evaluate", "signals"},
@@ -172,13 +194,35 @@ ROOMS: dict[str, set[str]] = {
     "facts": {"schemas", "store"},
     "report": {"evaluate", "facts", "schemas", "store"},
     # policies against each other
-    "trial": {"acquisition", "config", "evaluate", "policies", "priors", "signals", "student", "table"},
+    "trial": {
+        "acquisition",
+        "config",
+        "evaluate",
+        "policies",
+        "priors",
+        "selection",
+        "signals",
+        "student",
+        "table",
+    },
     "tables": set(),
     "comparison": {"config", "recorded", "settings", "signals", "store", "tables", "trial"},
     "compare_report": {"config", "report", "store", "tables"},
     # the whole
+    "repair": {"schemas", "store"},
     "session": {"config", "store"},
-    "run": {"answers", "cluster", "config", "schedule", "selector", "session", "store", "teacher", "training"},
+    "run": {
+        "answers",
+        "cluster",
+        "config",
+        "repair",
+        "schedule",
+        "selector",
+        "session",
+        "store",
+        "teacher",
+        "training",
+    },
     "quickstart": {"config", "docstrings", "prompts", "teacher_config"},
 }
 ROOMS["loop"] = set(ROOMS) - {"docstrings", "quickstart"}
@@ -235,7 +279,7 @@ ROOMS["compare"] = {
 }
 FOR_EVERYONE = {"console"}  # how progress is printed
 
-WITH_RAY = {"cluster", "compare", "corpus", "run", "selector", "teacher", "training"}
+WITH_RAY = {"cluster", "compare", "corpus", "duplicates", "run", "selector", "teacher", "training"}
 WITH_VLLM = {"engine", "vllm_teacher"}
 MAX_LINES = 450
 MAX_BYTES = 400_000

@@ -252,6 +252,14 @@ class TestHours:
         assert "no more than a guess" in line
         assert "10% to 50%" in line
 
+    def test_a_pool_that_may_grow_takes_from_its_largest_to_its_smallest(self, config):
+        text = said(config({"test": None}, actors=(1, 4), tokens_per_s=2.0))
+        assert "1 to 4 actor(s)" in text
+        fewest, most = re.findall(r"([\d,]+) to ([\d,]+)\) prompt tokens", text)[0]
+        fast, slow = re.findall(r"hours: ([\d.]+) to ([\d.]+), at teacher.tokens_per_s", text)[0]
+        in_hours = [float(tokens.replace(",", "")) / 2.0 / 3600 for tokens in (fewest, most)]
+        assert (float(fast), float(slow)) == pytest.approx((in_hours[0] / 4, in_hours[1]), abs=0.06)
+
     def test_a_quantised_one_is_not(self, config):
         assert "hours: unknown" in said(config(gpus=0, quantization="fp8"))
 

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llkd_ray.policies import NEVER, SELECTION, Selection, best, class_quotas
+from llkd_ray import chunks
+from llkd_ray.chunks import Chunked
+from llkd_ray.policies import SELECTION, Selection, class_quotas
 from llkd_ray.signals import class_thresholds
 from llkd_ray.table import Candidates
 
@@ -42,6 +44,11 @@ def choose(name: str, candidates: Candidates, n: int, seed: int = 0, **more) -> 
 
 def places(candidates: Candidates, chosen: Selection) -> np.ndarray:
     return np.searchsorted(candidates.row_N, chosen.row_M)
+
+
+def threshold_of(signal: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """What each text's pseudo-class has to reach, from sums in floats."""
+    return class_thresholds(np.bincount(label, weights=signal), np.bincount(label))[label]
 
 
 def test_registry():
@@ -100,6 +107,29 @@ class TestContract:
         one, other = (choose(name, which, 40, seed=3, quota=quota) for which in (candidates, shuffled))
         np.testing.assert_array_equal(one.row_M, other.row_M)
         np.testing.assert_array_equal(one.weight_M, other.weight_M)
+
+    @pytest.mark.parametrize("quota", ["off", 0.5])
+    def test_chunks_do_not_matter(self, name, scored, quota, monkeypatch):
+        candidates = make_candidates(150, scored=scored)
+        whole = choose(name, candidates, 40, seed=3, quota=quota)
+        borders = [slice(0, 0), slice(0, 1), slice(1, 90), slice(90, 90), slice(90, 150)]
+        as_they_come = Chunked(lambda: map(candidates.take, borders))
+        assert len(as_they_come) == 150
+        monkeypatch.setattr(chunks, "CHUNK", 7)
+        for parts in (candidates, as_they_come):
+            chosen = choose(name, parts, 40, seed=3, quota=quota)
+            np.testing.assert_array_equal(chosen.row_M, whole.row_M)
+            np.testing.assert_array_equal(chosen.weight_M, whole.weight_M)
+
+    def test_a_text_is_judged_by_itself_and_by_the_pool(self, name, scored):
+        candidates, policy = make_candidates(60, scored=scored), SELECTION[name]
+        search = policy.search(policy.survey([candidates]), 10, np.random.default_rng(0))
+        whole = policy.rule(candidates, search.pool)
+        for place in (0, 17, 59):
+            alone = policy.rule(candidates.take(np.array([place])), search.pool)
+            assert alone.value_N[0] == whole.value_N[place]
+            assert (alone.weight_N is None) == (whole.weight_N is None)
+            assert whole.weight_N is None or alone.weight_N[0] == whole.weight_N[place]
 
     def test_input_is_left_alone(self, name, scored):
         candidates = make_candidates(50, scored=scored)
@@ -202,7 +232,7 @@ class TestBaselines:
 
     def test_freematch_draws_among_the_confident_of_each_class(self):
         candidates = make_candidates(400)
-        threshold = class_thresholds(candidates.confidence_N, candidates.label_N, 4)[candidates.label_N]
+        threshold = threshold_of(candidates.confidence_N, candidates.label_N)
         sure = set(candidates.row_N[candidates.confidence_N >= threshold])
         assert 0 < len(sure) < 400
         assert set(choose("freematch", candidates, 400).row_M) == sure
@@ -216,7 +246,7 @@ class TestLlkd:
         passing = np.ones(len(candidates), dtype=bool)
         for signal in (candidates.confidence_N, candidates.uncertainty_N):
             if of_class:
-                passing &= signal >= class_thresholds(signal, candidates.label_N, 4)[candidates.label_N]
+                passing &= signal >= threshold_of(signal, candidates.label_N)
             else:
                 passing &= signal >= signal.mean()
         return passing
@@ -254,7 +284,7 @@ class TestLlkd:
     def test_without_a_student_draws_among_the_confident(self, order):
         candidates = make_candidates(400, scored=0.0)
         chosen = choose("llkd", candidates, 50, options={"order": order})
-        threshold = class_thresholds(candidates.confidence_N, candidates.label_N, 4)[candidates.label_N]
+        threshold = threshold_of(candidates.confidence_N, candidates.label_N)
         assert len(chosen) == 50
         assert set(chosen.row_M) <= set(candidates.row_N[candidates.confidence_N >= threshold])
         assert (chosen.weight_M == 1).all()
@@ -301,6 +331,13 @@ class TestLlkdRank:
             of_class = np.flatnonzero(candidates.label_N == c)
             surest = of_class[np.argsort(-candidates.confidence_N[of_class])[:20]]
             assert set(chosen[candidates.label_N[chosen] == c]) == set(surest)
+
+    def test_a_class_of_one_confidence_is_not_the_surest_of_all(self):
+        candidates = over_confident()
+        saturated = candidates.label_N == 0
+        candidates = replace(candidates, confidence_N=np.where(saturated, 1.0, candidates.confidence_N))
+        chosen = places(candidates, choose("llkd_rank", candidates, 90))
+        assert not saturated[chosen].any(), "its texts rank in the middle, and the others have 100 above it"
 
     def test_prefers_what_the_student_does_not_know(self):
         candidates = over_confident()
@@ -380,61 +417,6 @@ class TestLlkdSample:
     def test_of_texts_that_weigh_nothing_as_many_as_wanted_are_drawn(self):
         candidates = replace(make_candidates(50), uncertainty_N=np.zeros(50))
         assert len(choose("llkd_sample", candidates, 20)) == 20
-
-
-class TestBest:
-    def test_largest_first_and_ties_by_place(self):
-        value = np.array([1.0, 3.0, 2.0, 3.0, 2.0])
-        label = np.zeros(5, dtype=int)
-        assert best(value, label, 4).tolist() == [1, 3, 2, 4]
-        assert best(value, label, 3).tolist() == [1, 3, 2]
-        assert best(value, label, 9).tolist() == [1, 3, 2, 4, 0]
-        assert best(value, label, 4, quota=0.5).tolist() == [1, 3, 2, 4]
-
-    @pytest.mark.parametrize("quota", QUOTAS)
-    def test_never_means_never(self, quota):
-        value = np.array([NEVER, 1.0, NEVER, 2.0])
-        assert best(value, np.array([0, 0, 1, 1]), 4, quota).tolist() == [3, 1]
-        assert best(np.full(3, NEVER), np.zeros(3, dtype=int), 2, quota).size == 0
-
-    @pytest.mark.parametrize("n", [0, -1])
-    @pytest.mark.parametrize("quota", QUOTAS)
-    def test_none(self, n, quota):
-        assert best(np.ones(5), np.zeros(5, dtype=int), n, quota).size == 0
-
-    @given(
-        st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), max_size=40),
-        st.integers(0, 45),
-    )
-    def test_without_quota_nothing_left_is_larger(self, texts, n):
-        value = np.array([float(v) for v, _ in texts])
-        chosen = best(value, np.array([c for _, c in texts], dtype=int), n)
-        assert chosen.size == min(n, value.size)
-        assert (np.diff(value[chosen]) <= 0).all()
-        left = np.delete(value, chosen)
-        assert not chosen.size or not left.size or left.max() <= value[chosen].min()
-
-    def test_each_class_fills_its_share_with_its_best(self):
-        rng = np.random.default_rng(0)
-        value, label = rng.uniform(size=100), np.repeat([0, 1], [90, 10])
-        value[label == 1] -= 10
-        chosen = best(value, label, 10, quota=0.0)
-        assert np.bincount(label[chosen]).tolist() == [5, 5]
-        for c in (0, 1):
-            of_class = np.flatnonzero(label == c)
-            assert set(chosen[label[chosen] == c]) == set(of_class[np.argsort(-value[of_class])[:5]])
-
-    def test_a_share_that_cannot_be_filled_goes_to_any_class(self):
-        value, label = np.arange(20.0), np.repeat([0, 1], [18, 2])
-        chosen = best(value, label, 10, quota=0.0)
-        assert np.bincount(label[chosen]).tolist() == [8, 2]
-        value[label == 1] = NEVER
-        assert best(value, label, 10, quota=0.0).tolist() == list(range(17, 7, -1))
-
-    def test_earlier_rounds_count(self):
-        value, label = np.arange(40.0), np.repeat([0, 1], 20)
-        chosen = best(value, label, 10, quota=0.0, trained_C=np.array([2, 10]))
-        assert np.bincount(label[chosen]).tolist() == [9, 1]
 
 
 class TestClassQuotas:

@@ -36,20 +36,24 @@ def test_entropy_of_two_classes_in_bits():
     assert signals.entropy(p)[0] == pytest.approx(-(0.25 * np.log2(0.25) + 0.75 * np.log2(0.75)))
 
 
+def thresholds(signal, label, n_classes):
+    return signals.class_thresholds(*sums(signal, label, n_classes))
+
+
 def test_class_thresholds_scale_the_global_mean_by_the_class_over_the_largest():
     signal = np.array([0.9, 0.7, 0.4, 0.2])
     label = np.array([0, 0, 2, 2])
     # Global mean 0.55; class means 0.8, none, 0.3; the largest is 0.8.
-    np.testing.assert_allclose(signals.class_thresholds(signal, label, 3), [0.55, 0.55, 0.55 * 0.3 / 0.8])
+    np.testing.assert_allclose(thresholds(signal, label, 3), [0.55, 0.55, 0.55 * 0.3 / 0.8])
 
 
 def test_class_thresholds_of_nothing():
-    empty = signals.class_thresholds(np.array([]), np.array([], dtype=int), 3)
+    empty = thresholds(np.array([]), np.array([], dtype=int), 3)
     np.testing.assert_array_equal(empty, np.zeros(3))
 
 
 def test_class_thresholds_of_a_signal_that_is_zero_everywhere():
-    zero = signals.class_thresholds(np.zeros(3), np.array([0, 1, 1]), 2)
+    zero = thresholds(np.zeros(3), np.array([0, 1, 1]), 2)
     np.testing.assert_array_equal(zero, np.zeros(2))
 
 
@@ -76,36 +80,44 @@ def test_votes_are_shares_of_the_answers_that_were_given():
     )
 
 
-def test_rank_within_class():
-    signal = np.array([0.9, 0.1, 0.5, 0.2, 0.99])
-    label = np.array([0, 2, 0, 2, 4])
-    # Class 4 has one text, classes 1 and 3 have none; the surest of every class is alike.
-    np.testing.assert_allclose(signals.rank_within_class(signal, label), [1.0, 0.5, 0.5, 1.0, 1.0])
+class TestConfidenceGrade:
+    @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30))
+    def test_keeps_the_order_and_the_range(self, confidences):
+        confidence = np.sort(np.array(confidences, dtype=np.float32))
+        grade = signals.confidence_grade(confidence)
+        assert (np.diff(grade) >= 0).all()
+        assert grade.min() >= 0
+        assert grade.max() < signals.RANK_KEYS
+
+    def test_the_ends(self):
+        ends = signals.confidence_grade(np.array([0.0, 1.0, 1.0 + 1e-7]))
+        assert ends.tolist() == [0, signals.RANK_KEYS - 1, signals.RANK_KEYS - 1]
+
+    @given(doubt=st.floats(1e-3, 0.99), share=st.floats(0.998, 0.999))
+    def test_a_thousandth_of_the_doubt_makes_a_difference(self, doubt, share):
+        sure, surer = signals.confidence_grade(1 - np.array([doubt, doubt * share]))
+        assert surer > sure
 
 
-def test_rank_within_class_gives_ties_by_position():
-    ranks = signals.rank_within_class(np.full(4, 0.5), np.array([1, 0, 1, 1]))
-    np.testing.assert_allclose(ranks, [1 / 3, 1.0, 2 / 3, 1.0])
-
-
-def test_rank_within_class_of_nothing():
-    assert signals.rank_within_class(np.empty(0), np.empty(0, dtype=np.int16)).size == 0
-
-
-@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3)), min_size=1, max_size=60))
-def test_ranks_of_a_class_are_all_its_places_in_signal_order(texts):
-    signal, label = np.array([s for s, _ in texts]), np.array([c for _, c in texts])
-    rank = signals.rank_within_class(signal, label)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=60))
+def test_mean_ranks_are_places_in_the_order_of_the_grades_and_ties_share_their_mean(texts):
+    grade, label = np.array([g for g, _ in texts]), np.array([c for _, c in texts])
+    count = np.zeros((4, 10), dtype=int)
+    np.add.at(count, (label, grade), 1)
+    rank = signals.mean_ranks(count)[label, grade]
     for c in np.unique(label):
-        of_class = np.flatnonzero(label == c)
-        order = of_class[np.argsort(rank[of_class])]
-        np.testing.assert_allclose(rank[order], np.arange(1, of_class.size + 1) / of_class.size)
-        assert (np.diff(signal[order]) >= 0).all()
+        of_class = grade[label == c]
+        below = (of_class[None, :] < of_class[:, None]).sum(axis=1)
+        ties = (of_class[None, :] == of_class[:, None]).sum(axis=1)
+        np.testing.assert_allclose(rank[label == c], (below + (ties + 1) / 2) / of_class.size)
+        assert rank[label == c].mean() == pytest.approx((of_class.size + 1) / 2 / of_class.size)
 
 
-def test_class_means():
-    means = signals.class_means(np.array([0.2, 0.4, 0.9]), np.array([0, 0, 2]), 4, otherwise=-1.0)
-    np.testing.assert_allclose(means, [0.3, -1.0, 0.9, -1.0])
+@pytest.mark.parametrize("n_classes", [2, 341, 342, 1_000, 32_767])
+def test_counts_by_grade_stay_small(n_classes):
+    step = signals.rank_step(n_classes)
+    assert n_classes * signals.RANK_KEYS / step <= 2**24
+    assert step == 1 or 2 * n_classes * signals.RANK_KEYS / step > 2**24, "no coarser than need be"
 
 
 def sums(signal, label, n_classes=4):
@@ -141,9 +153,7 @@ class TestMovingThreshold:
         signal, label = np.array([0.9, 0.9, 0.3, 0.3]), np.array([0, 0, 1, 1])
         for _ in range(300):
             threshold = threshold.after(*sums(signal, label, 2))
-        np.testing.assert_allclose(
-            threshold.of_class(), signals.class_thresholds(signal, label, 2), rtol=1e-6
-        )
+        np.testing.assert_allclose(threshold.of_class(), thresholds(signal, label, 2), rtol=1e-6)
 
     def test_does_not_depend_on_how_a_step_is_shared_out(self):
         rng = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from toys import make_config, make_run
 from llkd_ray import schemas
 from llkd_ray import teacher as teacher_module
 from llkd_ray.answers import TeacherDown, Usage
-from llkd_ray.config import Config
+from llkd_ray.config import Config, ConfigError
 from llkd_ray.label_files import read_lost_usage, read_ticket
 from llkd_ray.loop import lost_teachers
 from llkd_ray.schedule import Schedule
@@ -625,6 +625,22 @@ class TestPools:
         assert list(spare_tickets(one)) == list(range(-12, 0))
         assert list(spare_tickets(cascade_config())) == list(range(-5, 0)), "two and three in flight"
 
+    def test_a_pool_that_may_grow_has_them_for_its_largest(self):
+        assert len(spare_tickets(make_config(teacher={"actors": [1, 3], "tickets_in_flight": 2}))) == 6
+
+    @pytest.mark.parametrize("actors", [0, (0, 2), (3, 2)])
+    def test_a_pool_that_cannot_be_is_refused(self, actors):
+        with pytest.raises(ConfigError, match=r"^teacher\.actors: is .*at least 1, or \(min, max\)"):
+            make_config(teacher={"actors": actors})
+
+    def test_a_pool_is_a_number_or_two(self):
+        pools = [make_config(teacher={"actors": actors}).teacher for actors in (2, (1, 3))]
+        assert [(one.min_actors, one.max_actors) for one in pools] == [(2, 2), (1, 3)]
+
+    def test_resources_of_ones_own(self):
+        resources = teacher_module._resources(TeacherConfig(model="toy", resources={"teacher": 1.0}), [])
+        assert resources == {"num_cpus": 0.5, "num_gpus": None, "resources": {"teacher": 1.0}}
+
     def test_an_engine_in_one_piece(self):
         resources = teacher_module._resources(TeacherConfig(model="toy", cpus=2, gpus=1), [])
         assert resources == {"num_cpus": 2, "num_gpus": 1}
@@ -632,6 +648,15 @@ class TestPools:
     def test_parts_on_cpus_are_processes_of_one_actor(self):
         resources = teacher_module._resources(TeacherConfig(model="toy", cpus=2, tensor_parallel=2), [])
         assert resources == {"num_cpus": 4, "num_gpus": None}
+
+    @pytest.mark.parametrize(("parts", "removed"), [(1, []), (2, ["the actor's own"])])
+    def test_an_actor_that_goes_takes_its_placement_group_along(self, monkeypatch, parts, removed):
+        gone: list[str] = []
+        monkeypatch.setattr(teacher_module.ray, "is_initialized", lambda: True)
+        monkeypatch.setattr(teacher_module.ray.util, "get_current_placement_group", lambda: "the actor's own")
+        monkeypatch.setattr(teacher_module.ray.util, "remove_placement_group", gone.append)
+        teacher_module._leave_placement_group(TeacherConfig(model="toy", gpus=1, tensor_parallel=parts))
+        assert gone == removed, "an engine in one piece may share the driver's own group"
 
     @pytest.mark.parametrize(
         ("tensor", "pipeline", "strategy"), [(4, 1, "STRICT_PACK"), (2, 2, "PACK"), (1, 4, "PACK")]

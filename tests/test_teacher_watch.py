@@ -24,7 +24,7 @@ def clock(monkeypatch):
     return clock
 
 
-def one_teacher(actors: int = 1, **settings) -> TeacherWatch:
+def one_teacher(actors: int | tuple[int, int] = 1, **settings) -> TeacherWatch:
     return TeacherWatch(make_config(teacher={"actors": actors, **settings}))
 
 
@@ -92,6 +92,19 @@ class TestAllLost:
         for actor in ("actor-a", "actor-b"):
             watch.lost(3, "teacher", actor, "the server is gone")
         assert watch.trouble() == "the teacher has given up, all 2 actor(s): the server is gone"
+
+    def test_a_pool_that_may_grow_replaces_who_gives_up(self, clock):
+        watch = one_teacher(actors=(1, 2), stall_s=60.0)
+        watch.leased(3)
+        watch.lost(3, "teacher", "actor-a", "out of memory")
+        assert not watch.all_lost()
+        assert watch.trouble() is None
+        clock.now += 61
+        trouble = watch.trouble()
+        assert trouble is not None
+        assert trouble.endswith("or its node is lost; 1 gave up: out of memory")
+        watch.lost(4, "teacher", "actor-b", "out of memory")
+        assert watch.trouble() == "the teacher has given up, all 2 actor(s): out of memory"
 
     def test_either_teacher_of_a_cascade_is_needed(self):
         watch = cascade(small_actors=2, large_actors=1)

@@ -313,7 +313,7 @@ class TestAcquisition:
             uses_student, quota, prior = True, policy.quota, policy.prior
 
             def choose(self, candidates, *arguments, **more):
-                seen.append(candidates)
+                seen.extend(candidates)  # so few are one chunk
                 return policy.choose(candidates, *arguments, **more)
 
         monkeypatch.setitem(trial_module.SELECTION, "llkd_sample", Spy())

@@ -1,0 +1,73 @@
+"""When a training that is lost begins anew; the whole of it is tested with real runs in tests/cluster/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ray.train import WorkerGroupError
+from toys import make_config
+
+from llkd_ray import training
+
+
+class Answer:
+    """A method of an actor that is none: ``ray.get`` is replaced, too."""
+
+    def __init__(self, answer: Any) -> None:
+        self.remote = answer
+
+
+class RoundCounter:
+    def __init__(self) -> None:
+        self.done = 0
+        self.next_round = Answer(lambda: self.done)
+
+
+@pytest.fixture
+def keep_training(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Training whose runs are lost after so many rounds each, or end well after None."""
+
+    def go(runs: list[int | None], max_failures: int = 3) -> None:
+        selector = RoundCounter()
+
+        class Trainer:
+            def fit(self) -> None:
+                rounds = runs.pop(0)
+                if rounds is not None:
+                    selector.done += rounds
+                    raise WorkerGroupError("a rank is lost", {0: RuntimeError("gone")})
+
+        monkeypatch.setattr(training.ray, "get", lambda answer: answer)
+        monkeypatch.setattr(training, "_build_trainer", lambda *_: Trainer())
+        config = make_config(student={"max_failures": max_failures})
+        training._keep_training(config, None, "", selector)  # type: ignore[arg-type]
+
+    return go
+
+
+def test_a_run_that_ends_well_is_the_only_one(keep_training):
+    runs = [None, None]
+    keep_training(runs)
+    assert runs == [None]
+
+
+def test_lost_runs_are_replaced_as_long_as_rounds_are_finished(keep_training):
+    runs = [1, 2, 1, None]
+    keep_training(runs)
+    assert runs == []
+
+
+def test_what_breaks_the_same_round_again_ends_the_training(keep_training):
+    runs = [2, 0, None]
+    with pytest.raises(WorkerGroupError, match="a rank is lost"):
+        keep_training(runs)
+    assert runs == [None]
+
+
+def test_no_failures_means_none(keep_training):
+    runs = [1, None]
+    with pytest.raises(WorkerGroupError):
+        keep_training(runs, max_failures=0)
+    assert runs == [None]
