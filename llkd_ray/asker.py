@@ -122,7 +122,7 @@ class Asker:
             self._labeller = make_labeller(self.teacher, labels, self._note_start)
         folder = cache_folder(self.config, self.teacher)
         if folder is not None and self._key is not None:
-            own = f"{self.store_uri}/{SMALL_DIR if self.name == 'small' else LABELS_DIR}"
+            own = self.store.uri(SMALL_DIR if self.name == "small" else LABELS_DIR)
             self._cache = AnswerCache.open(folder, self._key, len(labels.names), own)
             register(folder, self._key, own, self.member)
 

@@ -18,8 +18,9 @@ from llkd_ray.console import Display
 from llkd_ray.loop import distill
 from llkd_ray.plan import plan
 from llkd_ray.quickstart import prepare
+from llkd_ray.report import REPORT
 from llkd_ray.settings import apply_overrides, load_config
-from llkd_ray.store import CONFIG, MODEL_DIR, RunStore
+from llkd_ray.store import CONFIG, MODEL_DIR, RunStore, join_uri
 
 USER_MISTAKE, TEACHER_DOWN = 2, 3
 
@@ -86,7 +87,7 @@ class Outcome:
 def start(config: Config, display: Display) -> Outcome:
     """A new run, in a directory of its own."""
     name = config.run.name or f"{config.selection.policy}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = f"{config.run.dir}/{name}"
+    run_dir = join_uri(config.run.dir, name)
     if RunStore(run_dir).exists(CONFIG):
         raise ConfigError(f"run.name: {run_dir} holds a run already; go on with it by --resume, or rename")
     display.say(f"run directory: {run_dir}")
@@ -146,7 +147,7 @@ def _finish(outcomes: Sequence[Outcome], display: Display) -> None:
         if outcome.summary["student"]["accuracy"] is None:
             display.say("accuracy is unknown without a test set (test.uri, test.gold)")
         display.console.print(
-            f"report: {outcome.run_dir}/report.html\nmodel:  {outcome.run_dir}/{MODEL_DIR}/"
+            f"report: {join_uri(outcome.run_dir, REPORT)}\nmodel:  {join_uri(outcome.run_dir, MODEL_DIR)}"
         )
 
 

@@ -12,7 +12,7 @@ from llkd_ray.console import Display
 from llkd_ray.facts import SUMMARY
 from llkd_ray.loop import distill
 from llkd_ray.settings import dump_config
-from llkd_ray.store import CONFIG, LABELS_DIR, RunStore
+from llkd_ray.store import CONFIG, LABELS_DIR, RunStore, join_uri
 
 LABELLING_DIR = "labelling"
 
@@ -49,7 +49,7 @@ def label_once(name: str, config: Config, store: RunStore, display: Display) -> 
 
 
 def labelling_dir(store: RunStore, name: str) -> str:
-    return store.path(f"{LABELLING_DIR}/{name}")
+    return store.uri(f"{LABELLING_DIR}/{name}")
 
 
 def labelling_config(config: Config) -> Config:
@@ -71,7 +71,7 @@ def answers_of(name: str, config: Config, store: RunStore) -> Config:
     tree = config.model_dump()
     tree["teacher"]["kind"] = "recorded"
     tree["teacher"]["recorded"] = {
-        "uri": f"{labelling_dir(store, name)}/{LABELS_DIR}",
+        "uri": join_uri(labelling_dir(store, name), LABELS_DIR),
         "id": "id",
         "probs": "probs",
         "prompt_tokens": "prompt_tokens",

@@ -86,8 +86,7 @@ def write_report(store: RunStore) -> str:
         )
     )
     store.write_bytes(REPORT, page.encode())
-    path = store.path(REPORT)
-    return path if store.is_local else f"{store.fs.type_name}://{path}"
+    return store.uri(REPORT)
 
 
 def model_card(store: RunStore) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,18 @@ _UNFINISHED = ".tmp"
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """Filesystem and path of a local path or a URI such as ``s3://bucket/folder``."""
+    if uri.startswith("s3://") and "allow_delayed_open" not in uri:
+        # A small file is one PUT then, not the three requests of an upload in parts.
+        uri += f"{'&' if '?' in uri else '?'}allow_delayed_open=true"
     if "://" in uri:
         return pafs.FileSystem.from_uri(uri)
     return pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+
+
+def join_uri(folder: str, *names: str) -> str:
+    """A place below a folder; the options of a URI (``s3://bucket/runs?region=…``) stay at its end."""
+    address, mark, options = folder.partition("?") if "://" in folder else (folder, "", "")
+    return "/".join([address.rstrip("/"), *names]) + mark + options
 
 
 class RunStore:
@@ -60,13 +70,20 @@ class RunStore:
     """
 
     def __init__(self, uri: str) -> None:
+        self._uri = uri
         self.fs, self.root = open_filesystem(uri)
         self.root = self.root.rstrip("/")
         self.is_local = isinstance(self.fs, pafs.LocalFileSystem)
+        # S3 has no folders; making one costs a request for each part of the path.
+        self._has_folders = self.fs.type_name != "s3"
 
     def path(self, relative: str) -> str:
         """The path as its filesystem knows it."""
         return f"{self.root}/{relative}"
+
+    def uri(self, relative: str) -> str:
+        """The address by which another store, or a user, finds it; on a local disk the absolute path."""
+        return self.path(relative) if self.is_local else join_uri(self._uri, relative)
 
     def exists(self, relative: str) -> bool:
         return self.fs.get_file_info(self.path(relative)).type != pafs.FileType.NotFound
@@ -89,13 +106,14 @@ class RunStore:
 
     def delete(self, relative: str) -> None:
         """Delete a file; one that is not there is no error."""
-        if self.exists(relative):
+        with suppress(FileNotFoundError):
             self.fs.delete_file(self.path(relative))
 
     def write_bytes(self, relative: str, content: bytes) -> None:
         """Write a whole file, atomically."""
         target = self.path(relative)
-        self.fs.create_dir(target.rpartition("/")[0], recursive=True)
+        if self._has_folders:
+            self.fs.create_dir(target.rpartition("/")[0], recursive=True)
         place = f"{target}.{uuid.uuid4().hex}{_UNFINISHED}" if self.is_local else target
         try:
             with self.fs.open_output_stream(place) as stream:
@@ -124,7 +142,9 @@ class RunStore:
         self.write_bytes(relative, buffer.getvalue().to_pybytes())
 
     def read_table(self, relative: str, columns: Sequence[str] | None = None) -> pa.Table:
-        return pq.read_table(self.path(relative), columns=columns, filesystem=self.fs)
+        # Not pq.read_table, which asks an object store twice more for the file's size.
+        with pq.ParquetFile(self.path(relative), filesystem=self.fs, pre_buffer=True) as file:
+            return file.read(columns=None if columns is None else list(columns))
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Put one round's line at the end of metrics.jsonl; a line of the same round is replaced."""
@@ -169,10 +189,11 @@ def predictions_file(round_number: int, rank: int, ranks: int) -> str:
 
 def read_labels(store: RunStore, tickets: Iterable[int]) -> pa.Table:
     """LABELS of the given tickets; a ticket without a file is left out."""
-    files = (ticket_file(LABELS_DIR, ticket) for ticket in tickets)
-    return pa.concat_tables(
-        [schemas.LABELS.empty_table(), *(store.read_table(file) for file in files if store.exists(file))]
-    )
+    tables = [schemas.LABELS.empty_table()]
+    for ticket in tickets:
+        with suppress(FileNotFoundError):
+            tables.append(store.read_table(ticket_file(LABELS_DIR, ticket)))
+    return pa.concat_tables(tables)
 
 
 def list_column(matrix_NC: np.ndarray) -> pa.Array:

@@ -12,6 +12,7 @@ from llkd_ray.demonstrations import with_demonstrations
 from llkd_ray.prompt_template import inline_template
 from llkd_ray.recorded import RecordedLabeller, read_recorded
 from llkd_ray.server_teacher import ServerLabeller, check_server_teacher, possible_ways
+from llkd_ray.store import join_uri
 from llkd_ray.teacher_config import TeacherConfig, member_field
 from llkd_ray.vllm_teacher import VllmLabeller, check_vllm_teacher, prepare
 
@@ -57,7 +58,7 @@ def cache_folder(config: Config, teacher: TeacherConfig) -> str | None:
     """Where it is said which runs have answers of which teacher; None where nothing is to be reused."""
     if teacher.kind == "recorded" or teacher.cache is None:
         return None
-    return f"{config.run.dir.rstrip('/')}/{CACHE_DIR}" if teacher.cache == "auto" else teacher.cache
+    return join_uri(config.run.dir, CACHE_DIR) if teacher.cache == "auto" else teacher.cache
 
 
 def cache_key(config: Config, teacher: TeacherConfig) -> str | None:

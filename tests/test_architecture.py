@@ -97,6 +97,7 @@ ROOMS: dict[str, set[str]] = {
         "prompt_template",
         "recorded",
         "server_teacher",
+        "store",
         "teacher_config",
         "vllm_teacher",
     },

@@ -12,6 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import ray
 import yaml
 from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
 from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
@@ -126,10 +127,20 @@ def test_only_the_teacher_is_on_spot_and_all_can_go_to_nothing(cluster: dict[str
         ([{"CPU": 1, "GPU": 4}], {"teacher": 1}),
         ([{"CPU": 1, "GPU": 4}] * 2, {"teacher": 2}),
         ([{"CPU": 4, "GPU": 1}] * 2, {"student": 2}),
+        ([{"CPU": 2, "GPU": 1, "teacher": 1}] * 4, {"teacher": 1}),
+        ([{"CPU": 2, "GPU": 1, "student": 1}] * 2, {"student": 2}),
         ([{"CPU": 1}] * 20, {"cpu": 2}),
         ([{"CPU": 0.1}], {"cpu": 1}),
     ],
-    ids=["teacher", "two teachers", "two ranks", "corpus", "a small actor"],
+    ids=[
+        "teacher",
+        "two teachers",
+        "two ranks",
+        "pinned teachers",
+        "pinned ranks",
+        "corpus",
+        "a small actor",
+    ],
 )
 def test_autoscaler_starts_the_type_that_is_meant(
     cluster: dict[str, Any], demand: Any, expected: dict[str, int]
@@ -139,6 +150,22 @@ def test_autoscaler_starts_the_type_that_is_meant(
         cluster["available_node_types"], {"head": 1}, "head", cluster["max_workers"], demand, score
     )
     assert (dict(started), left) == (expected, [])
+
+
+def test_health_settings_are_ones_that_ray_knows(cluster: dict[str, Any]) -> None:
+    # Ray passes over what it does not know, so a misspelt name would change nothing.
+    (start,) = [command for command in cluster["head_start_ray_commands"] if "ray start" in command]
+    given = dict(re.findall(r"\bRAY_(health_check_\w+)=(\d+)", start.partition("ray start")[0]))
+    assert set(given) == {
+        "health_check_period_ms",
+        "health_check_timeout_ms",
+        "health_check_failure_threshold",
+    }
+    server = (Path(ray.__file__).parent / "core/src/ray/gcs/gcs_server").read_bytes()
+    assert [name for name in given if name.encode() not in server] == []
+    wait_ms = int(given["health_check_period_ms"]) + int(given["health_check_timeout_ms"])
+    patience_s = wait_ms * int(given["health_check_failure_threshold"]) / 1000
+    assert 30 <= patience_s <= 120, "too short for a busy node, or too long for one that is gone"
 
 
 def test_every_command_is_a_whole_shell_command(cluster: dict[str, Any]) -> None:
