@@ -147,7 +147,9 @@ class StudentConfig(Section):
         description="auto: bf16 autocast on a GPU that has it, and on a CPU where a short measurement finds "
         "it faster.",
     )
-    max_failures: int = Field(3, ge=0, description="Losses of a rank that the training run survives.")
+    max_failures: int = Field(
+        3, ge=0, description="Losses of a rank that training survives without finishing a round in between."
+    )
 
     @field_validator("workers")
     @classmethod

@@ -261,7 +261,7 @@ ROOMS["plan"] = {
     "teacher_config",
     "teachers",
 }
-ROOMS["cli"] = {"answers", "config", "loop", "plan", "quickstart", "settings", "store"}
+ROOMS["cli"] = {"answers", "config", "loop", "plan", "quickstart", "report", "settings", "store"}
 ROOMS["labelling"] = {"cli", "config", "facts", "loop", "settings", "store"}
 ROOMS["compare"] = {
     "cli",
