@@ -27,6 +27,10 @@ quickstart: setup ## Distil a tiny teacher into MiniLM, from nothing, on this ma
 test: setup-dev ## Run the tests; ARGS="-k name -x" goes to pytest
 	@$(BIN)/python -m pytest $(ARGS)
 
+.PHONY: test-long
+test-long: setup-dev ## Run the tests that take minutes each: more kills, pools that grow and shrink
+	@$(BIN)/python -m pytest -m long $(ARGS)
+
 .PHONY: lint
 lint: setup-dev ## Check style, formatting and types
 	@$(BIN)/ruff check

@@ -97,7 +97,14 @@ def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
     seconds["idle"] = max(0.0, time.monotonic() - began - sum(seconds.values()))
     totals = run.call("stats")
     counts = {key: totals[key] for key in ("labelled", "trained", "teacher_tokens")}
-    return {"round": k, **counts, **figures, "loss": trained.get("loss"), "seconds": seconds}
+    return {
+        "round": k,
+        **counts,
+        **figures,
+        "loss": trained.get("loss"),
+        "staleness": selected.get("staleness"),  # none in a run begun by an older version
+        "seconds": seconds,
+    }
 
 
 def conclude(

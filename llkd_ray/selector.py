@@ -53,6 +53,9 @@ from llkd_ray.store import (
 from llkd_ray.table import ScoreTable
 from llkd_ray.teacher_watch import TeacherWatch
 
+MAX_WAITING = 100_000
+"""Calls at a time. Those that wait count, two or more a teacher: at Ray's default of 1,000, the labels that
+they wait for would never be let in."""
 _NO_ROWS: Ints = np.empty(0, dtype=np.int64)
 
 
@@ -414,5 +417,14 @@ def start_selector(config: Config, store_uri: str, session: str) -> Any:
     It begins on the driver's node, which a run needs anyway, rather than on one that may be taken away.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    return ray.remote(Selector).options(**options).remote(config, store_uri, session)
+    return (
+        ray.remote(Selector)
+        .options(
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            max_concurrency=MAX_WAITING,
+            scheduling_strategy=here,
+        )
+        .remote(config, store_uri, session)
+    )

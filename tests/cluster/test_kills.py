@@ -112,13 +112,22 @@ def undisturbed(shared_cluster: ToyCluster, new_run: Callable[..., ToyRun]) -> R
     return result
 
 
-def check(result: Result, undisturbed: Result, teacher: CountingTeacher, may_be_asked_again: int) -> None:
-    """Nothing lost, nothing twice, the same rounds and the same student."""
+def check(
+    result: Result,
+    undisturbed: Result,
+    teacher: CountingTeacher,
+    may_be_asked_again: int,
+    damaged: int = 0,
+) -> None:
+    """Nothing lost, nothing twice, the same rounds and the same student.
+
+    ``damaged`` is how many answers were there and were spoilt.
+    """
     times_labelled = Counter(result.labelled)
     assert set(times_labelled) == set(range(POOL + TEST)), "labels are lost"
     assert max(times_labelled.values()) == 1, "a text has two labels"
     assert teacher.asked_again <= may_be_asked_again
-    assert teacher.asked_again <= result.sent_for_nothing, "the marks tell less than was asked for nothing"
+    assert teacher.asked_again <= result.sent_for_nothing + damaged, "more was asked than the marks tell"
     trained_on = Counter(row for batch in result.batches for row in batch)
     assert max(trained_on.values()) == 1
     assert result.batches == undisturbed.batches
@@ -158,7 +167,13 @@ def kills(seed: int) -> dict[str, list[Kill]]:
     }
 
 
-@pytest.mark.parametrize("name", kills(seed=0))
+def each_kill() -> Iterator[Any]:
+    """Those that ``make test`` leaves out are marked."""
+    for name in kills(seed=0):
+        yield pytest.param(name, marks=[] if name in ("actors", "nodes", "head") else pytest.mark.long)
+
+
+@pytest.mark.parametrize("name", each_kill())
 def test_a_run_survives(name, cluster, new_run, undisturbed):
     rng, blows = random.Random(name), kills(seed=0)[name]
     with CountingTeacher(SECONDS_PER_TEXT) as teacher:
@@ -215,7 +230,7 @@ def test_a_full_disk_and_damaged_files(cluster, new_run, undisturbed):
             # Marks are smaller than this, label files larger: the system refuses to let them grow.
             process.rlimit(psutil.RLIMIT_FSIZE, (1_000, -1))
         assert run.driver.wait(timeout=240) != 0, "a disk without room is no success"
-        assert "File too large" in run.log.read_text()
+        assert "the teacher has given up, all 2 actor(s): no room to write labels" in run.log.read_text()
         damaged, emptied, *_ = sorted(run.dir.glob("labels/*.parquet"))
         damaged.write_bytes(damaged.read_bytes()[:-100])
         emptied.write_bytes(b"")
@@ -225,10 +240,12 @@ def test_a_full_disk_and_damaged_files(cluster, new_run, undisturbed):
         run.start(cluster.address)
         result = run.finish()
         tell("disk", result, undisturbed, teacher, began)
-        check(result, undisturbed, teacher, 2 * IN_FLIGHT + 2 * LEASE_ROWS)
+        damaged_rows = 2 * LEASE_ROWS
+        check(result, undisturbed, teacher, 4 * IN_FLIGHT + damaged_rows, damaged_rows)
         assert run.count("quarantine/broken/*.parquet") == 2
 
 
+@pytest.mark.long
 def test_a_round_whose_end_was_not_noted_is_trained_again(cluster, folder, new_run, undisturbed):
     """As where a rank dies after its checkpoint is in place and before the selector knows; twice."""
     shutil.copytree(folder / "undisturbed", folder / "unnoted")
@@ -244,6 +261,7 @@ def test_a_round_whose_end_was_not_noted_is_trained_again(cluster, folder, new_r
         assert not teacher.times_asked
 
 
+@pytest.mark.long
 def test_soak(cluster, new_run, undisturbed):
     """LLKD_KILLS random kills of random victims in one run."""
     n, rng = int(os.environ.get("LLKD_KILLS", "5")), random.Random(0)

@@ -147,6 +147,7 @@ def asking(settings: dict, server: StubServer, **teacher: Any) -> dict:
     }
 
 
+@pytest.mark.long
 def test_teachers_come_while_all_are_busy_and_go_when_there_is_nothing_to_do(
     toy_settings, tmp_path, start_cluster, monkeypatch
 ):
@@ -175,6 +176,7 @@ def test_teachers_come_while_all_are_busy_and_go_when_there_is_nothing_to_do(
         assert run.ranks() == [1, 1, 1, 1]
 
 
+@pytest.mark.long
 def test_ranks_join_and_leave_with_their_nodes(toy_settings, tmp_path, start_cluster):
     cluster, gate = start_cluster(num_cpus=1, resources={"student": 1}), Gate()
     gate.open()

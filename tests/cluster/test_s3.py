@@ -180,6 +180,7 @@ def test_a_run_with_everything_on_s3(toy_settings, own_cluster_env, server, buck
     assert sum(asked.values()) <= 25 * len(tickets) + 150 * 3
 
 
+@pytest.mark.long
 def test_driver_killed_in_mid_run_on_s3(toy_settings, own_cluster_env, server, bucket, tmp_path, driver):
     """The server's address is in the URIs this time, not in the environment."""
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(on_s3(toy_settings, bucket, server.options)))
