@@ -44,18 +44,24 @@ def start_training(config: Config, store: RunStore, store_uri: str, selector: An
 
 
 def _keep_training(config: Config, store: RunStore, store_uri: str, selector: Any) -> None:
-    """Train until the rounds are over; where a run of Ray Train is lost that finished a round, start another.
+    """Train until the rounds are over; where a run of Ray Train is lost, start another.
 
-    ``student.max_failures`` is what Ray Train counts from the run's begin: over days on nodes that come and
-    go, any number would be too small. What breaks the same round again and again still ends the training.
+    ``student.max_failures`` counts losses without a round finished in between. Ray Train counts them from the
+    run's begin: over days on nodes that come and go, any number would be too small. What breaks the same
+    round again and again still ends the training.
     """
+    losses = 0
     while True:
         began_at = ray.get(selector.next_round.remote())
         try:
             _build_trainer(config, store, store_uri, selector).fit()
             return
-        except (TrainingFailedError, RayActorError):  # the latter where Ray Train's own actor has died
-            if not config.student.max_failures or ray.get(selector.next_round.remote()) == began_at:
+        except (TrainingFailedError, RayActorError) as error:
+            has_moved = ray.get(selector.next_round.remote()) > began_at
+            losses = 0 if has_moved else losses + 1
+            # Of ranks, Ray Train has tried as often as it may; of its own actor's death it knows nothing.
+            as_often = 0 if isinstance(error, TrainingFailedError) else config.student.max_failures
+            if losses > as_often or not config.student.max_failures:
                 raise
 
 

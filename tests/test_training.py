@@ -6,10 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 from toys import make_config
 
 from llkd_ray import training
+
+
+CONTROLLER_DIED = -1
 
 
 class Answer:
@@ -27,7 +31,10 @@ class RoundCounter:
 
 @pytest.fixture
 def keep_training(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Training whose runs are lost after so many rounds each, or end well after None."""
+    """Training whose runs are lost after so many rounds each, or end well after None.
+
+    Or Ray Train's own actor dies before a round is finished.
+    """
 
     def go(runs: list[int | None], max_failures: int = 3) -> None:
         selector = RoundCounter()
@@ -35,6 +42,8 @@ def keep_training(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         class Trainer:
             def fit(self) -> None:
                 rounds = runs.pop(0)
+                if rounds == CONTROLLER_DIED:
+                    raise RayActorError
                 if rounds is not None:
                     selector.done += rounds
                     raise WorkerGroupError("a rank is lost", {0: RuntimeError("gone")})
@@ -63,6 +72,16 @@ def test_what_breaks_the_same_round_again_ends_the_training(keep_training):
     runs = [2, 0, None]
     with pytest.raises(WorkerGroupError, match="a rank is lost"):
         keep_training(runs)
+    assert runs == [None]
+
+
+def test_ray_trains_own_actor_may_die_so_often_in_a_round(keep_training):
+    runs: list[int | None] = [CONTROLLER_DIED, CONTROLLER_DIED, 1, CONTROLLER_DIED, CONTROLLER_DIED, None]
+    keep_training(runs, max_failures=2)
+    assert runs == []
+    runs = [1, *[CONTROLLER_DIED] * 3, None]
+    with pytest.raises(RayActorError):
+        keep_training(runs, max_failures=2)
     assert runs == [None]
 
 
