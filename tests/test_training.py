@@ -12,7 +12,6 @@ from toys import make_config
 
 from llkd_ray import training
 
-
 CONTROLLER_DIED = -1
 
 
