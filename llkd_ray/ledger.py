@@ -7,7 +7,7 @@ No Ray here: who calls whom is wired elsewhere.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from decimal import Decimal
 from typing import Literal
 
@@ -49,6 +49,7 @@ class Ledger:
         self._answered: ByTeacher = {}
         self._lost: ByTeacher = {}
         self._held: dict[int, ByTeacher] = {}
+        self._held_by_all: ByTeacher = {}  # kept, for a thousand teachers ask all the time
         self._attempt: dict[int, str] = {}
         self._superseded: set[tuple[int, str]] = set()
         self._settled: set[int] = set()
@@ -64,15 +65,16 @@ class Ledger:
         if self._attempt.setdefault(ticket, attempt) != attempt:
             self._superseded.add((ticket, self._attempt[ticket]))
             self._attempt[ticket] = attempt
-            self._lost = add_usages(self._lost, self._held.pop(ticket, {}))
+            self._lost = add_usages(self._lost, self._release(ticket))
         self._waiting.discard(ticket)
         more = {teacher: usage}
-        if self._fits(more, self._held):
+        if self._fits(more, self._held_by_all):
             self._held[ticket] = add_usages(self._held.get(ticket, {}), more)
+            self._held_by_all = add_usages(self._held_by_all, more)
             self._denied.discard((ticket, teacher))
             return "granted"
         others_at_work = self._held.keys() - self._waiting - {ticket}
-        if others_at_work and self._fits(more, self._held.keys() & {ticket}):
+        if others_at_work and self._fits(more, self._held.get(ticket, {})):
             self._waiting.add(ticket)
             return "wait"
         self._denied.add((ticket, teacher))
@@ -87,7 +89,7 @@ class Ledger:
         if ticket in self._settled:
             return
         self._settled.add(ticket)
-        held = self._held.pop(ticket, {})
+        held = self._release(ticket)
         unasked = {name: one for name, one in held.items() if not _has_asked(usage.get(name, Usage()))}
         self._lost = add_usages(self._lost, unasked)
         self._waiting.clear()
@@ -95,7 +97,7 @@ class Ledger:
 
     def abandon(self, ticket: int) -> None:
         """Whoever asked for the ticket has given up: what it holds is spent for good; another may ask."""
-        self._lost = add_usages(self._lost, self._held.pop(ticket, {}))
+        self._lost = add_usages(self._lost, self._release(ticket))
         self._waiting.clear()
 
     def restore(self, lost: Mapping[str, Usage]) -> None:
@@ -134,11 +136,15 @@ class Ledger:
         costs += [_at_most(usage, self._prices.get(name, free)) for name, usage in unknown.items()]
         return sum(costs, Decimal())
 
-    def _fits(self, more: ByTeacher, tickets: Iterable[int]) -> bool:
-        """Whether ``more`` fits on top of what is spent and what some tickets hold."""
-        unknown = add_usages(self._lost, more)
-        for ticket in tickets:
-            unknown = add_usages(unknown, self._held[ticket])
+    def _release(self, ticket: int) -> ByTeacher:
+        """The ticket holds nothing more; returns what it held."""
+        held = self._held.pop(ticket, {})
+        self._held_by_all |= {name: self._held_by_all[name] - usage for name, usage in held.items()}
+        return held
+
+    def _fits(self, more: ByTeacher, held: ByTeacher) -> bool:
+        """Whether ``more`` fits on top of what is spent and what is held."""
+        unknown = add_usages(add_usages(self._lost, more), held)
         together, cap = add_usages(self._answered, unknown).values(), self.cap
         if cap.texts is not None and sum(usage.texts for usage in together) > cap.texts:
             return False
