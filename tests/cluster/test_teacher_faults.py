@@ -22,9 +22,10 @@ from llkd_ray.corpus import ingest
 from llkd_ray.loop import distill, lost_teachers, spending
 from llkd_ray.run import running
 from llkd_ray.schedule import Schedule
+from llkd_ray.session import at_work
 from llkd_ray.store import RunStore
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("local_ray")]
 
 ROWS = 500 + 120
 """Texts that a run of ``toy_settings`` has labelled: 500 of the pool, 120 of the test set."""
@@ -49,7 +50,11 @@ def teach(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict, Path], dict]:
         config, store = parse_config(settings), RunStore(str(folder))
         examples = ingest(config, store, lambda line: None)
         schedule = Schedule.plan(config, examples.n_pool, examples.n_test)
-        with Display() as display, running(config, store, str(folder), schedule, display, False) as parts:
+        with (
+            Display() as display,
+            at_work(store, display.say) as session,
+            running(config, store, str(folder), session, schedule, display, False) as parts,
+        ):
             for k in range(parts.call("next_round"), schedule.rounds):
                 parts.call("wait_labels", k)
                 parts.call("select", k)
