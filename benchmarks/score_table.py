@@ -28,7 +28,8 @@ from llkd_ray.fixed_point import UNIT, class_sums
 from llkd_ray.policies import SELECTION
 from llkd_ray.scan import Best
 from llkd_ray.signals import Floats, Ints, class_thresholds
-from llkd_ray.table import COLUMNS, ScoreTable, read_snapshot, write_snapshot
+from llkd_ray.snapshot import Snapshot
+from llkd_ray.table import COLUMNS, ScoreTable
 
 Step = Callable[[], Any]
 
@@ -97,7 +98,7 @@ def steps(table: ScoreTable) -> dict[str, Step]:
     found["note 1M answers of the student, dense (entropy and margin of 16 classes)"] = lambda: table.refresh(
         0, dense, p
     )
-    found["copy for a snapshot"] = table.snapshot
+    found["copy for a snapshot"] = lambda: list(table.copy_into({}))
     found["write a snapshot and read it"] = lambda: there_and_back(table)
     return found
 
@@ -157,10 +158,11 @@ def choose(table: ScoreTable, policy: str) -> Any:
 def there_and_back(table: ScoreTable) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "snapshot.npz"
+        columns = {name: getattr(table, name) for name in COLUMNS}
         with file.open("wb") as out:
-            write_snapshot({name: getattr(table, name) for name in COLUMNS}, out)
+            Snapshot(columns, np.empty(0, dtype=np.int64), rounds=0, usage={}, unasked=0).write(out)
         with file.open("rb") as source:
-            read_snapshot(source)
+            Snapshot.read(source)
 
 
 def compare(name: str, theirs: Step, table: ScoreTable, repeats: int) -> None:

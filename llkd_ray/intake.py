@@ -6,6 +6,8 @@ acted on it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 
 from llkd_ray.answers import Usage, add_usages
@@ -53,6 +55,12 @@ class Intake:
         self.store.write_json(CALIBRATION, self.calibrator.as_dict())
         waiting, self._waiting = self._waiting, {}
         return sum(self._note(*one) for one in sorted(waiting.items()))
+
+    def restore(self, tickets: Iterable[int], usage: Mapping[str, Usage], unasked: int) -> None:
+        """These tickets, which have used so much, are done and in the table."""
+        self.done.update(tickets)
+        self.usage = add_usages(self.usage, usage)
+        self.unasked += unasked
 
     def _note(self, ticket: int, labels: TicketLabels) -> int:
         assert self.calibrator is not None

@@ -6,17 +6,17 @@ Shapes in names: M texts of a ticket, C labels.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from llkd_ray import schemas
 from llkd_ray.answers import Answers, Usage, add_usages
-from llkd_ray.store import SENT_DIR, RunStore, list_column, matrix_of, ticket_file, ticket_of
+from llkd_ray.repair import whole_tickets
+from llkd_ray.store import SENT_DIR, RunStore, list_column, matrix_of, ticket_file
 
 _USAGE, _UNASKED, _IN_FLIGHT = b"usage", b"unasked", b"tickets_in_flight"
 
@@ -83,18 +83,16 @@ def read_ticket(store: RunStore, folder: str, ticket: int) -> tuple[pa.Table, di
     return table, usage, unasked
 
 
-def read_all(store: RunStore, folder: str, n_classes: int) -> Iterator[tuple[int, TicketLabels]]:
-    """Every ticket that has a file in a folder, in ascending order, without its texts' ids."""
-    for name in store.names(folder, ".parquet"):
-        table = store.read_table(f"{folder}/{name}", ["row", "probs", "member"])
-        yield ticket_of(name), ticket_labels(table, *_read_metadata(table.schema.metadata or {}), n_classes)
-
-
-def read_usages(store: RunStore, folder: str) -> Iterator[tuple[int, dict[str, Usage]]]:
-    """What every ticket that has a file in a folder has used, by teacher; from the files' ends alone."""
-    for name in store.names(folder, ".parquet"):
-        schema = pq.read_schema(store.path(f"{folder}/{name}"), filesystem=store.fs)
-        yield ticket_of(name), _read_metadata(schema.metadata or {})[0]
+def read_all(
+    store: RunStore,
+    folder: str,
+    n_classes: int,
+    put_aside: Callable[[int, str], None],
+    skip: Container[int] = (),
+) -> Iterator[tuple[int, TicketLabels]]:
+    """Every ticket that has a file in a folder, in ascending order; see :func:`~repair.whole_tickets`."""
+    for ticket, table in whole_tickets(store, folder, put_aside, skip):
+        yield ticket, ticket_labels(table, *_read_metadata(table.schema.metadata or {}), n_classes)
 
 
 def ticket_labels(labels: pa.Table, usage: dict[str, Usage], unasked: int, n_classes: int) -> TicketLabels:

@@ -7,7 +7,7 @@ No Ray here: who calls whom is wired elsewhere.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from decimal import Decimal
 from typing import Literal
 
@@ -103,6 +103,11 @@ class Ledger:
     def restore(self, lost: Mapping[str, Usage]) -> None:
         """On resume: what attempts of the killed run may have used, by teacher; counts as spent for good."""
         self._lost = add_usages(self._lost, lost)
+
+    def restore_settled(self, tickets: Iterable[int], usage: Mapping[str, Usage]) -> None:
+        """These tickets were settled before, and have used so much together, by teacher."""
+        self._settled.update(tickets)
+        self._answered = add_usages(self._answered, usage)
 
     @property
     def spent(self) -> ByTeacher:

@@ -23,7 +23,7 @@ from llkd_ray.label_files import count_unanswered
 from llkd_ray.metrics import Measure
 from llkd_ray.policies import SELECTION
 from llkd_ray.report import model_card, write_report
-from llkd_ray.run import Run, running
+from llkd_ray.run import Run
 from llkd_ray.schedule import Schedule
 from llkd_ray.session import at_work
 from llkd_ray.settings import dump_config
@@ -51,7 +51,7 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
         measure = Measure(store, schedule, config)
         lines = store.read_metrics()
         over = is_over(config, lines)
-        with running(config, store, store_uri, session, schedule, display, over) as run:
+        with Run(config, store, session, schedule, display, over) as run:
             while not is_over(config, lines):
                 line = run_round(run, measure, len(lines))
                 store.append_metrics(line)

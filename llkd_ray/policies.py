@@ -40,6 +40,8 @@ class Selection:
 
     row_M: Ints
     weight_M: Floats
+    candidates: int
+    """How many they were chosen from."""
 
     def __len__(self) -> int:
         return int(self.row_M.size)
@@ -149,7 +151,7 @@ class Search:
         found = Found.joined(parts)
         found = found.take(np.argsort(found.row_M))
         chosen = found.take(best(found.value_M, found.label_M, self.n, self.share_C))
-        return Selection(chosen.row_M, _mean_one(chosen.weight_M))
+        return Selection(chosen.row_M, _mean_one(chosen.weight_M), int(self.pool.survey.count_C.sum()))
 
 
 def in_order(candidates: Candidates | Chunked[Candidates]) -> Iterable[Candidates]:

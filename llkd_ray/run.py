@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -14,10 +12,10 @@ from llkd_ray.answers import TeacherDown
 from llkd_ray.cluster import Background
 from llkd_ray.config import Config, ConfigError
 from llkd_ray.console import Display
-from llkd_ray.repair import put_aside_broken
 from llkd_ray.schedule import Schedule
 from llkd_ray.selector import start_selector
 from llkd_ray.session import Session
+from llkd_ray.snapshot import drop_all
 from llkd_ray.store import LABELS_DIR, RunStore, ticket_of
 from llkd_ray.teacher import spare_tickets, start_stream
 from llkd_ray.training import start_training
@@ -26,30 +24,51 @@ POLL_S = 0.25
 
 
 class Run:
-    """Selector, teacher stream and training run of one distillation."""
+    """Selector, teacher stream and training run of one distillation, for a ``with`` statement.
+
+    Nothing of them is left at its end.
+    """
 
     def __init__(
         self,
         config: Config,
         store: RunStore,
-        store_uri: str,
         session: Session,
         schedule: Schedule,
         display: Display,
         over: bool = False,
     ):
-        self.session, self.schedule, self.display = session, schedule, display
+        """``over``: no more rounds are to come."""
+        self.config, self.store, self.session = config, store, session
+        self.schedule, self.display, self.over = schedule, display, over
         self.teacher: Background | None = None
         self.student: Background | None = None
-        put_aside_broken(store, display.say)  # before anybody reads them
-        self.selector = start_selector(config, store_uri, session.id)
-        first = self.call("next_round")
-        over = over or first == schedule.rounds
-        tickets = open_tickets(store, schedule, over)
-        if tickets:
-            self.teacher = start_stream(config, store_uri, self.selector, [*spare_tickets(config), *tickets])
+        self._asked: list[int] | None = None
+        self._said: set[str] = set()
+
+    def __enter__(self) -> Run:
+        drop_all(self.store)
+        self.selector = start_selector(self.config, self.store.uri(), self.session.id)
+        try:
+            self._start_others()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        ray.kill(self.selector)
+        drop_all(self.store)
+
+    def _start_others(self) -> None:
+        over = self.call("next_round") == self.schedule.rounds or self.over
+        # The selector has read all labels by now, and has put aside what is none.
+        self._asked = open_tickets(self.store, self.schedule, over)
+        if self._asked:
+            tickets = [*spare_tickets(self.config), *self._asked]
+            self.teacher = start_stream(self.config, self.store.uri(), self.selector, tickets)
         if not over:
-            self.student = start_training(config, store, store_uri, self.selector)
+            self.student = start_training(self.config, self.store, self.selector)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """The selector's answer; raises what broke in teacher or student if that comes first."""
@@ -73,30 +92,19 @@ class Run:
             if part and part.error:
                 raise plain_error(part.error)
         stats = ray.get(self.selector.stats.remote())
+        for line in stats["put_aside"]:
+            if line not in self._said:
+                self.display.say(line)
+                self._said.add(line)
+        if self._asked is not None and not set(stats["damaged"]) <= set(self._asked):
+            # Found by a selector that has restarted; the teachers' tickets are under way without it.
+            raise TeacherDown("the label file of a ticket that was done is damaged")
         if stats["trouble"]:
             raise TeacherDown(stats["trouble"])
         self.display.update(
             f"labelled {stats['labelled']} of {self.schedule.labels + self.schedule.holdout}, "
             f"trained on {stats['trained']} of {self.schedule.train}; {stats['note'] or 'starting'}"
         )
-
-
-@contextmanager
-def running(
-    config: Config,
-    store: RunStore,
-    store_uri: str,
-    session: Session,
-    schedule: Schedule,
-    display: Display,
-    over: bool,
-) -> Iterator[Run]:
-    """The parts of a run whose rounds are over or not; nothing of them is left at the end."""
-    run = Run(config, store, store_uri, session, schedule, display, over)
-    try:
-        yield run
-    finally:
-        ray.kill(run.selector)
 
 
 def open_tickets(store: RunStore, schedule: Schedule, over: bool) -> list[int]:

@@ -49,11 +49,14 @@ class RoundSelection:
         enough: it was passed over because it is not as promising as a missing score would make it look.
         """
         candidates = self.table.candidate_chunks(self.tickets_below)
+        chosen = None
         if self.config.selection.refresh_share < 1:
-            scored = _scored_only(candidates)
-            if len(scored) >= n:
-                candidates = scored
-        return self._choose(candidates, n)
+            chosen = self._choose(_scored_only(candidates), n)
+        if chosen is None or chosen.candidates < n:
+            chosen = self._choose(candidates, n)
+        if self.config.selection.weighting == "none":
+            return replace(chosen, weight_M=np.ones(len(chosen)))
+        return chosen
 
     def to_score(self) -> Ints:
         """int64[M], ascending: what the student is to look at before it is chosen from.

@@ -12,42 +12,36 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
+from numpy.typing import NDArray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from llkd_ray import schemas
 from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.answers import Usage
+from llkd_ray.batches import batch_of
 from llkd_ray.config import Config
 from llkd_ray.intake import Intake
-from llkd_ray.label_files import TicketLabels, read_all, read_lost_usage, read_usages
+from llkd_ray.label_files import TicketLabels, read_all, read_lost_usage
 from llkd_ray.leases import Leases
 from llkd_ray.ledger import Ledger
-from llkd_ray.policies import SELECTION, Selection
+from llkd_ray.policies import SELECTION
 from llkd_ray.priors import target_prior
+from llkd_ray.progress import Progress
 from llkd_ray.schedule import Schedule
 from llkd_ray.selection import RoundSelection
 from llkd_ray.session import Fence
 from llkd_ray.signals import Floats, Ints
+from llkd_ray.snapshot import Snapshot, keep, kept
 from llkd_ray.store import (
     BATCH,
     LABELS_DIR,
     LOST_DIR,
-    ROUNDS_DIR,
-    SCORES,
-    SELECTED,
     SMALL_DIR,
-    TRAINED,
     Examples,
     RunStore,
-    list_column,
-    matrix_of,
-    read_labels,
     round_file,
 )
 from llkd_ray.table import ScoreTable
@@ -57,17 +51,6 @@ MAX_WAITING = 100_000
 """Calls at a time. Those that wait count, two or more a teacher: at Ray's default of 1,000, the labels that
 they wait for would never be let in."""
 _NO_ROWS: Ints = np.empty(0, dtype=np.int64)
-
-
-@dataclass
-class Progress:
-    """Where the run stands, for whoever wants to show it."""
-
-    refreshed: set[int] = field(default_factory=set)
-    selected: dict[int, dict[str, Any]] = field(default_factory=dict)
-    trained: dict[int, dict[str, Any]] = field(default_factory=dict)
-    finished: bool = False
-    note: str = ""
 
 
 class Selector:
@@ -85,14 +68,24 @@ class Selector:
         self.table = ScoreTable(self.n_classes, self.examples.n_pool, self.examples.n_test)
         self.policy = SELECTION[config.selection.policy]
         self.acquisition = ACQUISITION[config.acquisition.policy]
+        self.put_aside: list[str] = []
+        """A line about each label file that could not be read."""
+        self.damaged: set[int] = set()
+        """Their tickets, as far as they were done."""
+        # Before the leases, which may have been planned after it.
+        snapshot = kept(self.store, session)
+        if snapshot:
+            self.table.restore(snapshot.columns)
+        self.keeping: asyncio.Task[None] | None = None
+        """The last snapshot as it is written."""
         self.intake = Intake(config, self.store, self.examples, self.schedule, self.table)
         self.teachers = TeacherWatch(config)
         self.ledger = Ledger(config.budget.cap, {name: one.price for name, one in config.teacher.members()})
         self.leases = Leases(config, self.store, self.examples, self.schedule, self.table)
-        self.state = Progress()
+        self.state = Progress(self.store, self.table)
         self._to_score: dict[int, Ints] = {}
         self.changed = asyncio.Condition()
-        self._rebuild()
+        self._rebuild(snapshot)
 
     # --- what the teacher asks -----------------------------------------------------------------------
 
@@ -198,11 +191,7 @@ class Selector:
     async def refresh_done(self, round_number: int) -> None:
         """All ranks have brought what they scored for the round."""
         self.fence.check()
-        columns = [pa.array(column) for column in self.table.scores(round_number)]
-        self.store.write_table(
-            round_file(round_number, SCORES), pa.Table.from_arrays(columns, schema=schemas.SCORES)
-        )
-        self.state.refreshed.add(round_number)
+        self.state.note_refreshed(round_number)
         await self._notify()
 
     async def batch_files(self, round_number: int) -> list[str] | None:
@@ -224,9 +213,11 @@ class Selector:
     async def trained(self, round_number: int, facts: dict[str, Any]) -> None:
         """The student has finished a round and its files are in place."""
         self.fence.check()
-        self.store.write_json(round_file(round_number, TRAINED), facts)
-        self.state.trained[round_number] = facts
+        self.state.note_trained(round_number, facts)
         await self._notify()
+        is_idle = self.keeping is None or self.keeping.done()
+        if is_idle and len(self.state.trained) < self.schedule.rounds:
+            self.keeping = asyncio.create_task(self._keep_snapshot())
 
     async def say(self, note: str) -> None:
         """A word on what the student is doing, for the progress display."""
@@ -259,18 +250,17 @@ class Selector:
                 self.policy.prior,
                 self.config.labels.known_prior,
             )
-            self._write_batch(round_number, chosen)
+            assert self.intake.calibrator is not None
+            reviews = self.schedule.review_tickets[:round_number]
+            batch = batch_of(chosen, self.store, self.examples, self.table, reviews, self.intake.calibrator)
             facts = {
                 "selected": len(chosen),
-                "candidates": len(self.table.candidate_chunks(selection.tickets_below)),
+                "candidates": chosen.candidates,
                 "staleness": selection.staleness(chosen.row_M),
                 "prior": None if prior_C is None else prior_C.tolist(),
                 "seconds": time.monotonic() - began,
             }
-            # The batch exists once this file does.
-            self.store.write_json(round_file(round_number, SELECTED), facts)
-            self.table.mark_trained(round_number, chosen.row_M)
-            self.state.selected[round_number] = facts
+            self.state.note_selected(round_number, batch, facts)
             await self._notify()
         return self.state.selected[round_number]
 
@@ -297,6 +287,8 @@ class Selector:
             "rounds_trained": len(self.state.trained),
             "note": self.state.note,
             "trouble": self.teachers.trouble(),
+            "put_aside": self.put_aside,
+            "damaged": sorted(self.damaged),
         }
 
     # --- inside --------------------------------------------------------------------------------------
@@ -348,67 +340,59 @@ class Selector:
             self.intake.take(ticket, TicketLabels.empty(self.n_classes))
         await self._notify()
 
-    def _write_batch(self, round_number: int, chosen: Selection) -> None:
-        row_M = np.asarray(chosen.row_M, dtype=np.int64)
-        texts = self.examples.read(row_M, ["text"])["text"]
-        # Reviews come last, and of several answers to a row the last counts.
-        tickets = [
-            *np.unique(self.table.ticket[row_M]).tolist(),
-            *self.schedule.review_tickets[:round_number],
-        ]
-        labels = read_labels(self.store, tickets)
-        by_row = np.argsort(labels["row"].to_numpy(), kind="stable")
-        place_M = by_row[np.searchsorted(labels["row"].to_numpy(), row_M, side="right", sorter=by_row) - 1]
-        assert self.intake.calibrator is not None
-        p_MC = self.intake.calibrator.apply(
-            matrix_of(labels["probs"].take(pa.array(place_M)), self.n_classes)
-        )
-        columns = [
-            pa.array(row_M),
-            texts,
-            pa.array(self.table.label[row_M]),
-            list_column(p_MC),
-            pa.array(np.asarray(self._weights(chosen), dtype=np.float32)),
-        ]
-        self.store.write_table(
-            round_file(round_number, BATCH), pa.Table.from_arrays(columns, schema=schemas.ROUND)
-        )
+    async def _keep_snapshot(self) -> None:
+        """Others are served meanwhile; what they change will be read again on top of it."""
+        tickets = np.array(sorted(self.intake.done), dtype=np.int64)
+        rounds, usage, unasked = len(self.state.trained), dict(self.intake.usage), self.intake.unasked
+        columns: dict[str, NDArray[Any]] = {}
+        for _ in self.table.copy_into(columns):
+            await asyncio.sleep(0)
+        snapshot = Snapshot(columns, tickets, rounds, usage, unasked)
+        # One that cannot be written is not missed before a selector dies, which then reads all labels.
+        with suppress(OSError):
+            await asyncio.to_thread(keep, self.store, self.session, snapshot)
 
-    def _weights(self, chosen: Selection) -> Floats:
-        if self.config.selection.weighting == "none":
-            return np.ones(len(chosen))
-        return chosen.weight_M
-
-    def _rebuild(self) -> None:
-        """Bring the table to what the files say."""
-        for ticket, labels in read_all(self.store, LABELS_DIR, self.n_classes):
+    def _rebuild(self, snapshot: Snapshot | None) -> None:
+        """Bring the table to what the files say, some of which a snapshot may have said before."""
+        if snapshot:
+            tickets = snapshot.tickets.tolist()
+            self.intake.restore(tickets, snapshot.usage, snapshot.unasked)
+            accounts = [self._account(t, name) for t in tickets for name in self.teachers.members]
+            self.ledger.restore_settled(accounts, snapshot.usage)
+        self.ledger.restore(read_lost_usage(self.store))
+        known = frozenset(self.intake.done)
+        reviews: dict[int, TicketLabels] = {}
+        for ticket, labels in read_all(self.store, LABELS_DIR, self.n_classes, self._note_damaged, known):
             self._settle(ticket, labels.usage)
-            self.intake.take(ticket, labels)
-        for ticket, usage in read_usages(self.store, SMALL_DIR):
-            self._settle(ticket, usage)
+            if ticket in self.schedule.review_tickets:
+                reviews[ticket] = labels  # at its time: the student's opinion of the new label came later
+            else:
+                self.intake.take(ticket, labels)
+        for ticket, labels in read_all(self.store, SMALL_DIR, self.n_classes, self._note_unused, known):
+            self._settle(ticket, labels.usage)
         for ticket in self.leases.empty_reviews():
             self.intake.take(ticket, TicketLabels.empty(self.n_classes))
-        self.ledger.restore(read_lost_usage(self.store))
         for name in self.store.names(LOST_DIR):
             facts = self.store.read_json(f"{LOST_DIR}/{name}")
-            if facts["session"] == self.session and facts["ticket"] not in self.intake.done:
+            if facts["session"] == self.session and facts["ticket"] not in self.intake.done | reviews.keys():
                 self.teachers.leased(facts["ticket"])
                 self.teachers.lost(facts["ticket"], facts["teacher"], facts["actor"], facts["reason"])
-        for k in range(len(self.store.folders(ROUNDS_DIR))):
-            self._rebuild_round(k)
+        for k in range(self.state.rounds_on_disk()):
+            for ticket in self.schedule.review_tickets[k - 1 : k] if k else ():
+                if ticket in reviews:
+                    self.intake.take(ticket, reviews.pop(ticket))
+            self.state.restore(k, in_table=snapshot is not None and k < snapshot.rounds)
+        for ticket, labels in reviews.items():
+            self.intake.take(ticket, labels)
         self.state.finished = len(self.state.trained) == self.schedule.rounds
 
-    def _rebuild_round(self, k: int) -> None:
-        if self.store.exists(round_file(k, SCORES)):
-            scores = self.store.read_table(round_file(k, SCORES))
-            self.table.restore_scores(k, *(column.to_numpy() for column in scores.columns))
-            self.state.refreshed.add(k)
-        if self.store.exists(round_file(k, SELECTED)):
-            batch = self.store.read_table(round_file(k, BATCH), ["row"])
-            self.table.mark_trained(k, batch["row"].to_numpy())
-            self.state.selected[k] = self.store.read_json(round_file(k, SELECTED))
-        if self.store.exists(round_file(k, TRAINED)):
-            self.state.trained[k] = self.store.read_json(round_file(k, TRAINED))
+    def _note_damaged(self, ticket: int, line: str) -> None:
+        self.damaged.add(ticket)
+        self.put_aside.append(line)
+
+    def _note_unused(self, ticket: int, line: str) -> None:
+        """Of a small teacher: whether its ticket is done does not depend on it."""
+        self.put_aside.append(line)
 
 
 def start_selector(config: Config, store_uri: str, session: str) -> Any:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from llkd_ray import schemas
+from llkd_ray.config import ConfigError
 
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
@@ -33,6 +34,8 @@ CALIBRATION = "calibration.json"
 LEASES_DIR = "leases"
 SENT_DIR = "sent"
 ENGINES_DIR = "engines"
+SNAPSHOTS_DIR = "snapshots"
+"""What a selector knows, for one that restarts while its driver lives."""
 LOST_DIR = "lost"
 """A file for each teacher actor that has given up, with the reason."""
 QUARANTINE_DIR = "quarantine"
@@ -81,8 +84,10 @@ class RunStore:
         """The path as its filesystem knows it."""
         return f"{self.root}/{relative}"
 
-    def uri(self, relative: str) -> str:
+    def uri(self, relative: str = "") -> str:
         """The address by which another store, or a user, finds it; on a local disk the absolute path."""
+        if not relative:
+            return self.root if self.is_local else self._uri
         return self.path(relative) if self.is_local else join_uri(self._uri, relative)
 
     def exists(self, relative: str) -> bool:
@@ -111,13 +116,19 @@ class RunStore:
 
     def write_bytes(self, relative: str, content: bytes) -> None:
         """Write a whole file, atomically."""
+        with self.writing(relative) as stream:
+            stream.write(content)
+
+    @contextmanager
+    def writing(self, relative: str) -> Iterator[pa.NativeFile]:
+        """A stream to a file that is in its place at the end; a large one on S3 may be there cut off."""
         target = self.path(relative)
         if self._has_folders:
             self.fs.create_dir(target.rpartition("/")[0], recursive=True)
         place = f"{target}.{uuid.uuid4().hex}{_UNFINISHED}" if self.is_local else target
         try:
-            with self.fs.open_output_stream(place) as stream:
-                stream.write(content)
+            with self.fs.open_output_stream(place, compression=None) as stream:
+                yield stream
             if place != target:
                 self.fs.move(place, target)
         except BaseException:
@@ -133,7 +144,8 @@ class RunStore:
         self.write_bytes(relative, json.dumps(value, indent=1, ensure_ascii=False).encode())
 
     def read_json(self, relative: str) -> Any:
-        return json.loads(self.read_bytes(relative))
+        with self._naming(relative):
+            return json.loads(self.read_bytes(relative))
 
     def write_table(self, relative: str, table: pa.Table, row_group_size: int | None = None) -> None:
         """Write a parquet file, atomically; its schema should be one of ``schemas``."""
@@ -142,9 +154,26 @@ class RunStore:
         self.write_bytes(relative, buffer.getvalue().to_pybytes())
 
     def read_table(self, relative: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """A parquet file, or some of its columns. Raises ConfigError for a damaged one."""
         # Not pq.read_table, which asks an object store twice more for the file's size.
-        with pq.ParquetFile(self.path(relative), filesystem=self.fs, pre_buffer=True) as file:
+        with (
+            self._naming(relative),
+            pq.ParquetFile(self.path(relative), filesystem=self.fs, pre_buffer=True) as file,
+        ):
             return file.read(columns=None if columns is None else list(columns))
+
+    @contextmanager
+    def _naming(self, relative: str) -> Iterator[None]:
+        """Say which file it is that cannot be read; that there is none is another matter."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError) as error:  # pyarrow raises both for damage; its own are ValueErrors
+            raise ConfigError(
+                f"{self.uri(relative)} cannot be read ({reason_of(error)}): "
+                "if it is damaged, put a copy back, or begin a new run, which finds the labels in the cache"
+            ) from error
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Put one round's line at the end of metrics.jsonl; a line of the same round is replaced."""
@@ -157,6 +186,11 @@ class RunStore:
         if not self.exists(METRICS):
             return []
         return [json.loads(line) for line in self.read_bytes(METRICS).decode().splitlines()]
+
+
+def reason_of(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def ticket_file(folder: str, ticket: int) -> str:

@@ -7,10 +7,9 @@ million rows fit one process. A call never names a row twice. No Ray here.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -246,15 +245,8 @@ class ScoreTable:
 
     # --- snapshots -----------------------------------------------------------------------------------------
 
-    def snapshot(self) -> dict[str, NDArray[Any]]:
-        """A copy of the columns, which may be written while the table goes on to change."""
-        columns: dict[str, NDArray[Any]] = {}
-        for _ in self.copy_into(columns):
-            pass
-        return columns
-
     def copy_into(self, columns: dict[str, NDArray[Any]]) -> Iterator[None]:
-        """The same in steps of a million rows, so that others are served in between.
+        """Copy the columns in steps of a million rows, so that others are served in between.
 
         Every row is whole, but rows are of different moments: what is noted from the first step on has to be
         noted again on top of the snapshot. Updates are idempotent, so nothing comes of those that it has.
@@ -344,22 +336,6 @@ class ScoreTable:
             self.support[rows],
             self.n_classes,
         )
-
-
-def write_snapshot(columns: Mapping[str, NDArray[Any]], out: IO[bytes]) -> None:
-    """Write a snapshot as a ``.npz`` file, from whatever thread; it needs no memory of its own."""
-    np.savez(out, **columns)  # type: ignore[arg-type]  # numpy's stubs take the names for its own options
-
-
-def read_snapshot(source: IO[bytes]) -> dict[str, NDArray[Any]]:
-    """What :func:`write_snapshot` wrote. Raises ValueError for a file that is cut off or damaged."""
-    try:
-        with np.load(source) as saved:
-            return {name: saved[name] for name in COLUMNS}
-    except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"not a whole snapshot ({error}): leave it out, labels and rounds tell as much"
-        ) from None
 
 
 def _numbers(rows: Ints | Part) -> Ints:

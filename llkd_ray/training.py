@@ -38,12 +38,12 @@ SCORE_CHUNK = 16_384
 """Rows that a rank reads, scores and reports at a time."""
 
 
-def start_training(config: Config, store: RunStore, store_uri: str, selector: Any) -> Background:
+def start_training(config: Config, store: RunStore, selector: Any) -> Background:
     """Start the training of all rounds."""
-    return Background("training-run", lambda: _keep_training(config, store, store_uri, selector))
+    return Background("training-run", lambda: _keep_training(config, store, selector))
 
 
-def _keep_training(config: Config, store: RunStore, store_uri: str, selector: Any) -> None:
+def _keep_training(config: Config, store: RunStore, selector: Any) -> None:
     """Train until the rounds are over; where a run of Ray Train is lost, start another.
 
     ``student.max_failures`` counts losses without a round finished in between. Ray Train counts them from the
@@ -54,7 +54,7 @@ def _keep_training(config: Config, store: RunStore, store_uri: str, selector: An
     while True:
         began_at = ray.get(selector.next_round.remote())
         try:
-            _build_trainer(config, store, store_uri, selector).fit()
+            _build_trainer(config, store, selector).fit()
             return
         except (TrainingFailedError, RayActorError) as error:
             has_moved = ray.get(selector.next_round.remote()) > began_at
@@ -65,12 +65,12 @@ def _keep_training(config: Config, store: RunStore, store_uri: str, selector: An
                 raise
 
 
-def _build_trainer(config: Config, store: RunStore, store_uri: str, selector: Any) -> TorchTrainer:
+def _build_trainer(config: Config, store: RunStore, selector: Any) -> TorchTrainer:
     student = config.student
     resources = {name: amount for name, amount in of_a_rank(student).items() if amount}
     return TorchTrainer(
         train_loop,
-        train_loop_config={"config": config, "store_uri": store_uri, "selector": selector},
+        train_loop_config={"config": config, "store_uri": store.uri(), "selector": selector},
         scaling_config=ScalingConfig(
             num_workers=student.workers,  # type: ignore[arg-type]  # Ray's annotation lacks (min, max)
             use_gpu=student.gpus > 0,

@@ -202,11 +202,10 @@ def _advance(
     read_M = _acquire(trial, labels, state, k)
     selection = RoundSelection(config, table, k, tickets_below=k + 1)
     chosen = selection.choose(trial.sizes[k] - state.row_M.size)
-    weight_M = np.ones(len(chosen)) if config.selection.weighting == "none" else chosen.weight_M
     arrays: dict[str, Any] = {
         "read": read_M,
         "row": np.concatenate([state.row_M, chosen.row_M]),
-        "weight": np.concatenate([state.weight_M, weight_M]),
+        "weight": np.concatenate([state.weight_M, chosen.weight_M]),
     }
     # What another trial has in the file stays in it, or the two would undo each other's work.
     is_scored, is_evaluated = _holds(file)

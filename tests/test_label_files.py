@@ -100,7 +100,7 @@ class TestTicket:
             usage = {"small": Usage(texts=ticket)}
             write_ticket(store, SMALL_DIR, ticket, labels_of([ticket, 1], member=1), usage, ticket, 2)
         write_ticket(store, LABELS_DIR, 5, labels_of([5]), {}, 0, 2)
-        found = dict(read_all(store, SMALL_DIR, C))
+        found = dict(read_all(store, SMALL_DIR, C, raise_damaged))
         assert list(found) == [2, 11, 100]
         for ticket, labels in found.items():
             whole = ticket_labels(*read_ticket(store, SMALL_DIR, ticket), C)
@@ -110,12 +110,16 @@ class TestTicket:
             assert (labels.usage, labels.unasked) == ({"small": Usage(texts=ticket)}, ticket)
 
     def test_all_of_a_folder_that_is_not_there(self, store):
-        assert list(read_all(store, SMALL_DIR, C)) == []
+        assert list(read_all(store, SMALL_DIR, C, raise_damaged)) == []
 
     def test_a_ticket_that_stands_for_no_texts(self):
         empty = TicketLabels.empty(C)
         assert (empty.row_M.shape, empty.probs_MC.shape, empty.member_M.shape) == ((0,), (0, C), (0,))
         assert (empty.usage, empty.unasked) == ({}, 0)
+
+
+def raise_damaged(ticket: int, line: str) -> None:
+    raise AssertionError(line)
 
 
 class TestRowOrder:

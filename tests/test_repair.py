@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from toys import put_label_file
 
 from llkd_ray.label_files import read_ticket
-from llkd_ray.repair import BROKEN_DIR, put_aside_broken
+from llkd_ray.repair import BROKEN_DIR, whole_tickets
 from llkd_ray.store import LABELS_DIR, RunStore, ticket_file
 
 TICKETS = 3
@@ -34,10 +34,15 @@ def damaged_run(folder, whole: list[bytes], damaged: bytes) -> RunStore:
     return store
 
 
+def read(store: RunStore, skip=()) -> tuple[list[int], dict[int, str]]:
+    """The tickets that are whole, and what is said of the others."""
+    said: dict[int, str] = {}
+    return [ticket for ticket, _ in whole_tickets(store, LABELS_DIR, said.__setitem__, skip)], said
+
+
 def test_whole_files_stay_and_nothing_is_said(tmp_path, whole):
-    store, said = damaged_run(tmp_path, whole, whole[1]), []
-    assert put_aside_broken(store, said.append) == []
-    assert said == []
+    store = damaged_run(tmp_path, whole, whole[1])
+    assert read(store) == ([0, 1, 2], {})
     assert len(store.names(LABELS_DIR)) == TICKETS
     assert store.names(BROKEN_DIR) == []
 
@@ -47,23 +52,23 @@ def test_a_file_cut_anywhere_is_put_aside_with_a_reason(tmp_path_factory, whole,
     """Cut off, or filled up with zeros as file systems do after a loss of power."""
     size = int(len(whole[1]) * share)
     damaged = whole[1][:size] + padding * (len(whole[1]) - size)
-    store, said = damaged_run(tmp_path_factory.mktemp("run"), whole, damaged), []
-    file = ticket_file(LABELS_DIR, 1)
-    assert put_aside_broken(store, said.append) == [file]
-    assert [line.startswith(file) for line in said] == [True]
+    store = damaged_run(tmp_path_factory.mktemp("run"), whole, damaged)
+    tickets, said = read(store)
+    assert tickets == [0, 2]
+    assert [(t, line.startswith(ticket_file(LABELS_DIR, 1))) for t, line in said.items()] == [(1, True)]
     assert store.names(LABELS_DIR) == ["ticket-00000000.parquet", "ticket-00000002.parquet"]
     kept, reason = store.names(BROKEN_DIR)
     assert store.read_bytes(f"{BROKEN_DIR}/{kept}") == damaged
     assert len(store.read_bytes(f"{BROKEN_DIR}/{reason}").splitlines()) == 1
     assert len(read_ticket(store, LABELS_DIR, 2)[0]) == 4
-    assert put_aside_broken(store, said.append) == [], "a second time, there is nothing left to do"
+    assert read(store) == ([0, 2], {}), "a second time, there is nothing left to do"
 
 
 def test_a_store_that_is_out_of_reach_is_no_damage(tmp_path, whole, monkeypatch):
     store = damaged_run(tmp_path, whole, whole[1])
     monkeypatch.setattr(store, "read_bytes", raise_connection_lost)
     with pytest.raises(OSError, match="connection lost"):
-        put_aside_broken(store, lambda line: None)
+        read(store)
     assert len(store.names(LABELS_DIR)) == TICKETS
 
 
@@ -74,5 +79,22 @@ def raise_connection_lost(file: str) -> bytes:
 def test_a_parquet_file_of_something_else_is_no_label_file(tmp_path, whole):
     store = damaged_run(tmp_path, whole, whole[1])
     store.write_table(ticket_file(LABELS_DIR, 1), pa.table({"row": [1]}))
-    (broken,) = put_aside_broken(store, lambda line: None)
-    assert broken == ticket_file(LABELS_DIR, 1)
+    tickets, said = read(store)
+    assert tickets == [0, 2]
+    assert "(no column id)" in said[1]
+
+
+def test_what_is_known_is_not_read(tmp_path, whole):
+    """Not even looked at: that is what a snapshot is for."""
+    store = damaged_run(tmp_path, whole, b"no parquet")
+    assert read(store, skip={1, 2}) == ([0], {})
+
+
+def test_many_files_come_in_their_order(tmp_path, whole):
+    """More than are held at a time."""
+    store = RunStore(str(tmp_path))
+    for ticket in range(600):
+        store.write_bytes(ticket_file(LABELS_DIR, ticket), whole[0] if ticket % 100 else b"")
+    tickets, said = read(store)
+    assert tickets == [ticket for ticket in range(600) if ticket % 100]
+    assert list(said) == [0, 100, 200, 300, 400, 500]

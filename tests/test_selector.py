@@ -6,6 +6,7 @@ The plain class runs in a test's own event loop. Blocking is tested by a wait th
 from __future__ import annotations
 
 import asyncio
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ from toys import make_config, make_run, put_label_file, toy_probs, toy_texts
 from llkd_ray import schemas
 from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.answers import Usage
+from llkd_ray.config import ConfigError
 from llkd_ray.label_files import TicketLabels, write_mark
 from llkd_ray.selector import Selector
 from llkd_ray.session import Fence, Superseded
 from llkd_ray.signals import entropy, margin, support
+from llkd_ray.snapshot import drop_all
 from llkd_ray.store import (
     BATCH,
     CALIBRATION,
@@ -27,7 +30,10 @@ from llkd_ray.store import (
     LEASES_DIR,
     SCORES,
     SELECTED,
+    SNAPSHOTS_DIR,
+    RunStore,
     round_file,
+    ticket_file,
 )
 
 N_POOL, N_TEST, N_CLASSES = 200, 30, 3
@@ -48,9 +54,12 @@ class Bench:
         self.store = make_run(folder, N_POOL, N_TEST, N_CLASSES)
         self.restart()
 
-    def restart(self) -> Selector:
-        """A new selector that knows only the files, as after a crash."""
-        self.selector = Selector(self.config, self.store.root)
+    def restart(self, session: str | None = None) -> Selector:
+        """A new selector, as after a crash; of another driver unless a session is named.
+
+        One of the same session finds the snapshot of the one before it.
+        """
+        self.selector = Selector(self.config, self.store.root, session or uuid.uuid4().hex)
         return self.selector
 
     @property
@@ -812,13 +821,7 @@ class TestRebuild:
             await bench.teach_for(3)
 
         run(script())
-        before = bench.selector.table
-        after = bench.restart().table
-        columns = {name for name, value in vars(before).items() if isinstance(value, np.ndarray)}
-        assert {"label", "uncertainty", "margin", "support", "ticket"} < columns
-        for column in sorted(columns):
-            one, other = getattr(before, column), getattr(after, column)
-            assert np.array_equal(one, other, equal_nan=one.dtype.kind == "f"), column
+        assert_same_table(bench.selector.table, bench.restart().table)
 
     def test_a_run_whose_rounds_are_over_is_finished(self, bench):
         async def script():
@@ -834,6 +837,171 @@ class TestRebuild:
         run(bench.lease(ticket))
         bench.store.write_bytes(f"{LABELS_DIR}/ticket-00000002.parquet.0123.tmp", b"PAR1 half")
         assert run(bench.restart().stats())["tickets_done"] == 0
+
+
+def assert_same_table(before, after):
+    columns = {name for name, value in vars(before).items() if isinstance(value, np.ndarray)}
+    assert {"label", "uncertainty", "margin", "support", "ticket"} < columns
+    for column in sorted(columns):
+        one, other = getattr(before, column), getattr(after, column)
+        assert np.array_equal(one, other, equal_nan=one.dtype.kind == "f"), column
+
+
+class TestSnapshot:
+    """A selector that restarts while its driver lives."""
+
+    @pytest.fixture
+    def bench(self, tmp_path):
+        bench = Bench(tmp_path / "run")
+        bench.restart("one")
+        return bench
+
+    async def rounds(self, bench, n):
+        for k in range(n):
+            await bench.round(k)
+            if bench.selector.keeping:
+                await bench.selector.keeping
+
+    def spy_on_files(self, bench, monkeypatch) -> list[str]:
+        """Will hold the names of label files and score files that are read from now on."""
+        read: list[str] = []
+        for method in ("read_bytes", "read_table"):
+            original = getattr(RunStore, method)
+
+            def reading(store, relative, *more, original=original):
+                read.append(relative)
+                return original(store, relative, *more)
+
+            monkeypatch.setattr(RunStore, method, reading)
+        return read
+
+    def test_what_is_in_it_is_not_read_again(self, bench, monkeypatch):
+        async def script():
+            await self.rounds(bench, 2)
+            done = set(bench.selector.intake.done)
+            await bench.teach_for(2)
+            await bench.score(2)
+            return bench.selector.intake.done - done
+
+        later = run(script())
+        assert later
+        before, read = bench.selector, self.spy_on_files(bench, monkeypatch)
+        after = bench.restart("one")
+        assert {name for name in read if name.endswith(".parquet")} == {
+            *(ticket_file(LABELS_DIR, ticket) for ticket in later),
+            *(f"{LEASES_DIR}/{name}" for name in bench.store.names(LEASES_DIR)),
+            round_file(2, SCORES),
+        }
+        assert_same_table(before.table, after.table)
+        assert run(after.stats()) == run(before.stats())
+
+    def test_the_rounds_are_those_of_an_undisturbed_run(self, bench, undisturbed):
+        for k in range(4):
+
+            async def script(k=k):
+                await bench.round(k)
+                if bench.selector.keeping:
+                    await bench.selector.keeping
+
+            run(script())
+            bench.restart("one")
+        batches, stats = undisturbed
+        assert bench.batch_rows() == batches
+        assert run(bench.selector.stats()) == stats
+
+    def test_what_comes_while_it_is_copied_is_not_lost(self, bench, monkeypatch):
+        """The copy is taken in many steps; a ticket comes between two of them."""
+        monkeypatch.setattr("llkd_ray.table._ROWS_A_STEP", 10)
+
+        async def script():
+            await bench.round(0)
+            for ticket in range(bench.schedule.tickets_before(0), bench.schedule.tickets_before(1)):
+                await bench.teach(ticket)
+            assert not bench.selector.keeping.done()
+            await bench.selector.keeping
+
+        run(script())
+        before = bench.selector
+        after = bench.restart("one")
+        assert_same_table(before.table, after.table)
+        assert run(after.stats()) == run(before.stats())
+
+    @pytest.mark.parametrize("left", [0.0, 0.5, 0.99])
+    def test_one_half_written_is_left_out(self, bench, left):
+        run(self.rounds(bench, 2))
+        before = bench.selector
+        (name,) = bench.store.names(SNAPSHOTS_DIR)
+        content = bench.store.read_bytes(f"{SNAPSHOTS_DIR}/{name}")
+        bench.store.write_bytes(f"{SNAPSHOTS_DIR}/{name}", content[: int(left * len(content))])
+        after = bench.restart("one")
+        assert_same_table(before.table, after.table)
+        assert run(after.stats()) == run(before.stats())
+
+    def test_another_driver_reads_the_files(self, bench, monkeypatch):
+        """What it finds damaged is asked again; nobody has looked at the files since."""
+        run(self.rounds(bench, 2))
+        read = self.spy_on_files(bench, monkeypatch)
+        bench.restart("two")
+        done = bench.selector.intake.done
+        assert done
+        assert {ticket_file(LABELS_DIR, ticket) for ticket in done} <= set(read)
+
+    def test_a_full_disk_costs_the_snapshot_only(self, bench, monkeypatch):
+        def no_space(*_):
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr("llkd_ray.selector.keep", no_space)
+        run(self.rounds(bench, 2))
+        assert bench.store.names(SNAPSHOTS_DIR) == []
+        before = bench.selector
+        assert_same_table(before.table, bench.restart("one").table)
+
+    def test_the_last_round_needs_none(self, bench):
+        run(self.rounds(bench, 3))
+        bench.store.delete(f"{SNAPSHOTS_DIR}/{bench.store.names(SNAPSHOTS_DIR)[0]}")
+
+        async def last():
+            bench.selector.keeping = None
+            await bench.round(3)
+            return bench.selector.keeping
+
+        assert run(last()) is None
+        drop_all(bench.store)
+        drop_all(bench.store)  # a second time, there is nothing left
+        assert bench.store.names(SNAPSHOTS_DIR) == []
+
+
+class TestDamage:
+    def test_a_damaged_label_file_is_put_aside_and_its_ticket_is_not_done(self, bench):
+        run(bench.round(0))
+        ticket = bench.schedule.pool_tickets.start
+        bench.store.write_bytes(ticket_file(LABELS_DIR, ticket), b"PAR1 and zeros")
+        selector = bench.restart()
+        stats = run(selector.stats())
+        assert stats["damaged"] == [ticket]
+        (line,) = stats["put_aside"]
+        assert line.startswith(f"{ticket_file(LABELS_DIR, ticket)} cannot be read (")
+        assert ticket not in selector.intake.done
+        run(bench.teach(ticket))
+        assert run(bench.restart().stats())["damaged"] == []
+
+    @pytest.mark.parametrize("part", ["leases", "scores", "batch", "selected"])
+    def test_what_cannot_be_made_again_is_named(self, bench, part):
+        async def script():
+            await bench.round(0)
+            await bench.round(1)
+
+        run(script())
+        file = {
+            "leases": f"{LEASES_DIR}/{bench.store.names(LEASES_DIR)[0]}",
+            "scores": round_file(1, SCORES),
+            "batch": round_file(1, BATCH),
+            "selected": round_file(1, SELECTED),
+        }[part]
+        content = bench.store.read_bytes(file)
+        bench.store.write_bytes(file, content[: len(content) // 2])
+        with pytest.raises(ConfigError, match=rf"{file} cannot be read \(.*\): if it is damaged, put a copy"):
+            bench.restart()
 
 
 class TestFence:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_table import fill
+from test_table import copy_of, fill
 
 from llkd_ray import chunks
 from llkd_ray.acquisition import ACQUISITION
@@ -24,9 +24,9 @@ def make_table(n: int, seed: int, scored: bool) -> ScoreTable:
     table = ScoreTable(N_CLASSES, n)
     fill(table, seed)
     if not scored:
-        blank = ScoreTable(N_CLASSES, n).snapshot()
+        blank = copy_of(ScoreTable(N_CLASSES, n))
         of_student = {name: blank[name] for name in ("uncertainty", "margin", "support", "refreshed")}
-        table.restore(table.snapshot() | of_student)
+        table.restore(copy_of(table) | of_student)
     return table
 
 
@@ -36,7 +36,7 @@ def divide(table: ScoreTable, borders: list[int]) -> list[Shard]:
     shards = []
     for start, stop in pairwise(edges):
         part = ScoreTable(table.n_classes, stop - start)
-        part.restore({name: column[start:stop] for name, column in table.snapshot().items()})
+        part.restore({name: column[start:stop] for name, column in copy_of(table).items()})
         shards.append(Shard(part, start))
     return shards
 

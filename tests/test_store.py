@@ -62,8 +62,8 @@ class DyingFileSystem:
     def __init__(self, fs):
         self.fs = fs
 
-    def open_output_stream(self, path):
-        return DyingStream(self.fs.open_output_stream(path))
+    def open_output_stream(self, path, **options):
+        return DyingStream(self.fs.open_output_stream(path, **options))
 
     def __getattr__(self, name):
         return getattr(self.fs, name)
@@ -98,8 +98,8 @@ class TestWriting:
 
     def test_failing_move_leaves_no_half_file(self, store, tmp_path, monkeypatch):
         class NoMove(DyingFileSystem):
-            def open_output_stream(self, path):
-                return self.fs.open_output_stream(path)
+            def open_output_stream(self, path, **options):
+                return self.fs.open_output_stream(path, **options)
 
             def move(self, source, target):
                 raise OSError("no")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import tracemalloc
 
 import numpy as np
@@ -12,7 +11,7 @@ from llkd_ray import chunks
 from llkd_ray import table as table_module
 from llkd_ray.fixed_point import from_16_bits
 from llkd_ray.signals import entropy
-from llkd_ray.table import COLUMNS, ScoreTable, Unread, read_snapshot, write_snapshot
+from llkd_ray.table import COLUMNS, ScoreTable, Unread
 
 STEP = 1 / 65_534
 """Between two uncertainties that the table tells apart."""
@@ -288,6 +287,14 @@ def test_nothing_but_the_answer_is_as_long_as_the_table():
     assert peak_of(lambda: table.scores(0)) < few
 
 
+def copy_of(table: ScoreTable) -> dict[str, np.ndarray]:
+    """All columns as they are now."""
+    columns: dict[str, np.ndarray] = {}
+    for _ in table.copy_into(columns):
+        pass
+    return columns
+
+
 class TestSnapshot:
     @pytest.fixture
     def filled(self) -> ScoreTable:
@@ -295,15 +302,9 @@ class TestSnapshot:
         fill(table, 1)
         return table
 
-    def written(self, table) -> bytes:
-        out = io.BytesIO()
-        write_snapshot(table.snapshot(), out)
-        return out.getvalue()
-
     def test_comes_back_whole_and_goes_on(self, filled):
-        file = self.written(filled)
         other = ScoreTable(3, 50, 5)
-        other.restore(read_snapshot(io.BytesIO(file)))
+        other.restore(copy_of(filled))
         for table in (filled, other):
             open_rows = table.untrained()[:3]
             table.put_labels(open_rows, np.array([2, 2, 2]), np.full(3, 0.9), np.zeros(3))
@@ -316,7 +317,7 @@ class TestSnapshot:
         assert other.trained_of_class().tolist() == filled.trained_of_class().tolist()
 
     def test_is_of_its_moment(self, filled):
-        columns = filled.snapshot()
+        columns = copy_of(filled)
         before = {name: column.copy() for name, column in columns.items()}
         fill(filled, 2)
         assert any((getattr(filled, name) != before[name]).any() for name in ("label", "refreshed"))
@@ -338,7 +339,7 @@ class TestSnapshot:
                 table.mark_trained(2, rows[1:])
 
         note(before, last=False)
-        after.restore(before.snapshot())
+        after.restore(copy_of(before))
         note(after, last=True)
         note(before, last=True)
         for name in COLUMNS:
@@ -369,19 +370,6 @@ class TestSnapshot:
             np.testing.assert_array_equal(getattr(restored, name), getattr(table, name), err_msg=name)
         assert restored.trained_of_class().tolist() == table.trained_of_class().tolist()
 
-    @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
-    def test_a_file_that_is_cut_off_is_refused(self, filled, share):
-        file = self.written(filled)
-        with pytest.raises(ValueError, match=r"not a whole snapshot .*: leave it out"):
-            read_snapshot(io.BytesIO(file[: int(share * len(file))]))
-
-    def test_a_damaged_byte_is_found(self, filled):
-        file = bytearray(self.written(filled))
-        at = file.index(filled.confidence.tobytes())
-        file[at] ^= 1
-        with pytest.raises(ValueError, match="not a whole snapshot"):
-            read_snapshot(io.BytesIO(bytes(file)))
-
     @pytest.mark.parametrize(
         ("change", "message"),
         [
@@ -400,7 +388,7 @@ class TestSnapshot:
         ],
     )
     def test_of_another_table_is_refused_and_changes_nothing(self, filled, change, message):
-        columns = filled.snapshot()
+        columns = copy_of(filled)
         before = filled.label.copy()
         change(columns)
         with pytest.raises(ValueError, match=message):

@@ -50,7 +50,7 @@ def keep_training(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(training.ray, "get", lambda answer: answer)
         monkeypatch.setattr(training, "_build_trainer", lambda *_: Trainer())
         config = make_config(student={"max_failures": max_failures})
-        training._keep_training(config, None, "", selector)  # type: ignore[arg-type]
+        training._keep_training(config, None, selector)  # type: ignore[arg-type]
 
     return go
 

@@ -20,7 +20,7 @@ from llkd_ray.config import ConfigError, parse_config
 from llkd_ray.console import Display
 from llkd_ray.corpus import ingest
 from llkd_ray.loop import distill, lost_teachers, spending
-from llkd_ray.run import running
+from llkd_ray.run import Run
 from llkd_ray.schedule import Schedule
 from llkd_ray.session import at_work
 from llkd_ray.store import RunStore
@@ -53,7 +53,7 @@ def teach(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict, Path], dict]:
         with (
             Display() as display,
             at_work(store, display.say) as session,
-            running(config, store, str(folder), session, schedule, display, False) as parts,
+            Run(config, store, session, schedule, display) as parts,
         ):
             for k in range(parts.call("next_round"), schedule.rounds):
                 parts.call("wait_labels", k)

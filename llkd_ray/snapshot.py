@@ -1,0 +1,86 @@
+"""What a selector knows at the end of a round, so that its successor reads only what came after.
+
+Files are the truth, and a driver that begins reads them all. But where a selector dies in mid-run, every
+teacher and every rank waits for the next one: at 100 million texts that would read some hundred thousand
+label files, and a snapshot takes seconds. It is of one driver's session, and the last one replaces those
+before. One that is cut off or damaged is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llkd_ray.answers import Usage
+from llkd_ray.signals import Ints
+from llkd_ray.store import SNAPSHOTS_DIR, RunStore
+
+_TICKETS, _FACTS = "tickets", "facts"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The score table's columns, and what they are made of."""
+
+    columns: Mapping[str, NDArray[Any]]
+    """See :meth:`~llkd_ray.table.ScoreTable.copy_into`."""
+    tickets: Ints
+    """int64[M]: the tickets whose labels are among it."""
+    rounds: int
+    """All that was noted of rounds below this number is among it."""
+    usage: Mapping[str, Usage]
+    """What these tickets have used, by teacher."""
+    unasked: int
+    """Texts of these tickets that were not asked for."""
+
+    def write(self, out: IO[bytes]) -> None:
+        """As a ``.npz`` file; needs no memory of its own."""
+        usage = {teacher: one.as_dict() for teacher, one in self.usage.items()}
+        facts = json.dumps({"rounds": self.rounds, "usage": usage, "unasked": self.unasked}).encode()
+        own = {_TICKETS: self.tickets, _FACTS: np.frombuffer(facts, dtype=np.uint8)}
+        np.savez(out, **own, **self.columns)  # type: ignore[arg-type]  # numpy's stubs take names for options
+
+    @classmethod
+    def read(cls, source: IO[bytes]) -> Snapshot:
+        """What :meth:`write` wrote. Raises ValueError for a file that is cut off or damaged."""
+        try:
+            with np.load(source) as saved:
+                columns = {name: saved[name] for name in saved.files}
+                facts = json.loads(columns.pop(_FACTS).tobytes())
+                tickets = columns.pop(_TICKETS)
+        except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
+            raise ValueError(f"not a whole snapshot: {error}") from None
+        usage = {teacher: Usage(**one) for teacher, one in facts["usage"].items()}
+        return cls(columns, tickets, facts["rounds"], usage, facts["unasked"])
+
+
+def keep(store: RunStore, session: str, snapshot: Snapshot) -> None:
+    """Put a session's snapshot in the place of its last one."""
+    with store.writing(_file(session)) as out:
+        snapshot.write(out)
+
+
+def kept(store: RunStore, session: str) -> Snapshot | None:
+    """A session's snapshot; None where there is none, or none that is whole."""
+    try:
+        with store.fs.open_input_file(store.path(_file(session))) as source:
+            return Snapshot.read(source)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def drop_all(store: RunStore) -> None:
+    """Nobody will ask for them any more: a driver begins, or the run is over."""
+    with suppress(FileNotFoundError):
+        store.fs.delete_dir(store.path(SNAPSHOTS_DIR))
+
+
+def _file(session: str) -> str:
+    return f"{SNAPSHOTS_DIR}/{session}.npz"
