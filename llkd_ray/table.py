@@ -135,7 +135,7 @@ class ScoreTable:
         self.label[fresh] = label_M[new]
         self.confidence[fresh] = _signed(confidence_M[new], member_M[new])
         self._n_labelled += int(np.count_nonzero(fresh < self.n_pool))
-        self._trained_C += self._trained_among(fresh)
+        self._trained_C += self._by_class(label_M[new][self.trained[fresh] >= 0])
         return int(fresh.size)
 
     def relabel(self, row_M: Ints, label_M: Ints, confidence_M: Floats, member_M: Ints) -> int:
@@ -143,11 +143,12 @@ class ScoreTable:
 
         What the student said of the old label goes: it has to look again.
         """
-        self._trained_C -= self._trained_among(row_M)
+        is_trained_M = self.trained[row_M] >= 0
+        self._trained_C += self._by_class(label_M[is_trained_M])
+        self._trained_C -= self._by_class(self.label[row_M][is_trained_M])
         self.label[row_M] = label_M
         self.confidence[row_M] = _signed(confidence_M, member_M)
         self.support[row_M] = np.nan
-        self._trained_C += self._trained_among(row_M)
         return 0
 
     def refresh(self, round_number: int, row_M: Ints, p_MC: Floats) -> None:
@@ -171,7 +172,7 @@ class ScoreTable:
         first = row_M[self.trained[row_M] == NONE]
         self.trained[first] = round_number
         self._n_trained += int(first.size)
-        self._trained_C += self._trained_among(first)
+        self._trained_C += self._by_class(self.label[first])
 
     # --- what is asked -------------------------------------------------------------------------------------
 
@@ -286,12 +287,11 @@ class ScoreTable:
             pool = max(0, self.n_pool - part.start)
             self._n_labelled += int(np.count_nonzero(label[:pool] != NONE))
             self._n_trained += int(np.count_nonzero(is_trained))
-            self._trained_C += np.bincount(label[is_trained & (label != NONE)], minlength=self.n_classes)
+            self._trained_C += self._by_class(label[is_trained])
 
-    def _trained_among(self, row_M: Ints) -> Ints:
-        """int64[C]: how many of these rows are labelled and trained on, by label."""
-        label_M = self.label[row_M]
-        return np.bincount(label_M[(self.trained[row_M] >= 0) & (label_M != NONE)], minlength=self.n_classes)
+    def _by_class(self, label_M: Ints) -> Ints:
+        """int64[C]: how many labels of each class these are; NONE is of no class."""
+        return np.bincount(label_M[label_M != NONE], minlength=self.n_classes)
 
     def _is_open(self, part: Part) -> Mask:
         return np.equal(self.trained[part], NONE)
