@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
 import ray
 import ray.data
+from ray.util.placement_group import PlacementGroup
 
 from llkd_ray.config import Config
 from llkd_ray.room import require_room
@@ -72,6 +73,24 @@ def check_fit(config: Config) -> None:
     """
     if os.environ.get("LLKD_AUTOSCALING") != "1":
         require_room(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+
+
+def remove_left_groups(bundle: Mapping[str, float]) -> int:
+    """Remove this job's unnamed placement groups whose bundles all ask for just this; returns how many.
+
+    Where the controller of Ray Train dies, its group would keep the room that the next one waits for. Ray's
+    own cleaner asks the State API who is alive; it finds none on clusters without a dashboard, nor where two
+    clusters share a machine. Whatever else makes groups in a job gives them names.
+    """
+    job, removed = ray.get_runtime_context().get_job_id(), 0
+    for group in ray.util.placement_group_table().values():
+        is_of_job = group["placement_group_id"].endswith(job) and not group["name"]
+        is_there = group["state"] != "REMOVED"
+        if is_of_job and is_there and all(one == bundle for one in group["bundles"].values()):
+            group_id = ray.PlacementGroupID(bytes.fromhex(group["placement_group_id"]))
+            ray.util.remove_placement_group(PlacementGroup(group_id))
+            removed += 1
+    return removed
 
 
 def library_versions() -> dict[str, str]:

@@ -334,7 +334,7 @@ def _in_placement_group(teacher: TeacherConfig, groups: list[PlacementGroup]) ->
     bundles = [of_one_part(teacher) for _ in range(teacher.parts)]
     # The parts of a layer talk to each other for every token, so they stay on one node.
     strategy = "STRICT_PACK" if teacher.pipeline_parallel == 1 else "PACK"
-    group = ray.util.placement_group(bundles, strategy=strategy)
+    group = ray.util.placement_group(bundles, strategy=strategy, name=f"teacher-{uuid.uuid4().hex}")
     groups.append(group)
     return {
         "scheduling_strategy": PlacementGroupSchedulingStrategy(

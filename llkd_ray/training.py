@@ -25,7 +25,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer
 
 from llkd_ray import schemas
-from llkd_ray.cluster import Background
+from llkd_ray.cluster import Background, remove_left_groups
 from llkd_ray.config import Config
 from llkd_ray.room import of_a_rank
 from llkd_ray.store import CHECKPOINTS_DIR, Examples, RunStore, list_column, matrix_of, predictions_file
@@ -63,18 +63,24 @@ def _keep_training(config: Config, store: RunStore, selector: Any) -> None:
             as_often = 0 if isinstance(error, TrainingFailedError) else config.student.max_failures
             if losses > as_often or not config.student.max_failures:
                 raise
+            if isinstance(error, RayActorError):
+                remove_left_groups(_resources(config))
+
+
+def _resources(config: Config) -> dict[str, float]:
+    """What a rank books."""
+    return {name: amount for name, amount in of_a_rank(config.student).items() if amount}
 
 
 def _build_trainer(config: Config, store: RunStore, selector: Any) -> TorchTrainer:
     student = config.student
-    resources = {name: amount for name, amount in of_a_rank(student).items() if amount}
     return TorchTrainer(
         train_loop,
         train_loop_config={"config": config, "store_uri": store.uri(), "selector": selector},
         scaling_config=ScalingConfig(
             num_workers=student.workers,  # type: ignore[arg-type]  # Ray's annotation lacks (min, max)
             use_gpu=student.gpus > 0,
-            resources_per_worker=resources,
+            resources_per_worker=_resources(config),
             elastic_resize_monitor_interval_s=student.resize_s,  # type: ignore[call-arg]  # of Ray Train v2
         ),
         run_config=RunConfig(

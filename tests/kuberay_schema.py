@@ -1,7 +1,7 @@
 """The parts of KubeRay's RayJob that deploy/rayjob.yaml uses, as strict models.
 
-Our own, since no Python package ships the CRD; compared on 2026-11-26, key by key, with the Go types that it is
-made of (KubeRay's ray-operator/apis/ray/v1, with authOptions.secretName and group resources). They refuse
+Our own, since no Python package ships the CRD; compared on 2026-11-26, key by key, with the Go types that it
+is made of (KubeRay's ray-operator/apis/ray/v1, with authOptions.secretName and group resources). They refuse
 unknown keys and wrong types, which a cluster might pass over. The last word has the cluster:
 ``kubectl apply --dry-run=server -f deploy/rayjob.yaml``.
 """

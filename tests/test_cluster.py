@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group_table
 from toys import make_config
 
 from llkd_ray import cluster
-from llkd_ray.cluster import check_fit
+from llkd_ray.cluster import check_fit, remove_left_groups
 from llkd_ray.config import ConfigError
 
 LARGE = make_config(teacher={"cpus": 0.5}, student={"workers": 2, "cpus": 0.5})
@@ -45,3 +50,32 @@ def test_a_head_without_cpus_is_no_place(nodes):
 def test_where_nodes_may_still_come_nothing_is_refused(nodes, monkeypatch):
     monkeypatch.setenv("LLKD_AUTOSCALING", "1")
     check_fit(LARGE)
+
+
+OTHER_JOB = """
+import sys, ray
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+group = ray.util.placement_group([{"CPU": 0.25}], lifetime="detached")
+ray.get(group.ready())
+print(group.id.hex())
+"""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("local_ray")
+def test_groups_that_a_dead_controller_leaves_are_removed_and_no_others():
+    left = [ray.util.placement_group([{"CPU": 0.25}] * n) for n in (1, 2)]
+    named = ray.util.placement_group([{"CPU": 0.25}], name="teacher-1")
+    larger = ray.util.placement_group([{"CPU": 0.25}, {"CPU": 0.5}])
+    ray.get([group.ready() for group in (*left, named, larger)])
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", OTHER_JOB, address]
+    elsewhere = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
+    try:
+        assert remove_left_groups({"CPU": 0.25}) == 2
+        assert remove_left_groups({"CPU": 0.25}) == 0
+        there = {group for group, facts in placement_group_table().items() if facts["state"] == "CREATED"}
+        assert there == {named.id.hex(), larger.id.hex(), elsewhere}
+    finally:
+        for group in (named, larger, PlacementGroup(ray.PlacementGroupID(bytes.fromhex(elsewhere)))):
+            ray.util.remove_placement_group(group)

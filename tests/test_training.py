@@ -35,7 +35,8 @@ def keep_training(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     Or Ray Train's own actor dies before a round is finished.
     """
 
-    def go(runs: list[int | None], max_failures: int = 3) -> None:
+    def go(runs: list[int | None], max_failures: int = 3, cleaned: list[Any] | None = None) -> None:
+        cleaned = [] if cleaned is None else cleaned
         selector = RoundCounter()
 
         class Trainer:
@@ -49,6 +50,7 @@ def keep_training(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
         monkeypatch.setattr(training.ray, "get", lambda answer: answer)
         monkeypatch.setattr(training, "_build_trainer", lambda *_: Trainer())
+        monkeypatch.setattr(training, "remove_left_groups", cleaned.append)
         config = make_config(student={"max_failures": max_failures})
         training._keep_training(config, None, selector)  # type: ignore[arg-type]
 
@@ -76,8 +78,10 @@ def test_what_breaks_the_same_round_again_ends_the_training(keep_training):
 
 def test_ray_trains_own_actor_may_die_so_often_in_a_round(keep_training):
     runs: list[int | None] = [CONTROLLER_DIED, CONTROLLER_DIED, 1, CONTROLLER_DIED, CONTROLLER_DIED, None]
-    keep_training(runs, max_failures=2)
+    cleaned: list[dict[str, float]] = []
+    keep_training(runs, max_failures=2, cleaned=cleaned)
     assert runs == []
+    assert cleaned == [{"CPU": 0.5}] * 4, "what each dead one has booked for its ranks"
     runs = [1, *[CONTROLLER_DIED] * 3, None]
     with pytest.raises(RayActorError):
         keep_training(runs, max_failures=2)
