@@ -23,6 +23,10 @@ setup-dev: ## The same with the development tools
 quickstart: setup ## Distil a tiny teacher into MiniLM, from nothing, on this machine
 	@$(BIN)/python jobs/distill.py
 
+.PHONY: doctor
+doctor: setup ## Check the set-up and say what to do; ARGS="my.yaml --set a.b=c" goes to jobs/doctor.py
+	@$(BIN)/python jobs/doctor.py $(ARGS)
+
 .PHONY: test
 test: setup-dev ## Run the tests; ARGS="-k name -x" goes to pytest
 	@$(BIN)/python -m pytest $(ARGS)

@@ -160,6 +160,13 @@ def spending(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
 
 def check(config: Config) -> dict[str, Any]:
     """Find every mistake that can be found before anything starts; returns facts about the teacher."""
+    check_policies(config)
+    check_student(config.student)
+    return check_teacher(config)
+
+
+def check_policies(config: Config) -> None:
+    """Refuse policies that there are not, and options that they do not have."""
     for field, name, known in (
         ("selection.policy", config.selection.policy, SELECTION),
         ("acquisition.policy", config.acquisition.policy, ACQUISITION),
@@ -170,8 +177,6 @@ def check(config: Config) -> dict[str, Any]:
         SELECTION[config.selection.policy].check_options(config.selection.options)
     except ValueError as error:
         raise ConfigError(f"selection.options: {error}") from None
-    check_student(config.student)
-    return check_teacher(config)
 
 
 def manifest(

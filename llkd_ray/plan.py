@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -28,7 +28,7 @@ def plan(config: Config, display: Display) -> None:
     config = self_contained(config)
     check(config)
     budget = config.budget
-    pool = _look_at(config, config.corpus, "corpus", SAMPLE_ROWS, display)
+    pool = look_at(config, config.corpus, "corpus", SAMPLE_ROWS, display.say)
     if budget.labels is not None:
         pool = replace(pool, taken=min(budget.labels, pool.population))
     parts = [pool]
@@ -40,7 +40,7 @@ def plan(config: Config, display: Display) -> None:
         f"included; the student trains on {train}"
     )
     if config.test is not None:
-        test = _look_at(config, config.test, "test", TEST_SAMPLE_ROWS, display)
+        test = look_at(config, config.test, "test", TEST_SAMPLE_ROWS, display.say)
         asked = ", and the teacher labels it once" if config.evaluation.teacher_on_test else ""
         display.say(f"test: the student is evaluated on it after every round{asked}")
         parts += [test] if config.evaluation.teacher_on_test else []
@@ -71,8 +71,11 @@ def _say_totals(config: Config, plans: Sequence[TeacherPlan], display: Display) 
         display.say(f"cap: {line}")
 
 
-def _look_at(config: Config, source: SourceConfig, field: str, n: int, display: Display) -> Part:
-    """Count a source's rows and draw a sample; raises :class:`ConfigError` where none can be used."""
+def look_at(config: Config, source: SourceConfig, field: str, n: int, say: Callable[[str], None]) -> Part:
+    """Count a source's rows and draw a sample, which ``say`` hears of.
+
+    Raises :class:`ConfigError` where none of its rows can be used.
+    """
     units = sources.plan(source, field)
     sample = draw(units, source, field, config.labels.names, n)
     if not sample.kept:
@@ -91,10 +94,10 @@ def _look_at(config: Config, source: SourceConfig, field: str, n: int, display: 
     if rows is not None and rows.is_exact and field == "corpus":
         Schedule.plan(config, rows.count, 0)  # a budget that does not fit all rows fits no part of them
     size = sum(unit.size for unit in units) / 2**20
-    display.say(f"{field}: {count} in {len(units)} part(s), {size:,.1f} MiB to read")
+    say(f"{field}: {count} in {len(units)} part(s), {size:,.1f} MiB to read")
     refused = "".join(f", {count} {reason}" for reason, count in sample.refused.most_common())
     passed = f"; {field}.where lets {sample.passed:.1%} of the rows through" if source.where else ""
-    display.say(
+    say(
         f"{field}: {len(sample.kept)} of {sample.read} rows of a sample from {sample.parts} place(s) are "
         f"usable{refused}{passed}" + ("" if texts is None else f"; about {texts:,} texts in all")
     )

@@ -124,7 +124,7 @@ class Session:
 @contextmanager
 def at_work(store: RunStore, say: Callable[[str], None] = print) -> Iterator[Session]:
     """Hold the run directory. Raises ConfigError where another driver that lives holds it."""
-    _require_free(store, say)
+    require_free(store, say)
     session = Session(store)
     session.begin()
     try:
@@ -133,8 +133,11 @@ def at_work(store: RunStore, say: Callable[[str], None] = print) -> Iterator[Ses
         session.end()
 
 
-def _require_free(store: RunStore, say: Callable[[str], None]) -> None:
-    """Return if the last driver has ended, or has died, which takes a look at its count to know."""
+def require_free(store: RunStore, say: Callable[[str], None]) -> None:
+    """Return if the last driver has ended, or has died, which takes a look at its count to know.
+
+    Raises ConfigError where it lives.
+    """
     epochs = _epochs(store)
     if not epochs:
         return

@@ -283,9 +283,56 @@ ROOMS["compare"] = {
     "tables",
     "trial",
 }
+# a look at the set-up, before anything starts
+ROOMS["findings"] = {"config"}
+ROOMS["doctor_machine"] = {"checkpoints", "config", "findings", "room", "student"}
+ROOMS["doctor_cluster"] = {"config", "findings", "room", "teacher_config"}
+ROOMS["cluster_view"] = {"doctor_cluster"}
+ROOMS["doctor_models"] = {
+    "answers",
+    "checkpoints",
+    "config",
+    "findings",
+    "http_client",
+    "student",
+    "teacher_config",
+    "teachers",
+}
+ROOMS["doctor_data"] = {
+    "config",
+    "doctor_machine",
+    "findings",
+    "plan",
+    "report",
+    "session",
+    "sources",
+    "store",
+}
+ROOMS["doctor"] = {
+    "cli",
+    "config",
+    "doctor_cluster",
+    "doctor_data",
+    "doctor_machine",
+    "doctor_models",
+    "findings",
+    "loop",
+    "quickstart",
+    "settings",
+}
 FOR_EVERYONE = {"console"}  # how progress is printed
 
-WITH_RAY = {"cluster", "compare", "corpus", "duplicates", "run", "selector", "teacher", "training"}
+WITH_RAY = {
+    "cluster",
+    "cluster_view",
+    "compare",
+    "corpus",
+    "duplicates",
+    "run",
+    "selector",
+    "teacher",
+    "training",
+}
 WITH_VLLM = {"engine", "vllm_teacher"}
 MAX_LINES = 450
 MAX_BYTES = 400_000

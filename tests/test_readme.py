@@ -17,9 +17,10 @@ from llkd_ray.cli import distill_parser
 from llkd_ray.compare import compare_parser
 from llkd_ray.comparison import load_comparison
 from llkd_ray.config import parse_config
+from llkd_ray.doctor import doctor_parser
 from llkd_ray.policies import SELECTION
 from llkd_ray.quickstart import settings
-from llkd_ray.settings import load_config
+from llkd_ray.settings import apply_overrides, load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,6 +44,7 @@ def commands() -> list[list[str]]:
 def test_there_are_commands():
     assert ["make", "quickstart"] in commands()
     assert ["make", "test"] in commands()
+    assert any("jobs/doctor.py" in words for words in commands())
 
 
 @pytest.mark.parametrize("words", [w for w in commands() if w[0] == "make"], ids=" ".join)
@@ -62,6 +64,14 @@ def test_distill_commands_parse_and_name_configs_that_load(words):
 def test_compare_commands_parse_and_name_settings_that_load(words):
     options = compare_parser().parse_args(words[words.index("jobs/compare.py") + 1 :])
     load_comparison(ROOT / options.config, options.set)
+
+
+@pytest.mark.parametrize("words", [w for w in commands() if "jobs/doctor.py" in w], ids=" ".join)
+def test_doctor_commands_parse_and_change_settings_that_exist(words):
+    """What doctor then does is run by tests/test_doctor.py."""
+    options = doctor_parser().parse_args(words[words.index("jobs/doctor.py") + 1 :])
+    (example,) = blocks("yaml")  # my.yaml
+    parse_config(apply_overrides(yaml.safe_load(example), options.set))
 
 
 @pytest.mark.parametrize("words", [w for w in commands() if w[0] == "ray"], ids=" ".join)

@@ -1,0 +1,11 @@
+"""Check the set-up, and say what to do: python jobs/doctor.py [CONFIG.yaml] [--set key=value …] [--json].
+
+Without a config it checks the installation for the quickstart. Exit status 2 where there is a problem.
+"""
+
+import sys
+
+from llkd_ray.doctor import doctor_main
+
+if __name__ == "__main__":
+    sys.exit(doctor_main())
