@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     base = with_absolute_paths(load_config(comparison.base))
     torch.set_num_threads(1)
     with Display() as display, tempfile.TemporaryDirectory() as folder:
-        with connect(base):
+        with connect(base.run.address):
             examples = ingest(base, RunStore(folder), display.say)
         texts = read_texts(examples, base.labels.names)
         size = round(options.share * examples.n_pool)

@@ -159,7 +159,7 @@ def one_against_rest(
 def read(base: Config, display: Display) -> Examples:
     """The corpus by the same way as a run's, in a folder that lasts as long as this program."""
     folder = tempfile.mkdtemp(prefix="screen-")
-    with connect(base):
+    with connect(base.run.address):
         return ingest(base, RunStore(folder), display.say)
 
 

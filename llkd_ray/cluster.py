@@ -19,8 +19,8 @@ from llkd_ray.room import require_room
 
 
 @contextmanager
-def connect(config: Config) -> Iterator[None]:
-    """Join the cluster that the config, the job or RAY_ADDRESS names, or start one on this machine.
+def connect(address: str | None) -> Iterator[None]:
+    """Join the cluster at an address, or that the job or RAY_ADDRESS names, or start one on this machine.
 
     One that was there before stays; one that was started here is shut down.
     """
@@ -30,7 +30,7 @@ def connect(config: Config) -> Iterator[None]:
     # Read by the controller of Ray Train, whose report() waits for its next look at the workers: two
     # seconds a round by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    address = config.run.address or os.environ.get("RAY_ADDRESS")
+    address = address or os.environ.get("RAY_ADDRESS")
     verbose = bool(os.environ.get("LLKD_VERBOSE"))
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if not verbose:

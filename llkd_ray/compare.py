@@ -171,7 +171,7 @@ def _compare(options: argparse.Namespace, display: Display) -> int:
         work = _gather(comparison, base, teachers, store, options.only, added)
         _report(work, display)
         return 0
-    with connect(base):
+    with connect(base.run.address):
         ingest(base, store, display.say)
         for name, teacher in teachers.items():
             if teacher.teacher.kind != "recorded":

@@ -121,11 +121,11 @@ def _wipe(store: RunStore) -> None:
 def _read_items(part: str, source: SourceConfig, say: Callable[[str], None]) -> list[dict[str, Any]]:
     units = plan(source, _field(part))
     # A limit counts from the front, so one task reads until it is reached.
-    packs = [units] if source.limit else pack(list(_cut(units, source, _field(part), say)))
+    packs = [units] if source.limit else pack(list(cut_large(units, source, _field(part), say)))
     return [{"part": part, "task": number, "units": pickle.dumps(one)} for number, one in enumerate(packs)]
 
 
-def _cut(
+def cut_large(
     units: Sequence[Unit], source: SourceConfig, field: str, say: Callable[[str], None]
 ) -> Iterator[Unit]:
     """The units, with large files of lines in pieces."""
@@ -187,7 +187,7 @@ def _run(
         return
     numbered = [{**item, "place": place} for place, item in enumerate(items)]
     answers = 0
-    with _quiet_ray_data():
+    with quiet_ray_data():
         # from_items needs no read task, which would ask for a whole CPU.
         done = ray.data.from_items(numbered, override_num_blocks=len(numbered)).map_batches(
             task, batch_size=1, num_cpus=READING_CPUS, fn_kwargs=arguments
@@ -211,7 +211,7 @@ def _answer(batch: dict[str, np.ndarray], work: Callable[[], dict[str, Any]]) ->
 
 
 @contextmanager
-def _quiet_ray_data() -> Iterator[None]:
+def quiet_ray_data() -> Iterator[None]:
     """No progress bars: they would write over the run's own words."""
     context = DataContext.get_current()
     before = context.enable_progress_bars, context.print_on_execution_start

@@ -41,7 +41,7 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
     store = RunStore(store_uri)
     config = self_contained(config)
     teacher_facts = check(config)
-    with at_work(store, display.say) as session, connect(config):
+    with at_work(store, display.say) as session, connect(config.run.address):
         store.write_bytes(CONFIG, dump_config(config).encode())
         check_fit(config)
         examples = ingest(config, store, display.say)

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,19 +205,23 @@ def build_student(config: StudentConfig, labels: LabelsConfig, seed: int, device
         ignore_mismatched_sizes=True,
         dtype=torch.float32,
     )
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return as_student(model, AutoTokenizer.from_pretrained(checkpoint), config.precision, device)
+
+
+def as_student(model: Any, tokenizer: Any, precision: str, device: torch.device) -> Student:
+    """A loaded Hugging Face classifier, on its device; ``precision`` is as in ``student.precision``."""
     # Else it advises against tokenizing once and padding later, which is what saves a round's time here.
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
     if model.config.pad_token_id is None:
         # Decoder checkpoints often have none, and cannot batch without one.
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
-    return Student(model.to(device), tokenizer, device, _use_autocast(config, device))
+    return Student(model.to(device), tokenizer, device, _use_autocast(precision, device))
 
 
-def _use_autocast(config: StudentConfig, device: torch.device) -> bool:
-    if config.precision != "auto":
-        return config.precision == "bfloat16"
+def _use_autocast(precision: str, device: torch.device) -> bool:
+    if precision != "auto":
+        return precision == "bfloat16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     cpu: Any = torch.cpu
@@ -365,37 +369,47 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def predict(student: Student, texts: Sequence[str], config: StudentConfig) -> np.ndarray:
-    """float64[N, C]: the student's probabilities, in the order of the texts."""
-    student.model.eval()
+    """float64[N, C]: the student's probabilities, in the order of the texts.
+
+    A GPU takes more than ``score_batch_size`` texts where they are short: as many as have the tokens of
+    that many texts of ``max_tokens``.
+    """
     # The wrapped module: DDP's forward would wait for the other ranks.
     alone = Student(student.module, student.tokenizer, student.device, student.autocast)
-    p_NC = np.empty((len(texts), student.module.config.num_labels))
+    size = config.score_batch_size
     if student.device.type == "cuda":
-        batches = made_ahead(_scoring_batches(alone, texts, config, GPU_CHUNK), GPU_AHEAD)
-    else:
-        batches = _scoring_batches(alone, texts, config, len(texts))
+        budget = size * config.max_tokens
+        batches = scoring_batches(alone, texts, config.max_tokens, size, budget, GPU_CHUNK)
+        return probabilities(alone, len(texts), made_ahead(batches, GPU_AHEAD))
+    return probabilities(
+        alone, len(texts), scoring_batches(alone, texts, config.max_tokens, size, None, len(texts))
+    )
+
+
+def probabilities(student: Student, n: int, batches: Iterable[tuple[np.ndarray, Inputs]]) -> np.ndarray:
+    """float64[N, C]: of ``n`` texts that come in batches, each with the texts' places."""
+    student.model.eval()
+    p_NC = np.empty((n, student.module.config.num_labels))
     indices, answers = [], []
     with torch.inference_mode():
         for index_B, inputs in batches:
             indices.append(index_B)
-            answers.append(torch.softmax(alone.forward(inputs).double(), dim=1))
+            answers.append(torch.softmax(student.forward(inputs).double(), dim=1))
         if answers:  # taken from the device in one piece, as each would wait for what goes before
             p_NC[np.concatenate(indices)] = torch.cat(answers).cpu().numpy()
     return p_NC
 
 
-def _scoring_batches(
-    student: Student, texts: Sequence[str], config: StudentConfig, chunk: int
+def scoring_batches(
+    student: Student, texts: Sequence[str], max_tokens: int, size: int, budget: int | None, chunk: int
 ) -> Iterator[tuple[np.ndarray, Inputs]]:
     """Places of texts of like length and what the model reads of them; ``chunk`` texts are sorted at a time.
 
-    A GPU takes more than ``score_batch_size`` texts where they are short: as many as have the tokens of
-    that many texts of ``max_tokens``.
+    ``size`` and ``budget`` are those of :func:`by_length`.
     """
-    budget = config.score_batch_size * config.max_tokens if student.device.type == "cuda" else None
     for start in range(0, len(texts), max(1, chunk)):
-        tokens_N = student.encode(texts[start : start + chunk], config.max_tokens)
-        for index_B in by_length(tokens_N, config.score_batch_size, budget):
+        tokens_N = student.encode(texts[start : start + chunk], max_tokens)
+        for index_B in by_length(tokens_N, size, budget):
             yield start + index_B, student.pad([tokens_N[i] for i in index_B])
 
 

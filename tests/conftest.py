@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
-from toys import save_tiny_encoder, save_tiny_llm
+from toys import save_tiny_classifier, save_tiny_encoder, save_tiny_llm
 
 # Machines are shared: how long an example takes says nothing of the code.
 settings.register_profile("llkd", deadline=None)
@@ -31,6 +31,12 @@ def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> str:
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a random two-layer BERT (float32) with a WordPiece tokenizer."""
     return save_tiny_encoder(tmp_path_factory.mktemp("tiny-encoder"))
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: str) -> str:
+    """Folder of the tiny encoder with a random head for three labels."""
+    return save_tiny_classifier(tmp_path_factory.mktemp("tiny-classifier"), tiny_encoder)
 
 
 @pytest.fixture(scope="session")

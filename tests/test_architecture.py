@@ -185,6 +185,34 @@ ROOMS: dict[str, set[str]] = {
     "in_step": {"signals"},
     "student": {"config", "in_step", "losses", "priors", "signals"},
     "training": {"cluster", "config", "room", "schemas", "signals", "store", "student"},
+    # predictions over a corpus
+    "thresholds": {"signals"},
+    "classifier": {"checkpoints", "sections", "store", "student"},
+    "pieces": {"cleaning", "config", "readers", "staging", "store"},
+    "predict_config": {"config", "sections"},
+    "predict_output": {
+        "classifier",
+        "config",
+        "pieces",
+        "predict_config",
+        "readers",
+        "signals",
+        "store",
+        "thresholds",
+    },
+    "predict": {
+        "classifier",
+        "cluster",
+        "config",
+        "corpus",
+        "pieces",
+        "predict_config",
+        "predict_output",
+        "room",
+        "sources",
+        "store",
+        "thresholds",
+    },
     # results
     "evaluate": {"signals"},
     "teacher_quality": {"confidence", "evaluate", "signals"},
@@ -231,7 +259,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "quickstart": {"config", "docstrings", "prompts", "teacher_config"},
 }
-ROOMS["loop"] = set(ROOMS) - {"docstrings", "quickstart"}
+PREDICTING = {"thresholds", "classifier", "pieces", "predict_config", "predict_output", "predict"}
+ROOMS["loop"] = set(ROOMS) - {"docstrings", "quickstart"} - PREDICTING
 # a plan, before anything starts
 ROOMS["estimate"] = {"config", "label_trie", "teacher_config"}
 ROOMS["pool_sample"] = {"cleaning", "config", "readers", "store"}
@@ -267,6 +296,7 @@ ROOMS["plan"] = {
     "teachers",
 }
 ROOMS["cli"] = {"answers", "config", "loop", "plan", "quickstart", "report", "settings", "store"}
+ROOMS["predict_cli"] = {"cli", "config", "pieces", "predict", "predict_config", "store"}
 ROOMS["labelling"] = {"cli", "config", "facts", "loop", "settings", "store"}
 ROOMS["compare"] = {
     "cli",
@@ -328,6 +358,7 @@ WITH_RAY = {
     "compare",
     "corpus",
     "duplicates",
+    "predict",
     "run",
     "selector",
     "teacher",

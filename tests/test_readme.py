@@ -19,6 +19,7 @@ from llkd_ray.comparison import load_comparison
 from llkd_ray.config import parse_config
 from llkd_ray.doctor import doctor_parser
 from llkd_ray.policies import SELECTION
+from llkd_ray.predict_cli import predict_parser, settings_of
 from llkd_ray.quickstart import settings
 from llkd_ray.settings import apply_overrides, load_config
 
@@ -72,6 +73,11 @@ def test_doctor_commands_parse_and_change_settings_that_exist(words):
     options = doctor_parser().parse_args(words[words.index("jobs/doctor.py") + 1 :])
     (example,) = blocks("yaml")  # my.yaml
     parse_config(apply_overrides(yaml.safe_load(example), options.set))
+
+
+@pytest.mark.parametrize("words", [w for w in commands() if "jobs/predict.py" in w], ids=" ".join)
+def test_predict_commands_parse_and_are_settings(words):
+    settings_of(predict_parser().parse_args(words[words.index("jobs/predict.py") + 1 :]))
 
 
 @pytest.mark.parametrize("words", [w for w in commands() if w[0] == "ray"], ids=" ".join)

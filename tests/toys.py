@@ -256,3 +256,18 @@ def save_tiny_encoder(folder: Path) -> str:
     BertModel(config).to(torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def save_tiny_classifier(folder: Path, encoder: str, names: Sequence[str] = NAMES[:3]) -> str:
+    """The encoder with a random classification head, which answers differently from text to text."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        encoder, num_labels=len(names), id2label=dict(enumerate(names)), dtype=torch.float32
+    )
+    torch.nn.init.normal_(model.classifier.weight, std=0.5)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
+    return str(folder)

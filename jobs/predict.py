@@ -1,0 +1,8 @@
+"""A classifier over any corpus: python jobs/predict.py MODEL CORPUS_URI --out URI [--precision 0.9 …]."""
+
+import sys
+
+from llkd_ray.predict_cli import predict_main
+
+if __name__ == "__main__":
+    sys.exit(predict_main())
