@@ -1,6 +1,6 @@
-"""Peak memory of ingestion and labelling (recorded teacher, no student) against the number of texts.
+"""Peak memory of ingestion, labelling (recorded teacher, no student) and prediction, by the number of texts.
 
-    python benchmarks/memory_of_a_run.py [--rows 100000 1000000] [--kind parquet|jsonl|csv] [--labels 20000]
+    python benchmarks/memory_of_a_run.py [--rows 100000 1000000] [--kind parquet|jsonl|csv] [--predict]
 
 Each size is measured in a process of its own, with a Ray of its own. The texts are made on the spot (10
 random words, about 2 % of them repeated) and so are the answers, to the texts that are read. Every 0.2 s the
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--cpus", type=int, default=2, help="of Ray: tasks of ingestion take half of one each"
     )
+    parser.add_argument("--predict", action="store_true", help="let a tiny classifier predict all texts, too")
     parser.add_argument("--folder", default=None, help="for texts and runs; a temporary one by default")
     parser.add_argument("--one", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -106,6 +107,10 @@ def measure(rows: int, options: argparse.Namespace) -> list[list[object]]:
         with watched() as phase:
             done = label(config, store)
         lines.append(["label", *phase.line(idle.peak), done])
+        if options.predict:
+            with watched() as phase:
+                predicted = predict_all(folder, options.kind)
+            lines.append(["predict", *phase.line(idle.peak), predicted])
     finally:
         ray.shutdown()
         shutil.rmtree(temporary, ignore_errors=True)
@@ -196,6 +201,29 @@ def label(config, store) -> int:
     labelled = ray.get(selector.stats.remote())["labelled"]
     ray.kill(selector)
     return labelled
+
+
+def predict_all(folder: Path, kind: str) -> int:
+    """Predict the whole corpus by a BERT of one narrow layer with MiniLM's tokenizer; returns the texts."""
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    from llkd_ray.predict import predict
+    from llkd_ray.predict_config import parse_predict
+    from llkd_ray.student import resolve_model
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("minilm"))
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(tokenizer), num_labels=len(NAMES), **size)
+    BertForSequenceClassification(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    settings = {
+        "model": str(folder / "model"),
+        "corpus": {"uri": f"{folder}/pool*.{kind}", "id": "id"},
+        "out": str(folder / "predicted"),
+    }
+    return predict(parse_predict(settings), lambda said: print(said, file=sys.stderr, flush=True))[
+        "predicted"
+    ]
 
 
 class Watch:

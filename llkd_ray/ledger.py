@@ -178,7 +178,8 @@ class RemoteAllowance:
     ``on_grant(total)`` is told all that has been granted so far before any of a new grant is used: what it
     writes down is what may have been used should this process be killed.
 
-    A block is as much again as has been granted, so that a ticket of N texts makes about log2(N) calls.
+    A block is as much again as has been granted of its kind, so that a ticket of N texts makes about log2(N)
+    calls for texts and as many for tokens.
     Where a block is refused, exactly what is needed is asked for; where that is refused, too, the allowance
     is at its end and asks no more, but what was granted may still be used up.
     """
