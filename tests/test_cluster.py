@@ -52,6 +52,24 @@ def test_where_nodes_may_still_come_nothing_is_refused(nodes, monkeypatch):
     check_fit(LARGE)
 
 
+CALL_WITHOUT_RAY = """
+import llkd_ray, ray
+try:
+    ray.put(1)
+except Exception as error:
+    print("refused:", error)
+assert not ray.is_initialized()
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_call_after_the_shutdown_does_not_start_ray_again():
+    """Threads of Ray Data and Ray Train outlive the driver's part of a run for a moment."""
+    command = [sys.executable, "-c", CALL_WITHOUT_RAY]
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert said.startswith("refused:")
+
+
 OTHER_JOB = """
 import sys, ray
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
