@@ -663,9 +663,11 @@ class TestPools:
     )
     def test_parts_on_gpus_share_a_placement_group(self, monkeypatch, tensor, pipeline, strategy):
         asked: list[tuple] = []
+        names: set[str] = set()
 
-        def placement_group(bundles, strategy):
+        def placement_group(bundles, strategy, name):
             asked.append((bundles, strategy))
+            names.add(name)
             return f"group {len(asked)}"
 
         monkeypatch.setattr(teacher_module.ray.util, "placement_group", placement_group)
@@ -680,3 +682,4 @@ class TestPools:
             assert chosen.placement_group_capture_child_tasks
         assert asked == [([{"CPU": 2, "GPU": 1}] * 4, strategy)] * 2
         assert groups == ["group 1", "group 2"], "whoever started them removes them"
+        assert len(names - {""}) == 2, "groups without a name are taken for those of a dead Train controller"
