@@ -12,23 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ports import free_ports
 
 from llkd_ray.doctor_cluster import View, check_ray, look_at
 from llkd_ray.doctor_data import check_storage
 
 BIN = Path(sys.executable).parent
 pytestmark = pytest.mark.timeout(600)
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(number)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.fixture

