@@ -17,6 +17,11 @@ from llkd_ray.config import LabelsConfig, StudentConfig
 from llkd_ray.student import Batch, build_student, train_round
 
 
+# What held a process group, to the end of the process. A group that is freed just after its last exchange can
+# hang: its destructor waits, with the GIL held, for a thread that needs the GIL to let go of that exchange.
+_KEPT: list[nn.Module] = []
+
+
 @dataclass(frozen=True)
 class Job:
     """A round to train on each of several numbers of ranks."""
@@ -79,6 +84,7 @@ def _train(rank: int, world: int, config: StudentConfig, job: Job, store: Path) 
     flat = np.concatenate([value.numpy().ravel() for value in learner.module.state_dict().values()])
     if world > 1:
         dist.destroy_process_group()
+        _KEPT.append(learner.model)
     return facts | {"weights": torch.tensor(flat)}
 
 
