@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from pages import ROOT, blocks, commands
 
 from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.cli import distill_parser
@@ -23,37 +23,23 @@ from llkd_ray.predict_cli import predict_parser, settings_of
 from llkd_ray.quickstart import settings
 from llkd_ray.settings import apply_overrides, load_config
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMPARISONS = sorted((ROOT / "configs").glob("compare_*.yaml"))
 CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - set(COMPARISONS))
 
 
-def blocks(language: str) -> list[str]:
-    """The README's code blocks in a language ("" for plain ones)."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-    return [content for name, content in found if name == language]
-
-
-def commands() -> list[list[str]]:
-    """Words of every command line in the README's plain code blocks."""
-    lines = [line for block in blocks("") for line in block.splitlines()]
-    known = ("make ", "python ", ".venv/bin/python ", "ray ")
-    return [shlex.split(line, comments=True) for line in lines if line.startswith(known)]
-
-
 def test_there_are_commands():
-    assert ["make", "quickstart"] in commands()
-    assert ["make", "test"] in commands()
-    assert any("jobs/doctor.py" in words for words in commands())
+    assert ["make", "quickstart"] in commands(README)
+    assert ["make", "test"] in commands(README)
+    assert any("jobs/doctor.py" in words for words in commands(README))
 
 
-@pytest.mark.parametrize("words", [w for w in commands() if w[0] == "make"], ids=" ".join)
+@pytest.mark.parametrize("words", [w for w in commands(README) if w[0] == "make"], ids=" ".join)
 def test_make_targets_exist(words):
     assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("words", [w for w in commands() if "jobs/distill.py" in w], ids=" ".join)
+@pytest.mark.parametrize("words", [w for w in commands(README) if "jobs/distill.py" in w], ids=" ".join)
 def test_distill_commands_parse_and_name_configs_that_load(words):
     options = distill_parser().parse_args(words[words.index("jobs/distill.py") + 1 :])
     assert all("=" in override for override in options.set)
@@ -61,26 +47,26 @@ def test_distill_commands_parse_and_name_configs_that_load(words):
         load_config(ROOT / options.config, options.set)
 
 
-@pytest.mark.parametrize("words", [w for w in commands() if "jobs/compare.py" in w], ids=" ".join)
+@pytest.mark.parametrize("words", [w for w in commands(README) if "jobs/compare.py" in w], ids=" ".join)
 def test_compare_commands_parse_and_name_settings_that_load(words):
     options = compare_parser().parse_args(words[words.index("jobs/compare.py") + 1 :])
     load_comparison(ROOT / options.config, options.set)
 
 
-@pytest.mark.parametrize("words", [w for w in commands() if "jobs/doctor.py" in w], ids=" ".join)
+@pytest.mark.parametrize("words", [w for w in commands(README) if "jobs/doctor.py" in w], ids=" ".join)
 def test_doctor_commands_parse_and_change_settings_that_exist(words):
     """What doctor then does is run by tests/test_doctor.py."""
     options = doctor_parser().parse_args(words[words.index("jobs/doctor.py") + 1 :])
-    (example,) = blocks("yaml")  # my.yaml
+    (example,) = blocks(README, "yaml")  # my.yaml
     parse_config(apply_overrides(yaml.safe_load(example), options.set))
 
 
-@pytest.mark.parametrize("words", [w for w in commands() if "jobs/predict.py" in w], ids=" ".join)
+@pytest.mark.parametrize("words", [w for w in commands(README) if "jobs/predict.py" in w], ids=" ".join)
 def test_predict_commands_parse_and_are_settings(words):
     settings_of(predict_parser().parse_args(words[words.index("jobs/predict.py") + 1 :]))
 
 
-@pytest.mark.parametrize("words", [w for w in commands() if w[0] == "ray"], ids=" ".join)
+@pytest.mark.parametrize("words", [w for w in commands(README) if w[0] == "ray"], ids=" ".join)
 def test_ray_commands_exist(words):
     subcommand = words[1:3] if words[1] == "job" else words[1:2]
     ray = Path(sys.executable).parent / "ray"
@@ -93,7 +79,7 @@ def test_ray_commands_exist(words):
 
 
 def test_the_yaml_example_is_a_config():
-    (example,) = blocks("yaml")
+    (example,) = blocks(README, "yaml")
     parse_config(yaml.safe_load(example))
 
 

@@ -1,0 +1,162 @@
+"""The pages below docs/: every block of them is tried, and the site builds without a warning."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from pages import PARSERS, ROOT, blocks, commands, flags_of, job_of
+
+from llkd_ray.config import parse_config
+from llkd_ray.policies import SELECTION
+
+DOCS = ROOT / "docs"
+PAGES = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
+GUIDES = {name: page for name, page in PAGES.items() if name.startswith("guides/")}
+
+
+def of_all(language: str) -> list[tuple[str, str]]:
+    return [(name, block) for name, page in PAGES.items() for block in blocks(page, language)]
+
+
+def run_python(code: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+ALL_COMMANDS = [(name, words) for name, page in PAGES.items() for words in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "words"), ALL_COMMANDS, ids=[" ".join(one) for _, one in ALL_COMMANDS])
+def test_commands_are_what_the_programs_take(page, words):
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    elif job := job_of(words):
+        PARSERS[job](flags_of(words))
+    elif words[0] == "ray":
+        assert words[1] in {"start", "up", "dashboard"}  # the README's test tries their flags
+    else:
+        script = next(word for word in words if word.endswith(".py"))
+        text = (ROOT / script).read_text()
+        assert not [word for word in words if word.startswith("--") and f'"{word}"' not in text]
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_yaml_blocks_are_configs(name):
+    for block in blocks(GUIDES[name], "yaml"):
+        parse_config(yaml.safe_load(block))
+
+
+def test_python_blocks_compile():
+    for name, block in of_all("python"):
+        compile(block, name, "exec")
+
+
+def test_the_reference_is_what_the_code_says():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/config_reference.py"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == PAGES["reference/config.md"], (
+        "python scripts/config_reference.py > docs/reference/config.md"
+    )
+
+
+def test_pages_are_in_the_menu_and_link_to_pages_that_exist():
+    menu = (ROOT / "mkdocs.yml").read_text()
+    assert [name for name in PAGES if f": {name}" not in menu] == []
+    for name, page in PAGES.items():
+        links = re.findall(r"\]\((?!https?://)([^)#]+)", page)
+        assert [link for link in links if not (DOCS / name).parent.joinpath(link).exists()] == []
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="the dev extra is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    assert "teacher.lease_rows" in (tmp_path / "site/reference/config/index.html").read_text()
+
+
+class TestOwnCsv:
+    """With a tiny random teacher in the place of the hub's: what it says is not looked at."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("own-csv")
+        make_files, _ = blocks(GUIDES["guides/own-csv.md"], "python")
+        run_python(make_files, folder)
+        (config,) = blocks(GUIDES["guides/own-csv.md"], "yaml")
+        (folder / "tickets.yaml").write_text(config)
+        return folder
+
+    @pytest.fixture
+    def job(self, folder, tiny_llm, tiny_encoder):
+        def run(name: str, *flags: str) -> str:
+            models = ["--set", f"teacher.model={tiny_llm}", "--set", f"student.model={tiny_encoder}"]
+            done = subprocess.run(
+                [sys.executable, ROOT / "jobs" / name, "tickets.yaml", *models, *flags],
+                cwd=folder, capture_output=True, text=True, timeout=200,
+                env=os.environ | {"COLUMNS": "200", "RAY_ADDRESS": ""},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout + done.stderr
+            return done.stdout
+
+        return run
+
+    def test_files(self, folder):
+        assert len((folder / "tickets.csv").read_text().splitlines()) == 601
+        assert len((folder / "gold.csv").read_text().splitlines()) == 151
+
+    def test_doctor(self, job):
+        assert "0 problem(s)" in job("doctor.py")
+
+    def test_plan(self, job):
+        said = job("distill.py", "--plan")
+        assert "What is the customer's message about?" in said
+        assert "parcels on their way, late or lost" in said
+
+
+def test_the_service_answers_or_leaves_it_to_the_api(tiny_classifier, tmp_path):
+    (code,) = blocks(GUIDES["guides/replace-an-api-call.md"], "python")
+    (tmp_path / "runs/my-run").mkdir(parents=True)
+    (tmp_path / "runs/my-run/model").symlink_to(tiny_classifier)
+    asked = f"{code}\nprint([answer(text) for text in ('a b', 'c d')])"
+    assert run_python(asked, tmp_path).strip() == "[None, None]", "random weights are sure of nothing"
+    certain = asked.replace(">= 0.8", ">= 0.0")
+    assert "None" not in run_python(certain, tmp_path)
+
+
+def test_the_policy_of_the_guide_chooses_what_it_says():
+    from llkd_ray.scan import NEVER
+    from llkd_ray.table import Candidates
+
+    (code,) = blocks(GUIDES["guides/add-a-policy.md"], "python")
+    known = set(SELECTION)
+    try:
+        exec(compile(code, "guide", "exec"), {})
+        (name,) = set(SELECTION) - known
+        policy = SELECTION[name]
+        policy.check_options({"floor": 0.9})
+        row_N = np.arange(3)
+        candidates = Candidates(
+            row_N, row_N % 2, np.array([0.95, 0.95, 0.5]), np.array([0.1, np.nan, 0.9]), row_N * 0.0,
+            row_N * 0.0, n_classes=2,
+        )  # fmt: skip
+        value_N = policy.rule(candidates, None).value_N
+        assert value_N.tolist() == [pytest.approx(0.1), 1.0, NEVER]
+    finally:
+        for name in set(SELECTION) - known:
+            del SELECTION[name]
