@@ -41,6 +41,15 @@ lint: setup-dev ## Check style, formatting and types
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
+.PHONY: docs
+docs: setup-dev ## Build the pages below docs/ into build/docs
+	@$(BIN)/python scripts/config_reference.py > docs/reference/config.md
+	@$(BIN)/python -m mkdocs build --quiet
+
+.PHONY: bench
+bench: setup-dev ## Measure against what one would use instead (hours); ARGS="teacher --pairs 1" chooses
+	@$(BIN)/python benchmarks/suite.py $(ARGS)
+
 .PHONY: format
 format: setup-dev ## Put style and formatting right where that is possible
 	@$(BIN)/ruff check --fix
