@@ -19,7 +19,7 @@ from llkd_ray.settings import load_config
 CONFIGS = Path(__file__).parents[1] / "configs"
 N = 60
 
-# config → the text column, the gold column, other columns; whether gold is a number; whether there is a test split
+# config → text column, gold column, other columns, whether gold is a number, whether there is a test split
 COLUMNS: dict[str, tuple[str, str, tuple[str, ...], bool, bool]] = {
     "pubmed_rct_gpu": ("text", "label", (), False, True),
     "llkd_emotion": ("text", "label", (), True, True),
@@ -33,7 +33,7 @@ def stand_in(path: Path, names: tuple[str, ...], columns: tuple[Any, ...], seed:
     text, gold, others, is_number, _ = columns
     texts, _ = toy_texts(N, 3, seed)
     labels = [i % len(names) if is_number else names[i % len(names)] for i in range(N)]
-    pq.write_table(pa.table({text: texts, gold: labels} | {one: texts for one in others}), path)
+    pq.write_table(pa.table({text: texts, gold: labels} | dict.fromkeys(others, texts)), path)
     return path
 
 
