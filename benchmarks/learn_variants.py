@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from llkd_ray.cli import with_absolute_paths
 from llkd_ray.cluster import connect
 from llkd_ray.comparison import changed, load_comparison, read_teacher, read_texts
 from llkd_ray.console import Display
 from llkd_ray.corpus import ingest
 from llkd_ray.labelling import teacher_config
+from llkd_ray.runs import with_absolute_paths
 from llkd_ray.settings import load_config
 from llkd_ray.store import RunStore
 from llkd_ray.trial import Trial, run_trial

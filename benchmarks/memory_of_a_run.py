@@ -207,8 +207,8 @@ def predict_all(folder: Path, kind: str) -> int:
     """Predict the whole corpus by a BERT of one narrow layer with MiniLM's tokenizer; returns the texts."""
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-    from llkd_ray.predict import predict
     from llkd_ray.predict_config import parse_predict
+    from llkd_ray.predicting import predict
     from llkd_ray.student import resolve_model
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("minilm"))

@@ -34,7 +34,7 @@ def in_turns(ours: Callable[[], T], theirs: Callable[[], T], pairs: int) -> list
 
 
 def ratios(pairs: Sequence[tuple[float, float]], unit: str) -> list[float]:
-    """How many times as good as theirs ours is, in order; more is better of a rate, "…/s", less of the rest."""
+    """How many times as good as theirs ours is, in order; of a rate ("…/s") more is better, else less."""
     is_rate = unit.endswith("/s")
     return sorted(ours / theirs if is_rate else theirs / ours for ours, theirs in pairs)
 

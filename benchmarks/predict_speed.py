@@ -124,8 +124,8 @@ def plain_job(folder: str, corpus: str, max_tokens: int, actors: int, rows: int)
 def our_job(
     folder: str, corpus: str, max_tokens: int, pieces: int, flags: dict[str, Any]
 ) -> tuple[float, float]:
-    from llkd_ray.predict import predict
     from llkd_ray.predict_config import parse_predict
+    from llkd_ray.predicting import predict
 
     said: list[str] = []
     began = time.perf_counter()

@@ -29,7 +29,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 
 from llkd_ray.acquisition import ACQUISITION
-from llkd_ray.cli import with_absolute_paths
 from llkd_ray.cluster import connect
 from llkd_ray.comparison import (
     ALL,
@@ -45,6 +44,7 @@ from llkd_ray.config import Config, LabelsConfig, StudentConfig
 from llkd_ray.console import Display
 from llkd_ray.corpus import ingest
 from llkd_ray.labelling import teacher_config
+from llkd_ray.runs import with_absolute_paths
 from llkd_ray.selection import RoundSelection
 from llkd_ray.settings import load_config
 from llkd_ray.store import Examples, RunStore

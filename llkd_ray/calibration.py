@@ -1,4 +1,4 @@
-"""Making a teacher's probabilities comparable: batch calibration without gold, a temperature with gold.
+"""Making probabilities comparable: batch calibration without gold, a temperature with gold.
 
 Shapes in names: N texts, C classes.
 """
@@ -11,6 +11,8 @@ from sklearn.metrics import log_loss
 
 from llkd_ray.signals import Floats, Ints, normalise
 
+CALIBRATION_KEY = "llkd_calibration"
+"""In a student's config.json: the temperature of its answers, and how it was had."""
 NAMED = 1e-6
 """What a label's probability is taken for at least, under a temperature.
 
@@ -33,8 +35,8 @@ def batch_calibrate(p_NC: Floats, mean_C: Floats, strength: float = 1.0) -> Floa
 def fit_temperature(p_NC: Floats, gold_N: Ints) -> float:
     """The temperature at which the probabilities fit gold best, by log loss; between 0.05 and 20.
 
-    Guo et al. 2017 (arXiv 1706.04599, sec. 4.2). The order of a text's labels stays; above 1 the teacher
-    was over-confident. Raises ValueError where there is no gold.
+    Guo et al. 2017 (arXiv 1706.04599, sec. 4.2). The order of a text's labels stays; above 1 they
+    were over-confident. Raises ValueError where there is no gold.
 
     scikit-learn 1.8 does the same, but only around an estimator that computes the probabilities itself and
     for the classes that its sample has; this takes probabilities that are there, of labels without gold, too.
@@ -48,6 +50,16 @@ def fit_temperature(p_NC: Floats, gold_N: Ints) -> float:
         method="bounded",
     )
     return float(np.exp(fit.x))
+
+
+def cross_fitted(p_NC: Floats, gold_N: Ints, rng: np.random.Generator, folds: int = 5) -> Floats:
+    """float[N, C]: each text at the temperature that the other folds ask for, so that none judges itself."""
+    fold_N = rng.permutation(gold_N.size) % folds
+    warm_NC = np.empty_like(p_NC)
+    for fold in np.unique(fold_N):
+        is_in = fold_N == fold
+        warm_NC[is_in] = at_temperature(p_NC[is_in], fit_temperature(p_NC[~is_in], gold_N[~is_in]))
+    return warm_NC
 
 
 def at_temperature(p_NC: Floats, temperature: float) -> Floats:

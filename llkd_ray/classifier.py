@@ -19,6 +19,7 @@ import pyarrow.fs as pafs
 import torch
 import yaml
 
+from llkd_ray.calibration import CALIBRATION_KEY, at_temperature
 from llkd_ray.checkpoints import load_tokenizer
 from llkd_ray.sections import ConfigError
 from llkd_ray.store import CONFIG, MODEL_DIR, RunStore
@@ -50,6 +51,8 @@ class Checkpoint:
     max_tokens: int
     fingerprint: str
     """Differs where the answers may: the hash of its files, or the hub's commit."""
+    temperature: float | None = None
+    """Makes its confidence that of ``student_calibration``, where a run has fitted one."""
 
     @property
     def is_remote(self) -> bool:
@@ -71,12 +74,13 @@ def inspect(model: str, revision: str | None = None, max_tokens: int | None = No
         labels = _labels(config, model)
         tokenizer = load_tokenizer(folder, revision, "MODEL")
         reads = _reads(config, tokenizer)
+        temperature = _temperature(config, model)
     if max_tokens is not None and max_tokens > reads:
         raise ConfigError(f"--max-tokens: {max_tokens} is too long, {model!r} reads {reads}: lower it")
     is_hub_name = not (_is_folder(source) or "://" in source)
     fingerprint = f"commit {getattr(config, '_commit_hash', None)}" if is_hub_name else _fingerprint(source)
     tokens = max_tokens or min(reads, trained_tokens or reads)
-    return Checkpoint(source, revision, labels, tokens, fingerprint)
+    return Checkpoint(source, revision, labels, tokens, fingerprint, temperature)
 
 
 def load(checkpoint: Checkpoint, dtype: str, device: torch.device) -> Student:
@@ -102,11 +106,23 @@ def load(checkpoint: Checkpoint, dtype: str, device: torch.device) -> Student:
     return as_student(model, tokenizer, dtype, device)
 
 
-def score(student: Student, texts: Sequence[str], max_tokens: int, batch_tokens: int | None) -> np.ndarray:
-    """float32[N, C]: probabilities in the order of the texts; batches are of like length, by tokens."""
+def score(
+    student: Student,
+    texts: Sequence[str],
+    max_tokens: int,
+    batch_tokens: int | None,
+    temperature: float | None = None,
+) -> np.ndarray:
+    """float32[N, C]: probabilities in the order of the texts; batches are of like length, by tokens.
+
+    At a ``temperature`` they are other probabilities of the same labels.
+    """
     budget = batch_tokens or BATCH_TOKENS[student.device.type]
     batches = made_ahead(scoring_batches(student, texts, max_tokens, 1, budget, CHUNK), AHEAD)
-    return probabilities(student, len(texts), batches).astype(np.float32)
+    p_NC = probabilities(student, len(texts), batches)
+    if temperature is not None and np.isfinite(p_NC).all():
+        p_NC = at_temperature(p_NC, temperature)
+    return p_NC.astype(np.float32)
 
 
 @contextmanager
@@ -224,6 +240,19 @@ def _labels(config: Any, model: str) -> tuple[str, ...]:
             f"MODEL: {model!r} has a label twice in its id2label ({', '.join(labels)}): rename one there"
         )
     return labels
+
+
+def _temperature(config: Any, model: str) -> float | None:
+    found = getattr(config, CALIBRATION_KEY, None)
+    temperature = found.get("temperature") if isinstance(found, dict) else None
+    if temperature is None:
+        return None
+    if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
+        raise ConfigError(
+            f"MODEL: {model!r} has the temperature {temperature!r} under {CALIBRATION_KEY} in its "
+            "config.json: a positive number is needed; take the entry out, or fit it anew with export.py"
+        )
+    return float(temperature)
 
 
 def _reads(config: Any, tokenizer: Any) -> int:

@@ -6,21 +6,18 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from llkd_ray.answers import TeacherDown
 from llkd_ray.config import Config, ConfigError, parse_config
 from llkd_ray.console import Display
-from llkd_ray.loop import distill
 from llkd_ray.plan import plan
 from llkd_ray.quickstart import prepare
 from llkd_ray.report import REPORT
+from llkd_ray.runs import Outcome, local_dir, resume, start, with_absolute_paths
 from llkd_ray.settings import apply_overrides, load_config
-from llkd_ray.store import CONFIG, MODEL_DIR, RunStore, join_uri
+from llkd_ray.store import MODEL_DIR, join_uri
 
 USER_MISTAKE, TEACHER_DOWN = 2, 3
 
@@ -55,9 +52,9 @@ def distill_parser() -> argparse.ArgumentParser:
 
 def _dispatch(options: argparse.Namespace, display: Display) -> None:
     if options.resume:
-        if options.config or options.set:
-            raise ConfigError("--resume goes on with the run's own config; leave out CONFIG and --set")
-        _finish([resume(options.resume, display)], display)
+        if options.config:
+            raise ConfigError("--resume goes on with the run's own config; leave out CONFIG")
+        _finish([resume(options.resume, display, options.set)], display)
     elif options.config:
         config = with_absolute_paths(load_config(options.config, options.set))
         if options.plan:
@@ -73,36 +70,6 @@ def _dispatch(options: argparse.Namespace, display: Display) -> None:
             plan(config, display)
         else:
             _finish(quickstart(config, display), display)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished run."""
-
-    config: Config
-    run_dir: str
-    summary: dict[str, Any]
-
-
-def start(config: Config, display: Display) -> Outcome:
-    """A new run, in a directory of its own."""
-    name = config.run.name or f"{config.selection.policy}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = join_uri(config.run.dir, name)
-    if RunStore(run_dir).exists(CONFIG):
-        raise ConfigError(f"run.name: {run_dir} holds a run already; go on with it by --resume, or rename")
-    display.say(f"run directory: {run_dir}")
-    return Outcome(config, run_dir, distill(config, run_dir, display))
-
-
-def resume(run_dir: str, display: Display) -> Outcome:
-    """Go on with a run that was stopped, by its own config."""
-    if "://" not in run_dir:
-        run_dir = str(Path(run_dir).resolve())
-    store = RunStore(run_dir)
-    if not store.exists(CONFIG):
-        raise ConfigError(f"--resume: {run_dir} has no {CONFIG}; give the directory of a run")
-    config = parse_config(yaml.safe_load(store.read_bytes(CONFIG)))
-    return Outcome(config, run_dir, distill(config, run_dir, display))
 
 
 def quickstart(config: Config, display: Display) -> list[Outcome]:
@@ -162,49 +129,3 @@ def _changed(config: Config, **sections: dict[str, Any]) -> Config:
     for section, changes in sections.items():
         tree[section] |= changes
     return parse_config(tree)
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """Local paths made absolute: the workers of a cluster run from another directory than the driver."""
-    tree = config.model_dump()
-    cascade = tree["teacher"]["cascade"] or {}
-    teachers = [tree["teacher"], *(cascade[name] for name in ("small", "large") if cascade)]
-    sources = [tree["corpus"], tree["test"]]
-    for teacher in teachers:
-        sources += [teacher["recorded"], teacher["prompt"]["draw"]]
-        if teacher["cache"] not in (None, "auto"):
-            teacher["cache"] = _absolute(teacher["cache"])
-        template = teacher["prompt"]["template"]
-        if template and template.endswith(".j2"):
-            teacher["prompt"]["template"] = _absolute(template)
-        if teacher["server"]:
-            _make_folder_absolute(teacher["server"], "tokenizer")
-    for source in filter(None, sources):
-        uris = source["uri"]
-        source["uri"] = _absolute(uris) if isinstance(uris, str) else tuple(map(_absolute, uris))
-    for part in (*teachers, tree["student"]):
-        _make_folder_absolute(part, "model")
-    tree["run"]["dir"] = local_dir(tree["run"]["dir"])
-    return parse_config(tree)
-
-
-def _make_folder_absolute(section: dict[str, Any], field: str) -> None:
-    """A checkpoint's folder; a hub's name stays."""
-    if section[field] and Path(section[field]).is_dir():
-        section[field] = _absolute(section[field])
-
-
-def _absolute(uri: str) -> str:
-    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
-
-
-def local_dir(folder: str) -> str:
-    """Where a relative folder for results is.
-
-    In a job that was submitted to a cluster the working directory is a copy that Ray deletes, so results
-    go below the home directory there.
-    """
-    if "://" in folder or Path(folder).expanduser().is_absolute():
-        return _absolute(folder)
-    in_job = "working_dir_files" in Path.cwd().parts
-    return str((Path.home() / "llkd-ray" if in_job else Path.cwd()) / folder)

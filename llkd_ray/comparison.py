@@ -79,9 +79,14 @@ class Comparison(BaseModel):
 
 def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
     """Read a comparison's YAML file and apply ``a.b=c``; raises ConfigError with one line per mistake."""
-    tree = apply_overrides(load_tree(path), overrides)
+    comparison = parse_comparison(apply_overrides(load_tree(path), overrides))
+    return comparison.model_copy(update={"base": str(Path(path).parent / comparison.base)})
+
+
+def parse_comparison(tree: Mapping[str, Any]) -> Comparison:
+    """Settings that were read or written in Python; raises ConfigError with one line per mistake."""
     try:
-        comparison = Comparison.model_validate(tree)
+        return Comparison.model_validate(tree)
     except ValidationError as error:
         lines = (
             f"{'.'.join(map(str, problem['loc'])) or 'comparison'}: "
@@ -89,7 +94,6 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
             for problem in error.errors()
         )
         raise ConfigError("\n".join(lines)) from None
-    return comparison.model_copy(update={"base": str(Path(path).parent / comparison.base)})
 
 
 @dataclass(frozen=True)

@@ -74,14 +74,14 @@ def load(path: str | None, overrides: Sequence[str]) -> tuple[Config | None, lis
 
 
 def _quickstart_settings() -> dict[str, object]:
-    from llkd_ray.cli import local_dir
     from llkd_ray.quickstart import settings
+    from llkd_ray.runs import local_dir
 
     return settings(Path(local_dir("runs")) / "quickstart-data", seed=0)
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    from llkd_ray.cli import with_absolute_paths
+    from llkd_ray.runs import with_absolute_paths
 
     return with_absolute_paths(config)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ import pyarrow as pa
 import yaml
 
 from llkd_ray import schemas
+from llkd_ray.audit_answers import ESTIMATE
 from llkd_ray.store import (
     BATCH,
     CONFIG,
@@ -106,6 +107,10 @@ class RunFacts:
     unanswered: dict[str, int]
     """Rows kept that the teacher gave no answer to, by reason."""
     spent: Spent
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """The student's temperature (``student_calibration``); empty in runs of older versions."""
+    audit: dict[str, Any] = field(default_factory=dict)
+    """What people who were asked about labels have found (``audit.estimate``); empty where nobody was."""
 
     @property
     def labels(self) -> list[str]:
@@ -126,6 +131,22 @@ class RunFacts:
     def teachers(self) -> dict[str, dict[str, Any]]:
         """The settings of each teacher that is asked, by its name in ``spent.usage``."""
         return _members(self.config["teacher"])
+
+    @property
+    def prompts(self) -> list[str]:
+        """Hashes of the teachers' prompts, as far as they have one."""
+        facts = self.manifest.get("teacher") or {}
+        return [one["prompt_hash"] for one in (facts, *facts.values()) if "prompt_hash" in _mapping(one)]
+
+    @property
+    def sources(self) -> list[str]:
+        """Where the pool came from; of local files name and folder, for a card is read elsewhere."""
+        return _uris(self.config["corpus"])
+
+    @property
+    def tested_on(self) -> list[str]:
+        """Where the test set came from, in the same way."""
+        return _uris(self.config["test"]) if self.config.get("test") else []
 
     @property
     def methods(self) -> dict[str, str]:
@@ -161,6 +182,8 @@ def read_facts(store: RunStore) -> RunFacts:
         rows=_read_rows(store),
         unanswered=_read_unanswered(store),
         spent=_read_spent(summary, config["teacher"]),
+        calibration=summary.get("calibration") or {},
+        audit=store.read_json(ESTIMATE) if store.exists(ESTIMATE) else {},
     )
 
 
@@ -168,6 +191,15 @@ def _members(teacher: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if teacher["kind"] != "cascade":
         return {"teacher": teacher}
     return {name: teacher["cascade"][name] for name in ("small", "large")}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _uris(source: dict[str, Any]) -> list[str]:
+    uris = [source["uri"]] if isinstance(source["uri"], str) else source["uri"]
+    return [uri.partition("?")[0] if "://" in uri else "/".join(uri.split("/")[-2:]) for uri in uris]
 
 
 def _model_name(teacher: dict[str, Any]) -> str:

@@ -6,11 +6,11 @@ from typing import Any
 
 import yaml
 
-from llkd_ray.cli import with_absolute_paths
 from llkd_ray.config import Config, ConfigError, parse_config
 from llkd_ray.console import Display
 from llkd_ray.facts import SUMMARY
 from llkd_ray.loop import distill
+from llkd_ray.runs import with_absolute_paths
 from llkd_ray.settings import dump_config
 from llkd_ray.store import CONFIG, LABELS_DIR, RunStore, join_uri
 

@@ -27,8 +27,10 @@ from llkd_ray.run import Run
 from llkd_ray.schedule import Schedule
 from llkd_ray.session import at_work
 from llkd_ray.settings import dump_config
-from llkd_ray.store import CONFIG, ENGINES_DIR, LOST_DIR, MANIFEST, MODEL_DIR, Examples, RunStore
+from llkd_ray.store import CONFIG, ENGINES_DIR, LOST_DIR, MANIFEST, MODEL_DIR, ONNX_DIR, Examples, RunStore
 from llkd_ray.student import check_student
+from llkd_ray.student_calibration import fit_student, write_calibration
+from llkd_ray.student_calibration import in_words as calibration_in_words
 from llkd_ray.teachers import check_teacher, self_contained
 
 
@@ -61,7 +63,9 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
                 display.say(f"agreement has flattened: {len(lines)} of {schedule.rounds} rounds were enough")
             run.finish()
             totals = run.call("stats")
-        return conclude(config, store, measure, len(lines) - 1, totals, time.monotonic() - began)
+        summary = conclude(config, store, measure, len(lines) - 1, totals, time.monotonic() - began)
+        display.say(calibration_in_words(summary["calibration"]))
+        return summary
 
 
 def is_over(config: Config, lines: Sequence[dict[str, Any]]) -> bool:
@@ -115,6 +119,7 @@ def conclude(
     summary = {
         "teacher": measure.teacher(np.random.default_rng(0)),
         "student": measure.student(last, np.random.default_rng(0)),
+        "calibration": fit_student(store, config, last),
         **counts,
         **spending(config, totals),
         "engines_started": len(store.names(ENGINES_DIR)),
@@ -130,6 +135,9 @@ def conclude(
         source_filesystem=store.fs,
         destination_filesystem=store.fs,
     )
+    write_calibration(store, summary["calibration"])
+    if ONNX_DIR in store.folders(MODEL_DIR):  # of the weights before these
+        store.fs.delete_dir(store.path(f"{MODEL_DIR}/{ONNX_DIR}"))
     store.write_bytes(f"{MODEL_DIR}/README.md", model_card(store).encode())
     write_report(store)
     return summary

@@ -27,8 +27,8 @@ from llkd_ray.store import (
     Examples,
     RunStore,
     matrix_of,
-    predictions_file,
     read_labels,
+    read_predictions,
     round_file,
 )
 from llkd_ray.teacher_quality import quality_of
@@ -91,10 +91,7 @@ class Measure:
         return str(self.store.read_json(round_file(round_number, TRAINED))["checkpoint"])
 
     def _predictions(self, round_number: int) -> tuple[Ints, Floats]:
-        ranks = self.store.read_json(round_file(round_number, TRAINED))["ranks"]
-        files = [predictions_file(round_number, rank, ranks) for rank in range(ranks)]
-        table = pa.concat_tables([self.store.read_table(file) for file in files])
-        return table["row"].to_numpy(), matrix_of(table["probs"], self.n_classes)
+        return read_predictions(self.store, round_number, self.n_classes)
 
     def _gold(self, row_N: Ints) -> tuple[np.ndarray, Ints]:
         """bool[N]: where a test row's gold is known, and int[N]: the gold, -1 elsewhere."""

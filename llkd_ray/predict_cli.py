@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from llkd_ray.cli import USER_MISTAKE, local_dir
+from llkd_ray.api import predict
+from llkd_ray.cli import USER_MISTAKE
 from llkd_ray.config import ConfigError
 from llkd_ray.console import Display
-from llkd_ray.pieces import CORPUS, FOLDERS
-from llkd_ray.predict import predict
 from llkd_ray.predict_config import PredictConfig, in_flags, parse_predict
-from llkd_ray.store import join_uri
 
 
 def predict_main(arguments: Sequence[str] | None = None) -> int:
@@ -23,8 +20,7 @@ def predict_main(arguments: Sequence[str] | None = None) -> int:
     try:
         with Display() as display:
             config = settings_of(options)
-            predict(config, display.say)
-            display.console.print(f"predictions: {join_uri(config.out, FOLDERS[CORPUS])}")
+            display.console.print(f"predictions: {predict(config, display=display).predictions}")
     except ConfigError as error:
         print(f"error: {in_flags(str(error))}", file=sys.stderr)
         return USER_MISTAKE
@@ -89,17 +85,17 @@ def settings_of(options: argparse.Namespace) -> PredictConfig:
     tree: dict[str, Any] = {
         key: given[key] for key in PredictConfig.model_fields.keys() & given.keys() - {"corpus", "gold"}
     }
-    tree["model"] = _absolute_folder(options.model)
-    tree["out"] = local_dir(options.out)
+    tree["model"] = options.model
+    tree["out"] = options.out
     tree["thresholds"] = dict(_threshold(one) for one in options.threshold)
     tree["corpus"] = {
-        "uri": tuple(map(_absolute, options.corpus)),
+        "uri": tuple(options.corpus),
         "where": dict(_pair("--where", one) for one in options.where),
         **{key: given[key] for key in ("text", "id", "max_chars", "limit") if key in given},
     }
     if options.gold is not None:
         tree["gold"] = {
-            "uri": _absolute(options.gold),
+            "uri": options.gold,
             "text": options.gold_text or options.text,
             "gold": options.label,
             **({"max_chars": options.max_chars} if options.max_chars is not None else {}),
@@ -133,13 +129,3 @@ def _workers(text: str) -> tuple[int, int]:
         return int(fewest), int(most or fewest)
     except ValueError:
         raise ConfigError(f"--workers: {text!r} is no range: write MIN,MAX, or one number") from None
-
-
-def _absolute(uri: str) -> str:
-    """Workers run from another directory than the driver."""
-    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
-
-
-def _absolute_folder(model: str) -> str:
-    """A hub's name stays as it is."""
-    return _absolute(model) if Path(model).expanduser().is_dir() else model

@@ -86,3 +86,26 @@ QUARANTINE = pa.schema(
         pa.field("start_of_text", pa.string(), nullable=False),
     ]
 )
+
+# What people were asked about: ``why`` it was chosen, whether it is of the random sample, what teacher and
+# student said then.
+AUDIT_ASKED = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("why", pa.string(), nullable=False),
+        pa.field("is_random", pa.bool_(), nullable=False),
+        pa.field("teacher", pa.int16(), nullable=False),
+        pa.field("teacher_confidence", pa.float32(), nullable=False),
+        pa.field("student", pa.int16(), nullable=False),
+        pa.field("student_confidence", pa.float32(), nullable=False),
+    ]
+)
+
+# What people said.
+AUDIT_ANSWERS = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("label", pa.int16(), nullable=False),
+    ]
+)

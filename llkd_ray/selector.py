@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.answers import Usage
+from llkd_ray.audit_answers import AuditAnswers
 from llkd_ray.batches import batch_of
 from llkd_ray.config import Config
 from llkd_ray.intake import Intake
@@ -83,6 +84,8 @@ class Selector:
         self.ledger = Ledger(config.budget.cap, {name: one.price for name, one in config.teacher.members()})
         self.leases = Leases(config, self.store, self.examples, self.schedule, self.table)
         self.state = Progress(self.store, self.table)
+        self.audited = AuditAnswers.read(self.store)
+        """What people have said of some rows, as of now."""
         self._to_score: dict[int, Ints] = {}
         self.changed = asyncio.Condition()
         self._rebuild(snapshot)
@@ -191,6 +194,7 @@ class Selector:
     async def refresh_done(self, round_number: int) -> None:
         """All ranks have brought what they scored for the round."""
         self.fence.check()
+        self.audited.keep_for(self.store, round_number)  # the scores speak of these labels
         self.state.note_refreshed(round_number)
         await self._notify()
 
@@ -253,6 +257,8 @@ class Selector:
             assert self.intake.calibrator is not None
             reviews = self.schedule.review_tickets[:round_number]
             batch = batch_of(chosen, self.store, self.examples, self.table, reviews, self.intake.calibrator)
+            self.audited.keep_for(self.store, round_number)
+            batch = self.audited.correct(batch, self.n_classes)
             facts = {
                 "selected": len(chosen),
                 "candidates": chosen.candidates,
@@ -381,9 +387,12 @@ class Selector:
             for ticket in self.schedule.review_tickets[k - 1 : k] if k else ():
                 if ticket in reviews:
                     self.intake.take(ticket, reviews.pop(ticket))
+            # At their time, too: what the student said after it was of the new label.
+            AuditAnswers.of_round(self.store, k).note(self.table)
             self.state.restore(k, in_table=snapshot is not None and k < snapshot.rounds)
         for ticket, labels in reviews.items():
             self.intake.take(ticket, labels)
+        self.audited.note(self.table)
         self.state.finished = len(self.state.trained) == self.schedule.rounds
 
     def _note_damaged(self, ticket: int, line: str) -> None:

@@ -46,6 +46,8 @@ SESSIONS_DIR = "sessions"
 ROUNDS_DIR = "rounds"
 CHECKPOINTS_DIR = "checkpoints"
 MODEL_DIR = "model"
+ONNX_DIR = "onnx"
+"""In the model's folder, where the hub expects it."""
 _UNFINISHED = ".tmp"
 """Ends the name of a local file that is not in its place yet."""
 
@@ -228,6 +230,21 @@ def read_labels(store: RunStore, tickets: Iterable[int]) -> pa.Table:
         with suppress(FileNotFoundError):
             tables.append(store.read_table(ticket_file(LABELS_DIR, ticket)))
     return pa.concat_tables(tables)
+
+
+def read_predictions(store: RunStore, round_number: int, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64[N] and float64[N, C]: rows of test set and hold-out, and what the student says after a round."""
+    ranks = store.read_json(round_file(round_number, TRAINED))["ranks"]
+    files = [predictions_file(round_number, rank, ranks) for rank in range(ranks)]
+    table = pa.concat_tables([store.read_table(file) for file in files])
+    return table["row"].to_numpy(), matrix_of(table["probs"], n_classes)
+
+
+def trained_rows(store: RunStore) -> np.ndarray:
+    """int64[M]: the rows that are in a round's batch."""
+    files = [round_file(k, BATCH) for k in range(len(store.folders(ROUNDS_DIR)))]
+    found = [store.read_table(file, ["row"])["row"].to_numpy() for file in files if store.exists(file)]
+    return np.concatenate([np.empty(0, dtype=np.int64), *found])
 
 
 def list_column(matrix_NC: np.ndarray) -> pa.Array:

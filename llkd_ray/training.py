@@ -25,6 +25,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer
 
 from llkd_ray import schemas
+from llkd_ray.audit_answers import AuditAnswers
 from llkd_ray.cluster import Background, remove_left_groups
 from llkd_ray.config import Config
 from llkd_ray.room import of_a_rank
@@ -147,6 +148,8 @@ class Rank:
         config = self.config.student
         if len(tables[-1]):
             data = pa.concat_tables(tables if config.replay == "all" else tables[-1:])
+            # Of texts that earlier rounds trained on people may have said since what they are.
+            data = AuditAnswers.of_round(self.store, k).correct(data, len(self.config.labels.names))
             if config.start == "fresh":
                 self.student.module.load_state_dict(self.first_weights)
             batch = Batch(

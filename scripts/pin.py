@@ -21,9 +21,9 @@ HEADER = """\
 # and let pip resolve both sets. For the first one pip must not be set to prefer a torch without CUDA
 # (see `pip config list`).
 #   pip install --dry-run --ignore-installed -c constraints.txt \\
-#       --report build/gpu.json '.[gpu,quickstart,dev]'
+#       --report build/gpu.json '.[gpu,quickstart,onnx,dev]'
 #   pip install --dry-run --ignore-installed -c constraints.txt \\
-#       --report build/cpu.json '.[cpu,quickstart,dev]'
+#       --report build/cpu.json '.[cpu,quickstart,onnx,dev]'
 #   python scripts/pin.py build/gpu.json build/cpu.json > constraints.txt
 # A local version (torch 2.13.0+cpu) satisfies a pin on the public one.
 """

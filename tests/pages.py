@@ -8,18 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llkd_ray.audit_cli import audit_parser
 from llkd_ray.cli import distill_parser
-from llkd_ray.compare import compare_parser
+from llkd_ray.compare_cli import compare_parser
 from llkd_ray.doctor import doctor_parser
+from llkd_ray.export_cli import export_parser
 from llkd_ray.predict_cli import predict_parser, settings_of
 
 ROOT = Path(__file__).parents[1]
 BEGINNINGS = ("make ", "python ", ".venv/bin/python ", "ray ")
 
 PARSERS: dict[str, Callable[[list[str]], Any]] = {
+    "jobs/audit.py": lambda words: audit_parser().parse_args(words),
     "jobs/compare.py": lambda words: compare_parser().parse_args(words),
     "jobs/distill.py": lambda words: distill_parser().parse_args(words),
     "jobs/doctor.py": lambda words: doctor_parser().parse_args(words),
+    "jobs/export.py": lambda words: export_parser().parse_args(words),
     "jobs/predict.py": lambda words: settings_of(predict_parser().parse_args(words)),
 }
 """What a job makes of its flags; each ends the test where it takes them for a mistake."""

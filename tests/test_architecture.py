@@ -159,9 +159,11 @@ ROOMS: dict[str, set[str]] = {
     "batches": {"confidence", "policies", "schemas", "store", "table"},
     "snapshot": {"answers", "signals", "store"},
     "progress": {"schemas", "store", "table"},
+    "audit_answers": {"schemas", "signals", "store", "table"},
     "selector": {
         "acquisition",
         "answers",
+        "audit_answers",
         "batches",
         "config",
         "intake",
@@ -184,10 +186,19 @@ ROOMS: dict[str, set[str]] = {
     "losses": set(),
     "in_step": {"signals"},
     "student": {"config", "in_step", "losses", "priors", "signals"},
-    "training": {"cluster", "config", "room", "schemas", "signals", "store", "student"},
+    "training": {
+        "audit_answers",
+        "cluster",
+        "config",
+        "room",
+        "schemas",
+        "signals",
+        "store",
+        "student",
+    },
     # predictions over a corpus
     "thresholds": {"signals"},
-    "classifier": {"checkpoints", "sections", "store", "student"},
+    "classifier": {"calibration", "checkpoints", "sections", "store", "student"},
     "pieces": {"cleaning", "config", "readers", "staging", "store"},
     "predict_config": {"config", "sections"},
     "predict_output": {
@@ -200,7 +211,7 @@ ROOMS: dict[str, set[str]] = {
         "store",
         "thresholds",
     },
-    "predict": {
+    "predicting": {
         "classifier",
         "cluster",
         "config",
@@ -216,6 +227,17 @@ ROOMS: dict[str, set[str]] = {
     # results
     "evaluate": {"signals"},
     "teacher_quality": {"confidence", "evaluate", "signals"},
+    "student_calibration": {
+        "audit_answers",
+        "calibration",
+        "confidence",
+        "config",
+        "evaluate",
+        "intake",
+        "schedule",
+        "signals",
+        "store",
+    },
     "metrics": {
         "confidence",
         "config",
@@ -226,7 +248,7 @@ ROOMS: dict[str, set[str]] = {
         "store",
         "teacher_quality",
     },
-    "facts": {"schemas", "store"},
+    "facts": {"audit_answers", "schemas", "store"},
     "report": {"evaluate", "facts", "schemas", "store"},
     # policies against each other
     "trial": {
@@ -259,7 +281,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "quickstart": {"config", "docstrings", "prompts", "teacher_config"},
 }
-PREDICTING = {"thresholds", "classifier", "pieces", "predict_config", "predict_output", "predict"}
+PREDICTING = {"thresholds", "classifier", "pieces", "predict_config", "predict_output", "predicting"}
 ROOMS["loop"] = set(ROOMS) - {"docstrings", "quickstart"} - PREDICTING
 # a plan, before anything starts
 ROOMS["estimate"] = {"config", "label_trie", "teacher_config"}
@@ -295,11 +317,10 @@ ROOMS["plan"] = {
     "teacher_config",
     "teachers",
 }
-ROOMS["cli"] = {"answers", "config", "loop", "plan", "quickstart", "report", "settings", "store"}
-ROOMS["predict_cli"] = {"cli", "config", "pieces", "predict", "predict_config", "store"}
-ROOMS["labelling"] = {"cli", "config", "facts", "loop", "settings", "store"}
-ROOMS["compare"] = {
-    "cli",
+ROOMS["runs"] = {"config", "facts", "loop", "settings", "store"}
+ROOMS["cli"] = {"answers", "config", "plan", "quickstart", "report", "runs", "settings", "store"}
+ROOMS["labelling"] = {"config", "facts", "loop", "runs", "settings", "store"}
+ROOMS["comparing"] = {
     "cluster",
     "compare_report",
     "comparison",
@@ -313,6 +334,58 @@ ROOMS["compare"] = {
     "tables",
     "trial",
 }
+# from Python, and from the command line by the same functions
+ROOMS["api"] = {
+    "compare_report",
+    "comparing",
+    "comparison",
+    "config",
+    "pieces",
+    "predict_config",
+    "predict_output",
+    "predicting",
+    "report",
+    "runs",
+    "settings",
+    "store",
+}
+ROOMS["compare_cli"] = {"api", "cli", "comparison", "config"}
+ROOMS["predict_cli"] = {"api", "cli", "config", "predict_config"}
+# people look at labels
+ROOMS["audit"] = {"chance", "signals"}
+ROOMS["audit_files"] = {"sections"}
+ROOMS["auditing"] = {
+    "audit",
+    "audit_answers",
+    "audit_files",
+    "chance",
+    "classifier",
+    "config",
+    "facts",
+    "intake",
+    "report",
+    "runs",
+    "schedule",
+    "schemas",
+    "signals",
+    "store",
+}
+ROOMS["audit_cli"] = {"audit", "auditing", "cli", "config", "runs"}
+# a model for use elsewhere
+ROOMS["hub"] = {"sections"}
+ROOMS["onnx_export"] = {"sections", "store", "student"}
+ROOMS["exporting"] = {
+    "classifier",
+    "config",
+    "facts",
+    "hub",
+    "onnx_export",
+    "report",
+    "runs",
+    "store",
+    "student_calibration",
+}
+ROOMS["export_cli"] = {"cli", "config", "exporting", "runs"}
 # a look at the set-up, before anything starts
 ROOMS["findings"] = {"config"}
 ROOMS["doctor_machine"] = {"checkpoints", "config", "findings", "room", "student"}
@@ -339,7 +412,6 @@ ROOMS["doctor_data"] = {
     "store",
 }
 ROOMS["doctor"] = {
-    "cli",
     "config",
     "doctor_cluster",
     "doctor_data",
@@ -348,6 +420,7 @@ ROOMS["doctor"] = {
     "findings",
     "loop",
     "quickstart",
+    "runs",
     "settings",
 }
 FOR_EVERYONE = {"console"}  # how progress is printed
@@ -355,10 +428,10 @@ FOR_EVERYONE = {"console"}  # how progress is printed
 WITH_RAY = {
     "cluster",
     "cluster_view",
-    "compare",
+    "comparing",
     "corpus",
     "duplicates",
-    "predict",
+    "predicting",
     "run",
     "selector",
     "teacher",

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pages import ROOT, blocks, commands
+from pages import PARSERS, ROOT, blocks, commands, flags_of, job_of
 
+import llkd_ray
 from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.cli import distill_parser
-from llkd_ray.compare import compare_parser
+from llkd_ray.compare_cli import compare_parser
 from llkd_ray.comparison import load_comparison
 from llkd_ray.config import parse_config
 from llkd_ray.doctor import doctor_parser
@@ -64,6 +65,20 @@ def test_doctor_commands_parse_and_change_settings_that_exist(words):
 @pytest.mark.parametrize("words", [w for w in commands(README) if "jobs/predict.py" in w], ids=" ".join)
 def test_predict_commands_parse_and_are_settings(words):
     settings_of(predict_parser().parse_args(words[words.index("jobs/predict.py") + 1 :]))
+
+
+AUDIT_AND_EXPORT = [w for w in commands(README) if job_of(w) in {"jobs/audit.py", "jobs/export.py"}]
+
+
+@pytest.mark.parametrize("words", AUDIT_AND_EXPORT, ids=" ".join)
+def test_audit_and_export_commands_parse(words):
+    PARSERS[job_of(words)](flags_of(words))
+
+
+def test_the_python_example_calls_what_there_is():
+    (example,) = blocks(README, "python")
+    compile(example, "README.md", "exec")
+    assert set(re.findall(r"llkd_ray\.(\w+)\(", example)) <= set(llkd_ray.__all__)
 
 
 @pytest.mark.parametrize("words", [w for w in commands(README) if w[0] == "ray"], ids=" ".join)

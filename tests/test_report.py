@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from llkd_ray import schemas
+from llkd_ray.audit import estimate
+from llkd_ray.audit_answers import ESTIMATE
 from llkd_ray.confidence import Calibrator
 from llkd_ray.config import parse_config
 from llkd_ray.facts import SUMMARY, read_facts
@@ -588,3 +590,44 @@ def test_numbers_read_well():
     assert shorten("a  b\nc") == "a b c"
     assert len(shorten("word " * 1000)) <= 401
     assert shorten("x" * 1000).endswith("x…")
+
+
+class TestCardOfWhatCameLater:
+    def test_calibration_audit_and_what_it_was_made_from(self, tmp_path):
+        store = make_run(tmp_path / "run")
+        calibration = {
+            "temperature": 1.63,
+            "fitted_on": "gold of the test set",
+            "texts": 900,
+            "measured_on": "gold of the test set, in folds",
+            "measured_texts": 900,
+            "ece_before": 0.12,
+            "ece_after": 0.031,
+        }
+        store.write_json(SUMMARY, store.read_json(SUMMARY) | {"calibration": calibration})
+        more = {
+            "teacher": {"kind": "vllm", "prompt_hash": "abc123"},
+            "budget": {"labels": 4000, "train": 800},
+        }
+        store.write_json(MANIFEST, store.read_json(MANIFEST) | more)
+        rows, none = np.arange(90), np.zeros(90, dtype=int)
+        answers = {row: int(row % 9 == 0) for row in range(80)}
+        why = ["random"] * 85 + ["unsure"] * 5
+        store.write_json(ESTIMATE, estimate(answers, rows, rows < 85, none, none, why, rows < 10, 4000))
+        card = model_card(store)
+        assert "Prompt (hash): `abc123`. It labelled 5,000 texts" in card
+        assert "- Data: letters/\\*.parquet; tested on test.parquet." in card
+        assert "- Budget: 4,000 texts for the teacher, 800 for the student." in card
+        assert "temperature of 1.630, fitted on 900 texts (gold of the test set)" in card
+        assert "0.120 before and 0.031 after, on 900 texts" in card
+        assert "divide the logits by it before the softmax" in card
+        assert "Of a random sample of 80, which stands for all 4,000, 88.8" in card
+        assert "5 more of the sample have no answer" in card
+
+    def test_no_temperature_has_a_reason(self, tmp_path):
+        store = make_run(tmp_path / "run")
+        reason = {"temperature": None, "reason": "there are fewer than 20 texts"}
+        store.write_json(SUMMARY, store.read_json(SUMMARY) | {"calibration": reason})
+        card = model_card(store)
+        assert "Its confidence is not calibrated: there are fewer than 20 texts." in card
+        assert "divide the logits" not in card

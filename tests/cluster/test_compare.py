@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from llkd_ray.compare import compare_main
+from llkd_ray.compare_cli import compare_main
 from llkd_ray.comparison import load_comparison
 from llkd_ray.config import parse_config
 from llkd_ray.labelling import label_once, labelling_config, teacher_config

@@ -1,4 +1,4 @@
-"""The command line of jobs/compare.py: the trials of a comparison as Ray tasks, and its report.
+"""The trials of a comparison as Ray tasks, and its report.
 
 A trial is one task; it leaves a file after every round, so a task that is run again, by Ray or by the user,
 goes on behind the last. Texts and labels are put into the object store once, not sent with every task.
@@ -6,9 +6,7 @@ goes on behind the last. Texts and labels are put into the object store once, no
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +19,6 @@ import torch
 import yaml
 from ray.exceptions import RayError, RayTaskError
 
-from llkd_ray.cli import USER_MISTAKE, local_dir, with_absolute_paths
 from llkd_ray.cluster import connect
 from llkd_ray.compare_report import PAGE, read_results, write_comparison
 from llkd_ray.comparison import (
@@ -34,7 +31,6 @@ from llkd_ray.comparison import (
     dump,
     entries,
     gold_labels,
-    load_comparison,
     read_teacher,
     read_texts,
 )
@@ -44,7 +40,7 @@ from llkd_ray.corpus import ingest
 from llkd_ray.labelling import answers_of, label_once, teacher_config
 from llkd_ray.loop import check
 from llkd_ray.report import duration
-from llkd_ray.settings import dump_config, load_config
+from llkd_ray.settings import dump_config
 from llkd_ray.store import CONFIG, EXAMPLES_INDEX, Examples, RunStore
 from llkd_ray.tables import Result, Tables, TeacherScore, tabulate
 from llkd_ray.trial import Labels, Texts, Trial, against_gold, finished, run_trial
@@ -53,59 +49,6 @@ SETTINGS = "comparison.yaml"
 TRIALS_DIR = "trials"
 RETRIES = 3
 POLL_S = 1.0
-FAILED, STOPPED = 1, 130
-
-
-def compare_main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; returns the exit status."""
-    options = compare_parser().parse_args(arguments)
-    try:
-        with Display() as display:
-            return _compare(options, display)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_MISTAKE
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return STOPPED
-
-
-def compare_parser() -> argparse.ArgumentParser:
-    """What jobs/compare.py takes."""
-    parser = argparse.ArgumentParser(
-        prog="compare.py",
-        description="Set policies, or any other change of settings, against each other on the same labels. "
-        "Stopped or killed, the same command goes on; what is finished is not done again.",
-    )
-    parser.add_argument("config", help="a comparison's YAML file; see configs/compare_*.yaml")
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        help="folder for results; on a cluster one that all nodes share, such as NFS "
-        "(default: runs/ and the config file's name)",
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="A=B", help="override one setting: sizes=[0.04,0.1]"
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME",
-        help="train only for these teachers, lines and seeds; the report has whatever is finished",
-    )
-    parser.add_argument(
-        "--add",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="CSV",
-        help="results.csv of the same comparison from elsewhere: the report has them, too, where there is no "
-        "trial of its own",
-    )
-    parser.add_argument("--report-only", action="store_true", help="train nothing, write the report anew")
-    return parser
 
 
 @dataclass(frozen=True)
@@ -152,38 +95,50 @@ class Work:
     jobs: list[Job]
 
 
-def _compare(options: argparse.Namespace, display: Display) -> int:
-    comparison = load_comparison(options.config, options.set)
-    base = with_absolute_paths(load_config(comparison.base))
-    out = local_dir(options.out or f"runs/{Path(options.config).stem.replace('_', '-')}")
+def compare(
+    comparison: Comparison,
+    base: Config,
+    out: str,
+    display: Display,
+    *,
+    only: Sequence[str] = (),
+    add: Sequence[str] = (),
+    report_only: bool = False,
+) -> dict[str, str]:
+    """Run all trials that are not finished, and write the report into ``out``.
+
+    ``base`` is the config that ``comparison.base`` stands for. Of ``only``, teachers, lines and seeds, are
+    trained; ``add`` are results.csv from elsewhere. Returns the errors of trials that failed, by name. Raises
+    ConfigError for what the user can mend.
+    """
     if "://" in out:
         raise ConfigError(f"--out: {out!r} is no folder; give one that all nodes of the cluster can write to")
     teachers = {name: teacher_config(base, changes) for name, changes in comparison.teachers.items()}
     _check(comparison, base, teachers)
-    _check_only(comparison, options.only)
-    added = [one for file in options.add for one in read_results(file, base.labels.names)]
+    _check_only(comparison, only)
+    added = [one for file in add for one in read_results(file, base.labels.names)]
     store = RunStore(out)
     _claim(store, comparison, base)
     display.say(f"results: {out}")
-    if options.report_only:
+    if report_only:
         if not store.exists(EXAMPLES_INDEX):
             raise ConfigError(f"--report-only: {out} holds no comparison yet; run it without")
-        work = _gather(comparison, base, teachers, store, options.only, added)
+        work = _gather(comparison, base, teachers, store, only, added)
         _report(work, display)
-        return 0
+        return {}
     with connect(base.run.address):
         ingest(base, store, display.say)
         for name, teacher in teachers.items():
             if teacher.teacher.kind != "recorded":
                 label_once(name, teacher, store, display)
-        work = _gather(comparison, base, teachers, store, options.only, added)
+        work = _gather(comparison, base, teachers, store, only, added)
         errors = _run(work, display)
     _report(work, display)
     for job, error in errors.items():
         display.say(f"failed: {job}: {error}")
     if errors:
         display.say(f"{len(errors)} trial(s) failed; the same command tries them again")
-    return FAILED if errors else 0
+    return errors
 
 
 # --- Settings --------------------------------------------------------------------------------------

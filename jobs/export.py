@@ -1,0 +1,8 @@
+"""A run's model for use elsewhere: python jobs/export.py RUN_OR_MODEL [--onnx] [--push-to-hub OWNER/NAME]."""
+
+import sys
+
+from llkd_ray.export_cli import export_main
+
+if __name__ == "__main__":
+    sys.exit(export_main())

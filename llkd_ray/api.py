@@ -1,0 +1,229 @@
+"""What a Python program or a notebook calls: a distillation, a comparison, a prediction.
+
+Each takes settings as a checked object, as a dictionary or as the path of a YAML file, with overrides, and
+returns a small typed result. Nothing is kept between two calls but files. Ray is started for a call and
+stopped after it, unless it runs already.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from llkd_ray import comparing, predicting, runs
+from llkd_ray import predict_output as output
+from llkd_ray.compare_report import PAGE, SUMMARY
+from llkd_ray.comparison import Comparison, load_comparison, parse_comparison
+from llkd_ray.config import Config, ConfigError, parse_config
+from llkd_ray.console import Display
+from llkd_ray.pieces import CORPUS, FOLDERS
+from llkd_ray.predict_config import PredictConfig, parse_predict
+from llkd_ray.report import REPORT
+from llkd_ray.settings import apply_overrides, load_config, load_tree
+from llkd_ray.store import MODEL_DIR, RunStore
+
+Overrides = Mapping[str, Any] | Sequence[str]
+"""``{"budget.rounds": 3}`` or, as on the command line, ``["budget.rounds=3"]``."""
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A finished run."""
+
+    run_dir: str
+    config: Config = field(repr=False)
+    """As it was resolved."""
+    summary: dict[str, Any] = field(repr=False)
+    """What summary.json holds: the figures of teacher and student, counts and costs."""
+    metrics: list[dict[str, Any]] = field(repr=False)
+    """A line a round, as in metrics.jsonl."""
+    model: str
+    """The folder that transformers loads."""
+    report: str
+    """The page."""
+
+    @property
+    def accuracy(self) -> float | None:
+        """Of the student, on the test set; None without one."""
+        return self.summary["student"]["accuracy"]
+
+    @property
+    def macro_f1(self) -> float | None:
+        """Of the student, on the test set; None without one."""
+        return self.summary["student"]["macro_f1"]
+
+    @property
+    def teacher_agreement(self) -> float | None:
+        """Share of held-out texts with the teacher's answer; None without a hold-out."""
+        return self.summary["student"]["teacher_agreement"]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison, as far as it has come."""
+
+    out: str
+    summary: list[dict[str, str]] = field(repr=False)
+    """The rows of summary.csv."""
+    errors: dict[str, str]
+    """Of the trials that failed, by name; the same call tries them again."""
+    report: str
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A corpus that was gone through."""
+
+    out: str
+    summary: dict[str, Any]
+    """Rows in, predicted and refused, with the reasons."""
+    thresholds: dict[str, Any] | None = field(repr=False)
+    """What was fitted on gold; None where nothing was."""
+    predictions: str
+    """The folder of the parquet files."""
+
+    def table(self) -> pa.Table:
+        """All predictions, in memory."""
+        store = RunStore(self.out)
+        names = store.names(FOLDERS[CORPUS], ".parquet")
+        return pa.concat_tables([store.read_table(f"{FOLDERS[CORPUS]}/{name}") for name in names])
+
+
+def distill(
+    config: Config | Mapping[str, Any] | str | Path,
+    overrides: Overrides = (),
+    *,
+    display: Display | None = None,
+) -> Distilled:
+    """Distil a teacher into a student, in a new run directory below ``run.dir``.
+
+    ``config`` is a checked config, the same as a dictionary, or a YAML file's path. Raises ConfigError for a
+    mistake in it and TeacherDown where the teacher cannot go on; :func:`resume` then goes on from there.
+    """
+    if isinstance(config, str | Path):
+        checked = load_config(config, _dotted(overrides))
+    else:
+        tree = config.model_dump() if isinstance(config, Config) else config
+        checked = parse_config(_overridden(tree, overrides))
+    with _shown(display) as there:
+        return _distilled(runs.start(runs.with_absolute_paths(checked), there))
+
+
+def resume(run_dir: str | Path, overrides: Overrides = (), *, display: Display | None = None) -> Distilled:
+    """Go on with a run that was stopped; of a finished one, write anew what is made at its end.
+
+    ``overrides`` may raise ``budget.rounds`` and ``budget.train`` of a finished run, which then goes on.
+    """
+    with _shown(display) as there:
+        return _distilled(runs.resume(str(run_dir), there, _dotted(overrides)))
+
+
+def compare(
+    config: Comparison | Mapping[str, Any] | str | Path,
+    out: str | Path | None = None,
+    overrides: Overrides = (),
+    *,
+    only: Sequence[str] = (),
+    add: Sequence[str] = (),
+    report_only: bool = False,
+    display: Display | None = None,
+) -> Compared:
+    """Set policies against each other on the same labels, and go on where that was stopped.
+
+    ``out`` is the folder for the results; for a YAML file it is ``runs/`` and the file's name unless it is
+    given. ``only`` names teachers, lines and seeds to train for, ``add`` results.csv of other machines;
+    ``report_only`` trains nothing. Raises ConfigError for what the user can mend.
+    """
+    if isinstance(config, str | Path):
+        comparison = load_comparison(config, _dotted(overrides))
+        out = out or f"runs/{Path(config).stem.replace('_', '-')}"
+    else:
+        tree = config.model_dump() if isinstance(config, Comparison) else config
+        comparison = parse_comparison(_overridden(tree, overrides))
+    if out is None:
+        raise ConfigError("out: no folder is given for the results: name one")
+    folder = runs.local_dir(str(out))
+    base = runs.with_absolute_paths(load_config(comparison.base))
+    with _shown(display) as there:
+        errors = comparing.compare(
+            comparison, base, folder, there, only=only, add=add, report_only=report_only
+        )
+    store = RunStore(folder)
+    rows = list(csv.DictReader(io.StringIO(store.read_bytes(SUMMARY).decode())))
+    return Compared(folder, rows, errors, store.uri(PAGE))
+
+
+def predict(
+    config: PredictConfig | Mapping[str, Any] | str | Path,
+    overrides: Overrides = (),
+    *,
+    display: Display | None = None,
+) -> Predicted:
+    """Let a classifier loose on a corpus of any size.
+
+    Settings are those of :class:`~llkd_ray.predict_config.PredictConfig`; the least of them:
+    ``{"model": run_dir, "corpus": {"uri": "reviews.csv", "text": "body"}, "out": "predicted"}``. Raises
+    ConfigError for a mistake; its message names the flag of jobs/predict.py that a setting belongs to.
+    """
+    if isinstance(config, str | Path):
+        tree = load_tree(config)
+    else:
+        tree = config.model_dump() if isinstance(config, PredictConfig) else dict(config)
+    checked = _with_absolute_paths(parse_predict(_overridden(tree, overrides)))
+    with _shown(display) as there:
+        summary = predicting.predict(checked, there.say)
+    store = RunStore(checked.out)
+    fitted = store.read_json(output.THRESHOLDS) if store.exists(output.THRESHOLDS) else None
+    return Predicted(checked.out, summary, fitted, store.uri(FOLDERS[CORPUS]))
+
+
+def _distilled(outcome: runs.Outcome) -> Distilled:
+    store = RunStore(outcome.run_dir)
+    return Distilled(
+        run_dir=store.uri(),
+        config=outcome.config,
+        summary=outcome.summary,
+        metrics=store.read_metrics(),
+        model=store.uri(MODEL_DIR),
+        report=store.uri(REPORT),
+    )
+
+
+@contextmanager
+def _shown(display: Display | None) -> Iterator[Display]:
+    """The caller's display, which it opens and closes, or one for this call."""
+    if display is not None:
+        yield display
+        return
+    with Display() as own:
+        yield own
+
+
+def _dotted(overrides: Overrides) -> list[str]:
+    """As the command line gives them; strings go through YAML, and so come back as they are."""
+    if isinstance(overrides, Mapping):
+        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    return list(overrides)
+
+
+def _overridden(tree: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
+    return apply_overrides(tree, _dotted(overrides))
+
+
+def _with_absolute_paths(config: PredictConfig) -> PredictConfig:
+    """Workers run from another directory than the driver."""
+    tree = config.model_dump()
+    tree["model"] = runs.absolute_folder(config.model)
+    tree["out"] = runs.local_dir(config.out)
+    for source in filter(None, (tree["corpus"], tree["gold"])):
+        uris = source["uri"]
+        source["uri"] = runs.absolute(uris) if isinstance(uris, str) else tuple(map(runs.absolute, uris))
+    return parse_predict(tree)

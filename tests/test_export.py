@@ -1,0 +1,143 @@
+"""Models for use elsewhere: jobs/export.py as its users start it, on checkpoints that were made here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hub_server import FakeHub, serving
+
+from llkd_ray import onnx_export
+from llkd_ray.classifier import inspect, load
+from llkd_ray.config import ConfigError
+from llkd_ray.export_cli import export_main
+from llkd_ray.store import RunStore
+
+ROOT = Path(__file__).parents[1]
+TOKEN = "not-a-real-token"
+
+
+@pytest.fixture
+def checkpoint(tiny_classifier, tmp_path) -> Path:
+    folder = tmp_path / "classifier"
+    shutil.copytree(tiny_classifier, folder)
+    return folder
+
+
+# --- ONNX
+
+
+@pytest.fixture
+def with_onnx() -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason="the extra onnx is not installed")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("with_onnx")
+def test_an_onnx_file_answers_as_torch_does_whatever_the_shape(checkpoint, capfd):
+    import onnxruntime
+
+    assert export_main([str(checkpoint), "--onnx"]) == 0
+    assert "within 0.0001 of torch" in capfd.readouterr().out
+    file = checkpoint / "onnx" / "model.onnx"
+    student = load(inspect(str(checkpoint)), "float32", torch.device("cpu"))
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    for texts in (["a whale"], ["a", "the oven and the pan in the old kitchen"], ["tide"] * 9):
+        inputs = student.pad(student.encode(texts, 32))
+        with torch.inference_mode():
+            expected = student.module(**inputs).logits.numpy()
+        (found,) = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    found = onnx_export.differences(student, 32, file)
+    assert len({(one.texts, one.tokens) for one in found}) > 4
+    assert max(one.largest for one in found) < 1e-4
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("with_onnx")
+@pytest.mark.parametrize("largest", [2e-4, float("nan")])
+def test_a_file_that_answers_otherwise_is_not_left(checkpoint, monkeypatch, largest):
+    found = [onnx_export.Difference(1, 3, 1e-7), onnx_export.Difference(4, 32, largest)]
+    monkeypatch.setattr(onnx_export, "differences", lambda *arguments: found)
+    student = load(inspect(str(checkpoint)), "float32", torch.device("cpu"))
+    with pytest.raises(ConfigError, match="4 texts of 32 tokens differ from torch by"):
+        onnx_export.export_onnx(student, 32, RunStore(str(checkpoint)))
+    assert not (checkpoint / "onnx").exists()
+
+
+def test_a_missing_extra_is_named(checkpoint, monkeypatch, capfd):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"--onnx: onnx is not installed: pip install 'llkd-ray\[onnx\]'"):
+        onnx_export._require_extra()
+
+
+# --- the hub
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with serving(FakeHub(TOKEN)) as hub:
+        yield hub
+
+
+def pushed(hub_url: str, token: str | None, *arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """The job in a process of its own: the hub's client reads its settings when it is imported."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    env = kept | {"HF_ENDPOINT": hub_url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    if token:
+        env["HF_TOKEN"] = token
+    command = [sys.executable, str(ROOT / "jobs/export.py"), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.timeout(400)
+def test_the_folder_is_on_the_hub(hub, checkpoint, tmp_path):
+    (checkpoint / "README.md").write_text("---\ntags: [x]\n---\n# A card\n")
+    (checkpoint / "model.safetensors.0af.tmp").write_text("left by a killed writer")
+    done = pushed(hub.url, TOKEN, str(checkpoint), "--push-to-hub", "ann/toys", "--private", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"hub: {hub.url}/ann/toys" in done.stdout
+    assert hub.repos == {"ann/toys": True}
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub.files)
+    assert not any(name.endswith(".tmp") for name in hub.files)
+    assert hub.files["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
+    assert "llkd-ray" in hub.messages[0]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("token", "name", "says"),
+    [
+        (
+            None,
+            "ann/toys",
+            "--push-to-hub: there is no token for the hub: run `hf auth login`, or set HF_TOKEN",
+        ),
+        ("wrong", "ann/toys", "'ann/toys' cannot be written (401"),
+        (TOKEN, "ann/to ys", "'ann/to ys' cannot be written"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(hub, checkpoint, tmp_path, token, name, says):
+    done = pushed(hub.url, token, str(checkpoint), "--push-to-hub", name, home=tmp_path)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert says in line.replace("Client error '401", "401")
+    assert "Traceback" not in done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+
+
+def test_mistakes_are_one_line(checkpoint, tmp_path, capfd):
+    for arguments, says in (
+        ([str(tmp_path / "nothing")], "does not exist"),
+        ([str(checkpoint), "--private"], "--private: is of --push-to-hub"),
+    ):
+        assert export_main(arguments) == 2
+        assert says in capfd.readouterr().err
