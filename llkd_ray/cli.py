@@ -14,10 +14,10 @@ from llkd_ray.config import Config, ConfigError, parse_config
 from llkd_ray.console import Display
 from llkd_ray.plan import plan
 from llkd_ray.quickstart import prepare
-from llkd_ray.report import REPORT
+from llkd_ray.report import REPORT, write_report
 from llkd_ray.runs import Outcome, local_dir, resume, start, with_absolute_paths
 from llkd_ray.settings import apply_overrides, load_config
-from llkd_ray.store import MODEL_DIR, join_uri
+from llkd_ray.store import MODEL_DIR, RunStore, join_uri
 
 USER_MISTAKE, TEACHER_DOWN = 2, 3
 
@@ -79,7 +79,9 @@ def quickstart(config: Config, display: Display) -> list[Outcome]:
     first = start(_changed(config, run={"name": names[0]}), display)
     display.say("once more with the policy 'random', on the labels that are there")
     baseline = _changed(config, run={"name": names[1]}, selection={"policy": "random"})
-    return [first, start(baseline, display)]
+    second = start(baseline, display)
+    write_report(RunStore(first.run_dir))  # once more, with the baseline as its reference
+    return [first, second]
 
 
 def _finish(outcomes: Sequence[Outcome], display: Display) -> None:

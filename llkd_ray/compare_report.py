@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from llkd_ray.config import ConfigError
-from llkd_ray.report import count, markdown, page_environment, percent, svg_element
+from llkd_ray.drawing import plain, svg_element
+from llkd_ray.report import page_environment
 from llkd_ray.store import RunStore
 from llkd_ray.tables import (
     ALL,
@@ -38,6 +39,7 @@ from llkd_ray.tables import (
     score_table,
     size_in_words,
 )
+from llkd_ray.words import count, markdown, percent
 
 RESULTS, SUMMARY, PER_CLASS = "results.csv", "summary.csv", "per_class.csv"
 MARKDOWN, PAGE, CURVE = "report.md", "report.html", "learning_curve"
@@ -82,7 +84,8 @@ def write_comparison(
     store.write_bytes(MARKDOWN, _in_markdown(facts).encode())
     curve = svg_element(learning_curve(tables), "curve", _said(tables))
     page = page_environment().get_template("compare.html.j2")
-    store.write_bytes(PAGE, page.render(**facts, curve=curve, settings=settings).encode())
+    panels = min(len(tables.teachers), PANELS_A_ROW)
+    store.write_bytes(PAGE, page.render(**facts, curve=curve, panels=panels, settings=settings).encode())
 
 
 def conclusion(tables: Tables) -> str:
@@ -149,9 +152,7 @@ def learning_curve(tables: Tables) -> Figure:
 
 
 def _panel(axes: Axes, tables: Tables, teacher: str) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
+    plain(axes)
     axes.set_title(teacher, loc="left", fontsize=10)
     for line in (GOLD, ALL):
         if whole := tables.whole(teacher, line):

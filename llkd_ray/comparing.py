@@ -39,11 +39,11 @@ from llkd_ray.console import Display
 from llkd_ray.corpus import ingest
 from llkd_ray.labelling import answers_of, label_once, teacher_config
 from llkd_ray.loop import check
-from llkd_ray.report import duration
 from llkd_ray.settings import dump_config
 from llkd_ray.store import CONFIG, EXAMPLES_INDEX, Examples, RunStore
 from llkd_ray.tables import Result, Tables, TeacherScore, tabulate
 from llkd_ray.trial import Labels, Texts, Trial, against_gold, finished, run_trial
+from llkd_ray.words import duration
 
 SETTINGS = "comparison.yaml"
 TRIALS_DIR = "trials"

@@ -305,6 +305,10 @@ class RunConfig(Section):
     dir: str = Field("runs", description="Folder, or URI on any pyarrow filesystem, that holds the runs.")
     name: str | None = Field(None, description="The run's own folder; default: policy and time.")
     seed: int = Field(0, ge=0)
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        (),
+        description="Who else is told of settings and figures; each needs its package where the driver runs.",
+    )
     address: str | None = Field(
         None, description="Ray cluster to join; default: the job's own, RAY_ADDRESS, or a local one."
     )

@@ -30,6 +30,8 @@ from llkd_ray.store import (
 )
 
 SUMMARY = "summary.json"
+INSIGHT = "insight.json"
+"""What a finished run shows of single classes and texts."""
 PHASES = ("teach", "select", "train", "refresh", "evaluate", "idle")
 SAMPLES_PER_CLASS = 3
 

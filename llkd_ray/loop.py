@@ -18,6 +18,7 @@ from llkd_ray.console import Display
 from llkd_ray.corpus import ingest
 from llkd_ray.evaluate import has_flattened
 from llkd_ray.facts import SUMMARY
+from llkd_ray.insight import write_insight
 from llkd_ray.intake import draw_holdout
 from llkd_ray.label_files import count_unanswered
 from llkd_ray.metrics import Measure
@@ -32,6 +33,7 @@ from llkd_ray.student import check_student
 from llkd_ray.student_calibration import fit_student, write_calibration
 from llkd_ray.student_calibration import in_words as calibration_in_words
 from llkd_ray.teachers import check_teacher, self_contained
+from llkd_ray.trackers import Trackers, check_trackers
 
 
 def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
@@ -43,7 +45,8 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
     store = RunStore(store_uri)
     config = self_contained(config)
     teacher_facts = check(config)
-    with at_work(store, display.say) as session, connect(config.run.address):
+    trackers = Trackers(config, store, display.say)
+    with at_work(store, display.say) as session, connect(config.run.address), trackers:
         store.write_bytes(CONFIG, dump_config(config).encode())
         check_fit(config)
         examples = ingest(config, store, display.say)
@@ -53,17 +56,20 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
         measure = Measure(store, schedule, config)
         lines = store.read_metrics()
         over = is_over(config, lines)
-        with Run(config, store, session, schedule, display, over) as run:
+        with Run(config, store, session, schedule, display, over, lines) as run:
             while not is_over(config, lines):
                 line = run_round(run, measure, len(lines))
                 store.append_metrics(line)
                 lines.append(line)
+                trackers.log_round(line)
                 display.say(in_words(line))
             if len(lines) < schedule.rounds:
                 display.say(f"agreement has flattened: {len(lines)} of {schedule.rounds} rounds were enough")
             run.finish()
             totals = run.call("stats")
+        display.update("measuring the result and writing the report")
         summary = conclude(config, store, measure, len(lines) - 1, totals, time.monotonic() - began)
+        trackers.log_summary(summary, len(lines) - 1)
         display.say(calibration_in_words(summary["calibration"]))
         return summary
 
@@ -83,6 +89,7 @@ def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
     Raises ConfigError where the first round finds nothing to learn from.
     """
     began = time.monotonic()
+    run.pace.begin_round(began)
     run.call("wait_labels", k)
     labels_there = time.monotonic()
     run.call("wait_refreshed", k)
@@ -108,6 +115,7 @@ def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
         "loss": trained.get("loss"),
         "staleness": selected.get("staleness"),  # none in a run begun by an older version
         "seconds": seconds,
+        "pace": run.pace.points(),
     }
 
 
@@ -138,6 +146,7 @@ def conclude(
     write_calibration(store, summary["calibration"])
     if ONNX_DIR in store.folders(MODEL_DIR):  # of the weights before these
         store.fs.delete_dir(store.path(f"{MODEL_DIR}/{ONNX_DIR}"))
+    write_insight(store, measure, last)
     store.write_bytes(f"{MODEL_DIR}/README.md", model_card(store).encode())
     write_report(store)
     return summary
@@ -170,6 +179,7 @@ def check(config: Config) -> dict[str, Any]:
     """Find every mistake that can be found before anything starts; returns facts about the teacher."""
     check_policies(config)
     check_student(config.student)
+    check_trackers(config)
     return check_teacher(config)
 
 

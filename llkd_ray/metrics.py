@@ -5,6 +5,7 @@ What is known against the truth (gold) and what is known against the teacher are
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ class Measure:
 
         None stands for what cannot be known, for want of gold or of a hold-out.
         """
-        row_N, p_NC = self._predictions(round_number)
+        row_N, p_NC = self.predictions(round_number)
         on_gold = self._against_gold(row_N, p_NC)
         return {
             **(on_gold or dict.fromkeys(("accuracy", "macro_f1", "ece"))),
@@ -58,8 +59,8 @@ class Measure:
     def student(self, round_number: int, rng: np.random.Generator) -> dict[str, Any]:
         """The round's figures with 95 % bootstrap intervals of accuracy and macro-F1."""
         figures = self.round(round_number)
-        row_N, p_NC = self._predictions(round_number)
-        known, gold_N = self._gold(row_N)
+        row_N, p_NC = self.predictions(round_number)
+        known, gold_N = self.gold(row_N)
         if known.any():
             predicted_N = p_NC[known].argmax(axis=1)
             figures["accuracy_interval"] = bootstrap_interval(gold_N[known], predicted_N, "accuracy", rng)
@@ -78,7 +79,7 @@ class Measure:
         if figures is None:
             quality = self._quality(read_labels(self.store, self.schedule.pool_tickets), rng)
             return quality and {"quality": {"on": "pool texts with gold", **quality}}
-        known, gold_N = self._gold(row_N)
+        known, gold_N = self.gold(row_N)
         correct_N = p_NC[known].argmax(axis=1) == gold_N[known]
         figures["by_confidence"] = accuracy_by_confidence(confidence(p_NC[known]), correct_N)
         figures["off_label"] = float(np.mean(labels["off_label"].to_numpy()))
@@ -90,16 +91,17 @@ class Measure:
         """The folder of the student's weights after a round."""
         return str(self.store.read_json(round_file(round_number, TRAINED))["checkpoint"])
 
-    def _predictions(self, round_number: int) -> tuple[Ints, Floats]:
+    def predictions(self, round_number: int) -> tuple[Ints, Floats]:
+        """int64[N], float[N, C]: rows of test set and hold-out, and the student's answers after a round."""
         return read_predictions(self.store, round_number, self.n_classes)
 
-    def _gold(self, row_N: Ints) -> tuple[np.ndarray, Ints]:
+    def gold(self, row_N: Ints) -> tuple[np.ndarray, Ints]:
         """bool[N]: where a test row's gold is known, and int[N]: the gold, -1 elsewhere."""
         gold_N = self.examples.read(row_N, ["gold"])["gold"].to_numpy().astype(np.int64)
         return (gold_N >= 0) & (row_N >= self.examples.n_pool), gold_N
 
     def _against_gold(self, row_N: Ints, p_NC: Floats) -> dict[str, Any] | None:
-        known, gold_N = self._gold(row_N)
+        known, gold_N = self.gold(row_N)
         if not known.any():
             return None
         scores = classification(gold_N[known], p_NC[known], self.n_classes)
@@ -116,9 +118,13 @@ class Measure:
         return calibrator
 
     def _teacher_agreement(self, row_N: Ints, p_NC: Floats) -> float | None:
-        teacher_row, p_teacher = self._teacher_opinion(read_labels(self.store, self.schedule.holdout_tickets))
+        teacher_row, p_teacher = self.teacher_opinion(self.schedule.holdout_tickets)
         both, mine, theirs = np.intersect1d(row_N, teacher_row, return_indices=True)
         return agreement(p_NC[mine], p_teacher[theirs]) if both.size else None
+
+    def teacher_opinion(self, tickets: Iterable[int]) -> tuple[Ints, Floats]:
+        """int64[N], float[N, C]: the rows of some tickets, and the teacher's answers as they are used."""
+        return self._teacher_opinion(read_labels(self.store, tickets))
 
     def _teacher_opinion(self, labels: pa.Table) -> tuple[Ints, Floats]:
         return labels["row"].to_numpy(), self._calibrator().apply(matrix_of(labels["probs"], self.n_classes))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,12 +42,16 @@ class Selection:
     weight_M: Floats
     candidates: int
     """How many they were chosen from."""
+    thresholds: Mapping[str, Floats] | None = None
+    """float64[C] of each signal: what a text of each class had to reach; None where the policy has none."""
 
     def __len__(self) -> int:
         return int(self.row_M.size)
 
 
 SelectionRule = Callable[..., Judgement]
+ThresholdsOf = Callable[[Pool, Mapping[str, Any]], dict[str, Floats]]
+"""Of a pool and a policy's options; see ``Selection.thresholds``."""
 
 _TIE = 1e-9
 """Where all texts have the same signal, its mean is equal to it, and rounding must not decide."""
@@ -70,6 +74,8 @@ class SelectionPolicy:
     """The exponent of what the student is to reckon with where the config does not name one."""
     ranks: bool = False
     """Whether the rule asks for :meth:`Pool.rank`, for which the survey has to count."""
+    thresholds: ThresholdsOf | None = None
+    """What texts have to reach, for people to look at."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -105,7 +111,10 @@ class SelectionPolicy:
         """
         chunks = in_order(candidates)
         search = self.search(self.survey(chunks), n, rng, quota=quota, trained_C=trained_C, options=options)
-        return search.settle([search.find(chunks)])
+        chosen = search.settle([search.find(chunks)])
+        if self.thresholds is None:
+            return chosen
+        return replace(chosen, thresholds=self.thresholds(search.pool, search.options))
 
     def survey(self, chunks: Iterable[Candidates]) -> Survey:
         """What is counted of all candidates before any is judged; there is one chunk at least."""
@@ -172,6 +181,7 @@ def selection_policy(
     quota: float | None = None,
     prior: float | None = None,
     ranks: bool = False,
+    thresholds: ThresholdsOf | None = None,
 ) -> Callable[[SelectionRule], SelectionRule]:
     """Register a rule ``(candidates, pool, **options) -> Judgement``.
 
@@ -180,7 +190,7 @@ def selection_policy(
     """
 
     def register(rule: SelectionRule) -> SelectionRule:
-        SELECTION[name] = SelectionPolicy(rule, uses_student, quota, prior, ranks)
+        SELECTION[name] = SelectionPolicy(rule, uses_student, quota, prior, ranks, thresholds)
         return rule
 
     return register
@@ -226,7 +236,11 @@ def judge_product(candidates: Candidates, pool: Pool) -> Judgement:
     return Judgement(value_N, value_N)
 
 
-@selection_policy("freematch", uses_student=False)
+@selection_policy(
+    "freematch",
+    uses_student=False,
+    thresholds=lambda pool, options: {"confidence": pool.confidence_threshold_C},
+)
 def judge_freematch(candidates: Candidates, pool: Pool) -> Judgement:
     """At random where the teacher's confidence reaches the self-adaptive threshold of its pseudo-class.
 
@@ -239,7 +253,18 @@ def judge_freematch(candidates: Candidates, pool: Pool) -> Judgement:
 # --- LLKD and what came of it --------------------------------------------------------------------------
 
 
-@selection_policy("llkd", uses_student=True)
+def _llkd_thresholds(pool: Pool, options: Mapping[str, Any]) -> dict[str, Floats]:
+    """Those of :func:`judge_llkd`; before the student has looked, its own is none."""
+    found = {"confidence": pool.confidence_threshold_C, "uncertainty": pool.uncertainty_threshold_C}
+    if options.get("thresholds") == "global":
+        found = {
+            name: np.full(pool.survey.count_C.size, mean)
+            for name, mean in zip(found, pool.means, strict=True)
+        }
+    return found if pool.is_scored else {"confidence": found["confidence"]}
+
+
+@selection_policy("llkd", uses_student=True, thresholds=_llkd_thresholds)
 def judge_llkd(
     candidates: Candidates,
     pool: Pool,

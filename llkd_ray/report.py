@@ -6,39 +6,39 @@ Texts of the corpus are not to be trusted: the template escapes everything but o
 
 from __future__ import annotations
 
-import io
 import json
-import re
-from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.collections import PathCollection
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from llkd_ray.facts import PHASES, RunFacts, phase_seconds, read_facts
+from llkd_ray.facts import RunFacts, phase_seconds, read_facts
+from llkd_ray.figures import (
+    agreement_curve,
+    learning_curve,
+    reliability_diagram,
+    student_reliability,
+    time_bars,
+)
+from llkd_ray.reference import find_reference
+from llkd_ray.round_facts import read_round_facts
+from llkd_ray.round_figures import selected_figure, shares_in_words, thresholds_figure, timeline_figure
 from llkd_ray.store import RunStore
+from llkd_ray.words import (
+    NARROW,
+    count,
+    decimals,
+    duration,
+    markdown,
+    money,
+    percent,
+    percent_range,
+    shorten,
+)
 
 REPORT = "report.html"
-SAMPLE_CHARS = 400  # Of a sample text; the rest is cut off.
-
-# Okabe & Ito's colours, which people with any common colour blindness can tell apart.
-ACCURACY_COLOUR, F1_COLOUR, AGREEMENT_COLOUR = "#0072B2", "#D55E00", "#009E73"
-PHASE_COLOURS = dict(
-    zip(PHASES, ("#0072B2", "#CC79A7", "#D55E00", "#56B4E9", "#009E73", "#BBBBBB"), strict=True)
-)
-LEGEND: dict[str, Any] = {
-    "frameon": False,
-    "fontsize": 9,
-    "columnspacing": 1.2,
-    "handlelength": 1.6,
-    "handletextpad": 0.5,
-}
-MISSING = "–"
+MATRIX_CLASSES = 16
+"""Up to so many classes, who is taken for whom is shown as a whole table."""
+MISTAKES = 12
+"""Pairs of classes that are shown beside it."""
 
 # What follows "Its confidence", by ``teacher.confidence.method``.
 METHOD_WORDS = {
@@ -60,12 +60,15 @@ COSTS = (
 
 
 def write_report(store: RunStore) -> str:
-    """Write report.html into the run directory, from its files alone, and return where it is.
+    """Write report.html into the run directory, from its files, and return where it is.
+
+    A run by random selection on the same data that lies beside it is drawn in as a reference.
 
     Works at any time of a run: rounds, summary, test set and true labels may be missing. Raises
     ValueError where the directory holds no run.
     """
     facts = read_facts(store)
+    details, reference = read_round_facts(store, facts), find_reference(store, facts.config)
     page = (
         page_environment()
         .get_template("report.html.j2")
@@ -73,10 +76,19 @@ def write_report(store: RunStore) -> str:
             run=facts,
             conclusion=conclusion(facts),
             held_out=held_out(facts),
-            curve=_learning_curve(facts),
-            agreement=_agreement_curve(facts),
-            times=_time_bars(facts),
-            reliability=_reliability_diagram(facts),
+            curve=learning_curve(facts, reference),
+            agreement=agreement_curve(facts, reference),
+            reference=reference,
+            times=time_bars(facts),
+            timeline=timeline_figure(facts),
+            reliability=reliability_diagram(facts),
+            details=details,
+            scatter=selected_figure(facts, details),
+            thresholds=thresholds_figure(facts, details),
+            leaning=shares_in_words(details),
+            student_reliability=student_reliability(details.reliability),
+            mistakes=details.mistakes(MISTAKES),
+            matrix_classes=MATRIX_CLASSES,
             method_words=METHOD_WORDS,
             costs=COSTS,
             caps=caps(facts),
@@ -159,54 +171,6 @@ def _accuracy(run: RunFacts) -> str:
     return said
 
 
-# --- Numbers as people read them -----------------------------------------------------------------
-
-NARROW = "\u202f"  # A narrow space that does not break.
-
-
-def percent(share: float | None) -> str:
-    return MISSING if share is None else f"{100 * share:.1f}{NARROW}%"
-
-
-def percent_range(interval: Sequence[float] | None) -> str:
-    return MISSING if interval is None else f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}{NARROW}%"
-
-
-def count(number: float | None) -> str:
-    return MISSING if number is None else f"{number:,.0f}"
-
-
-def decimals(number: float | None, places: int = 3) -> str:
-    return MISSING if number is None else f"{number:.{places}f}"
-
-
-def money(amount: float | None, currency: str) -> str:
-    """Small sums with as many digits as it takes to tell them from nothing."""
-    if amount is None:
-        return MISSING
-    return f"{amount:,.2f}{NARROW}{currency}" if not 0 < amount < 0.1 else f"{amount:.2g}{NARROW}{currency}"
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return MISSING
-    if seconds < 59.5:
-        return f"{seconds:.3g}{NARROW}s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}{NARROW}h {minutes}{NARROW}min" if hours else f"{minutes}{NARROW}min {rest}{NARROW}s"
-
-
-def shorten(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= SAMPLE_CHARS else text[:SAMPLE_CHARS].rstrip() + "…"
-
-
-def markdown(text: str) -> str:
-    """A name as plain text in Markdown, in tables too."""
-    return re.sub(r"([\\`*_{}\[\]<>#|&])", r"\\\1", " ".join(text.split()))
-
-
 def page_environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("llkd_ray"),
@@ -240,150 +204,3 @@ def _round_columns(run: RunFacts) -> list[tuple[str, list[str]]]:
         if any(line.get(key) is not None for line in run.rounds)
     ]
     return [*columns, ("Time", [duration(sum(phase_seconds(line).values())) for line in run.rounds])]
-
-
-# --- Figures -------------------------------------------------------------------------------------
-
-
-def _axes() -> tuple[Figure, Axes]:
-    # A Figure of its own, not pyplot's: nothing is registered globally and no display is needed.
-    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def svg_element(figure: Figure, prefix: str, description: str) -> Markup:
-    """The figure as an <svg> element that takes the width it is given."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Names of elements must differ between the figures of a page, and be the same on every rendering.
-    ids = {old: f"{prefix}-{n}" for n, old in enumerate(re.findall(r'\bid="([^"]+)"', svg))}
-    svg = re.sub(r'(\bid="|#)([^"\s;)]+)(?=["\)])', lambda m: m[1] + ids.get(m[2], m[2]), svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    label = Markup(' role="img" aria-label="{}"').format(description)
-    return Markup(svg.replace("<svg", f"<svg{label}", 1))
-
-
-def _curve(axes: Axes, run: RunFacts, key: str, name: str, colour: str) -> str:
-    """Draw one measure against the texts trained on, and say in words how it went; '' if unknown."""
-    points = [
-        (line["trained"], line[key])
-        for line in run.rounds
-        if line.get("trained") is not None and line.get(key) is not None
-    ]
-    if not points:
-        return ""
-    axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4.5, label=name)
-    (first_x, first), (last_x, last) = points[0], points[-1]
-    start = f"from {percent(first)} after {count(first_x)} texts to " if len(points) > 1 else ""
-    return f"{name}: {start}{percent(last)} after {count(last_x)} texts."
-
-
-def _finish_curve(figure: Figure, axes: Axes, run: RunFacts, prefix: str, said: Sequence[str]) -> Markup:
-    axes.set_xlabel("texts trained on")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 4):g}{NARROW}%")
-    axes.xaxis.set_major_formatter(lambda value, _: count(value))
-    _tick_at(axes, run, "trained", at_most=6)
-    axes.margins(x=0.06, y=0.12)
-    figure.legend(loc="outside upper left", ncols=2, **LEGEND)
-    return svg_element(figure, prefix, " ".join(part for part in said if part))
-
-
-def _tick_at(axes: Axes, run: RunFacts, key: str, at_most: int) -> None:
-    """Ticks where the rounds are, or at round numbers where they are too many."""
-    places = [line[key] for line in run.rounds if line.get(key) is not None]
-    if len(places) <= at_most:
-        axes.set_xticks(places)
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=at_most, integer=True))
-
-
-def _learning_curve(run: RunFacts) -> Markup | None:
-    figure, axes = _axes()
-    said = []
-    for key, name, colour in (
-        ("accuracy", "Student's accuracy", ACCURACY_COLOUR),
-        ("macro_f1", "Student's macro-F1", F1_COLOUR),
-    ):
-        said.append(_curve(axes, run, key, name, colour))
-        if said[-1] and (level := run.teacher[key]) is not None:
-            teachers = name.replace("Student", "Teacher")
-            axes.axhline(level, color=colour, linestyle="--", linewidth=1.2, label=teachers)
-            said.append(f"{teachers}: {percent(level)}.")
-    return _finish_curve(figure, axes, run, "curve", said) if any(said) else None
-
-
-def _agreement_curve(run: RunFacts) -> Markup | None:
-    figure, axes = _axes()
-    said = _curve(axes, run, "teacher_agreement", "Same answer as the teacher", AGREEMENT_COLOUR)
-    return _finish_curve(figure, axes, run, "agreement", [said]) if said else None
-
-
-def _time_bars(run: RunFacts) -> Markup | None:
-    spent = [phase_seconds(line) for line in run.rounds]
-    if not any(sum(one.values()) for one in spent):
-        return None
-    figure, axes = _axes()
-    rounds = [line["round"] for line in run.rounds]
-    below = np.zeros(len(rounds))
-    for phase in PHASES:
-        height = np.array([one[phase] for one in spent])
-        if height.any():
-            axes.bar(rounds, height, 0.7, bottom=below, color=PHASE_COLOURS[phase], label=phase)
-            below += height
-    axes.set_xlabel("round")
-    axes.set_ylabel("seconds")
-    _tick_at(axes, run, "round", at_most=12)
-    axes.set_xlim(rounds[0] - 1, rounds[-1] + 1)
-    figure.legend(loc="outside upper left", ncols=6, **LEGEND)
-    totals = ", ".join(f"{phase} {duration(sum(one[phase] for one in spent))}" for phase in PHASES)
-    return svg_element(figure, "time", f"Time of each phase, over all rounds: {totals}.")
-
-
-def _reliability_diagram(run: RunFacts) -> Markup | None:
-    """Accuracy against confidence in bins (Guo et al. 2017, fig. 1), as points whose area is the texts."""
-    quality = run.teacher["quality"]
-    if not quality:
-        return None
-    figure, axes = _axes()
-    figure.set_size_inches(4.8, 4.2)
-    axes.grid(axis="x", color="#e4e4e4", linewidth=0.8)
-    axes.plot([0, 1], [0, 1], color="#777777", linewidth=1.2, linestyle="--", label="as sure as right")
-    said = []
-    for key, name, colour, marker in (
-        ("raw", "as it answers", F1_COLOUR, "s"),
-        ("used", "as it is used", ACCURACY_COLOUR, "o"),
-    ):
-        if key == "raw" and not is_changed(run):
-            continue
-        filled = [one for one in quality[key]["reliability"] if one["texts"]]
-        sure, right, texts = (
-            np.array([one[k] for one in filled]) for k in ("confidence", "accuracy", "texts")
-        )
-        axes.plot(sure, right, color=colour, linewidth=1, alpha=0.6)
-        area = 12 + 260 * texts / texts.sum()
-        axes.scatter(sure, right, area, color=colour, marker=marker, alpha=0.75, linewidths=0, label=name)
-        mean = float((texts * sure).sum() / texts.sum())
-        said.append(f"{name}: sure of {percent(mean)} and right on {percent(quality[key]['accuracy'])}")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{round(100 * value):d}{NARROW}%")
-    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.03), ylim=(0, 1.03))
-    legend = figure.legend(loc="outside upper left", ncols=3, **LEGEND)
-    for handle in legend.legend_handles:
-        if isinstance(handle, PathCollection):
-            handle.set_sizes([36])
-    bins = len(quality["used"]["reliability"])
-    words = f"Accuracy against confidence in {bins} bins. On average, {'; '.join(said)}."
-    return svg_element(figure, "reliability", words)
-
-
-def is_changed(run: RunFacts) -> bool:
-    """Whether the teacher's answers are used otherwise than they were given."""
-    return run.teacher["quality"]["method"] not in ("raw", "votes")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
 
-from llkd_ray.answers import TeacherDown
+from llkd_ray.answers import TeacherDown, Usage
 from llkd_ray.cluster import Background
 from llkd_ray.config import Config, ConfigError
 from llkd_ray.console import Display
+from llkd_ray.gauges import Gauges
+from llkd_ray.pace import Pace
 from llkd_ray.schedule import Schedule
 from llkd_ray.selector import start_selector
 from llkd_ray.session import Session
 from llkd_ray.snapshot import drop_all
+from llkd_ray.standing import Standing, budget_left, seconds_left
 from llkd_ray.store import LABELS_DIR, RunStore, ticket_of
 from llkd_ray.teacher import spare_tickets, start_stream
 from llkd_ray.training import start_training
@@ -37,12 +41,16 @@ class Run:
         schedule: Schedule,
         display: Display,
         over: bool = False,
+        lines: Sequence[dict[str, Any]] = (),
     ):
-        """``over``: no more rounds are to come."""
+        """``over``: no more rounds are to come; ``lines``: the metrics of the rounds so far, as they come."""
         self.config, self.store, self.session = config, store, session
         self.schedule, self.display, self.over = schedule, display, over
         self.teacher: Background | None = None
         self.student: Background | None = None
+        self.lines = lines
+        self.pace = Pace()
+        self.gauges = Gauges(store.root.rpartition("/")[2] if store else "")
         self._asked: list[int] | None = None
         self._said: set[str] = set()
 
@@ -101,10 +109,44 @@ class Run:
             raise TeacherDown("the label file of a ticket that was done is damaged")
         if stats["trouble"]:
             raise TeacherDown(stats["trouble"])
-        self.display.update(
-            f"labelled {stats['labelled']} of {self.schedule.labels + self.schedule.holdout}, "
-            f"trained on {stats['trained']} of {self.schedule.train}; {stats['note'] or 'starting'}"
+        self._show(stats)
+
+    def _show(self, stats: dict[str, Any]) -> None:
+        """Tell the display, and Ray's metrics, where the run stands."""
+        now = time.monotonic()
+        self.pace.note(now, stats["labelled"], stats["teacher_tokens"])
+        labels_a_second, tokens_a_second = self.pace.rates()
+        rounds = self.schedule.rounds
+        standing = Standing(
+            labelled=stats["labelled"],
+            to_label=self.schedule.labels + self.schedule.holdout,
+            trained=stats["trained"],
+            to_train=self.schedule.train,
+            labels_a_second=labels_a_second,
+            tokens=stats["teacher_tokens"],
+            tokens_a_second=tokens_a_second,
+            round_number=min(len(self.lines), rounds - 1),
+            rounds=rounds,
+            note=stats["note"],
+            last=self.lines[-1] if self.lines else {},
+            seconds_left=seconds_left(self.lines, rounds, self.pace.in_round(now)),
+            budget_left=self._budget_left(stats["usage"]),
         )
+        self.gauges.show(standing.numbers())
+        self.display.update(standing.line(), standing.rows())
+
+    def _budget_left(self, usage: dict[str, dict[str, Any]]) -> str:
+        cap = self.config.budget.cap
+        if cap.is_off:
+            return ""
+        members = dict(self.config.teacher.members())
+        used = {name: Usage(**one) for name, one in usage.items()}
+        spent = {
+            "texts": float(sum(one.texts for one in used.values())),
+            "tokens": float(sum(one.tokens for one in used.values())),
+            "cost": float(sum(one.cost(members[name].price) for name, one in used.items())),
+        }
+        return budget_left(cap.model_dump(), spent, next(iter(members.values())).price.currency)
 
 
 def open_tickets(store: RunStore, schedule: Schedule, over: bool) -> list[int]:

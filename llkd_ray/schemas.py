@@ -68,6 +68,19 @@ SCORES = pa.schema(
     ]
 )
 
+# Some of what a round could choose from, to be looked at: as it was just before the choice, with whether it
+# was chosen. ``confidence`` is the teacher's; the student's signals are nan where it had not looked.
+GLANCE = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("label", pa.int16(), nullable=False),
+        pa.field("confidence", pa.float32(), nullable=False),
+        pa.field("uncertainty", pa.float32(), nullable=False),
+        pa.field("support", pa.float16(), nullable=False),
+        pa.field("selected", pa.bool_(), nullable=False),
+    ]
+)
+
 # The student's answers on the rows it is evaluated on, after a round.
 PREDICTIONS = pa.schema(
     [

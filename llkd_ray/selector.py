@@ -24,6 +24,7 @@ from llkd_ray.answers import Usage
 from llkd_ray.audit_answers import AuditAnswers
 from llkd_ray.batches import batch_of
 from llkd_ray.config import Config
+from llkd_ray.glance import GLANCE, take_glance
 from llkd_ray.intake import Intake
 from llkd_ray.label_files import TicketLabels, read_all, read_lost_usage
 from llkd_ray.leases import Leases
@@ -248,8 +249,10 @@ class Selector:
             selection = self._selection(round_number)
             n = self.schedule.train_target(round_number) - self.table.count_trained()
             chosen = selection.choose(n)
+            before = self.schedule.tickets_before(round_number)
+            labelled_C = self.table.labelled_of_class(before)
             prior_C = target_prior(
-                self.table.labelled_of_class(self.schedule.tickets_before(round_number)),
+                labelled_C,
                 self.config.selection.prior,
                 self.policy.prior,
                 self.config.labels.known_prior,
@@ -264,8 +267,12 @@ class Selector:
                 "candidates": chosen.candidates,
                 "staleness": selection.staleness(chosen.row_M),
                 "prior": None if prior_C is None else prior_C.tolist(),
+                "labelled_of_class": labelled_C.tolist(),
+                "thresholds": chosen.thresholds and {k: v.tolist() for k, v in chosen.thresholds.items()},
                 "seconds": time.monotonic() - began,
             }
+            glance = take_glance(self.table, before, chosen.candidates, chosen.row_M)
+            self.store.write_table(round_file(round_number, GLANCE), glance)
             self.state.note_selected(round_number, batch, facts)
             await self._notify()
         return self.state.selected[round_number]

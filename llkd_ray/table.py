@@ -225,6 +225,16 @@ class ScoreTable:
         may_be_chosen = self._may_be_chosen(tickets_below)
         return Chunked(lambda: map(self._candidates, self._chunks(may_be_chosen, self.n_pool)))
 
+    def glance(self, tickets_below: int, step: int) -> Candidates:
+        """Those of :meth:`candidates` that are among every ``step``-th row of the pool."""
+        row_N = np.arange(0, self.n_pool, step)
+        labelled_N = (self.label[row_N] != NONE) & (self.ticket[row_N] < tickets_below)
+        return self.look_up(row_N[labelled_N & (self.trained[row_N] == NONE)])
+
+    def look_up(self, row_M: Ints) -> Candidates:
+        """What is known of some rows that have a label."""
+        return self._candidates(row_M)
+
     def labelled_of_class(self, tickets_below: int) -> Ints:
         """int64[C]: pool texts of each pseudo-class, of the tickets below a number."""
         count_C = np.zeros(self.n_classes, dtype=np.int64)

@@ -87,7 +87,7 @@ def teacher_quality(
         "brier": float(np.square(p_NC - np.eye(p_NC.shape[1])[gold_N]).sum(axis=1).mean()),
         "auroc": None if one_sided else float(roc_auc_score(correct_N, confidence_N)),
         "by_decile": [_part(confidence_N[i], correct_N[i]) for i in surest_first(confidence_N, DECILES)],
-        "reliability": _reliability(confidence_N, correct_N),
+        "reliability": reliability(confidence_N, correct_N),
         "per_class": _per_class(gold_N, predicted_N, confidence_N, p_NC.shape[1]),
     }
 
@@ -132,7 +132,8 @@ def _part(confidence_N: Floats, correct_N: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _reliability(confidence_N: Floats, correct_N: np.ndarray) -> list[dict[str, Any]]:
+def reliability(confidence_N: Floats, correct_N: np.ndarray) -> list[dict[str, Any]]:
+    """Texts, accuracy and mean confidence of ``BINS`` equal bins of confidence."""
     bin_N = confidence_bins(confidence_N, BINS)
     return [_part(confidence_N[bin_N == m], correct_N[bin_N == m]) for m in range(BINS)]
 

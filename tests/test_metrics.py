@@ -10,6 +10,9 @@ import pytest
 from toys import make_config, put_label_file
 
 from llkd_ray import schemas
+from llkd_ray.facts import INSIGHT
+from llkd_ray.glance import GLANCE
+from llkd_ray.insight import write_insight
 from llkd_ray.metrics import Measure
 from llkd_ray.schedule import Schedule
 from llkd_ray.store import (
@@ -207,3 +210,54 @@ class TestTeacher:
 
     def test_has_not_labelled_the_test_set(self, run):
         assert run.measure().teacher(np.random.default_rng(0)) is None
+
+
+class TestInsight:
+    def insight(self, run):
+        write_insight(run.store, run.measure(), last=0)
+        return run.store.read_json(INSIGHT)
+
+    def test_mistakes_and_bins_are_those_of_the_test_texts_with_gold(self, run):
+        found = self.insight(run)
+        # Gold 0 1 1 0, answered 0 0 1 1 … as the fixture says: each pair with its count.
+        pairs = {(gold, answer): n for gold, answer, n in found["confusion"]}
+        assert sum(pairs.values()) == 4
+        right = sum(n for (gold, answer), n in pairs.items() if gold == answer)
+        assert right / 4 == run.measure().round(0)["accuracy"]
+        assert sum(one["texts"] for one in found["reliability"]) == 4
+
+    def test_disagreements_are_of_texts_nobody_trained_on_and_name_both(self, run):
+        found = self.insight(run)["disagreements"]
+        assert found
+        for one in found:
+            assert one["student"] != one["teacher"]
+            assert int(one["text"].removeprefix("text ")) in [*HOLDOUT, *range(N_POOL, N_POOL + 5)]
+        sure = [min(one["student_confidence"], one["teacher_confidence"]) for one in found]
+        assert sure == sorted(sure, reverse=True)
+
+    def test_without_gold_it_says_nothing_of_mistakes(self, tmp_path):
+        made = HandMade(tmp_path / "run", test_gold=[-1, -1])
+        made.label(0, HOLDOUT, one_sure([0, 0, 1, 1]))
+        made.predict(0, ([*HOLDOUT, 40, 41], one_sure([0, 0, 1, 1, 0, 1])))
+        found = self.insight(made)
+        assert found["confusion"] is found["reliability"] is found["pool_gold"] is None
+        assert found["disagreements"] == found["useful"] == found["doubtful"] == []
+
+    def test_gold_of_the_pool_is_counted_as_far_as_it_is_known(self, tmp_path):
+        made = HandMade(tmp_path / "run", pool_gold=[0] * 10 + [1] * 5 + [-1] * 25)
+        made.label(0, HOLDOUT, one_sure([0, 0, 1, 1]))
+        made.predict(0, (HOLDOUT, one_sure([0, 0, 1, 1])))
+        assert self.insight(made)["pool_gold"] == [10, 5]
+
+    def test_what_to_read_comes_from_the_glances_each_text_once(self, run):
+        for k, unsure in ((0, [np.nan] * 4), (1, [0.9, 0.1, 0.8, 0.2])):
+            columns = [[10, 11, 12, 13], [0, 1, 0, 1], [0.9, 0.8, 0.3, 0.2], unsure, [0.5] * 4]
+            columns.append([True, True, False, True])
+            arrays = [pa.array(x, field.type) for x, field in zip(columns, schemas.GLANCE, strict=True)]
+            run.store.write_table(round_file(k, GLANCE), pa.Table.from_arrays(arrays, schema=schemas.GLANCE))
+        run.store.write_bytes(round_file(1, TRAINED), run.store.read_bytes(round_file(0, TRAINED)))
+        write_insight(run.store, run.measure(), last=0)
+        first = run.store.read_json(INSIGHT)
+        assert first["useful"] == [], "in round 0 the student had not looked"
+        assert [one["text"] for one in first["doubtful"]] == ["text 13", "text 12", "text 11", "text 10"]
+        assert first["doubtful"][0]["uncertainty"] is None

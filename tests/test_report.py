@@ -13,10 +13,11 @@ from llkd_ray.audit_answers import ESTIMATE
 from llkd_ray.confidence import Calibrator
 from llkd_ray.config import parse_config
 from llkd_ray.facts import SUMMARY, read_facts
-from llkd_ray.report import count, duration, model_card, money, percent, shorten, write_report
+from llkd_ray.report import model_card, write_report
 from llkd_ray.settings import dump_config
 from llkd_ray.store import CONFIG, EXAMPLES_INDEX, MANIFEST, QUARANTINE_DIR, SELECTED, RunStore, round_file
 from llkd_ray.teacher_quality import quality_of
+from llkd_ray.words import count, duration, money, percent, shorten
 
 LABELS = ("billing", "delivery", "returns", "praise", "account")
 TEXTS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,24 +23,26 @@ class Listener:
     def say(self, line: str) -> None:
         self.said.append(line)
 
-    def update(self, line: str) -> None:
-        pass
+    def update(self, line: str, rows: Sequence[tuple[str, str]] = ()) -> None:
+        self.shown = line, dict(rows)
 
 
 @pytest.fixture
 def stats(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the selector says."""
     monkeypatch.setattr(run_module.ray, "get", lambda answer: answer)
-    return {"trouble": None, "put_aside": [], "damaged": [], "labelled": 0, "trained": 0, "note": ""}
+    counts = {"labelled": 0, "trained": 0, "teacher_tokens": 0, "usage": {}}
+    return {"trouble": None, "put_aside": [], "damaged": [], "note": "", **counts}
 
 
 @pytest.fixture
 def run(stats: dict[str, Any]) -> Run:
     """A run that has asked for tickets 1 and 2."""
-    schedule = SimpleNamespace(labels=10, holdout=2, train=5)
+    schedule = SimpleNamespace(labels=10, holdout=2, train=5, rounds=4)
     session = SimpleNamespace(check=lambda: None)
     made: Any = Run(make_config(), None, session, schedule, Listener())  # type: ignore[arg-type]
     made.selector = SimpleNamespace(stats=SimpleNamespace(remote=lambda: stats))
+    made.gauges = SimpleNamespace(show=lambda numbers: None)
     made._asked = [1, 2]
     return made
 
@@ -63,3 +66,24 @@ def test_before_tickets_are_known_damage_is_what_they_are_made_from(run, stats):
     run._asked = None
     stats |= {"put_aside": ["labels/ticket-00000000.parquet cannot be read"], "damaged": [0]}
     run._check()
+
+
+def test_what_the_cap_still_allows_is_shown(run, stats):
+    usage = {"texts": 4, "prompt_tokens": 90, "answer_tokens": 4}
+    run.config = make_config(budget={"cap": {"texts": 10, "tokens": 100}})
+    run.lines = [{"round": 0, "loss": 0.5, "macro_f1": 0.612, "seconds": {"train": 30.0, "idle": None}}]
+    stats |= {
+        "labelled": 4,
+        "trained": 2,
+        "teacher_tokens": 94,
+        "note": "training",
+        "usage": {"teacher": usage},
+    }
+    run._check()
+    line, rows = run.display.shown
+    assert line == (
+        "labelled 4 of 12, trained on 2 of 5; training; left: 6 texts, 6 tokens; about 1 min 30 s to go"
+    )
+    assert rows["round"] == "1 (2 of 4): training"
+    assert rows["student"].endswith("last round: loss 0.500, macro-F1 61.2 %")
+    assert rows["budget"] == "6 texts, 6 tokens left"
