@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -219,14 +220,22 @@ def timeline_figure(run: RunFacts) -> Markup | None:
     """Labels as they came in above, what the student did below, on one line of time."""
     if not any(line.get("pace") for line in run.rounds):
         return None
-    start, moments, spans = 0.0, [(0.0, 0.0)], []
+    start, done = 0.0, 0.0
+    moments, spans = [(0.0, 0.0)], []
     for line in run.rounds:
-        moments += [(start + seconds, labelled) for seconds, labelled in line.get("pace") or []]
+        pace = line.get("pace") or []
+        moments += [(start + seconds, done) for seconds, _ in pace[:1]]
+        # Within a round only: what a driver that goes on finds at its begin is no work of this moment.
+        for (_, before), (seconds, labelled) in pairwise(pace):
+            done += max(0.0, labelled - before)
+            moments.append((start + seconds, done))
         at = start
         for phase, seconds in _in_order(phase_seconds(line)):
             spans.append((phase, at, seconds))
             at += seconds
         start = at
+    if not start:
+        return None
     scale, unit = (60.0, "minutes") if start >= 180 else (1.0, "seconds")
     figure = new_figure(4.8, 3.4)
     teacher, student = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
@@ -257,8 +266,7 @@ def _in_order(spent: dict[str, float]) -> list[tuple[str, float]]:
 def _labels_a_second(axes: Axes, moments: Sequence[tuple[float, float]], end: float, scale: float) -> None:
     edges = np.linspace(0, end, LABELLED_BINS + 1)
     seconds, labelled = np.array(moments).T
-    # A driver that goes on begins with what is there already, which is no work of this moment.
-    reached = np.interp(edges, seconds, np.maximum.accumulate(labelled))
+    reached = np.interp(edges, seconds, labelled)
     rate = np.diff(reached) / np.diff(edges)
     axes.stairs(rate, edges / scale, fill=True, color=BLUE, alpha=0.85)
     axes.set_ylabel("labels\na second", fontsize=9)

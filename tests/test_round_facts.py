@@ -130,6 +130,15 @@ def test_points_are_few_however_many_there_are(store):
     assert all(0 < glance.selected_N.mean() < 1 for glance in details.glances)
 
 
+def test_labels_that_an_earlier_driver_brought_are_no_work_of_the_next(tmp_path):
+    store = make_run(tmp_path / "run", rounds=2)
+    for line, pace in zip(
+        store.read_metrics(), ([[0.2, 0], [9.0, 600]], [[0.2, 900], [8.0, 950]]), strict=True
+    ):
+        store.append_metrics(line | {"pace": pace})
+    assert "650 texts were labelled" in words_of(render(store))[2]
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("sure", [0.3, 0.999999])
 def test_many_rounds_and_classes_keep_the_page_small(tmp_path, sure):

@@ -74,7 +74,21 @@ def test_a_run_from_corpus_to_model(toy_settings, tmp_path):
         for text, gold in zip(texts["text"].to_pylist(), texts["gold"].to_pylist(), strict=True)
     )
     assert right >= 10
-    assert "<html" in (run_dir / "report.html").read_text()
+    # What is there to be looked at agrees with what was done.
+    glances = [pq.read_table(file) for file in sorted(run_dir.glob("rounds/*/glance.parquet"))]
+    for batch, glance in zip(batches, glances, strict=True):
+        chosen = glance["row"].to_numpy()[glance["selected"].to_numpy()]
+        assert set(chosen) == set(batch["row"].to_pylist())
+    assert np.isnan(glances[0]["uncertainty"].to_numpy()).all()
+    assert not np.isnan(glances[2]["uncertainty"].to_numpy()).any()
+    assert [line["pace"][-1][1] for line in lines] == sorted(line["pace"][-1][1] for line in lines)
+    assert lines[-1]["pace"][-1][1] <= summary["labelled"]
+    insight = json.loads((run_dir / "insight.json").read_text())
+    assert sum(n for *_, n in insight["confusion"]) == 120
+    assert sum(insight["pool_gold"]) == 600
+    page = (run_dir / "report.html").read_text()
+    for title in ("What was selected", "Where the student errs", "Most useful", "Class balance"):
+        assert title in page
 
     # A finished run that is resumed asks, selects and trains nothing again.
     before = {
