@@ -15,15 +15,16 @@ import argparse
 import logging
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pairs import HEADER, in_turns, ratio_line
 
 BATCH = 32
 LABELS = 5
@@ -136,15 +137,12 @@ def our_job(
     return time.perf_counter() - began, pq.read_table(corpus).num_rows / rate
 
 
-def row(title: str, n: int, theirs: list[Seconds], ours: list[Seconds], second: str) -> str:
-    """A line of the table, of either clock."""
-    cells = []
-    for clock in range(2):
-        ratios = sorted(t[clock] / o[clock] for t, o in zip(theirs, ours, strict=True))
-        rates = [n / statistics.median(one[clock] for one in them) for them in (theirs, ours)]
-        ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
-        cells.append(f"{rates[0]:.0f} | {rates[1]:.0f} | {ratio}")
-    return f"| {title} | {cells[0]} |\n| {title}, {second} | {cells[1]} |"
+def rows(title: str, n: int, pairs: list[tuple[Seconds, Seconds]], second: str) -> list[str]:
+    """Two lines of the table, one of either clock."""
+    return [
+        ratio_line(name, [(n / ours[clock], n / theirs[clock]) for ours, theirs in pairs], "texts/s")
+        for clock, name in enumerate((title, f"{title}, {second}"))
+    ]
 
 
 def compare_models(options: argparse.Namespace, folder: str, texts: list[str]) -> list[str]:
@@ -153,47 +151,39 @@ def compare_models(options: argparse.Namespace, folder: str, texts: list[str]) -
         dtype: our_model(folder, texts, options.max_tokens, dtype, options.batch_tokens)
         for dtype in options.dtypes
     }
-    runs = {"theirs": theirs, **ours}
-    for work in runs.values():
-        timed(work)
-    found: dict[str, list[Seconds]] = {name: [] for name in runs}
-    for number in range(options.pairs):
-        for name, work in runs.items():
-            found[name].append(timed(work))
-            print(
-                f"pair {number}: {name} {found[name][-1][0]:.1f} s, {found[name][-1][1]:.1f} s of processor"
-            )
-    return [
-        row(f"one model, {dtype}", len(texts), found["theirs"], found[dtype], "per processor second")
-        for dtype in options.dtypes
-    ]
+    for work in (theirs, *ours.values()):
+        work()
+    lines = []
+    for dtype, work in ours.items():
+        pairs = in_turns(partial(timed, work), partial(timed, theirs), options.pairs)
+        lines += rows(f"one model, {dtype}", len(texts), pairs, "per processor second")
+    return lines
 
 
 def compare_jobs(options: argparse.Namespace, folder: str, texts: list[str], place: str) -> list[str]:
     import ray
 
     # A file for each batch: of one small file, read_parquet makes one block, which one actor would have.
-    rows = min(1000, -(-len(texts) // (4 * options.cpus)))
+    rows_a_file = min(1000, -(-len(texts) // (4 * options.cpus)))
     corpus = f"{place}/corpus"
     os.mkdir(corpus)
-    for start in range(0, len(texts), rows):
-        part = pa.table({"text": texts[start : start + rows]})
+    for start in range(0, len(texts), rows_a_file):
+        part = pa.table({"text": texts[start : start + rows_a_file]})
         pq.write_table(part, f"{corpus}/{start:08d}.parquet")
     ray.data.DataContext.get_current().enable_progress_bars = False
     ray.init(num_cpus=options.cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    dtype, theirs, ours = options.dtypes[-1], [], []
+    dtype = options.dtypes[-1]
     flags = {
         "dtype": dtype,
         "batch_tokens": options.batch_tokens,
         "workers": (options.cpus,) * 2,
         "threads": 1,
     }
-    for number in range(options.pairs):
-        theirs.append(plain_job(folder, corpus, options.max_tokens, options.cpus, rows))
-        ours.append(our_job(folder, corpus, options.max_tokens, rows, flags))
-        print(f"pair {number}: theirs {theirs[-1]}, ours {ours[-1]}", flush=True)
+    ours = partial(our_job, folder, corpus, options.max_tokens, rows_a_file, flags)
+    theirs = partial(plain_job, folder, corpus, options.max_tokens, options.cpus, rows_a_file)
+    pairs = in_turns(ours, theirs, options.pairs)
     ray.shutdown()
-    return [row(f"whole job, {dtype}", len(texts), theirs, ours, "behind the start")]
+    return rows(f"whole job, {dtype}", len(texts), pairs, "behind the start")
 
 
 def main() -> None:
@@ -217,7 +207,7 @@ def main() -> None:
         f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )
-    lines = ["| | theirs, texts/s | ours, texts/s | ratio, median of pairs |", "|---|---|---|---|"]
+    lines = [HEADER]
     with tempfile.TemporaryDirectory() as place:
         folder = make_classifier(f"{place}/model")
         texts = make_texts(max(options.texts, options.job_texts), folder, seed=0)

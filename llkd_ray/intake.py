@@ -37,6 +37,8 @@ class Intake:
         self.unasked = 0
         self.calibrator = read_calibrator(store, config)
         self._waiting: dict[int, TicketLabels] = {}
+        self._n_to_fit_on = 0
+        """How many of those that wait the calibrator is fitted on."""
 
     def take(self, ticket: int, labels: TicketLabels) -> int:
         """Note a ticket's labels, whose file is in place, now or when the calibrator is fitted; a second time
@@ -49,7 +51,9 @@ class Intake:
         if self.calibrator is not None:
             return self._note(ticket, labels)
         self._waiting[ticket] = labels
-        if not set(self._fitted_on()) <= self._waiting.keys():
+        fitted_on = self._fitted_on()
+        self._n_to_fit_on += ticket in fitted_on
+        if self._n_to_fit_on < len(fitted_on):
             return 0
         self.calibrator = self._fit()
         self.store.write_json(CALIBRATION, self.calibrator.as_dict())

@@ -32,6 +32,8 @@ class Leases:
         self.policy = ACQUISITION[config.acquisition.policy]
         self.rows: dict[int, Ints] = {}
         """int64[M] of each ticket that is planned."""
+        self._planned = 0
+        """All rounds below this one are planned."""
         self._note_fixed(draw_holdout(config, examples, schedule), examples.test_rows)
         self._restore()
 
@@ -42,8 +44,9 @@ class Leases:
                 self._plan_review(ticket)
             else:
                 # In order, so that what a round reads does not depend on which ticket asks first.
-                for k in range(self.schedule.round_of(ticket) + 1):
+                for k in range(self._planned, self.schedule.round_of(ticket) + 1):
                     self._plan_round(k)
+                    self._planned = k + 1
         return self.rows[ticket]
 
     def empty_reviews(self) -> list[int]:

@@ -6,6 +6,7 @@ What is known against the truth (gold) and what is known against the teacher are
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -97,8 +98,16 @@ class Measure:
 
     def gold(self, row_N: Ints) -> tuple[np.ndarray, Ints]:
         """bool[N]: where a test row's gold is known, and int[N]: the gold, -1 elsewhere."""
-        gold_N = self.examples.read(row_N, ["gold"])["gold"].to_numpy().astype(np.int64)
-        return (gold_N >= 0) & (row_N >= self.examples.n_pool), gold_N
+        gold_N = np.full(row_N.size, -1, dtype=np.int64)
+        is_test_N = row_N >= self.examples.n_pool
+        gold_N[is_test_N] = self._gold_of_test[row_N[is_test_N] - self.examples.n_pool]
+        return gold_N >= 0, gold_N
+
+    @cached_property
+    def _gold_of_test(self) -> Ints:
+        """int64[n_test]: the same in every round."""
+        gold = self.examples.read(self.examples.test_rows, ["gold"])["gold"]
+        return gold.to_numpy().astype(np.int64)
 
     def _against_gold(self, row_N: Ints, p_NC: Floats) -> dict[str, Any] | None:
         known, gold_N = self.gold(row_N)
@@ -118,9 +127,14 @@ class Measure:
         return calibrator
 
     def _teacher_agreement(self, row_N: Ints, p_NC: Floats) -> float | None:
-        teacher_row, p_teacher = self.teacher_opinion(self.schedule.holdout_tickets)
+        teacher_row, p_teacher = self._teacher_on_holdout
         both, mine, theirs = np.intersect1d(row_N, teacher_row, return_indices=True)
         return agreement(p_NC[mine], p_teacher[theirs]) if both.size else None
+
+    @cached_property
+    def _teacher_on_holdout(self) -> tuple[Ints, Floats]:
+        """Labelled before the first round is selected, and then for good."""
+        return self.teacher_opinion(self.schedule.holdout_tickets)
 
     def teacher_opinion(self, tickets: Iterable[int]) -> tuple[Ints, Floats]:
         """int64[N], float[N, C]: the rows of some tickets, and the teacher's answers as they are used."""

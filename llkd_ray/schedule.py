@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -125,7 +126,7 @@ class Schedule:
         """The first round that may choose from the rows of a ticket of the pool, or by a review."""
         if ticket in self.review_tickets:
             return ticket - self.review_tickets.start + 1
-        return next(k for k in range(self.rounds) if ticket < self.tickets_before(k))
+        return bisect_right(range(self.rounds), ticket, key=self.tickets_before)
 
     def ticket_rows(self, ticket: int) -> int:
         """Texts of a ticket that is no review: ``lease_rows``, fewer for the last of its kind."""

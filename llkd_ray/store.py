@@ -179,9 +179,14 @@ class RunStore:
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Put one round's line at the end of metrics.jsonl; a line of the same round is replaced."""
-        kept = [old for old in self.read_metrics() if old["round"] != line["round"]]
-        lines = sorted([*kept, line], key=lambda entry: entry["round"])
-        self.write_bytes(METRICS, "".join(json.dumps(entry) + "\n" for entry in lines).encode())
+        lines = self.read_bytes(METRICS).splitlines() if self.exists(METRICS) else []
+        later: list[bytes] = []
+        # From the end, where it mostly belongs: lines of earlier rounds need not be understood.
+        while lines and (last := json.loads(lines[-1])["round"]) >= line["round"]:
+            kept = lines.pop()
+            later += [kept] if last > line["round"] else []
+        lines += [json.dumps(line).encode(), *reversed(later)]
+        self.write_bytes(METRICS, b"".join(one + b"\n" for one in lines))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, oldest round first."""

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from llkd_ray.config import ConfigError, LabelsConfig, StudentConfig
@@ -226,7 +227,19 @@ def _use_autocast(precision: str, device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported()
     cpu: Any = torch.cpu
     has_instructions = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
-    return has_instructions and bfloat16_pays(device)
+    return _all_ranks(has_instructions and bfloat16_pays(device))
+
+
+def _all_ranks(says_so: bool) -> bool:
+    """Whether all ranks say so; without ranks, whether this process does. All of them must ask.
+
+    On busy cores, measurements come out differently, and a step lasts as long as the slowest rank's.
+    """
+    if not dist.is_initialized():
+        return says_so
+    answer = torch.tensor(int(says_so))
+    dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return bool(answer)
 
 
 @functools.cache  # one answer a process: every round builds a student, and all rounds shall be alike

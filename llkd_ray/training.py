@@ -116,6 +116,8 @@ class Rank:
         self.store = RunStore(store_uri)
         self.examples = Examples.open(self.store)
         torch.set_num_threads(config.student.threads or max(1, (os.cpu_count() or 1) // self.world))
+        self.batches: dict[str, pa.Table] = {}
+        """What the last round was trained on, by its files."""
         self.facts: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.student = self._build()
@@ -144,10 +146,15 @@ class Rank:
     def train(self, k: int, files: list[str]) -> None:
         """Train on the batches that the config asks for; an empty new batch leaves the student alone."""
         began = time.monotonic()
-        tables = [self.store.read_table(file) for file in files]
         config = self.config.student
-        if len(tables[-1]):
-            data = pa.concat_tables(tables if config.replay == "all" else tables[-1:])
+        wanted = files if config.replay == "all" else files[-1:]
+        # Those of earlier rounds are at hand: a batch never changes.
+        self.batches = {
+            file: self.batches[file] if file in self.batches else self.store.read_table(file)
+            for file in wanted
+        }
+        if len(self.batches[files[-1]]):
+            data = pa.concat_tables(self.batches.values())
             # Of texts that earlier rounds trained on people may have said since what they are.
             data = AuditAnswers.of_round(self.store, k).correct(data, len(self.config.labels.names))
             if config.start == "fresh":

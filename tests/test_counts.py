@@ -6,7 +6,8 @@ Engines' starts are counted in cluster/test_vllm.py, an object store's requests 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,10 +16,15 @@ from fake_teacher import FakeLabeller
 from test_teacher import FakeSelector, leased, pass_through
 from toys import make_config, make_run
 
+from llkd_ray import schemas, training
 from llkd_ray.config import StudentConfig
-from llkd_ray.store import Examples, RunStore
-from llkd_ray.student import by_length, plan_steps
+from llkd_ray.label_files import TicketLabels
+from llkd_ray.schedule import Schedule
+from llkd_ray.selector import Selector
+from llkd_ray.store import BATCH, Examples, RunStore, list_column, round_file
+from llkd_ray.student import Batch, by_length, plan_steps
 from llkd_ray.teacher import Leaser, OnlyStage
+from llkd_ray.training import Rank
 
 LENGTHS = np.clip(np.random.default_rng(0).lognormal(np.log(40), 0.9, 4_000), 3, 128).astype(np.int64)
 """Tokens of each text, as long texts are cut."""
@@ -107,3 +113,102 @@ class TestTicket:
         opened.clear()
         pass_through(stage, leased(3, list(range(rows))))
         return Counter(name for name, _ in selector.calls), labeller.asked
+
+
+class CountedRange:
+    """Counts how often it is gone through."""
+
+    gone_through = 0
+
+    def __init__(self, stop: int) -> None:
+        self.numbers = range(stop)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __contains__(self, one: object) -> bool:
+        return one in self.numbers
+
+    def __iter__(self) -> Iterator[int]:
+        self.gone_through += 1
+        return iter(self.numbers)
+
+
+class TestSelector:
+    def test_the_calibrators_tickets_are_gone_through_once(self, tmp_path, monkeypatch):
+        """They were at every ticket that came in."""
+        n_tickets = 50
+        store = make_run(tmp_path / "run", 4 * n_tickets)
+        teacher = {"lease_rows": 4, "confidence": {"method": "batch"}}
+        sections = {"teacher": teacher, "evaluation": {"holdout": 0}, "test": None}
+        selector = Selector(make_config(**sections, budget={"rounds": 1, "train": 10}), store.root)
+        fitted_on = CountedRange(n_tickets)
+        monkeypatch.setattr(selector.intake, "_fitted_on", lambda: fitted_on)
+        p_MC = np.tile([0.2, 0.6, 0.1], (4, 1))
+        for ticket in reversed(range(n_tickets)):
+            assert selector.intake.calibrator is None
+            row_M = np.arange(4 * ticket, 4 * ticket + 4)
+            selector.intake.take(ticket, TicketLabels(row_M, p_MC, np.zeros(4), {}, 0))
+        assert selector.intake.done == set(range(n_tickets))
+        assert fitted_on.gone_through == 1
+
+    def test_the_round_of_a_ticket_is_found_in_few_looks(self, monkeypatch):
+        rounds, looks = 256, Counter()
+        config = make_config(teacher={"lease_rows": 1}, budget={"rounds": rounds, "train": rounds})
+        schedule = Schedule.plan(config, 2_000, 0)
+        tickets_before = Schedule.tickets_before
+
+        def counting(self: Schedule, k: int) -> int:
+            looks["tickets_before"] += 1
+            return tickets_before(self, k)
+
+        monkeypatch.setattr(Schedule, "tickets_before", counting)
+        assert schedule.round_of(schedule.pool_tickets[-1]) == rounds - 1
+        assert looks["tickets_before"] <= 10
+
+
+class TestRank:
+    """A rank of the student without Ray Train."""
+
+    @pytest.fixture
+    def rank(self, tmp_path, monkeypatch) -> Rank:
+        rank: Any = Rank.__new__(Rank)
+        rank.rank, rank.world, rank.store = 0, 1, RunStore(str(tmp_path))
+        rank.config, rank.batches, rank.seconds = make_config(student={"start": "warm"}), {}, {}
+        rank.student = None
+        rank.calls, rank.trained_on = [], []
+
+        def ask(method: str, *arguments: Any) -> Any:
+            rank.calls.append(method)
+            return np.arange(250) if method == "rows_to_score" else None
+
+        def train(student: object, batch: Batch, *_: object, **__: object) -> dict[str, float]:
+            rank.trained_on.append(batch.texts)
+            return {}
+
+        rank.ask = ask
+        rank._say = lambda note: None
+        rank._predict = lambda rows: np.full((rows.size, 3), 1 / 3)
+        monkeypatch.setattr(training, "train_round", train)
+        monkeypatch.setattr(training.dist, "barrier", lambda: None)
+        return rank
+
+    def test_scoring_is_a_call_a_chunk_and_two(self, rank, monkeypatch):
+        monkeypatch.setattr(training, "SCORE_CHUNK", 100)
+        rank.score(1)
+        assert rank.calls == ["rows_to_score", *["refresh"] * 3, "refresh_done"]
+
+    @pytest.mark.parametrize("replay", ["all", "new"])
+    def test_a_batch_is_read_once_and_in_one_call(self, rank, replay, opened):
+        """All batches so far were read in every round, even where the newest alone was trained on."""
+        rank.config = make_config(student={"start": "warm", "replay": replay})
+        files = []
+        for k in range(4):
+            files.append(round_file(k, BATCH))
+            columns = [[k], [f"text {k}"], [0], list_column(np.ones((1, 3)) / 3), [1.0]]
+            rank.store.write_table(files[-1], pa.table(columns, schema=schemas.ROUND))
+            rank.train(k, list(files))
+        assert opened["read_table"] == 4
+        assert rank.calls == ["target_prior"] * 4
+        numbers = [[k] if replay == "new" else list(range(k + 1)) for k in range(4)]
+        assert rank.trained_on == [[f"text {i}" for i in of_round] for of_round in numbers]

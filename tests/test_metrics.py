@@ -164,6 +164,19 @@ class TestRound:
         run.label(run.schedule.test_tickets.start, [40, 41, 42], one_sure([1, 1, 1]))
         assert run.measure().round(0) == before
 
+    def test_what_is_the_same_in_every_round_is_read_once(self, run, monkeypatch):
+        measure = run.measure()
+        first = measure.round(0)
+        read = []
+        read_table = RunStore.read_table
+        monkeypatch.setattr(
+            RunStore,
+            "read_table",
+            lambda self, file, *rest: read.append(file) or read_table(self, file, *rest),
+        )
+        assert measure.round(0) == first
+        assert len(read) == 3, "two ranks' predictions and the batch"
+
     def test_can_be_a_line_of_json(self, run):
         assert json.loads(json.dumps(run.measure().round(0)))["accuracy"] == 0.5
 

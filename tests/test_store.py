@@ -173,6 +173,16 @@ class TestMetrics:
         assert lines[-1] == ""
         assert [json.loads(line)["round"] for line in lines[:-1]] == [0, 1, 2]
 
+    def test_lines_of_earlier_rounds_are_kept_as_they_are(self, store, monkeypatch):
+        """All of them were parsed in every round: seconds a round after a thousand."""
+        for k in range(20):
+            store.append_metrics({"round": k})
+        parsed = []
+        loads = json.loads
+        monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or loads(line))
+        store.append_metrics({"round": 20})
+        assert len(parsed) == 1
+
 
 class TestNames:
     @given(st.integers(0, 10**9))

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -541,6 +542,21 @@ class TestBuild:
         monkeypatch.setattr("llkd_ray.student.bfloat16_pays", lambda device: pays)
         learner = build_student(make_config(tiny_encoder, precision="auto"), LABELS, 0, CPU)
         assert learner.autocast == (there and pays)
+
+    @pytest.mark.parametrize("others", [True, False])
+    def test_ranks_take_one_precision(self, tiny_encoder, monkeypatch, others):
+        """Of ranks that measured differently, each took its own, and steps waited for those in float32."""
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+        monkeypatch.setattr("llkd_ray.student.bfloat16_pays", lambda device: True)
+
+        def all_reduce(answer, op):
+            assert op == dist.ReduceOp.MIN
+            answer.fill_(min(int(answer), others))
+
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "all_reduce", all_reduce)
+        learner = build_student(make_config(tiny_encoder, precision="auto"), LABELS, 0, CPU)
+        assert learner.autocast == others
 
     @pytest.mark.parametrize("seconds", [{"float32": 2, "bfloat16": 1}, {"float32": 1, "bfloat16": 2}])
     def test_bf16_pays_where_it_is_faster(self, monkeypatch, seconds):
