@@ -621,3 +621,9 @@ def test_no_path_of_one_machine_is_tracked(tracked: list[Path]) -> None:
 )
 def test_local_paths_are_told_from_others(line: str, is_local: bool) -> None:
     assert bool(local_paths(line)) == is_local
+
+
+def test_test_files_have_names_of_their_own():
+    """pytest imports them by their names alone, and refuses the second of two."""
+    names = [path.name for path in sorted((ROOT / "tests").rglob("test_*.py"))]
+    assert sorted(names) == sorted(set(names))
