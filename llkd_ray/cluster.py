@@ -65,6 +65,10 @@ class Background:
     def ended(self) -> bool:
         return not self._thread.is_alive()
 
+    def wait(self, seconds: float) -> None:
+        """Return when it has ended, or after so many seconds."""
+        self._thread.join(seconds)
+
 
 def check_fit(config: Config) -> None:
     """Refuse a run that can never get its actors, which would wait for ever without a word.

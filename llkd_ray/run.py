@@ -25,6 +25,8 @@ from llkd_ray.teacher import spare_tickets, start_stream
 from llkd_ray.training import start_training
 
 POLL_S = 0.25
+STREAM_ENDS_S = 30.0
+"""How long the teachers' stream may take to end once there is no selector."""
 
 
 class Run:
@@ -64,8 +66,14 @@ class Run:
             raise
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object = None, error: BaseException | None = None, trace: object = None) -> None:
+        if error is not None:
+            # Before anything is taken down: drivers have crashed in that, and nobody knew why they ended.
+            self.display.say(f"stopping: {' '.join(str(error).split()) or type(error).__name__}")
         ray.kill(self.selector)
+        # Its callers fail now. Calls of theirs that are under way when Ray is shut down can crash the driver.
+        if self.teacher:
+            self.teacher.wait(STREAM_ENDS_S)
         drop_all(self.store)
 
     def _start_others(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ from toys import make_config
 
 from llkd_ray import run as run_module
 from llkd_ray.answers import TeacherDown
+from llkd_ray.cluster import Background
 from llkd_ray.run import Run
 
 
@@ -87,3 +90,22 @@ def test_what_the_cap_still_allows_is_shown(run, stats):
     assert rows["round"] == "1 (2 of 4): training"
     assert rows["student"].endswith("last round: loss 0.500, macro-F1 61.2 %")
     assert rows["budget"] == "6 texts, 6 tokens left"
+
+
+def test_the_reason_is_said_and_the_stream_has_ended_before_ray_is_shut_down(run, monkeypatch):
+    """What is under way then has crashed drivers in Ray's own threads."""
+    order: list[str] = []
+    killed = threading.Event()
+    monkeypatch.setattr(run_module.ray, "kill", lambda selector: killed.set())
+    monkeypatch.setattr(run_module, "drop_all", lambda store: order.append("files dropped"))
+    monkeypatch.setattr(run.display, "say", order.append)
+
+    def stream() -> None:
+        killed.wait(10)
+        time.sleep(0.1)
+        order.append("stream ended")
+
+    run.teacher = Background("stream", stream)
+    error = TeacherDown("no room\nto write labels")
+    run.__exit__(TeacherDown, error, None)
+    assert order == ["stopping: no room to write labels", "stream ended", "files dropped"]
