@@ -11,9 +11,10 @@ READS_THE_CLOCK = {
 } | {("datetime", name) for name in ("now", "today", "utcnow")}
 """Durations come from ``time.monotonic``, which no setting of the clock moves."""
 ALLOWED = {
-    "cli.py": "names a run directory",
+    "cli.py": "names the quickstart's run directories",
     "http_client.py": "a server's Retry-After may be a date",
-    "predict.py": "from the first actor to the last, for a rate that is only said",
+    "predicting.py": "from the first actor to the last, for a rate that is only said",
+    "runs.py": "names a run directory",
 }
 
 
