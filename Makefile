@@ -35,6 +35,10 @@ test: setup-dev ## Run the tests; ARGS="-k name -x" goes to pytest
 test-long: setup-dev ## Run the tests that take minutes each: more kills, pools that grow and shrink
 	@$(BIN)/python -m pytest -m long $(ARGS)
 
+.PHONY: fuzz
+fuzz: setup-dev ## Run the tests of properties on examples that they have not seen yet
+	@$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=new $(ARGS)
+
 .PHONY: lint
 lint: setup-dev ## Check style, formatting and types
 	@$(BIN)/ruff check

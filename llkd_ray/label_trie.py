@@ -50,8 +50,10 @@ class _Node:
     owner: int
     """The longest label that ``after`` begins with; -1 where it begins with none."""
     children: dict[int, _Node] = field(default_factory=dict)
-    labels: list[int] = field(default_factory=list)
-    """All labels that begin with ``after``, in label order."""
+    claimants: list[int] = field(default_factory=list)
+    """The labels that an answer which begins with ``after`` can come to: those that go on from here, and
+    the owner.
+    """
 
     @property
     def requests(self) -> int:
@@ -72,7 +74,7 @@ class LabelTrie:
 
     def __init__(self, root: _Node, depth: int) -> None:
         self._root = root
-        self.n_labels = len(root.labels)
+        self.n_labels = len(root.claimants)
         self.depth = depth
         """Tokens of the longest label: what must be left of a model's length behind a prompt."""
 
@@ -90,16 +92,17 @@ class LabelTrie:
             for token in sequences[label]:
                 is_new = token not in node.children
                 if is_new:
-                    node.children[token] = _Node(after=(*node.after, token), owner=node.owner)
+                    shorter = [node.owner] if node.owner >= 0 else []
+                    node.children[token] = _Node((*node.after, token), node.owner, claimants=shorter)
                 node = node.children[token]
                 path.append(node)
             if node is root:
                 raise ValueError(f"label {label} has no tokens: every label needs at least one")
             if not is_new:
                 raise ValueError(f"labels {node.owner} and {label} have the same tokens: {list(node.after)}")
-            node.owner = label
+            node.owner, node.claimants = label, []
             for passed in path:
-                passed.labels.append(label)
+                passed.claimants.append(label)
         if not root.children:
             raise ValueError("there are no labels: give at least one sequence of tokens")
         return cls(root, max(map(len, sequences)))
@@ -117,9 +120,10 @@ class LabelTrie:
         """Share out the answers to one text; a branch of no more mass than ``unresolved`` is not followed.
 
         The walk goes level by level, and asks for all branches of a level that matter at the same time. The
-        mass of a branch that is not followed goes to the labels below it in equal parts. So a label is no
-        further than ``unresolved`` from its true mass; one that begins others, no further than its
-        branches that were not followed hold together. That is told of all of them in ``Mass.unresolved``.
+        mass of a branch that is not followed goes in equal parts to the labels that its answers can come to:
+        those below it and the longest that it begins with. So a label is no further than ``unresolved`` from
+        its true mass; one that begins others, no further than its branches that were not followed hold
+        together. That is told of all of them in ``Mass.unresolved``.
 
         Each node is asked for once. Exceptions of ``ask`` come through as they are, and end the other
         questions. Raises ValueError where ``unresolved`` is not in [0, 1), or where ``ask`` gives what
@@ -134,7 +138,7 @@ class LabelTrie:
             needed = [branch for branch in level if branch.mass > unresolved]
             for branch in level:
                 if branch.mass <= unresolved:
-                    mass_S[branch.node.labels] += branch.mass / len(branch.node.labels)
+                    mass_S[branch.node.claimants] += branch.mass / len(branch.node.claimants)
                     left += branch.mass
             level = []
             answers = await together([_ask_all(ask, branch.node) for branch in needed])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llkd_ray.label_trie import MAX_TOKENS, LabelTrie, Mass
@@ -84,6 +84,7 @@ def test_is_exact_where_everything_is_followed(labels, seed):
 
 @settings(max_examples=60, deadline=None)
 @given(labels=label_sets, seed=st.integers(0, 1000), unresolved=st.floats(1e-4, 0.5))
+@example(labels=[(0,), (0, 1), (0, 2), (0, 3), (0, 0, 0)], seed=334, unresolved=0.5)
 def test_is_as_near_as_it_says(labels, seed, unresolved):
     model = Model(seed)
     mass = walk(labels, model, unresolved)

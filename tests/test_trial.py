@@ -10,6 +10,7 @@ import torch
 from toys import NAMES, make_config, toy_probs, toy_texts
 
 from llkd_ray import trial as trial_module
+from llkd_ray.fixed_point import to_16_bits
 from llkd_ray.signals import entropy, normalise, support
 from llkd_ray.student import predict
 from llkd_ray.trial import Labels, Texts, Trial, against_gold, finished, run_trial
@@ -295,7 +296,7 @@ class TestAcquisition:
         )
         run_trial(trial, texts, labels)
         with np.load(trial.folder / f"{trial.key(labels.digest, 0)}.npz") as first:
-            scored, uncertainty = first["scored"], entropy(first["p"])
+            scored, uncertainty = first["scored"], to_16_bits(entropy(first["p"]))  # as the table has it
             unread = ~np.isin(scored, first["read"])
         with np.load(trial.folder / f"{trial.key(labels.digest, 1)}.npz") as second:
             read = np.isin(scored, second["read"])

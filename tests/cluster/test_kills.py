@@ -173,7 +173,7 @@ def each_kill() -> Iterator[Any]:
         yield pytest.param(name, marks=[] if name in ("actors", "nodes", "head") else pytest.mark.long)
 
 
-@pytest.mark.parametrize("name", each_kill())
+@pytest.mark.parametrize("name", list(each_kill()))
 def test_a_run_survives(name, cluster, new_run, undisturbed):
     rng, blows = random.Random(name), kills(seed=0)[name]
     with CountingTeacher(SECONDS_PER_TEXT) as teacher:
