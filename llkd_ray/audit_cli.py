@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from llkd_ray.audit import Wanted
 from llkd_ray.auditing import LOOK_AT, bring_back, export
-from llkd_ray.cli import USER_MISTAKE
-from llkd_ray.config import ConfigError
 from llkd_ray.console import Display
+from llkd_ray.ending import status_of
 from llkd_ray.runs import absolute
 
 
 def audit_main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks for; returns the exit status."""
     options = audit_parser().parse_args(arguments)
-    try:
-        with Display() as display:
-            if options.what == "export":
-                wanted = Wanted(options.random, options.disagree, options.unsure)
-                export(
-                    options.run,
-                    absolute(options.out),
-                    wanted,
-                    blind=options.blind,
-                    look_at=options.look_at,
-                    say=display.say,
-                )
-            else:
-                bring_back(options.run, absolute(options.rows), replace=options.replace, say=display.say)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_MISTAKE
-    return 0
+
+    def work(display: Display) -> None:
+        if options.what == "export":
+            wanted = Wanted(options.random, options.disagree, options.unsure)
+            export(
+                options.run,
+                absolute(options.out),
+                wanted,
+                blind=options.blind,
+                look_at=options.look_at,
+                say=display.say,
+            )
+        else:
+            bring_back(options.run, absolute(options.rows), replace=options.replace, say=display.say)
+
+    return status_of(work)
 
 
 def audit_parser() -> argparse.ArgumentParser:

@@ -6,8 +6,6 @@ Shapes in names: N texts, C classes.
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from sklearn.metrics import log_loss
 
 from llkd_ray.signals import Floats, Ints, normalise
 
@@ -43,6 +41,10 @@ def fit_temperature(p_NC: Floats, gold_N: Ints) -> float:
     """
     if not gold_N.size:
         raise ValueError("gold_N is empty: a temperature needs texts with gold")
+    # A second to import, which every process of a run would wait for and one needs.
+    from scipy.optimize import minimize_scalar
+    from sklearn.metrics import log_loss
+
     classes = np.arange(p_NC.shape[1])
     fit = minimize_scalar(
         lambda log_t: log_loss(gold_N, at_temperature(p_NC, np.exp(log_t)), labels=classes),

@@ -6,35 +6,29 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llkd_ray.answers import TeacherDown
 from llkd_ray.config import Config, ConfigError, parse_config
 from llkd_ray.console import Display
+from llkd_ray.ending import TEACHER_DOWN, status_of
 from llkd_ray.plan import plan
-from llkd_ray.quickstart import prepare
 from llkd_ray.report import REPORT, write_report
 from llkd_ray.runs import Outcome, local_dir, resume, start, with_absolute_paths
 from llkd_ray.settings import apply_overrides, load_config
 from llkd_ray.store import MODEL_DIR, RunStore, join_uri
-
-USER_MISTAKE, TEACHER_DOWN = 2, 3
 
 
 def distill_main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit status."""
     options = distill_parser().parse_args(arguments)
     try:
-        with Display() as display:
-            _dispatch(options, display)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_MISTAKE
+        return status_of(partial(_dispatch, options))
     except TeacherDown as error:
         print(f"error: {error}; what is labelled is kept: go on with --resume RUN_DIR", file=sys.stderr)
         return TEACHER_DOWN
-    return 0
 
 
 def distill_parser() -> argparse.ArgumentParser:
@@ -62,6 +56,8 @@ def _dispatch(options: argparse.Namespace, display: Display) -> None:
         else:
             _finish([start(config, display)], display)
     else:
+        from llkd_ray.quickstart import prepare  # it trains a teacher: seconds to import, for this run alone
+
         settings = apply_overrides(
             prepare(Path(local_dir("runs")) / "quickstart-data", say=display.say), options.set
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from llkd_ray.api import compare
-from llkd_ray.cli import USER_MISTAKE
 from llkd_ray.comparison import load_comparison
-from llkd_ray.config import ConfigError
 from llkd_ray.console import Display
+from llkd_ray.ending import status_of
 
 FAILED, STOPPED = 1, 130
 
@@ -20,23 +20,22 @@ def compare_main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit status."""
     options = compare_parser().parse_args(arguments)
     try:
-        with Display() as display:
-            comparison = load_comparison(options.config, options.set)
-            result = compare(
-                comparison,
-                options.out or f"runs/{Path(options.config).stem.replace('_', '-')}",
-                only=options.only,
-                add=options.add,
-                report_only=options.report_only,
-                display=display,
-            )
-            return FAILED if result.errors else 0
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_MISTAKE
+        return status_of(partial(_compare, options))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return STOPPED
+
+
+def _compare(options: argparse.Namespace, display: Display) -> int:
+    result = compare(
+        load_comparison(options.config, options.set),
+        options.out or f"runs/{Path(options.config).stem.replace('_', '-')}",
+        only=options.only,
+        add=options.add,
+        report_only=options.report_only,
+        display=display,
+    )
+    return FAILED if result.errors else 0
 
 
 def compare_parser() -> argparse.ArgumentParser:

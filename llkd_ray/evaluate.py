@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from sklearn.metrics import accuracy_score, f1_score
 
 from llkd_ray.signals import confidence, normalise
 
@@ -47,6 +46,8 @@ def classification(gold_N: np.ndarray, p_NC: np.ndarray, labels: int) -> Scores:
             f"gold_N holds {gold_N.min()}..{gold_N.max()}, outside 0..{labels - 1}: "
             "leave out the texts whose true label is unknown"
         )
+    from sklearn.metrics import accuracy_score, f1_score  # a second to import, and not what a run begins with
+
     predicted_N = p_NC.argmax(axis=1)
     return Scores(
         accuracy=float(accuracy_score(gold_N, predicted_N)),

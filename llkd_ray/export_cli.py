@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from llkd_ray.cli import USER_MISTAKE
 from llkd_ray.config import ConfigError
 from llkd_ray.console import Display
+from llkd_ray.ending import status_of
 from llkd_ray.exporting import export_model
 from llkd_ray.runs import absolute_folder
 
@@ -16,24 +15,20 @@ from llkd_ray.runs import absolute_folder
 def export_main(arguments: Sequence[str] | None = None) -> int:
     """Export what the command line asks for; returns the exit status."""
     options = export_parser().parse_args(arguments)
-    try:
-        with Display() as display:
-            if options.private and options.push_to_hub is None:
-                raise ConfigError(
-                    "--private: is of --push-to-hub, which is not given: add it, or leave it out"
-                )
-            done = export_model(
-                absolute_folder(options.model),
-                onnx=options.onnx,
-                push_to_hub=options.push_to_hub,
-                private=options.private,
-                say=display.say,
-            )
-            display.console.print(f"model: {done.model}")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_MISTAKE
-    return 0
+
+    def work(display: Display) -> None:
+        if options.private and options.push_to_hub is None:
+            raise ConfigError("--private: is of --push-to-hub, which is not given: add it, or leave it out")
+        done = export_model(
+            absolute_folder(options.model),
+            onnx=options.onnx,
+            push_to_hub=options.push_to_hub,
+            private=options.private,
+            say=display.say,
+        )
+        display.console.print(f"model: {done.model}")
+
+    return status_of(work)
 
 
 def export_parser() -> argparse.ArgumentParser:

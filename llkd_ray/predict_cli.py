@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from llkd_ray.api import predict
-from llkd_ray.cli import USER_MISTAKE
 from llkd_ray.config import ConfigError
 from llkd_ray.console import Display
+from llkd_ray.ending import status_of
 from llkd_ray.predict_config import PredictConfig, in_flags, parse_predict
 
 
 def predict_main(arguments: Sequence[str] | None = None) -> int:
     """Predict what the command line asks for; returns the exit status."""
     options = predict_parser().parse_args(arguments)
-    try:
-        with Display() as display:
-            config = settings_of(options)
-            display.console.print(f"predictions: {predict(config, display=display).predictions}")
-    except ConfigError as error:
-        print(f"error: {in_flags(str(error))}", file=sys.stderr)
-        return USER_MISTAKE
-    return 0
+
+    def work(display: Display) -> None:
+        done = predict(settings_of(options), display=display)
+        display.console.print(f"predictions: {done.predictions}")
+
+    return status_of(work, in_flags)
 
 
 def predict_parser() -> argparse.ArgumentParser:

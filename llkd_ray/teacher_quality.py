@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
 from llkd_ray.confidence import Calibrator
 from llkd_ray.evaluate import (
@@ -71,6 +70,8 @@ def teacher_quality(
         raise ValueError(f"p_NC has shape {p_NC.shape}: expected one row a text")
     if (p_NC < 0).any():
         raise ValueError(f"p_NC holds {p_NC.min()}: a probability is not negative")
+    from sklearn.metrics import roc_auc_score  # see evaluate.classification
+
     scores = classification(gold_N, p_NC, p_NC.shape[1])
     p_NC = normalise(p_NC)
     confidence_N, predicted_N = confidence(p_NC), p_NC.argmax(axis=1)
@@ -140,6 +141,8 @@ def reliability(confidence_N: Floats, correct_N: np.ndarray) -> list[dict[str, A
 
 def _per_class(gold_N: Ints, predicted_N: Ints, confidence_N: Floats, n_classes: int) -> list[dict[str, Any]]:
     """Precision is the accuracy where the label is answered, to be held against the confidence there."""
+    from sklearn.metrics import precision_recall_fscore_support
+
     precision_C, recall_C, f1_C, gold_C = precision_recall_fscore_support(
         gold_N, predicted_N, labels=np.arange(n_classes), zero_division=0.0
     )

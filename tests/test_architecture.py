@@ -344,7 +344,8 @@ ROOMS["plan"] = {
     "teachers",
 }
 ROOMS["runs"] = {"config", "facts", "loop", "settings", "store"}
-ROOMS["cli"] = {"answers", "config", "plan", "quickstart", "report", "runs", "settings", "store"}
+ROOMS["ending"] = {"config"}
+ROOMS["cli"] = {"answers", "config", "ending", "plan", "quickstart", "report", "runs", "settings", "store"}
 ROOMS["labelling"] = {"config", "facts", "loop", "runs", "settings", "store"}
 ROOMS["comparing"] = {
     "cluster",
@@ -376,8 +377,8 @@ ROOMS["api"] = {
     "settings",
     "store",
 }
-ROOMS["compare_cli"] = {"api", "cli", "comparison", "config"}
-ROOMS["predict_cli"] = {"api", "cli", "config", "predict_config"}
+ROOMS["compare_cli"] = {"api", "comparison", "ending"}
+ROOMS["predict_cli"] = {"api", "config", "ending", "predict_config"}
 # people look at labels
 ROOMS["audit"] = {"chance", "signals"}
 ROOMS["audit_files"] = {"sections"}
@@ -397,7 +398,7 @@ ROOMS["auditing"] = {
     "signals",
     "store",
 }
-ROOMS["audit_cli"] = {"audit", "auditing", "cli", "config", "runs"}
+ROOMS["audit_cli"] = {"audit", "auditing", "ending", "runs"}
 # a model for use elsewhere
 ROOMS["hub"] = {"sections"}
 ROOMS["onnx_export"] = {"sections", "store", "student"}
@@ -412,7 +413,7 @@ ROOMS["exporting"] = {
     "store",
     "student_calibration",
 }
-ROOMS["export_cli"] = {"cli", "config", "exporting", "runs"}
+ROOMS["export_cli"] = {"config", "ending", "exporting", "runs"}
 # a look at the set-up, before anything starts
 ROOMS["findings"] = {"config"}
 ROOMS["doctor_machine"] = {"checkpoints", "config", "findings", "room", "student"}

@@ -137,6 +137,13 @@ def kill(process: psutil.Process) -> None:
         process.send_signal(signal.SIGKILL)
 
 
+def end_head(pid: int) -> None:
+    """A head of ``ray start --block`` and all below it; asked to end, it takes half a minute."""
+    process = psutil.Process(pid)
+    for one in [process, *process.children(recursive=True)]:
+        kill(one)
+
+
 class CountingTeacher(StubServer):
     """A model server on loopback that is mostly right, always gives a text the same answer, and counts."""
 

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from llkd_ray.cli import USER_MISTAKE, distill_main
+from llkd_ray.cli import distill_main
+from llkd_ray.ending import USER_MISTAKE
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
 

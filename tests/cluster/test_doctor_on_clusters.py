@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chaos import end_head
 from ports import free_ports
 
 from llkd_ray.doctor_cluster import View, check_ray, look_at
@@ -47,7 +48,7 @@ def head(own_cluster_env: dict[str, str], tmp_path: Path) -> Iterator[dict[str, 
                 time.sleep(1)
             yield env | {"RAY_ADDRESS": address}
         finally:
-            process.terminate()
+            end_head(process.pid)
             process.wait(timeout=60)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from chaos import end_head
 from ports import free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,7 @@ def head(own_cluster_env: dict[str, str], tmp_path: Path) -> Iterator[dict[str, 
         try:
             yield env | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
         finally:
-            process.terminate()
+            end_head(process.pid)
             process.wait(timeout=60)
 
 
