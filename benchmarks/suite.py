@@ -39,6 +39,7 @@ PARTS = (
     Part("student", "train_speed.py", "", "--texts 32 --precisions float32"),
     Part("predict", "predict_speed.py", "--texts 1000 --job-texts 4000", "--texts 50 --job-texts 0"),
     Part("rounds", "round_overhead.py", "", "--rounds 3"),
+    Part("rounds", "overlap.py", "--runs 3", "--runs 1 --seconds-per-text 0.1", in_pairs=False),
     Part(
         "table",
         "score_table.py",
