@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,7 @@ class VllmLabeller:
         """float[C] and the off-label mass, from the distribution over the whole vocabulary."""
 
         async def next_tokens(after: tuple[int, ...], tokens: tuple[int, ...]) -> list[float]:
-            sampling = probabilities_of(tokens)
+            sampling = _sampling_for(tokens)
             await meter.request(len(token_ids) + len(after), 1)
             output = await self.engine.ask([*token_ids, *after], sampling)
             meter.correct(cached_tokens=output.num_cached_tokens or 0)
@@ -100,8 +100,8 @@ class VllmLabeller:
         return votes_C / confidence.samples, float(np.mean(matched_K < 0))
 
 
-@lru_cache
-def probabilities_of(tokens: tuple[int, ...]) -> Any:
+@cache
+def _sampling_for(tokens: tuple[int, ...]) -> Any:
     """vLLM's sampling parameters that ask for the probabilities of the next token.
 
     Kept, because making them takes longer than all else that a request takes here.
