@@ -193,8 +193,11 @@ def test_an_engine_that_is_lost_is_replaced_and_nothing_with_it(vllm_settings, t
     hit: list[int] = []
 
     def harm_engine_after_some_labels() -> None:
-        while len(list(run_dir.glob("labels/*.parquet"))) < 3 or not (pids := engine_pids(run_dir)):
+        # Found first: so small a model labels all within a second or two.
+        while not (pids := engine_pids(run_dir)):
             time.sleep(0.02)
+        while len(list(run_dir.glob("labels/*.parquet"))) < 3:
+            time.sleep(0.005)
         for pid in pids:
             os.kill(pid, fault)
             hit.append(pid)
