@@ -244,13 +244,18 @@ def test_a_second_run_with_another_policy_asks_nothing_and_starts_no_engine(vllm
 
 
 def engine_pids(run_dir: Path) -> list[int]:
-    """Engine processes whose parent is a teacher actor of this run: others are not ours to harm."""
+    """Engine processes whose parent is a teacher actor of this run: others are not ours to harm.
+
+    Known by how they were spawned, too: the title is not always there. A process whose first
+    environment variable was changed cannot be given one, and the order of a worker's is Ray's.
+    """
     found = []
     for file in run_dir.glob("engines/*.json"):
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(json.loads(file.read_text())["pid"]).children():
                 # Some live for a moment only.
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if "EngineCore" in " ".join(child.cmdline()):
+                    command = " ".join(child.cmdline())
+                    if "EngineCore" in command or "spawn_main" in command:
                         found.append(child.pid)
     return found
