@@ -191,8 +191,10 @@ class Best:
         self, row_N: Ints, value_N: Floats, label_N: Ints | None = None, weight_N: Floats | None = None
     ) -> None:
         """Take from these what may be among the best; labels matter where classes have shares."""
-        floor_N = self._floor_C[0] if self.share_C is None or label_N is None else self._floor_C.take(label_N)
-        index_M = np.flatnonzero(value_N > floor_N)
+        # First by the lowest floor of all: most texts are below it, and one number is quickly compared with.
+        index_M = np.flatnonzero(value_N > float(self._floor_C.min()))
+        if self.share_C is not None and label_N is not None:
+            index_M = index_M[value_N[index_M] > self._floor_C.take(label_N[index_M])]
         if not index_M.size:
             return
         label_M = np.zeros(index_M.size, dtype=np.int64) if label_N is None else label_N[index_M]
@@ -211,12 +213,12 @@ class Best:
     def _shrink(self) -> None:
         there = Found.joined(self._parts)
         is_kept = np.zeros(len(there), dtype=bool)
-        is_kept[largest(there.value_M, self.n)] = True
+        is_kept[_among_largest(there.value_M, self.n)] = True
         self._floor_C[:] = _floor(there.value_M[is_kept], self.n)
         if self.share_C is not None:
             for c, of_class in _by_class(there.label_M, self.share_C):
                 share = int(self.share_C[c])
-                best_of_class = of_class[largest(there.value_M[of_class], share)]
+                best_of_class = of_class[_among_largest(there.value_M[of_class], share)]
                 is_kept[best_of_class] = True
                 self._floor_C[c] = min(self._floor_C[c], _floor(there.value_M[best_of_class], share))
             # A class of which nothing has come yet and which has a share takes anything.
@@ -247,19 +249,27 @@ def best(value_N: Floats, label_N: Ints, n: int, share_C: Ints | None = None) ->
 
 def largest(value_N: Floats, n: int) -> Ints:
     """int64[M]: places of the at most ``n`` largest, largest first, ties by place."""
+    places = _among_largest(value_N, n)
+    return places[np.argsort(-value_N[places], kind="stable")]
+
+
+def _among_largest(value_N: Floats, n: int) -> Ints:
+    """int64[M], ascending: places of the at most ``n`` largest, the lower ones where there are ties."""
     if n <= 0:
         return np.empty(0, dtype=np.int64)
-    if n < value_N.size:
-        # All that might be among them, ties with the last included, and only those are sorted.
-        worst = np.partition(value_N, value_N.size - n)[value_N.size - n]
-        near = np.flatnonzero(value_N >= worst)
-        return near[np.argsort(-value_N[near], kind="stable")[:n]]
-    return np.argsort(-value_N, kind="stable")
+    if n >= value_N.size:
+        return np.arange(value_N.size)
+    worst = np.partition(value_N, value_N.size - n)[value_N.size - n]
+    is_among_N = value_N > worst
+    ties = np.flatnonzero(value_N == worst)
+    is_among_N[ties[: n - np.count_nonzero(is_among_N)]] = True
+    return np.flatnonzero(is_among_N)
 
 
 def _by_class(label_N: Ints, share_C: Ints) -> Iterable[tuple[int, Ints]]:
     """The classes that have a share and texts, each with the places of its texts, ascending."""
-    order_N = np.argsort(label_N, kind="stable")
+    # 16 bits, as labels have in the table: those numpy sorts by radix.
+    order_N = np.argsort(label_N.astype(np.int16, copy=False), kind="stable")
     edges = np.searchsorted(label_N[order_N], np.arange(share_C.size + 1))
     for c in np.flatnonzero((share_C > 0) & (np.diff(edges) > 0)).tolist():
         yield c, order_N[edges[c] : edges[c + 1]]
