@@ -22,7 +22,7 @@ from llkd_ray.classifier import inspect, load, score
 from llkd_ray.config import Config, ConfigError
 from llkd_ray.facts import SUMMARY
 from llkd_ray.intake import read_calibrator
-from llkd_ray.report import model_card
+from llkd_ray.report import model_card, write_report
 from llkd_ray.runs import open_run, run_config
 from llkd_ray.schedule import Schedule
 from llkd_ray.signals import Floats, Ints, confidence
@@ -163,6 +163,7 @@ def bring_back(run_dir: str, rows: str, *, replace: bool = False, say: Say = pri
         say(line)
     if store.exists(SUMMARY) and store.exists(_CARD):
         store.write_bytes(_CARD, model_card(store).encode())
+        write_report(store)
     return found
 
 

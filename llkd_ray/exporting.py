@@ -17,7 +17,7 @@ from llkd_ray.config import ConfigError
 from llkd_ray.facts import SUMMARY
 from llkd_ray.hub import push
 from llkd_ray.onnx_export import FILE, LIMIT, Difference, export_onnx
-from llkd_ray.report import model_card
+from llkd_ray.report import model_card, write_report
 from llkd_ray.runs import run_config
 from llkd_ray.store import CONFIG, MODEL_DIR, ONNX_DIR, Examples, RunStore
 from llkd_ray.student_calibration import audited_sample, fit_student, in_words, write_calibration
@@ -50,9 +50,9 @@ def export_model(
 ) -> Exported:
     """Bring a finished run's model up to date with what people have said since; or take a checkpoint folder.
 
-    Its temperature is fitted anew and its card is written anew; a checkpoint that no run made stays as it is.
-    ``onnx`` adds ``onnx/model.onnx``, ``push_to_hub`` uploads the folder under that name. Raises ConfigError
-    for what the user can mend.
+    Its temperature is fitted anew, its card and the run's report are written anew; a checkpoint that no run
+    made stays as it is. ``onnx`` adds ``onnx/model.onnx``, ``push_to_hub`` uploads the folder under that
+    name. Raises ConfigError for what the user can mend.
     """
     checkpoint = inspect(model)
     if not (checkpoint.is_remote or Path(checkpoint.source).is_dir()):
@@ -63,6 +63,7 @@ def export_model(
         calibration = _calibrated(run, checkpoint)
         say(in_words(calibration))
         run.write_bytes(f"{MODEL_DIR}/README.md", model_card(run).encode())
+        write_report(run)
     found: list[Difference] = []
     if onnx:
         student = load(checkpoint, "float32", torch.device("cpu"))

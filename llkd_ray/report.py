@@ -90,6 +90,8 @@ def write_report(store: RunStore) -> str:
             mistakes=details.mistakes(MISTAKES),
             matrix_classes=MATRIX_CLASSES,
             method_words=METHOD_WORDS,
+            calibration=calibration_in_words(facts),
+            audit=audit_in_words(facts),
             costs=COSTS,
             caps=caps(facts),
             manifest_text=json.dumps(facts.manifest, indent=2, ensure_ascii=False),
@@ -112,6 +114,8 @@ def model_card(store: RunStore) -> str:
             conclusion=conclusion(facts),
             held_out=held_out(facts),
             method_words=METHOD_WORDS,
+            calibration=calibration_in_words(facts),
+            audit=audit_in_words(facts),
             caps=caps(facts),
         )
     )
@@ -124,6 +128,41 @@ def caps(run: RunFacts) -> str:
     if limits.get("cost") is not None:
         said.append(money(limits["cost"], run.spent.currency or ""))
     return " or ".join(said)
+
+
+def calibration_in_words(run: RunFacts) -> str:
+    """The student's temperature and what it does, or why there is none; '' before the end of the run."""
+    found = run.calibration
+    if not found:
+        return ""
+    if found["temperature"] is None:
+        return f"Its confidence is not calibrated: {found['reason']}."
+    return (
+        f"Its confidence is set by a temperature of {decimals(found['temperature'])}, fitted on "
+        f"{count(found['texts'])} texts ({found['fitted_on']}). The expected calibration error is "
+        f"{decimals(found['ece_before'])} before and {decimals(found['ece_after'])} after, on "
+        f"{count(found['measured_texts'])} texts ({found['measured_on']})."
+    )
+
+
+def audit_in_words(run: RunFacts) -> list[str]:
+    """Sentences on what people who looked at labels have found; none where nobody did."""
+    if not run.audit or not run.audit["pseudo_labels"]["texts"]:
+        return []
+    sample, student, missing = (run.audit[n] for n in ("pseudo_labels", "student", "unanswered_in_sample"))
+    said = (
+        f"People looked at {count(run.audit['answered'])} of the teacher's labels. Of a random sample of "
+        f"{count(sample['texts'])}, which stands for all {count(run.audit['labelled'])}, "
+        f"{percent(sample['share'])} are right (95 % interval {percent_range(sample['interval'])})"
+    )
+    said += f"; {count(missing)} more of the sample have no answer" if missing else ""
+    found = [f"{said}. The others were chosen for being doubtful and count nothing in this."]
+    if student["texts"]:
+        found.append(
+            f"On {count(student['texts'])} of the sample that the student was not trained on, it is right on "
+            f"{percent(student['share'])} ({percent_range(student['interval'])})."
+        )
+    return found
 
 
 def conclusion(run: RunFacts) -> str:

@@ -624,6 +624,11 @@ class TestCardOfWhatCameLater:
         assert "divide the logits by it before the softmax" in card
         assert "Of a random sample of 80, which stands for all 4,000, 88.8" in card
         assert "5 more of the sample have no answer" in card
+        page = render(store).plain
+        assert "temperature of 1.630, fitted on 900 texts (gold of the test set)" in page
+        assert "Figures on this page are without it." in page
+        assert "What people say" in page
+        assert "Of a random sample of 80, which stands for all 4,000, 88.8" in page
 
     def test_no_temperature_has_a_reason(self, tmp_path):
         store = make_run(tmp_path / "run")
@@ -632,3 +637,7 @@ class TestCardOfWhatCameLater:
         card = model_card(store)
         assert "Its confidence is not calibrated: there are fewer than 20 texts." in card
         assert "divide the logits" not in card
+        page = render(store).plain
+        assert "Its confidence is not calibrated: there are fewer than 20 texts." in page
+        assert "Figures on this page" not in page
+        assert "What people say" not in page
