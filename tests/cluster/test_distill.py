@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from chaos import title_of
 from toys import write_answers, write_corpus
 from transformers import pipeline
 
@@ -202,7 +203,7 @@ def test_a_killed_rank_costs_no_round(toy_settings, tmp_path):
         while not (run_dir / "rounds/0000/trained.json").exists():
             time.sleep(0.01)
         ours = psutil.Process().children(recursive=True)
-        rank = next(p for p in ours if p.is_running() and "RayTrainWorker" in " ".join(p.cmdline()))
+        rank = next(p for p in ours if "RayTrainWorker" in title_of(p))
         rank.kill()
         killed.append(rank.pid)
 
