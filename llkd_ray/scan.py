@@ -191,10 +191,7 @@ class Best:
         self, row_N: Ints, value_N: Floats, label_N: Ints | None = None, weight_N: Floats | None = None
     ) -> None:
         """Take from these what may be among the best; labels matter where classes have shares."""
-        # First by the lowest floor of all: most texts are below it, and one number is quickly compared with.
-        index_M = np.flatnonzero(value_N > float(self._floor_C.min()))
-        if self.share_C is not None and label_N is not None:
-            index_M = index_M[value_N[index_M] > self._floor_C.take(label_N[index_M])]
+        index_M = self._above_floor(value_N, label_N)
         if not index_M.size:
             return
         label_M = np.zeros(index_M.size, dtype=np.int64) if label_N is None else label_N[index_M]
@@ -209,6 +206,18 @@ class Best:
         """The best, by row."""
         self._shrink()
         return self._parts[0]
+
+    def _above_floor(self, value_N: Floats, label_N: Ints | None) -> Ints:
+        """int64[M], ascending: the places of what has to be kept for now."""
+        is_above_N = value_N > float(self._floor_C.min())
+        if self.share_C is None or label_N is None:
+            return np.flatnonzero(is_above_N)
+        # Where most are below the lowest floor of all, only the few others' own floors are looked up. A class
+        # that has less than its share lets anything in, and then there is nothing to be gained.
+        if np.count_nonzero(is_above_N) > value_N.size // 8:
+            return np.flatnonzero(value_N > self._floor_C.take(label_N))
+        index_M = np.flatnonzero(is_above_N)
+        return index_M[value_N[index_M] > self._floor_C.take(label_N[index_M])]
 
     def _shrink(self) -> None:
         there = Found.joined(self._parts)
