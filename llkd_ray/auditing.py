@@ -22,7 +22,7 @@ from llkd_ray.classifier import inspect, load, score
 from llkd_ray.config import Config, ConfigError
 from llkd_ray.facts import SUMMARY
 from llkd_ray.intake import read_calibrator
-from llkd_ray.report import model_card, write_report
+from llkd_ray.report import CARD, write_pages
 from llkd_ray.runs import open_run, run_config
 from llkd_ray.schedule import Schedule
 from llkd_ray.signals import Floats, Ints, confidence
@@ -40,7 +40,6 @@ from llkd_ray.store import (
 
 LOOK_AT = 20_000
 """Labelled texts that the student is asked about, at most: a random draw where there are more."""
-_CARD = f"{MODEL_DIR}/README.md"
 _LOOK_KEY = 0x4C4F4F4B
 
 Say = Callable[[str], None]
@@ -161,9 +160,8 @@ def bring_back(run_dir: str, rows: str, *, replace: bool = False, say: Say = pri
     store.write_json(ESTIMATE, found)
     for line in audit.in_words(found):
         say(line)
-    if store.exists(SUMMARY) and store.exists(_CARD):
-        store.write_bytes(_CARD, model_card(store).encode())
-        write_report(store)
+    if store.exists(SUMMARY) and store.exists(CARD):
+        write_pages(store)
     return found
 
 

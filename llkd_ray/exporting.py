@@ -17,7 +17,7 @@ from llkd_ray.config import ConfigError
 from llkd_ray.facts import SUMMARY
 from llkd_ray.hub import push
 from llkd_ray.onnx_export import FILE, LIMIT, Difference, export_onnx
-from llkd_ray.report import model_card, write_report
+from llkd_ray.report import write_pages
 from llkd_ray.runs import run_config
 from llkd_ray.store import CONFIG, MODEL_DIR, ONNX_DIR, Examples, RunStore
 from llkd_ray.student_calibration import audited_sample, fit_student, in_words, write_calibration
@@ -62,8 +62,7 @@ def export_model(
     if run is not None:
         calibration = _calibrated(run, checkpoint)
         say(in_words(calibration))
-        run.write_bytes(f"{MODEL_DIR}/README.md", model_card(run).encode())
-        write_report(run)
+        write_pages(run)
     found: list[Difference] = []
     if onnx:
         student = load(checkpoint, "float32", torch.device("cpu"))

@@ -23,7 +23,7 @@ from llkd_ray.intake import draw_holdout
 from llkd_ray.label_files import count_unanswered
 from llkd_ray.metrics import Measure
 from llkd_ray.policies import SELECTION
-from llkd_ray.report import model_card, write_report
+from llkd_ray.report import write_pages
 from llkd_ray.run import Run
 from llkd_ray.schedule import Schedule
 from llkd_ray.session import at_work
@@ -147,8 +147,7 @@ def conclude(
     if ONNX_DIR in store.folders(MODEL_DIR):  # of the weights before these
         store.fs.delete_dir(store.path(f"{MODEL_DIR}/{ONNX_DIR}"))
     write_insight(store, measure, last)
-    store.write_bytes(f"{MODEL_DIR}/README.md", model_card(store).encode())
-    write_report(store)
+    write_pages(store)
     return summary
 
 

@@ -21,7 +21,7 @@ from llkd_ray.figures import (
 from llkd_ray.reference import find_reference
 from llkd_ray.round_facts import read_round_facts
 from llkd_ray.round_figures import selected_figure, shares_in_words, thresholds_figure, timeline_figure
-from llkd_ray.store import RunStore
+from llkd_ray.store import MODEL_DIR, RunStore
 from llkd_ray.words import (
     NARROW,
     count,
@@ -35,6 +35,7 @@ from llkd_ray.words import (
 )
 
 REPORT = "report.html"
+CARD = f"{MODEL_DIR}/README.md"
 MATRIX_CLASSES = 16
 """Up to so many classes, who is taken for whom is shown as a whole table."""
 MISTAKES = 12
@@ -57,6 +58,12 @@ COSTS = (
     ("Texts answered in an earlier run", "reused_texts"),
     ("… tokens that this saved", "reused_tokens"),
 )
+
+
+def write_pages(store: RunStore) -> None:
+    """The card and the report of a run that has a model, together, so that they say the same."""
+    store.write_bytes(CARD, model_card(store).encode())
+    write_report(store)
 
 
 def write_report(store: RunStore) -> str:

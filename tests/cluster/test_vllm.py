@@ -187,7 +187,7 @@ def test_an_engine_that_is_lost_is_replaced_and_nothing_with_it(vllm_settings, t
     hit: list[int] = []
 
     def harm_engine_after_some_labels() -> None:
-        # Found first: so small a model labels all within a second or two.
+        # Found first: so small a model labels all within a few seconds.
         while not (pids := engine_pids(run_dir)):
             time.sleep(0.02)
         while len(list(run_dir.glob("labels/*.parquet"))) < 3:
