@@ -96,7 +96,10 @@ def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
     selected = run.call("select", k)
     if k == 0 and not selected["selected"]:
         if run.call("stats")["cap_reached"]:
-            raise ConfigError("budget.cap is reached before there is a labelled text to train on; raise it")
+            raise ConfigError(
+                "budget.cap is reached before there is a labelled text to train on; raise it, or lower "
+                f"evaluation.holdout: the {run.schedule.holdout} texts of the hold-out are read first"
+            )
         raise ConfigError(
             f"round 0 has nothing to train on: {run.call('stats')['labelled']} texts are labelled, "
             f"{selected['candidates']} of them may be selected; look into quarantine/ for why the teacher "

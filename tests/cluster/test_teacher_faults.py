@@ -181,7 +181,7 @@ class TestCap:
         settings = toy_settings | {"budget": budget, "teacher": teacher | {"recorded": answers}}
         run_dir = tmp_path / "run"
         if tokens == 1:
-            with pytest.raises(ConfigError, match=r"budget\.cap"):
+            with pytest.raises(ConfigError, match=r"budget\.cap .* raise it, or .* the 40 texts of the hold-out"):
                 run(settings, run_dir)
             assert labels_of(run_dir)["row"] == []
             return
@@ -195,11 +195,14 @@ class TestCap:
         assert quarantined(run_dir) == {}
 
     def test_the_student_learns_from_what_a_cap_leaves(self, toy_settings, tmp_path):
+        """The cap leaves 30 texts or so, of which the hold-out, which is read first, takes few."""
         budget = {"rounds": 2, "train": 60, "labels": 500, "cap": {"tokens": 1_000}}
         answers = toy_settings["teacher"]["recorded"] | {"prompt_tokens": "prompt_tokens"}
         teacher = toy_settings["teacher"] | {"lease_rows": 16, "recorded": answers}
         changed = {"budget": budget, "teacher": teacher, "student": quick(toy_settings)}
+        changed["evaluation"] = {"holdout": 8}
         summary = run(toy_settings | changed, tmp_path / "run")
+        assert summary["trained"] >= 10
         assert 960 < summary["teacher_tokens"] <= 1_000
         assert (tmp_path / "run/model/config.json").exists()
 
