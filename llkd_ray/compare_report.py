@@ -6,17 +6,12 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
+from llkd_ray.compare_figure import PANELS_A_ROW, in_words, learning_curve
 from llkd_ray.config import ConfigError
-from llkd_ray.drawing import plain, svg_element
+from llkd_ray.drawing import svg_element
 from llkd_ray.report import page_environment
 from llkd_ray.store import RunStore
 from llkd_ray.tables import (
@@ -24,8 +19,8 @@ from llkd_ray.tables import (
     BASELINES,
     GOLD,
     IN_WORDS,
+    MEASURES,
     OVER_TEACHERS,
-    RANDOM,
     SCORES,
     TEACHER,
     Group,
@@ -39,19 +34,12 @@ from llkd_ray.tables import (
     score_table,
     size_in_words,
 )
-from llkd_ray.words import count, markdown, percent
+from llkd_ray.words import markdown, percent
 
 RESULTS, SUMMARY, PER_CLASS = "results.csv", "summary.csv", "per_class.csv"
-MARKDOWN, PAGE, CURVE = "report.md", "report.html", "learning_curve"
-
-# Okabe & Ito's colours, without the yellow, which is too pale for a line on white.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-RANDOM_COLOUR = "#7F7F7F"
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# Of what knows no budget: told apart by dashes, for they are all black.
-LEVELS: dict[str, Any] = {GOLD: (0, (6, 2)), ALL: (0, (1.5, 1.5)), TEACHER: (0, (6, 2, 1, 2))}
-PANEL_INCHES = (3.7, 2.9)
-PANELS_A_ROW = 3
+MARKDOWN, PAGE = "report.md", "report.html"
+CURVES = {"macro_f1": "learning_curve", "agreement": "agreement_curve"}
+"""By measure: the files of its curves, as png and svg."""
 
 
 def write_comparison(
@@ -61,11 +49,13 @@ def write_comparison(
     store.write_bytes(RESULTS, _csv(result_rows(results, tables.names)))
     store.write_bytes(SUMMARY, _csv(summary_rows(tables)))
     store.write_bytes(PER_CLASS, _csv(class_rows(tables)))
-    for kind in ("png", "svg"):
-        buffer = io.BytesIO()
-        metadata = {"Date": None} if kind == "svg" else None
-        learning_curve(tables).savefig(buffer, format=kind, dpi=150, metadata=metadata)
-        store.write_bytes(f"{CURVE}.{kind}", buffer.getvalue())
+    curves = {measure: file for measure, file in CURVES.items() if tables.has(measure) or measure in SCORES}
+    for measure, file in curves.items():
+        for kind in ("png", "svg"):
+            buffer = io.BytesIO()
+            metadata = {"Date": None} if kind == "svg" else None
+            learning_curve(tables, measure).savefig(buffer, format=kind, dpi=150, metadata=metadata)
+            store.write_bytes(f"{file}.{kind}", buffer.getvalue())
     facts: dict[str, Any] = {
         "tables": tables,
         "conclusion": conclusion(tables),
@@ -76,16 +66,20 @@ def write_comparison(
             (title, score_table(tables, name), difference_table(tables, name))
             for title, name in (("Macro-F1", "macro_f1"), ("Accuracy", "accuracy"))
         ],
+        "agreement": score_table(tables, "agreement") if "agreement" in curves else None,
         "costs": cost_table(tables),
         "classes": [(teacher, *class_table(tables, teacher)) for teacher in tables.teachers],
         "largest": size_in_words(tables.sizes[-1], tables.n_pool),
         "seeds": f"{tables.n_seeds} seed{'s' if tables.n_seeds != 1 else ''}",
     }
     store.write_bytes(MARKDOWN, _in_markdown(facts).encode())
-    curve = svg_element(learning_curve(tables), "curve", _said(tables))
+    drawn = {
+        measure: svg_element(learning_curve(tables, measure), file, in_words(tables, measure))
+        for measure, file in curves.items()
+    }
     page = page_environment().get_template("compare.html.j2")
     panels = min(len(tables.teachers), PANELS_A_ROW)
-    store.write_bytes(PAGE, page.render(**facts, curve=curve, panels=panels, settings=settings).encode())
+    store.write_bytes(PAGE, page.render(**facts, curves=drawn, panels=panels, settings=settings).encode())
 
 
 def conclusion(tables: Tables) -> str:
@@ -115,93 +109,6 @@ def _difference(mean: Mean, reference: str) -> str:
     return f"{said}, which chance may explain." if mean.half >= abs(mean.mean) else f"{said}."
 
 
-# --- The figure ------------------------------------------------------------------------------------
-
-
-def learning_curve(tables: Tables) -> Figure:
-    """Macro-F1 against the texts trained on, a panel a teacher; bands are 95 % intervals over seeds."""
-    n = len(tables.teachers)
-    columns = min(n, PANELS_A_ROW)
-    rows = -(-n // columns)
-    width = max(columns * PANEL_INCHES[0], 5.2)
-    figure = Figure(figsize=(width, rows * PANEL_INCHES[1] + 0.7), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, teacher in zip(panels, tables.teachers, strict=False):
-        _panel(axes, tables, teacher)
-    for axes in panels[n:]:
-        axes.set_visible(False)
-    for axes in panels[:n:columns]:
-        axes.set_ylabel("macro-F1")
-    for axes in panels[max(0, n - columns) : n]:
-        axes.set_xlabel("texts trained on")
-    handles: dict[str, Any] = {}
-    for axes in panels[:n]:
-        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(name, handle)
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside upper left",
-        ncols=2 if columns == 1 else 4,
-        frameon=False,
-        fontsize=9,
-        columnspacing=1.4,
-        handlelength=2.6,
-    )
-    return figure
-
-
-def _panel(axes: Axes, tables: Tables, teacher: str) -> None:
-    plain(axes)
-    axes.set_title(teacher, loc="left", fontsize=10)
-    for line in (GOLD, ALL):
-        if whole := tables.whole(teacher, line):
-            level = whole.figures["macro_f1"].mean
-            axes.axhline(level, color="black", linewidth=1.1, linestyle=LEVELS[line], label=IN_WORDS[line])
-    own = tables.scores[teacher].macro_f1
-    axes.axhline(own, color="black", linewidth=1.1, linestyle=LEVELS[TEACHER], label=IN_WORDS[TEACHER])
-    for (line, colour), marker in zip(_colours(tables.lines).items(), cycle(MARKERS), strict=False):
-        cells = [cell for size in tables.sizes if (cell := tables.cell(teacher, line, size))]
-        if not cells:
-            continue
-        x = [cell.figures["trained"].mean for cell in cells]
-        means = [cell.figures["macro_f1"] for cell in cells]
-        axes.plot(x, [m.mean for m in means], color=colour, marker=marker, markersize=4.5, label=line)
-        low, high = ([m.mean + sign * (m.half or 0) for m in means] for sign in (-1, 1))
-        if len(x) > 1:
-            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        else:  # A band needs two points.
-            axes.errorbar(x, [m.mean for m in means], [m.half or 0 for m in means], color=colour, capsize=3)
-    _fit(axes)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
-    axes.xaxis.set_major_formatter(lambda value, _: count(value))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    axes.set_xlim(0, 1.05 * tables.sizes[-1])  # The same in all panels, and there before the first trial.
-
-
-def _fit(axes: Axes) -> None:
-    """Let the lines decide the height of a panel: with few seeds, bands can be wider than all of [0, 1]."""
-    # Lines without a name of their own are the caps of error bars.
-    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
-    values = [float(y) for line in lines for y in np.atleast_1d(line.get_ydata())]
-    room = max(0.02, 0.12 * (max(values) - min(values)))
-    axes.set_ylim(min(values) - room, max(values) + room)
-
-
-def _colours(lines: Sequence[str]) -> dict[str, str]:
-    colours = cycle(COLOURS)
-    return {line: RANDOM_COLOUR if line == RANDOM else next(colours) for line in lines}
-
-
-def _said(tables: Tables) -> str:
-    """The figure in words, for who cannot see it."""
-    size, teacher = tables.sizes[-1], tables.teachers[-1]
-    cells = ((line, tables.cell(teacher, line, size)) for line in tables.lines)
-    ends = ", ".join(f"{line} {percent(cell.figures['macro_f1'].mean)}" for line, cell in cells if cell)
-    where = size_in_words(size, tables.n_pool)
-    return f"Macro-F1 against texts trained on, a panel a teacher. {teacher}, at {where}: {ends}."
-
-
 # --- Files -----------------------------------------------------------------------------------------
 
 
@@ -218,7 +125,8 @@ def result_rows(results: Sequence[Result], names: Sequence[str]) -> list[dict[st
 def read_results(file: str | Path, names: Sequence[str]) -> list[Result]:
     """The results of a ``results.csv``, as :func:`result_rows` wrote them, perhaps on another machine.
 
-    Raises ConfigError where the file is no such file, or is of other classes.
+    Those of an older version tell no agreement. Raises ConfigError where the file is no such file, or is of
+    other classes.
     """
     try:
         with Path(file).open(encoding="utf-8", newline="") as lines:
@@ -227,9 +135,15 @@ def read_results(file: str | Path, names: Sequence[str]) -> list[Result]:
         reason = error.strerror if isinstance(error, OSError) else "it is no CSV file"
         raise ConfigError(f"--add: {str(file)!r} cannot be read: {reason}") from None
     columns = {field.name: field.type for field in fields(Result) if field.name != "f1_by_class"}
-    kinds: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": _number}
+    kinds: dict[str, Callable[[str], Any]] = {
+        "str": str,
+        "int": int,
+        "float": _number,
+        "float | None": lambda text: _number(text) if text else None,
+    }
     found = []
     for row in rows:
+        row.setdefault("agreement", "")
         if missing := [name for name in (*columns, *(f"f1 {name}" for name in names)) if name not in row]:
             raise ConfigError(
                 f"--add: {str(file)!r} has no column {missing[0]!r}; give {RESULTS} of the same comparison"
@@ -257,8 +171,9 @@ def summary_rows(tables: Tables) -> list[dict[str, Any]]:
         cell = tables.cells[teacher, line, size]
         row: dict[str, Any] = {"teacher": teacher, "line": line, "size": size}
         row["n"] = cell.figures["accuracy"].n
-        for name, mean in cell.figures.items():
-            row |= {name: mean.mean, f"{name}_ci": mean.half}
+        for name in MEASURES:
+            mean = cell.figures.get(name, Mean(float("nan"), None, 0))
+            row |= {name: mean.mean if mean.n else None, f"{name}_ci": mean.half}
         for reference in BASELINES:
             for name in SCORES:
                 over = cell.over[reference][name] if reference in cell.over else Mean(float("nan"), None, 0)
@@ -314,12 +229,15 @@ def _in_markdown(facts: dict[str, Any]) -> str:
         f"Means over {facts['seeds']} in percent, ± half the width of a 95 % interval (Student's t over "
         "seeds); bold: the best of a teacher's lines with a budget.",
         "",
-        f"![Learning curves]({CURVE}.svg)",
+        f"![Learning curves]({CURVES['macro_f1']}.svg)",
         "",
     ]
     for title, scores, differences in facts["scores"]:
         lines += [f"## {title}", "", *_grouped(*scores), ""]
         lines += [f"### {title}: paired differences, in points", "", *_grouped(*differences), ""]
+    if facts["agreement"]:
+        lines += ["## Agreement with the teacher", "", f"![Agreement]({CURVES['agreement']}.svg)", ""]
+        lines += [*_grouped(*facts["agreement"]), ""]
     lines += ["## What it took", "", *_grouped(*facts["costs"]), ""]
     lines += [f"## F1 of each class at {facts['largest']}", ""]
     for teacher, header, rows in facts["classes"]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,8 @@ def read_teacher(config: Config, examples: Examples) -> tuple[Labels, Floats]:
             f"{ids[int(np.argmax(place_R < 0))]!r} for one; a comparison needs all of them"
         )
     p_RC, n = normalise(recorded.probs_RC[place_R]), examples.n_pool
-    return labels_of(ids[:n], p_RC[:n], recorded.prompt_tokens_R[place_R[:n]]), p_RC[n:]
+    labels = labels_of(ids[:n], p_RC[:n], recorded.prompt_tokens_R[place_R[:n]])
+    return replace(labels, test_label_T=p_RC[n:].argmax(axis=1)), p_RC[n:]
 
 
 def gold_labels(examples: Examples, texts: Texts) -> Labels:

@@ -26,6 +26,7 @@ MEASURES = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
     "ece": "calibration error",
+    "agreement": "agrees with the teacher",
     "pseudo_label_accuracy": "pseudo-labels right",
     "trained": "trained on",
     "trained_share": "share of the pool",
@@ -55,6 +56,8 @@ class Result:
     ece: float
     pseudo_label_accuracy: float
     f1_by_class: tuple[float, ...]
+    agreement: float | None = None
+    """With the teacher on the test texts; None for *gold*, and in results of an older version."""
 
     @classmethod
     def of(cls, teacher: str, line: str, seed: int, facts: Mapping[str, Any], n_pool: int) -> Result:
@@ -66,6 +69,7 @@ class Result:
             seed,
             facts["size"],
             **{name: facts[name] for name in names},
+            agreement=facts.get("agreement"),
             trained_share=facts["trained"] / n_pool,
             f1_by_class=tuple(facts["f1_by_class"]),
         )
@@ -101,7 +105,7 @@ class Cell:
     """One line of one teacher at one size, over the seeds that are there."""
 
     figures: dict[str, Mean]
-    """By the names of MEASURES."""
+    """By the names of MEASURES; those that some result of the cell lacks are left out."""
     f1_by_class: tuple[Mean, ...]
     over: dict[str, dict[str, Mean]]
     """Accuracy and macro-F1 above a reference, over the seeds that both have; no entry where none has."""
@@ -130,6 +134,10 @@ class Tables:
     def whole(self, teacher: str, line: str) -> Cell | None:
         """*gold* or *all*."""
         return self.cell(teacher, line, self.n_pool)
+
+    def has(self, measure: str) -> bool:
+        """Whether some line with a budget has a figure of it."""
+        return any(measure in cell.figures for (_, line, _), cell in self.cells.items() if line in self.lines)
 
 
 def tabulate(
@@ -178,10 +186,16 @@ def over_teachers(results: Sequence[Result], teachers: Sequence[str]) -> list[Re
     means = []
     for (line, seed, size), those in found.items():
         if {one.teacher for one in those} == set(teachers):
-            figures = {name: fmean(getattr(one, name) for one in those) for name in MEASURES}
+            figures = {name: fmean(values) for name, values in _measured(those).items()}
             by_class = _means_by_class(one.f1_by_class for one in those)
             means.append(Result(OVER_TEACHERS, line, seed, size, **figures, f1_by_class=by_class))
     return [*results, *means]
+
+
+def _measured(results: Sequence[Result]) -> dict[str, list[float]]:
+    """The values of each measure that all of the results have."""
+    values = {name: [getattr(one, name) for one in results] for name in MEASURES}
+    return {name: of_all for name, of_all in values.items() if None not in of_all}
 
 
 def _means_by_class(many: Iterable[Sequence[float]]) -> tuple[float, ...]:
@@ -204,7 +218,7 @@ def _cell(
             }
     by_class = zip(*(one.f1_by_class for one in those.values()), strict=True)
     return Cell(
-        {name: mean_of(getattr(one, name) for one in those.values()) for name in MEASURES},
+        {name: mean_of(values) for name, values in _measured(list(those.values())).items()},
         tuple(mean_of(of_class) for of_class in by_class),
         over,
     )
@@ -243,7 +257,10 @@ def points(mean: Mean | None, n_seeds: int, signed: bool = False) -> str:
 
 
 def score_table(tables: Tables, measure: str) -> tuple[list[str], list[Group]]:
-    """Lines by budgets, one group a teacher; the last column holds what knows no budget."""
+    """Lines by budgets, one group a teacher; the last column holds what knows no budget.
+
+    Agreement is with the teacher, so the teacher itself and *gold*, which has none, are left out of its rows.
+    """
     header = [*(size_in_words(size, tables.n_pool) for size in tables.sizes), "no budget"]
     groups = []
     for teacher in tables.teachers:
@@ -253,16 +270,17 @@ def score_table(tables: Tables, measure: str) -> tuple[list[str], list[Group]]:
             shown = []
             for size in tables.sizes:
                 cell = tables.cell(teacher, line, size)
-                mean = cell.figures[measure] if cell else None
+                mean = cell.figures.get(measure) if cell else None
                 shown.append(Shown(points(mean, tables.n_seeds), best[size] == line))
             rows.append((line, [*shown, Shown("")]))
         blank = [Shown("")] * len(tables.sizes)
-        for line in (ALL, GOLD):
+        for line in (ALL, GOLD) if measure in SCORES else (ALL,):
             cell = tables.whole(teacher, line)
-            mean = cell.figures[measure] if cell else None
+            mean = cell.figures.get(measure) if cell else None
             rows.append((IN_WORDS[line], [*blank, Shown(points(mean, tables.n_seeds))]))
-        own = getattr(tables.scores[teacher], measure)
-        rows.append((IN_WORDS[TEACHER], [*blank, Shown(f"{100 * own:.1f}")]))
+        if measure in SCORES:
+            own = getattr(tables.scores[teacher], measure)
+            rows.append((IN_WORDS[TEACHER], [*blank, Shown(f"{100 * own:.1f}")]))
         groups.append(Group(teacher, rows))
     return header, groups
 
@@ -271,7 +289,7 @@ def _best(tables: Tables, teacher: str, size: int, measure: str) -> str | None:
     means = {
         line: cell.figures[measure].mean
         for line in tables.lines
-        if (cell := tables.cell(teacher, line, size))
+        if (cell := tables.cell(teacher, line, size)) and measure in cell.figures
     }
     return max(means, key=lambda line: means[line]) if len(means) > 1 else None
 

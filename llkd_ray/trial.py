@@ -59,6 +59,8 @@ class Labels:
     """Prompt tokens of each text; zero where they are not recorded."""
     digest: str
     """Stands for the labels where results are looked up."""
+    test_label_T: Ints | None = None
+    """What the teacher says of the test texts; None for the truth itself, which is no teacher's."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,10 @@ def _advance(
         student = build_student(config.student, config.labels, config.run.seed, device)
         facts |= train_round(student, batch, config.student, seed=seed)
         if reported:
-            facts |= against_gold(texts, predict(student, texts.test, config.student))
+            p_TC = predict(student, texts.test, config.student)
+            facts |= against_gold(texts, p_TC)
+            if labels.test_label_T is not None:
+                facts["agreement"] = float(np.mean(p_TC.argmax(axis=1) == labels.test_label_T))
         if uses_student:
             table.mark_trained(k, row_M)
             score_M = table.untrained()

@@ -287,7 +287,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "tables": set(),
     "comparison": {"config", "recorded", "settings", "signals", "store", "tables", "trial"},
-    "compare_report": {"config", "drawing", "report", "store", "tables", "words"},
+    "compare_figure": {"drawing", "tables", "words"},
+    "compare_report": {"compare_figure", "config", "drawing", "report", "store", "tables", "words"},
     # the whole
     "session": {"config", "store"},
     "run": {

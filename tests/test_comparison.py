@@ -238,6 +238,7 @@ class TestTeacher:
         again, _ = read_teacher(of(write_answers(tmp_path, range(N_POOL + N_TEST))), examples)
         np.testing.assert_array_equal(again.p_NC, labels.p_NC)
         assert again.digest == labels.digest
+        np.testing.assert_array_equal(labels.test_label_T, p_TC.argmax(axis=1))
 
     @pytest.mark.parametrize("missing", [[7], [N_POOL + 3], [7, 8]])
     def test_a_missing_answer_is_refused(self, examples, tmp_path, missing):
@@ -260,6 +261,7 @@ class TestLabels:
         texts = read_texts(examples, NAMES[:3])
         labels = gold_labels(examples, texts)
         np.testing.assert_array_equal(labels.p_NC.argmax(axis=1), texts.gold_N)
+        assert labels.test_label_T is None
         assert set(np.unique(labels.p_NC)) == {0.0, 1.0}
         assert labels.tokens_N.sum() == 0
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llkd_ray.compare_report import (
-    CURVE,
+    CURVES,
     MARKDOWN,
     PAGE,
     RESULTS,
@@ -42,7 +43,10 @@ ATTACK = "<script>x</script>|"
 
 
 def result(teacher: str, line: str, seed: int, size: int, f1: float, trained: int | None = None) -> Result:
-    """Of a trial whose accuracy is 0.1 above its macro-F1, and whose classes lie 0.1 beside that."""
+    """Of a trial whose accuracy is 0.1 above its macro-F1, and whose classes lie 0.1 beside that.
+
+    It agrees with its teacher, if it has one, in 0.2 more than it is right.
+    """
     facts = {
         "size": size,
         "trained": trained or size,
@@ -53,7 +57,7 @@ def result(teacher: str, line: str, seed: int, size: int, f1: float, trained: in
         "ece": 0.05,
         "pseudo_label_accuracy": 0.8,
         "f1_by_class": [f1 - 0.1, f1 + 0.1],
-    }
+    } | ({"agreement": f1 + 0.3} if teacher else {})
     return Result.of(teacher, line, seed, facts, POOL)
 
 
@@ -171,6 +175,37 @@ def test_the_table_has_all_lines_with_the_best_marked():
     assert rows["the teacher itself"][-1].text == "60.0"
 
 
+def test_agreement_is_with_a_teacher():
+    results = [*two_seeds("ann"), *two_seeds("bob", above=0.2), result("", GOLD, 0, POOL, 0.9)]
+    tables = make_tables(results, ("ann", "bob"))
+    _, groups = score_table(tables, "agreement")
+    assert [group.teacher for group in groups] == ["ann", "bob", OVER_TEACHERS]
+    rows = dict(groups[-1].rows)
+    assert list(rows) == [RANDOM, "rank", "all pseudo-labels"], "gold has no teacher, whom a teacher is"
+    assert [cell.text for cell in rows["rank"]] == ["–", "94.0 ± 50.8", ""]
+    assert rows["rank"][1].is_best
+    assert rows["all pseudo-labels"][-1].text == "90.0 ± 63.5"
+
+
+def test_results_without_agreement_leave_it_out(tmp_path):
+    """Those of an older version, alone and among others."""
+    old = [replace(one, agreement=None) for one in two_seeds()]
+    assert not make_tables(old).has("agreement")
+    write_comparison(RunStore(str(tmp_path)), make_tables(old), old, settings="", missing=0, trials=1)
+    assert "Agreement" not in (tmp_path / PAGE).read_text() + (tmp_path / MARKDOWN).read_text()
+    assert not (tmp_path / f"{CURVES['agreement']}.svg").exists()
+    mixed = [
+        one if one.line == "rank" and one.seed == 1 else new
+        for one, new in zip(old, two_seeds(), strict=True)
+    ]
+    tables = make_tables(mixed)
+    rows = dict(score_table(tables, "agreement")[1][0].rows)
+    assert rows["rank"][1].text == "–", "a mean over some of the seeds would not be set beside the others"
+    assert rows[RANDOM][1].text == "72.0 ± 25.4"
+    write_comparison(RunStore(str(tmp_path)), tables, mixed, settings="", missing=0, trials=1)
+    assert "Agreement with the teacher" in (tmp_path / PAGE).read_text()
+
+
 def test_differences_costs_and_classes_are_shown():
     tables = make_tables(two_seeds())
     header, (group,) = difference_table(tables, "macro_f1")
@@ -224,8 +259,10 @@ def test_all_files_are_written_however_few_trials_there_are(tmp_path: Path, n_re
     # A bar in a name does not make a column.
     table = text[text.index("## Macro-F1") :].split("\n\n")[1].splitlines()
     assert {row.replace("\\|", "").count("|") for row in table} == {6}
-    assert (tmp_path / f"{CURVE}.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (tmp_path / f"{CURVE}.svg").read_text()
+    for measure, curve in CURVES.items():
+        if n_results is None or measure == "macro_f1":
+            assert (tmp_path / f"{curve}.png").read_bytes().startswith(b"\x89PNG")
+            assert "<svg" in (tmp_path / f"{curve}.svg").read_text()
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(results)
@@ -233,11 +270,19 @@ def test_all_files_are_written_however_few_trials_there_are(tmp_path: Path, n_re
         assert float(rows[0]["f1 sea"]) == pytest.approx(0.35)
 
 
+def without_column(content: str, name: str) -> str:
+    rows = list(csv.reader(content.splitlines()))
+    at = rows[0].index(name)
+    return "\n".join(",".join([*row[:at], *row[at + 1 :]]) for row in rows)
+
+
 def test_results_come_back_as_they_were_written(tmp_path):
     results = [*two_seeds(), result("", GOLD, 0, POOL, 1 / 3)]
     store = RunStore(str(tmp_path))
     write_comparison(store, make_tables(results), results, settings="", missing=0, trials=1)
     assert read_results(store.path(RESULTS), NAMES) == results
+    (tmp_path / RESULTS).write_text(without_column((tmp_path / RESULTS).read_text(), "agreement"))
+    assert read_results(store.path(RESULTS), NAMES) == [replace(one, agreement=None) for one in results]
     with pytest.raises(ConfigError, match=r"--add: .* has no column 'f1 sky'; give results\.csv of the same"):
         read_results(store.path(RESULTS), ("sea", "sky"))
     with pytest.raises(ConfigError, match=r"--add: .*nowhere\.csv' cannot be read: No such file"):

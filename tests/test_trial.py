@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -99,6 +100,17 @@ class TestFigures:
             assert facts["pseudo_label_accuracy"] == pytest.approx(right.mean())
         assert rows(trial, labels, 2)[:10] == rows(trial, labels, 0), "what is selected stays selected"
         assert np.unique(rows(trial, labels, 2)).size == 30
+
+    def test_agreement_is_with_the_teacher_on_the_test_set(self, make_trial, texts, labels, monkeypatch):
+        """A student that is always right and a teacher that is wrong on every fourth text."""
+        right_TC = np.eye(N_CLASSES)[texts.gold_T]
+        monkeypatch.setattr(trial_module, "predict", lambda *_: right_TC)
+        says_T = (texts.gold_T + (np.arange(N_TEST) % 4 == 0)) % N_CLASSES
+        trial = make_trial(sizes=(10,))
+        (figures,) = run_trial(trial, texts, replace(labels, test_label_T=says_T))
+        assert (figures["accuracy"], figures["agreement"]) == (1.0, 0.75)
+        (figures,) = run_trial(trial, texts, replace(labels, digest="gold"))
+        assert "agreement" not in figures, "the truth is no teacher"
 
     def test_against_gold(self, texts):
         perfect = against_gold(texts, np.eye(N_CLASSES)[texts.gold_T])

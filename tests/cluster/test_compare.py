@@ -25,6 +25,8 @@ REPORT = (
     "report.html",
     "learning_curve.png",
     "learning_curve.svg",
+    "agreement_curve.png",
+    "agreement_curve.svg",
 )
 
 
@@ -86,6 +88,7 @@ def test_a_comparison_from_settings_to_report_and_again(settings_file, tmp_path,
     by_seed = [float(row["macro_f1"]) for row in rows if (row["line"], row["size"]) == ("sure", "60")]
     (mean,) = [row for row in rows_of(out / "summary.csv") if (row["line"], row["size"]) == ("sure", "60")]
     assert float(mean["macro_f1"]) == pytest.approx(sum(by_seed) / 2)
+    assert [row["line"] for row in rows if not row["agreement"]] == ["gold", "gold"]
     assert "the report" in capfd.readouterr().out, "it is written after the first seed already"
 
     # Once more: nothing is trained, and the report comes out the same.

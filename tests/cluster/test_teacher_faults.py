@@ -181,7 +181,7 @@ class TestCap:
         settings = toy_settings | {"budget": budget, "teacher": teacher | {"recorded": answers}}
         run_dir = tmp_path / "run"
         if tokens == 1:
-            with pytest.raises(ConfigError, match=r"budget\.cap .* raise it, or .* the 40 texts of the hold-out"):
+            with pytest.raises(ConfigError, match=r"budget\.cap .* raise it, or lower .* the 40 texts"):
                 run(settings, run_dir)
             assert labels_of(run_dir)["row"] == []
             return
