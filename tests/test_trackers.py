@@ -1,7 +1,8 @@
-"""Trackers get the figures of a run, and none can stop one. MLflow and TensorBoard are the real ones."""
+"""Trackers get the figures of a run, and none can stop one. All three are the real ones."""
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,6 +140,32 @@ def test_tensorboard_gets_a_file_in_the_run_directory(tmp_path):
     assert b"seconds/train" in content
     assert b"final/student/accuracy" in content
     assert not said
+
+
+def test_wandb_keeps_figures_offline_and_goes_on_after_a_resume(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="pip install wandb")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    trackers, store, said = run_of(tmp_path, "wandb")
+    with suppress(KeyboardInterrupt), trackers:
+        trackers.log_round(LINE | {"round": 0, "accuracy": 0.5})
+        raise KeyboardInterrupt
+    with trackers:
+        trackers.log_round(LINE)
+        trackers.log_summary(SUMMARY, 1)
+    assert not said
+    parts = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert {part.stem for part in parts} == {f"run-{store.read_json(IDS)['wandb']}"}, "the same run goes on"
+    # Its service may still be writing when it says that a run is finished.
+    end = time.monotonic() + 30
+    while b"final/student/accuracy" not in parts[1].read_bytes() and time.monotonic() < end:
+        time.sleep(0.05)
+    first, second = (part.read_bytes() for part in parts)
+    for name in (b"my-run", b"student.model", b"seconds/train"):
+        assert name in first
+        assert name in second
+    assert b"final/student/accuracy" in second
+    assert b"final/student/accuracy" not in first
 
 
 @pytest.mark.filterwarnings("ignore")
