@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 LONGEST_BACK_OFF_S = 60.0
 DETAIL_CHARS = 300  # of what a server says about an error
+A_FEW = 2
+"""Texts in a row that have failed: enough to doubt the server where none is left to tell; one may be bad."""
 
 T = TypeVar("T")
 
@@ -178,17 +180,20 @@ class ServerClient:
                 self._known_good = request
                 return answer
 
-    async def judge(self, failure: TextFailed, meter: Meter) -> None:
+    async def judge(self, failure: TextFailed, meter: Meter, *, is_last: bool = False) -> None:
         """Once a text has failed: raises TeacherDown where it is not the text that is to blame.
 
         Many in a row without a good answer in between are no proof, as bad texts take longest and so come
-        last. The last request that had an answer is made again: if it has one now, the texts are bad.
+        last. The last request that had an answer is made again: if it has one now, the texts are bad. That
+        is found out of a few as well where the text is the last one that its call waits for, which would end
+        as if the server were well.
         """
         self._failed_in_a_row += 1
         many = 3 * self.teacher.attempts
         async with self._judging:
             silent_s = time.monotonic() - self._quiet_since
-            if self._failed_in_a_row < many and silent_s < self.teacher.stall_s:
+            in_doubt = is_last and self.has_answered and self._failed_in_a_row >= A_FEW
+            if self._failed_in_a_row < many and silent_s < self.teacher.stall_s and not in_doubt:
                 return
             if self._known_good is not None:
                 self._not_judging.clear()  # no further text is sent before it is known

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -55,6 +56,10 @@ they wait for would never be let in."""
 _NO_ROWS: Ints = np.empty(0, dtype=np.int64)
 
 
+class ScoresLost(RuntimeError):
+    """Some of a round's scores went to an incarnation of the selector that has died."""
+
+
 class Selector:
     """The actor's class; also runs without Ray, in a test's event loop."""
 
@@ -88,6 +93,8 @@ class Selector:
         self.audited = AuditAnswers.read(self.store)
         """What people have said of some rows, as of now."""
         self._to_score: dict[int, Ints] = {}
+        self._scored: Counter[int] = Counter()
+        """By round: the scores that this incarnation has been told."""
         self.changed = asyncio.Condition()
         self._rebuild(snapshot)
 
@@ -191,10 +198,18 @@ class Selector:
     async def refresh(self, round_number: int, row_M: Ints, p_MC: Floats) -> None:
         """Note the student's answers on some rows before a round."""
         self.table.refresh(round_number, row_M, p_MC)
+        self._scored[round_number] += row_M.size
 
-    async def refresh_done(self, round_number: int) -> None:
-        """All ranks have brought what they scored for the round."""
+    async def refresh_done(self, round_number: int, n_rows: int) -> None:
+        """All ranks have brought what they scored for the round, ``n_rows`` in all.
+
+        Raises ScoresLost where an earlier incarnation was told some of them: they are in no file before this
+        call, so the ranks are to score again, as they do after any other failure.
+        """
         self.fence.check()
+        lost = n_rows - self._scored[round_number]
+        if lost > 0 and round_number not in self.state.refreshed:
+            raise ScoresLost(f"round {round_number}: {lost} of {n_rows} scores went to a selector that died")
         self.audited.keep_for(self.store, round_number)  # the scores speak of these labels
         self.state.note_refreshed(round_number)
         await self._notify()

@@ -46,14 +46,18 @@ class ServerLabeller:
     async def label(self, ids: Sequence[str], texts: Sequence[str], allowance: Allowance) -> Answers:
         cut: set[int] = set()
         last: list[TextFailed] = []
+        left = len(texts)
 
         async def ask_one(i: int, meter: Meter) -> tuple[np.ndarray, float]:
+            nonlocal left
             try:
                 scored = await self._scored(texts[i], meter)
             except TextFailed as failure:
                 last[:] = [failure]
-                await self.client.judge(failure, meter)
+                left -= 1
+                await self.client.judge(failure, meter, is_last=not left)
                 raise
+            left -= 1
             if scored.cut:
                 cut.add(i)
             return scored.probs_C, scored.off_label

@@ -140,7 +140,7 @@ class Rank:
                 self.ask("refresh", k, chunk, self._predict(chunk).astype(np.float32))
             dist.barrier()
             if self.rank == 0:
-                self.ask("refresh_done", k)
+                self.ask("refresh_done", k, rows.size)
         self.seconds = {"refresh": time.monotonic() - began}
 
     def train(self, k: int, files: list[str]) -> None:

@@ -48,7 +48,9 @@ def local_ray() -> Iterator[None]:
 
     folder = tempfile.mkdtemp(prefix="llkd-")  # Ray's sockets need a short path
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", _temp_dir=folder)
+    ray.init(
+        num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False, _temp_dir=folder
+    )
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

@@ -272,6 +272,27 @@ def test_a_server_that_goes_down_half_way(reply):
         assert len(server.asked) < 10 + 2 * 20, "not all were tried"
 
 
+@pytest.mark.parametrize("reply", [Reply(status=500), Reply(hang_up=True), Reply({"a": 1}, status=400)])
+def test_a_server_that_goes_down_a_few_texts_before_the_end(reply):
+    """Too few to prove anything by themselves, and lost if they were taken for bad ones."""
+    with StubServer(dies_after(10, reply)) as server:
+        teacher = make_teacher(server.base_url, {"concurrency": 1}, attempts=2)
+        with pytest.raises(TeacherDown, match="2 texts in a row have failed"):
+            ask(ServerLabeller(teacher, LABELS), texts_of(12))
+
+
+@pytest.mark.parametrize(("n_bad", "asked_again"), [(1, 0), (2, 1), (3, 1)])
+def test_a_few_bad_texts_at_the_end_are_bad(n_bad, asked_again):
+    bad = [f"number {i}." for i in range(10 - n_bad, 10)]
+    with StubServer(poisoned(Reply(status=500), *bad)) as server:
+        teacher = make_teacher(server.base_url, {"concurrency": 1}, attempts=2)
+        answers = ask(ServerLabeller(teacher, LABELS), texts_of(10))
+        assert len(server.asked) == 10 + n_bad + asked_again, "one text that had an answer, to be sure"
+    assert answers.answered_N.tolist() == [True] * (10 - n_bad) + [False] * n_bad
+    assert answers.usage.texts == 10
+    assert answers.usage.requests == 10 + n_bad + asked_again
+
+
 @pytest.mark.parametrize("reply", [Reply(status=500), Reply({"error": "no"}, status=422)])
 def test_many_bad_texts_in_a_row_do_not_bring_a_good_server_down(reply):
     bad = [f"number {i}." for i in range(10, 40)]

@@ -18,7 +18,7 @@ from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.answers import Usage
 from llkd_ray.config import ConfigError
 from llkd_ray.label_files import TicketLabels, write_mark
-from llkd_ray.selector import Selector
+from llkd_ray.selector import ScoresLost, Selector
 from llkd_ray.session import Fence, Superseded
 from llkd_ray.signals import entropy, margin, support
 from llkd_ray.snapshot import drop_all
@@ -104,7 +104,7 @@ class Bench:
         rows = await self.selector.rows_to_score(k)
         for mine in np.array_split(rows, 2):  # two ranks
             await self.selector.refresh(k, mine, self.opinion(k)[mine])
-        await self.selector.refresh_done(k)
+        await self.selector.refresh_done(k, rows.size)
         return rows
 
     async def round(self, k):
@@ -814,6 +814,31 @@ class TestRebuild:
         assert bench.batch_rows() == batches
         assert run(bench.selector.stats()) == stats
 
+    @pytest.mark.parametrize("told_before", [1, 2])
+    def test_amid_the_scores(self, bench, undisturbed, told_before):
+        """What some or all ranks told the dead one is in no file, so all score again."""
+
+        async def script():
+            await self.until(bench, "labels")
+            rows = await bench.selector.rows_to_score(1)
+            halves = np.array_split(rows, 2)  # two ranks
+            for i, mine in enumerate(halves):
+                if i == told_before:
+                    bench.restart()
+                await bench.selector.refresh(1, mine, bench.opinion(1)[mine])
+            if told_before == 2:
+                bench.restart()
+            lost = sum(mine.size for mine in halves[:told_before])
+            with pytest.raises(ScoresLost, match=rf"{lost} of {rows.size} scores"):
+                await bench.selector.refresh_done(1, rows.size)
+            assert not bench.store.exists(round_file(1, SCORES))
+            await self.onwards(bench)
+            # Once they are in their file, a successor that is told so again is content.
+            await bench.restart().refresh_done(1, rows.size)
+
+        run(script())
+        assert bench.batch_rows() == undisturbed[0]
+
     def test_table_is_the_same(self, bench):
         async def script():
             for k in range(3):
@@ -1017,7 +1042,7 @@ class TestFence:
             with pytest.raises(Superseded):
                 await stale.select(1)
             with pytest.raises(Superseded):
-                await stale.refresh_done(1)
+                await stale.refresh_done(1, 0)
             with pytest.raises(Superseded):
                 await stale.trained(1, {})
             with pytest.raises(Superseded):

@@ -15,7 +15,7 @@ from llkd_ray.comparison import load_comparison
 from llkd_ray.config import parse_config
 from llkd_ray.labelling import label_once, labelling_config, teacher_config
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
 
 REPORT = (
     "results.csv",

@@ -195,6 +195,11 @@ def test_answers_to_other_texts_end_the_run_with_the_remedy(toy_settings, tmp_pa
         run(settings, tmp_path / "run")
 
 
+def ranks() -> list[psutil.Process]:
+    """Student ranks that this process's Ray runs."""
+    return [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in title_of(p)]
+
+
 def test_a_killed_rank_costs_no_round(toy_settings, tmp_path):
     settings = toy_settings | {"student": toy_settings["student"] | {"workers": (1, 2), "cpus": 0.4}}
     run_dir, killed = tmp_path / "run", []
@@ -202,11 +207,12 @@ def test_a_killed_rank_costs_no_round(toy_settings, tmp_path):
     def kill_a_rank_after_the_first_round() -> None:
         while not (run_dir / "rounds/0000/trained.json").exists():
             time.sleep(0.01)
-        ours = psutil.Process().children(recursive=True)
-        rank = next(p for p in ours if "RayTrainWorker" in title_of(p))
+        rank = ranks()[0]
         rank.kill()
         killed.append(rank.pid)
 
+    while ranks():  # of a run before, which ended with an error
+        time.sleep(0.1)
     threading.Thread(target=kill_a_rank_after_the_first_round, daemon=True).start()
     summary = run(settings, run_dir)
     assert len(killed) == 1

@@ -59,7 +59,8 @@ def submit(env: dict[str, str], *entrypoint: str) -> subprocess.CompletedProcess
 
 def wait_until_up(env: dict[str, str]) -> None:
     deadline = time.monotonic() + 120
-    while subprocess.run([BIN / "ray", "job", "list"], env=env, capture_output=True).returncode:
+    # Its agent, which a submitted job needs, may come up later than what lists jobs.
+    while submit(env, "true").returncode:
         assert time.monotonic() < deadline, "the head did not come up"
         time.sleep(1)
 

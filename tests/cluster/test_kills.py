@@ -226,7 +226,11 @@ def test_a_full_disk_and_damaged_files(cluster, new_run, undisturbed):
         run = new_run("disk", teacher)
         run.start(cluster.address)
         run.wait_for("labels/*.parquet", 4)
-        for process, _ in cluster.processes("teacher"):
+        # The second may be late: labels come as soon as there is one.
+        while len(teachers := cluster.processes("teacher")) < 2:
+            assert run.driver.poll() is None, run.log.read_text()
+            time.sleep(0.1)
+        for process, _ in teachers:
             # Marks are smaller than this, label files larger: the system refuses to let them grow.
             process.rlimit(psutil.RLIMIT_FSIZE, (1_000, -1))
         assert run.driver.wait(timeout=240) != 0, "a disk without room is no success"

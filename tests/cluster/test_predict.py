@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -159,12 +160,12 @@ class TestGoingOn:
         while len(list(out.glob("predictions/*.parquet"))) < 5:
             assert driver.poll() is None, log.read_text()
             time.sleep(0.02)
+        below = psutil.Process(driver.pid).children(recursive=True)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        kept, settled = self.times(out), None
-        while kept != settled:  # its actors may still finish what they have
-            time.sleep(1)
-            settled, kept = kept, self.times(out)
+        _, alive = psutil.wait_procs(below, timeout=60)  # its actors may still finish what they have
+        assert not alive
+        kept = self.times(out)
         assert 5 <= len(kept) < 100, "it was too fast to be killed"
 
         assert start().wait(timeout=200) == 0, log.read_text()

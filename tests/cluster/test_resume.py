@@ -54,6 +54,7 @@ def test_killed_three_times_then_finished(toy_settings, own_cluster_env, tmp_pat
         if pattern.startswith("labels"):
             refused = start(["--resume", str(run_dir)], tmp_path / "second.txt", own_cluster_env)
             assert refused.wait(timeout=120) == 2
+            assert driver.poll() is None, "it has ended, so there was nothing to refuse"
             said = (tmp_path / "second.txt").read_text()
             assert f"another driver is at work on this run (process {driver.pid} on" in said
             assert "Traceback" not in said
@@ -65,7 +66,7 @@ def test_killed_three_times_then_finished(toy_settings, own_cluster_env, tmp_pat
     assert len(trained_before) >= 2
 
     last = start(arguments, log, own_cluster_env)
-    assert last.wait(timeout=240) == 0, log.read_text()
+    assert last.wait(timeout=500) == 0, log.read_text()
 
     labels = [row for f in run_dir.glob("labels/*.parquet") for row in pq.read_table(f)["row"].to_pylist()]
     assert max(Counter(labels).values()) == 1, "a text was labelled twice"

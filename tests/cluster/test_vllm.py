@@ -182,7 +182,8 @@ def labelled_rows(run_dir: Path) -> list[int]:
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
 def test_an_engine_that_is_lost_is_replaced_and_nothing_with_it(vllm_settings, tmp_path, fault):
-    vllm_settings["teacher"] |= {"timeout_s": 10}
+    if fault == signal.SIGSTOP:
+        vllm_settings["teacher"] |= {"timeout_s": 30}  # a busy machine may hold up a sound engine, too
     run_dir = tmp_path / "run"
     hit: list[int] = []
 
