@@ -154,8 +154,8 @@ class TestServer:
         def dies_after_a_while(asked: Asked) -> Reply:
             nonlocal answers
             answers += 1
-            # In the middle of a ticket, whichever of two comes first: a text that is the last of its ticket, and
-            # the only one that fails, would be taken for a bad one.
+            # In the middle of a ticket, whichever of two comes first: a text that is the last of its ticket,
+            # and the only one that fails, would be taken for a bad one.
             return right_answer(asked) if answers <= 208 else Reply(b"", status=503)
 
         with StubServer(dies_after_a_while) as server:
