@@ -24,6 +24,7 @@ import psutil
 import pyarrow.parquet as pq
 import yaml
 from ray.cluster_utils import Cluster
+from ray.experimental.internal_kv import _internal_kv_reset
 from stub_server import Asked, Reply, StubServer, likeliest, usage
 from toys import NAMES, WORDS
 
@@ -115,6 +116,8 @@ class ToyCluster:
         """The head first, so that nobody is told anything."""
         for node in self._cluster.list_all_nodes():
             self.lose(node)
+        # The head had made itself what this process asks; a test that uses its own Ray would ask in vain.
+        _internal_kv_reset()
 
 
 def workers_of(node: Any) -> list[psutil.Process]:
