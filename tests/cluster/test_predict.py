@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from chaos import title_of
 from toys import NAMES, save_tiny_classifier, write_corpus
 
 from llkd_ray.classifier import inspect, load, score
@@ -161,9 +162,11 @@ class TestGoingOn:
             assert driver.poll() is None, log.read_text()
             time.sleep(0.02)
         below = psutil.Process(driver.pid).children(recursive=True)
+        actors = [process for process in below if "MapWorker" in title_of(process)]
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        _, alive = psutil.wait_procs(below, timeout=60)  # its actors may still finish what they have
+        _, alive = psutil.wait_procs(actors, timeout=60)  # they may still finish what they have
+        assert actors
         assert not alive
         kept = self.times(out)
         assert 5 <= len(kept) < 100, "it was too fast to be killed"
