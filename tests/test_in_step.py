@@ -138,7 +138,7 @@ class TestMask:
         assert (in_step.confidence, in_step.uncertainty, in_step.facts()) == before
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 class TestRanks:
     """1, 2 and 4 real processes; the last batch of an epoch has two texts, so two of four ranks have none."""
 

@@ -94,7 +94,7 @@ class TestAtWork:
     def test_the_run_of_a_killed_driver_is_free_at_once_on_its_host(self, store):
         process = multiprocessing.get_context("spawn").Process(target=hold, args=(store.root,))
         process.start()
-        while not store.names(SESSIONS_DIR):
+        while not store.names(EPOCHS_DIR):  # the last that it writes before it is at work
             time.sleep(0.02)
         with pytest.raises(ConfigError, match=f"process {process.pid} on"), at_work(store, quiet):
             pytest.fail("two are at work")
