@@ -35,10 +35,11 @@ from transformers.utils import logging as transformers_logging
 
 from llkd_ray.answers import Answers, Unlimited
 from llkd_ray.config import LabelsConfig
-from llkd_ray.engine import CPU_BLOCK_SIZE, Engine, start_vllm
+from llkd_ray.engine import Engine
 from llkd_ray.prompts import build_prompt, encode_prompts, label_sequences
 from llkd_ray.quickstart import train_tokenizer
 from llkd_ray.teacher_config import PromptConfig, TeacherConfig
+from llkd_ray.vllm_start import CPU_BLOCK_SIZE, start_vllm
 from llkd_ray.vllm_teacher import VllmLabeller
 
 MODEL_LEN = 2048

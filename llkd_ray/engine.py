@@ -9,28 +9,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
-import re
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from typing import IO, Any, TypeVar
-
-import numpy as np
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
 
 from llkd_ray.answers import TeacherDown, TextFailed
 from llkd_ray.teacher_config import TeacherConfig
+from llkd_ray.vllm_start import start_vllm
 
 logger = logging.getLogger(__name__)
 _request_numbers = itertools.count()
 T = TypeVar("T")
-
-CPU_BLOCK_SIZE = 32
-"""Tokens of a block of the prefix cache on CPU, where vLLM takes 128 by default. Only whole blocks are found
-again, so a small one saves most of what the requests for names of several tokens have in common."""
 
 
 class EngineLost(Exception):
@@ -159,11 +150,17 @@ class Engine:
         """A new engine, after several tries if need be: memory that is short now may be free in a moment."""
         said = ""
         gave_up = threading.Event()
+        came: list[Any] = []
+
+        def put_away() -> None:
+            with suppress(IndexError):  # there is none, or the other has it
+                came.pop().shutdown()
 
         def start() -> Any:
             engine = self._start(self.teacher)
+            came.append(engine)
             if gave_up.is_set():
-                engine.shutdown()
+                put_away()
             return engine
 
         for attempt in range(self.teacher.attempts):
@@ -173,7 +170,9 @@ class Engine:
             try:
                 engine = await asyncio.wait_for(asyncio.to_thread(start), self.teacher.start_timeout_s)
             except TimeoutError:
-                gave_up.set()  # a thread cannot be stopped, so its engine is put away when it comes
+                # A thread cannot be stopped: its engine is put away when it comes, or now if it just has.
+                gave_up.set()
+                put_away()
                 raise TeacherDown(
                     f"teacher.model: the engine of {self.teacher.model!r} has not started within "
                     f"{self.teacher.start_timeout_s:g} s; raise teacher.start_timeout_s if it needs longer"
@@ -217,86 +216,3 @@ async def _generate(engine: Any, token_ids: Sequence[int], sampling: Any) -> Any
     async for output in engine.generate(request, sampling, f"text-{next(_request_numbers)}"):
         last = output
     return last
-
-
-def start_vllm(teacher: TeacherConfig) -> Any:
-    """vLLM's asynchronous engine, started. Raises RuntimeError with the root cause where it does not."""
-    # Read by vLLM when it is imported.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    if not teacher.gpus and teacher.parts > 1:
-        # By default vLLM gives each part a memory node of its own and refuses where there is but one.
-        cores = np.array_split(sorted(os.sched_getaffinity(0)), teacher.parts)
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, own)) for own in cores))
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    with _listening() as log:
-        try:
-            # By default it would take batches as small as a server's that answers at once.
-            return AsyncLLM.from_engine_args(
-                AsyncEngineArgs(**engine_arguments(teacher)), usage_context=UsageContext.LLM_CLASS
-            )
-        except Exception as error:
-            raise RuntimeError(_root_cause(log) or f"{type(error).__name__}: {error}") from error
-
-
-def engine_arguments(teacher: TeacherConfig) -> dict[str, Any]:
-    """What vLLM is told; ``teacher.engine`` has the last word."""
-    on_cpu = teacher.gpus == 0
-    arguments: dict[str, Any] = {
-        "model": teacher.model,
-        "revision": teacher.revision,
-        "tokenizer_revision": teacher.revision,
-        "dtype": teacher.dtype,
-        "quantization": teacher.quantization,
-        "max_model_len": teacher.max_model_len,
-        "enable_prefix_caching": True,
-        "disable_log_stats": True,
-        "enforce_eager": on_cpu,
-        "tensor_parallel_size": teacher.tensor_parallel,
-        "pipeline_parallel_size": teacher.pipeline_parallel,
-    }
-    if on_cpu:
-        arguments |= {
-            "block_size": CPU_BLOCK_SIZE,
-            "kv_cache_memory_bytes": int(teacher.kv_cache_gib * 2**30),
-        }
-    elif teacher.parts > 1:
-        # Its workers find the placement group that the actor is in, on one node or on several.
-        arguments["distributed_executor_backend"] = "ray"
-    return arguments | teacher.engine
-
-
-@contextmanager
-def _listening() -> Iterator[IO[bytes] | None]:
-    """A file that also gets what the engine's processes, which inherit it, write to stderr.
-
-    vLLM tells the root cause of a failed start there and nowhere else. With LLKD_VERBOSE, people read it.
-    """
-    if os.environ.get("LLKD_VERBOSE"):
-        yield None
-        return
-    sys.stderr.flush()
-    before = os.dup(2)
-    with tempfile.TemporaryFile() as log:
-        os.dup2(log.fileno(), 2)
-        try:
-            yield log
-        finally:
-            sys.stderr.flush()
-            os.dup2(before, 2)
-            os.close(before)
-
-
-def _root_cause(log: IO[bytes] | None) -> str:
-    """The first error that a log of nested tracebacks ends in, without its time and place; or nothing."""
-    if log is None:
-        return ""
-    log.seek(0)
-    lines = log.read().decode("utf-8", "replace").splitlines()
-    errors = [found[1] for line in lines if (found := re.search(r"\b(\w*(?:Error|Exception): .+)$", line))]
-    if not errors:
-        return ""
-    quoted = re.search(r"Worker failed with error '(.+)', please check", errors[0])
-    return (quoted[1] if quoted else errors[0])[:500]

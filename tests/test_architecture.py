@@ -63,7 +63,8 @@ ROOMS: dict[str, set[str]] = {
     "calibration": {"signals"},
     "confidence": {"calibration", "signals", "teacher_config"},
     # the kinds of teachers
-    "engine": {"answers", "teacher_config"},
+    "vllm_start": {"teacher_config"},
+    "engine": {"answers", "teacher_config", "vllm_start"},
     "vllm_teacher": {
         "answers",
         "asking",
@@ -467,7 +468,7 @@ WITH_RAY = {
     "teacher",
     "training",
 }
-WITH_VLLM = {"engine", "vllm_teacher"}
+WITH_VLLM = {"engine", "vllm_start", "vllm_teacher"}
 MAX_LINES = 450
 MAX_BYTES = 400_000
 

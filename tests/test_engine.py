@@ -8,12 +8,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +19,7 @@ from hypothesis import strategies as st
 
 from llkd_ray import engine as engine_module
 from llkd_ray.answers import TeacherDown, TextFailed
-from llkd_ray.engine import CPU_BLOCK_SIZE, Engine, Gate, engine_arguments
+from llkd_ray.engine import Engine, Gate
 from llkd_ray.teacher_config import TeacherConfig
 
 pytest.importorskip("vllm")
@@ -190,6 +187,18 @@ class TestStart:
         assert maker.starts == 1
         assert maker.tries == {}
         assert maker.engines[0].closed_at is not None, "one that comes too late is put away"
+
+    def test_one_that_starts_in_the_moment_in_which_patience_ends(self, monkeypatch):
+        maker = Maker()
+
+        async def late(start, timeout):
+            await start
+            raise TimeoutError
+
+        monkeypatch.setattr(engine_module.asyncio, "wait_for", late)
+        (outcome,) = asyncio.run(ask_all(make_engine(maker), [1]))
+        assert isinstance(outcome, TeacherDown)
+        assert maker.engines[0].closed_at is not None
 
 
 class TestDeath:
@@ -508,75 +517,3 @@ class TestGate:
             return entered
 
         assert asyncio.run(script()) == ["first", "alone", "late"]
-
-
-class TestArguments:
-    def test_vllm_knows_them_all(self):
-        from vllm.engine.arg_utils import AsyncEngineArgs
-
-        known = {field.name for field in fields(AsyncEngineArgs)}
-        for settings_ in ({}, {"gpus": 1, "tensor_parallel": 2, "pipeline_parallel": 2}):
-            assert engine_arguments(make_teacher(**settings_)).keys() <= known
-
-    def test_on_cpu(self):
-        arguments = engine_arguments(make_teacher(max_model_len=512, dtype="float32"))
-        assert arguments["block_size"] == CPU_BLOCK_SIZE
-        assert arguments["enforce_eager"]
-        assert arguments["max_model_len"] == 512
-        assert arguments["dtype"] == "float32"
-
-    def test_an_engine_in_parts_finds_its_placement_group_through_ray(self):
-        assert "distributed_executor_backend" not in engine_arguments(make_teacher(gpus=1))
-        parts = engine_arguments(make_teacher(gpus=1, tensor_parallel=4))
-        assert parts["distributed_executor_backend"] == "ray"
-        assert parts["tensor_parallel_size"] == 4
-        assert not parts["enforce_eager"]
-
-    def test_the_user_has_the_last_word(self):
-        own = {"block_size": 16, "enforce_eager": False, "max_num_seqs": 8}
-        arguments = engine_arguments(make_teacher(engine=own))
-        assert {name: arguments[name] for name in own} == own
-
-
-class TestRootCause:
-    def start(self, monkeypatch, folder: Path, said: str, error: Exception) -> RuntimeError:
-        """What start_vllm raises where the engine's processes write to stderr and vLLM then raises."""
-        from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        def from_engine_args(arguments, usage_context):
-            assert usage_context is UsageContext.LLM_CLASS, "batches of a whole corpus, not of a server"
-            os.write(2, said.encode())
-            raise error
-
-        monkeypatch.setattr(AsyncLLM, "from_engine_args", from_engine_args)
-        with pytest.raises(RuntimeError) as caught:
-            engine_module.start_vllm(TeacherConfig(model=str(folder)))
-        return caught.value
-
-    def test_the_first_error_that_an_engine_wrote_is_the_reason(self, monkeypatch, tmp_path, capfd):
-        monkeypatch.delenv("LLKD_VERBOSE", raising=False)
-        said = (
-            "(EngineCore pid=7) ERROR 05-05 05:05:05 [core.py:99] Traceback (most recent call last):\n"
-            "(EngineCore pid=7) ERROR 05-05 05:05:05 [core.py:99] torch.OutOfMemoryError: no memory is left\n"
-            "(EngineCore pid=7) ERROR 05-05 05:05:06 [core.py:99] RuntimeError: the worker failed\n"
-        )
-        reason = str(
-            self.start(monkeypatch, tmp_path, said, RuntimeError("Engine core initialization failed."))
-        )
-        assert reason == "OutOfMemoryError: no memory is left"
-        assert "no memory" not in capfd.readouterr().err, "a traceback of pages is nobody's reading"
-        os.write(2, b"and after that stderr is as it was")
-        assert "as it was" in capfd.readouterr().err
-
-    def test_an_engine_that_wrote_nothing(self, monkeypatch, tmp_path):
-        monkeypatch.delenv("LLKD_VERBOSE", raising=False)
-        assert (
-            str(self.start(monkeypatch, tmp_path, "", OSError("no such model"))) == "OSError: no such model"
-        )
-
-    def test_whoever_wants_to_read_it_may(self, monkeypatch, tmp_path, capfd):
-        monkeypatch.setenv("LLKD_VERBOSE", "1")
-        reason = str(self.start(monkeypatch, tmp_path, "MemoryError: too small\n", RuntimeError("failed")))
-        assert reason == "RuntimeError: failed"
-        assert "MemoryError: too small" in capfd.readouterr().err

@@ -214,7 +214,9 @@ def test_an_engine_that_is_lost_is_replaced_and_nothing_with_it(vllm_settings, t
 @pytest.mark.usefixtures("local_ray")
 def test_an_engine_that_has_no_memory_ends_the_run_with_the_reason(vllm_settings, tmp_path):
     vllm_settings["teacher"] |= {"kv_cache_gib": 100_000, "attempts": 1}
-    with pytest.raises(TeacherDown, match=r"did not start in 1 tries: Available memory .* requested memory"):
+    with pytest.raises(
+        TeacherDown, match=r"did not start in 1 tries: ValueError: Available memory .* requested memory"
+    ):
         run(vllm_settings, tmp_path / "run")
     assert labelled_rows(tmp_path / "run") == []
     # With memory, the same run goes on.
