@@ -241,11 +241,10 @@ class ServerClient:
             await asyncio.sleep(mine - time.monotonic())
 
     async def _send(self, request: Post[Any]) -> dict[str, Any]:
+        client = self._http()  # made before the time runs
         try:
             async with asyncio.timeout(self.teacher.timeout_s):
-                reply = await self._http().post(
-                    self.server.base_url.rstrip("/") + request.path, json=request.body
-                )
+                reply = await client.post(self.server.base_url.rstrip("/") + request.path, json=request.body)
         except TimeoutError:
             raise _Stumble("timed_out", f"no answer in {self.teacher.timeout_s:g} s") from None
         except httpx.ConnectError as error:

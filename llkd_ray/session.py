@@ -27,6 +27,8 @@ BEAT_S = 5.0
 """Between two signs of life."""
 LOOK_S = 3 * BEAT_S
 """How long a count must stand still for its driver to count as dead."""
+LOOKS = 15
+"""Looks in that time. Counted, for a clock goes on where the whole machine stands still for a while."""
 SETTLE_S = 1.0
 """Longer than two that begin at once take from their look at the epochs to their own; locally far less."""
 THROTTLE_S = 5.0
@@ -149,13 +151,13 @@ def require_free(store: RunStore, say: Callable[[str], None]) -> None:
     # Its number may be another process's by now, and of other hosts nothing is known: does its count move?
     who = f"process {last['pid']} on {last['host']}"
     say(f"the last driver, {who}, has not ended this run: looking for {LOOK_S:.0f} s whether it lives")
-    until = time.monotonic() + LOOK_S
-    while (now := store.read_json(file)) == last:
-        if time.monotonic() > until:
+    for _ in range(LOOKS):
+        time.sleep(LOOK_S / LOOKS)
+        now = store.read_json(file)
+        if now["ended"]:
             return
-        time.sleep(LOOK_S / 15)
-    if not now["ended"]:
-        raise ConfigError(_in_use(store, who))
+        if now != last:
+            raise ConfigError(_in_use(store, who))
 
 
 def _in_use(store: RunStore, who: str) -> str:

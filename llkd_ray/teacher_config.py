@@ -201,7 +201,12 @@ class TeacherConfig(Section):
         "there, and idle ones go at once, between rounds too. Each that comes starts an engine, which takes "
         "minutes for a large model: keep with min what must not wait.",
     )
-    cpus: float = Field(0.5, gt=0, description="CPUs that Ray books for one teacher actor.")
+    cpus: float = Field(
+        0.5,
+        gt=0,
+        description="CPUs that Ray books for one teacher actor. On CPUs, an engine of one part computes "
+        "with as many threads; below 1, with one for each physical core but one.",
+    )
     gpus: float = Field(
         0, ge=0, description="GPUs that Ray books for one teacher actor; for each of its parts where it has."
     )

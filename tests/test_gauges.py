@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import urllib.request
 from typing import ClassVar
@@ -64,12 +65,12 @@ def test_ray_exports_them(local_ray):
 
     gauges = Gauges("exported-run")
     address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
-    until, labelled, lines = time.monotonic() + 90, 0.0, {}
+    until, labelled, lines, shown = time.monotonic() + 90, 0.0, {}, []
     while len(lines) < 3 and time.monotonic() < until:
         labelled += 10
         gauges.show({"labelled_texts": labelled, "macro_f1": 0.5})
         time.sleep(EVERY_S)
-        with urllib.request.urlopen(address, timeout=10) as answer:
+        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=10) as answer:
             shown = answer.read().decode().splitlines()
         lines = {line.split("{")[0]: line for line in shown if 'run="exported-run"' in line}
     assert set(lines) == {"ray_llkd_labelled_texts", "ray_llkd_new_labelled_texts_total", "ray_llkd_macro_f1"}

@@ -198,12 +198,12 @@ def test_a_wait_that_nobody_would_sit_out_is_not_begun():
 def test_silence_before_a_call_is_not_the_servers():
     async def run(labeller: ServerLabeller) -> Answers:
         await labeller.label(["0"], ["one"], Unlimited())
-        await asyncio.sleep(0.4)  # the student trains
+        await asyncio.sleep(2.5)  # the student trains
         return await labeller.label(["1"], ["two"], Unlimited())
 
     replies = [said(["B"]), Reply(status=429, headers={"Retry-After": "0.05"})]
     with StubServer(in_turn(replies, good)) as server:
-        answers = asyncio.run(run(ServerLabeller(make_teacher(server.base_url, stall_s=0.3), LABELS)))
+        answers = asyncio.run(run(ServerLabeller(make_teacher(server.base_url, stall_s=2.0), LABELS)))
     assert list(answers.outcome_N) == [""]
 
 
@@ -369,10 +369,11 @@ def test_no_more_requests_at_a_time_than_allowed():
 def test_requests_are_spaced_evenly():
     with StubServer(good) as server:
         teacher = make_teacher(server.base_url, {"requests_per_minute": 600, "concurrency": 8})
+        began = time.monotonic()
         ask(ServerLabeller(teacher, LABELS), texts_of(6))
         at = sorted(asked.at for asked in server.asked)
-    assert at[-1] - at[0] > 3.5 * 0.1, "five gaps of 0.1 s, though the first may be late itself"
-    assert all(at[i + 3] - at[i] > 0.1 for i in range(3)), "none in a bunch"
+    # Any of them may be late; none is early.
+    assert all(at[i] - began >= 0.1 * i - 0.001 for i in range(6))
 
 
 def test_replies_of_a_call_that_ends_do_not_hold_the_next_one_up():

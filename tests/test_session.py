@@ -131,6 +131,21 @@ class TestAtWork:
             stop.set()
             thread.join()
 
+    def test_a_machine_that_stands_still_for_a_while_kills_nobody(self, store, monkeypatch):
+        begin_elsewhere(store, beat=0)
+        looks = []
+
+        def stand_still(seconds: float) -> None:
+            looks.append(seconds)
+            if len(looks) == module.LOOKS - 1:
+                write_facts(store, beat=1)
+
+        monkeypatch.setattr(module.time, "sleep", stand_still)
+        monkeypatch.setattr(module.time, "monotonic", lambda: 1000.0 * len(looks))
+        with pytest.raises(ConfigError, match="other-host"), at_work(store, quiet):
+            pytest.fail("two are at work")
+        assert sum(looks) <= module.LOOK_S
+
     def test_a_clock_that_is_set_changes_nothing(self, store, monkeypatch):
         with at_work(store, quiet):
             monkeypatch.setattr(time, "time", lambda: 0.0)

@@ -158,9 +158,9 @@ def test_the_same_chance_gives_the_same_figures():
 
 def test_ten_thousand_texts_take_seconds_at_most():
     gold_N, p_NC = teacher(10_000, classes=77)
-    start = time.perf_counter()
+    start = time.process_time()
     quality(gold_N, p_NC)
-    assert time.perf_counter() - start < 10  # 0.6 s by itself; machines of tests are busy.
+    assert time.process_time() - start < 10  # 0.6 s by itself
 
 
 @pytest.mark.parametrize(

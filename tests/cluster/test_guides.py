@@ -1,19 +1,27 @@
-"""The guide on replacing an API call, followed: with a server on this machine in the API's place."""
+"""Guides, followed, with a server on this machine in the place of an API or of a teacher on a GPU."""
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import yaml
-from pages import ROOT, blocks
+from pages import ROOT, blocks, commands, flags_of, job_of
 from stub_server import Asked, Reply, StubServer, likeliest, usage
-from toys import toy_texts
+from toys import NAMES, WORDS, toy_texts
 
 from llkd_ray import distill
+from llkd_ray.predict_cli import predict_main
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
-GUIDE = (ROOT / "docs/guides/replace-an-api-call.md").read_text(encoding="utf-8")
+
+
+def guide(name: str) -> str:
+    return (ROOT / f"docs/guides/{name}.md").read_text(encoding="utf-8")
 
 
 def answer(asked: Asked) -> Reply:
@@ -25,7 +33,7 @@ def answer(asked: Asked) -> Reply:
 def test_an_api_call_is_replaced(tiny_encoder, tmp_path: Path):
     texts, _ = toy_texts(300, 3, seed=5)
     (tmp_path / "messages.csv").write_text("\n".join(["text", *texts]) + "\n")
-    (block,) = blocks(GUIDE, "yaml")
+    (block,) = blocks(guide("replace-an-api-call"), "yaml")
     with StubServer(answer) as server:
         changes = {
             "corpus.uri": str(tmp_path / "messages.csv"),
@@ -43,3 +51,57 @@ def test_an_api_call_is_replaced(tiny_encoder, tmp_path: Path):
     assert found.accuracy is None, "nobody has said what is true"
     assert len(found.metrics) == 2
     assert Path(found.report).exists()
+
+
+def grade(asked: Asked) -> Reply:
+    """A page's grade by its words: 0 for the first toy class to 5 for the last."""
+    words = set(asked.text.rpartition("Text: ")[2].split())
+    hits = [len(words & set(WORDS[name].split())) for name in NAMES]
+    best = hits.index(max(hits))
+    return likeliest({"ABCDEF"[i]: 0.9 if i == best else 0.015 for i in range(6)}, usage=usage(50, 1))
+
+
+def test_pages_are_graded_and_the_better_ones_kept(tiny_encoder, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts, grades = toy_texts(520, 6, seed=6)
+    (tmp_path / "pages").mkdir()
+    for path, chosen in (("pages/all.csv", slice(0, 400)), ("graded.csv", slice(400, 520))):
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", "text", "grade"])
+            rows = enumerate(zip(texts[chosen], grades[chosen], strict=True))
+            writer.writerows([f"{path}-{i}", text, mark] for i, (text, mark) in rows)
+    page = guide("quality-classifier")
+    (block,) = blocks(page, "yaml")
+    tree = yaml.safe_load(block)
+    with StubServer(grade) as server:
+        tree["teacher"] |= {"kind": "openai", "server": {"base_url": server.base_url}, "gpus": 0}
+        tree["corpus"]["uri"] = "pages/*.csv"
+        small = {
+            "model": tiny_encoder,
+            "gpus": 0,
+            "precision": "float32",
+            "max_tokens": 32,
+            "min_steps": 100,
+            "learning_rate": 3e-3,
+        }
+        changes = {
+            "student": tree["student"] | small,
+            "budget": {"rounds": 2, "labels": 300, "train": 150},
+            "run": {"dir": "runs", "name": "edu"},
+        }
+        found = distill(tree, changes)
+    assert found.accuracy > 0.5, "the six grades are learned"
+
+    ours = {"s3://bucket/runs/edu": found.run_dir, "s3://bucket/pages/*.parquet": "pages/*.csv"}
+    predictions = [words for words in commands(page) if job_of(words) == "jobs/predict.py"]
+    for words, out in zip(predictions, ("by_precision", "by_hand"), strict=True):
+        here = ours | {"s3://bucket/kept": out}
+        assert predict_main([here.get(word, word) for word in flags_of(words)]) == 0
+    kept = pq.read_table("by_hand/predictions").filter(pc.field("accepted"))
+    assert len(kept) > 0
+    assert min(kept["p_at_least"].to_pylist()) >= 0.8
+    gold = dict(zip(texts, grades, strict=True))
+    right = [gold[text] >= 3 for text in kept["text"].to_pylist()]
+    assert sum(right) / len(right) > 0.7
+    assert "3" in json.dumps(json.loads(Path("by_precision/thresholds.json").read_text()))
