@@ -278,6 +278,12 @@ def save_tiny_classifier(folder: Path, encoder: str, names: Sequence[str] = NAME
         encoder, num_labels=len(names), id2label=dict(enumerate(names)), dtype=torch.float32
     )
     torch.nn.init.normal_(model.classifier.weight, std=0.5)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    texts, _ = toy_texts(60, len(NAMES), seed=9)
+    with torch.inference_mode():
+        logits_NC = model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    with torch.no_grad():
+        model.classifier.bias -= logits_NC.mean(0)  # else one label is likeliest for all texts
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
