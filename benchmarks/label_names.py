@@ -39,7 +39,8 @@ from llkd_ray.engine import Engine
 from llkd_ray.prompts import build_prompt, encode_prompts, label_sequences
 from llkd_ray.quickstart import train_tokenizer
 from llkd_ray.teacher_config import PromptConfig, TeacherConfig
-from llkd_ray.vllm_start import CPU_BLOCK_SIZE, start_vllm
+from llkd_ray.vllm_async import AsyncEngine
+from llkd_ray.vllm_settings import CPU_BLOCK_SIZE
 from llkd_ray.vllm_teacher import VllmLabeller
 
 MODEL_LEN = 2048
@@ -381,10 +382,10 @@ HEADINGS = (
 
 async def measure(teacher: Path, truths: Sequence[Truth], n_exact: int, block_size: int) -> None:
     """Ask one engine for all label sets and print a line for each: by default, and for some texts exactly."""
-    started: list[Any] = []
+    started: list[AsyncEngine] = []
 
-    def start(settings: TeacherConfig) -> Any:
-        started.append(start_vllm(settings))
+    def start() -> AsyncEngine:
+        started.append(AsyncEngine.start(labeller.teacher))
         return started[-1]
 
     engine: Engine | None = None
@@ -395,7 +396,7 @@ async def measure(teacher: Path, truths: Sequence[Truth], n_exact: int, block_si
         labeller = labeller_of(teacher, truth.labels, unresolved, block_size)
         engine = labeller.engine = engine or Engine(labeller.teacher, tell_start, start)
         await labeller.label(["warm-up"], ["x"], Unlimited())
-        assert await started[0].reset_prefix_cache()
+        assert await started[0].vllm.reset_prefix_cache()
         begun = time.monotonic()
         answers = await labeller.label([str(i) for i in range(len(asked))], asked, Unlimited())
         seconds = time.monotonic() - begun

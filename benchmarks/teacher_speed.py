@@ -267,7 +267,7 @@ def label_bare(place: Path, n: int) -> dict[str, float]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM
 
-    from llkd_ray.vllm_start import engine_arguments
+    from llkd_ray.vllm_settings import engine_arguments
 
     config = parse_config(config_tree(place, 1))
     llm = LLM(**engine_arguments(config.teacher))
@@ -298,7 +298,7 @@ class EngineActor:
     def __init__(self, tree: dict[str, Any]) -> None:
         from vllm import LLM
 
-        from llkd_ray.vllm_start import engine_arguments
+        from llkd_ray.vllm_settings import engine_arguments
 
         self.config = parse_config(tree)
         self.llm = LLM(**engine_arguments(self.config.teacher))
@@ -335,7 +335,7 @@ def label_by_ray_llm(place: Path, n: int) -> dict[str, float]:
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-    from llkd_ray.vllm_start import engine_arguments
+    from llkd_ray.vllm_settings import engine_arguments
 
     config = parse_config(config_tree(place, 1))
     arguments = engine_arguments(config.teacher)

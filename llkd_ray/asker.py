@@ -11,6 +11,7 @@ import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,7 +49,7 @@ class Asked:
 
 
 class Asker:
-    """One teacher of a run, ``member`` of the config's; made in its actor, prepared when first needed."""
+    """One teacher of a run, ``member`` of the config's; made in its actor, which prepares it meanwhile."""
 
     def __init__(
         self,
@@ -67,8 +68,9 @@ class Asker:
         self._labeller = labeller
         self._key = key
         self._cache: AnswerCache | None = None
-        self._is_prepared = False
-        self._preparing = asyncio.Lock()
+        maker = ThreadPoolExecutor(1, "teacher")
+        self._made = maker.submit(self._make)
+        maker.shutdown(wait=False)
 
     async def ask(self, ticket: int, texts: pa.Table) -> Asked:
         """Answers to ``texts`` (row, id, text), from an earlier run where there is one.
@@ -76,7 +78,7 @@ class Asker:
         The caller puts the labels in place and then calls :meth:`forget`. Raises
         :class:`~llkd_ray.answers.TeacherDown` where the teacher has given up.
         """
-        await self._prepare()
+        await asyncio.shield(asyncio.wrap_future(self._made))
         began = time.monotonic()
         hash_M = np.array([text_hash(text) for text in texts["text"].to_pylist()], dtype=np.uint64)
         found_M, reused = await asyncio.to_thread(self._reuse, hash_M, texts)
@@ -107,24 +109,23 @@ class Asker:
             await asyncio.to_thread(self.store.delete, mark_file(asked.mark))
 
     def close(self) -> None:
-        if self._labeller is not None:
-            self._labeller.close()
+        """Close the teacher, as soon as it is made."""
 
-    async def _prepare(self) -> None:
-        async with self._preparing:
-            if not self._is_prepared:
-                await asyncio.to_thread(self._make)
-                self._is_prepared = True
+        def put_away(_: object) -> None:
+            if self._labeller is not None:
+                self._labeller.close()
+
+        self._made.add_done_callback(put_away)
 
     def _make(self) -> None:
         labels = self.config.labels
-        if self._labeller is None:
-            self._labeller = make_labeller(self.teacher, labels, self._note_start)
         folder = cache_folder(self.config, self.teacher)
         if folder is not None and self._key is not None:
             own = self.store.uri(SMALL_DIR if self.name == "small" else LABELS_DIR)
             self._cache = AnswerCache.open(folder, self._key, len(labels.names), own)
             register(folder, self._key, own, self.member)
+        if self._labeller is None:
+            self._labeller = make_labeller(self.teacher, labels, self._note_start, begin=not self._cache)
 
     def _reuse(self, hash_M: np.ndarray, texts: pa.Table) -> tuple[np.ndarray, pa.Table]:
         """bool[M]: which texts have an answer of an earlier run; and LABELS of those, as this run's."""

@@ -1,31 +1,25 @@
-"""A vLLM engine that may die: started when it is first needed, started anew when it is lost.
+"""An engine that may die: started when it is first needed, started anew when it is lost.
 
-The engine lives in processes of its own below the teacher's actor, so that its death is not the actor's: the
+It lives in processes of its own below the teacher's actor, so that its death is not the actor's: the
 actor knows which texts were under way, keeps the answers it has, and finds the text that kills engines.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from llkd_ray.answers import TeacherDown, TextFailed
+from llkd_ray.engine_requests import EngineDied, EngineLost, Reply, RunningEngine, Wish
 from llkd_ray.teacher_config import TeacherConfig
-from llkd_ray.vllm_start import start_vllm
 
 logger = logging.getLogger(__name__)
-_request_numbers = itertools.count()
 T = TypeVar("T")
-
-
-class EngineLost(Exception):
-    """The engine died or hung with the request; it may be the text's doing, or not."""
 
 
 class Gate:
@@ -57,7 +51,7 @@ class Gate:
 
 
 class Engine:
-    """One engine at a time, on demand. ``start`` gives a new one, with vLLM's ``generate`` and ``shutdown``.
+    """One engine at a time, on demand. ``start`` gives a new one, in a thread.
 
     ``on_start`` hears the seconds that each start took. Belongs to one event loop.
     """
@@ -66,12 +60,12 @@ class Engine:
         self,
         teacher: TeacherConfig,
         on_start: Callable[[float], None],
-        start: Callable[[TeacherConfig], Any] | None = None,
+        start: Callable[[], RunningEngine],
     ) -> None:
         self.teacher = teacher
         self._on_start = on_start
-        self._start = start or start_vllm
-        self._engine: Any = None
+        self._start = start
+        self._engine: RunningEngine | None = None
         self._starting = asyncio.Lock()
         self._gate = Gate()
         self._last_reply = 0.0
@@ -96,45 +90,38 @@ class Engine:
                 reason = str(lost)
         raise TextFailed(reason)
 
-    async def ask(self, token_ids: Sequence[int], sampling: Any) -> Any:
-        """vLLM's finished output of one request.
+    async def ask(self, token_ids: Sequence[int], wish: Wish) -> Reply:
+        """The engine's reply to one request.
 
         Raises :class:`EngineLost` where the engine is gone or has given nobody a reply for
         ``teacher.timeout_s``, and :class:`TextFailed` where it refuses the request.
         """
-        from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
         engine = await self._running()
         began = time.monotonic()
-        generation = asyncio.ensure_future(_generate(engine, token_ids, sampling))
+        asked = asyncio.ensure_future(engine.reply(token_ids, wish))
         try:
-            while not generation.done():
+            while not asked.done():
                 quiet = time.monotonic() - max(began, self._last_reply)
                 if quiet >= self.teacher.timeout_s:
                     await self._lose(engine, f"no reply for {quiet:.0f} s")
                     raise EngineLost("engine_hung")
-                await asyncio.wait({generation}, timeout=self.teacher.timeout_s - quiet)
-            output = generation.result()
-        except EngineDeadError:
+                await asyncio.wait({asked}, timeout=self.teacher.timeout_s - quiet)
+            reply = asked.result()
+        except EngineDied:
             await self._lose(engine, "its process ended")
-            raise EngineLost("engine_died") from None
-        except EngineGenerateError:
-            raise EngineLost("engine_error") from None
-        except (VLLMClientError, ValueError) as refusal:  # vLLM's own check of a request
-            raise TextFailed("refused_by_engine", str(refusal)) from None
+            raise
         finally:
-            generation.cancel()
+            asked.cancel()
         self._last_reply = time.monotonic()
         self._losses = 0
-        return output
+        return reply
 
     def close(self) -> None:
         if self._engine is not None:
             self._engine.shutdown()
             self._engine = None
 
-    async def _running(self) -> Any:
+    async def _running(self) -> RunningEngine:
         async with self._starting:
             if self._down is not None:
                 raise self._down
@@ -146,18 +133,18 @@ class Engine:
                     raise
             return self._engine
 
-    async def _started(self) -> Any:
+    async def _started(self) -> RunningEngine:
         """A new engine, after several tries if need be: memory that is short now may be free in a moment."""
         said = ""
         gave_up = threading.Event()
-        came: list[Any] = []
+        came: list[RunningEngine] = []
 
         def put_away() -> None:
             with suppress(IndexError):  # there is none, or the other has it
                 came.pop().shutdown()
 
-        def start() -> Any:
-            engine = self._start(self.teacher)
+        def start() -> RunningEngine:
+            engine = self._start()
             came.append(engine)
             if gave_up.is_set():
                 put_away()
@@ -189,7 +176,7 @@ class Engine:
             f"tries: {said}"
         )
 
-    async def _lose(self, engine: Any, why: str) -> None:
+    async def _lose(self, engine: RunningEngine, why: str) -> None:
         """Put an engine away, once, whoever finds it lost; the next request starts another."""
         async with self._starting:
             if engine is not self._engine:
@@ -205,14 +192,3 @@ class Engine:
                 f"other without a reply, the last because {why}"
             )
             raise self._down
-
-
-async def _generate(engine: Any, token_ids: Sequence[int], sampling: Any) -> Any:
-    from vllm.inputs.engine import tokens_input
-
-    # A prompt that is "rendered" already: vLLM would take each plain one through a thread of its own.
-    request = tokens_input(list(token_ids))
-    last = None
-    async for output in engine.generate(request, sampling, f"text-{next(_request_numbers)}"):
-        last = output
-    return last

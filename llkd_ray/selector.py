@@ -164,6 +164,10 @@ class Selector:
 
     # --- what the student asks -----------------------------------------------------------------------
 
+    async def wait_first_labels(self) -> None:
+        """Return when the first ticket is done, in this run or before it was stopped."""
+        await self._until(lambda: self.state.finished or bool(self.intake.done))
+
     async def next_round(self) -> int:
         """The first round that no student has finished."""
         return len(self.state.trained)

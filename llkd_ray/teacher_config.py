@@ -205,7 +205,7 @@ class TeacherConfig(Section):
         0.5,
         gt=0,
         description="CPUs that Ray books for one teacher actor. On CPUs, an engine of one part computes "
-        "with as many threads; below 1, with one for each physical core but one.",
+        "with as many threads; below 1, with one for each physical core.",
     )
     gpus: float = Field(
         0, ge=0, description="GPUs that Ray books for one teacher actor; for each of its parts where it has."

@@ -20,12 +20,15 @@ CACHE_DIR = "teacher-cache"
 
 
 def make_labeller(
-    teacher: TeacherConfig, labels: LabelsConfig, on_start: Callable[[float], None]
+    teacher: TeacherConfig, labels: LabelsConfig, on_start: Callable[[float], None], begin: bool = False
 ) -> Labeller:
-    """The teacher that the settings describe; ``on_start`` hears how long an engine took to start."""
+    """The teacher that the settings describe; ``on_start`` hears how long an engine took to start.
+
+    ``begin``: an engine will be needed soon, so begin with what can be done ahead.
+    """
     match teacher.kind:
         case "vllm":
-            return VllmLabeller(teacher, labels, on_start)
+            return VllmLabeller(teacher, labels, on_start, begin)
         case "openai":
             return ServerLabeller(teacher, labels)
         case "recorded":

@@ -51,6 +51,8 @@ def _keep_training(config: Config, store: RunStore, selector: Any) -> None:
     run's begin: over days on nodes that come and go, any number would be too small. What breaks the same
     round again and again still ends the training.
     """
+    if _starts_after_labels(config):
+        ray.get(selector.wait_first_labels.remote())
     losses = 0
     while True:
         began_at = ray.get(selector.next_round.remote())
@@ -66,6 +68,15 @@ def _keep_training(config: Config, store: RunStore, selector: Any) -> None:
                 raise
             if isinstance(error, RayActorError):
                 remove_left_groups(_resources(config))
+
+
+def _starts_after_labels(config: Config) -> bool:
+    """Whether ranks wait for the first labels, as an engine on CPUs starts sooner with nothing beside it.
+
+    Not where a pool of teachers may grow: it could take the room that the ranks were promised.
+    """
+    teachers = [teacher for _, teacher in config.teacher.members()]
+    return all(one.kind == "vllm" and not one.gpus and one.min_actors == one.max_actors for one in teachers)
 
 
 def _resources(config: Config) -> dict[str, float]:

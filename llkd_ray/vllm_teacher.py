@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from llkd_ray.asking import Meter, ask_each
 from llkd_ray.checkpoints import load_tokenizer
 from llkd_ray.config import LabelsConfig
 from llkd_ray.engine import Engine
+from llkd_ray.engine_requests import NextToken, Samples
 from llkd_ray.label_trie import LabelTrie
 from llkd_ray.prompts import (
     Prompt,
@@ -27,17 +28,26 @@ from llkd_ray.prompts import (
     room_for_text,
 )
 from llkd_ray.teacher_config import TeacherConfig
+from llkd_ray.vllm_start import VllmStart
 
 
 class VllmLabeller:
     """An engine in this process's care; see ``answers.Labeller``."""
 
     def __init__(
-        self, teacher: TeacherConfig, labels: LabelsConfig, on_start: Callable[[float], None]
+        self,
+        teacher: TeacherConfig,
+        labels: LabelsConfig,
+        on_start: Callable[[float], None],
+        begin: bool = False,
     ) -> None:
+        """``begin``: it will be asked soon, so begin with what can be done ahead."""
         self.teacher = teacher
+        self._start = VllmStart(teacher)
+        if begin:
+            self._start.begin()
         self.tokenizer, self.prompt, self.trie = prepare(teacher, labels, "teacher")
-        self.engine = Engine(teacher, on_start)
+        self.engine = Engine(teacher, on_start, self._start)
 
     async def label(self, ids: Sequence[str], texts: Sequence[str], allowance: Allowance) -> Answers:
         encoded, cut_N = await asyncio.to_thread(
@@ -58,17 +68,16 @@ class VllmLabeller:
 
     def close(self) -> None:
         self.engine.close()
+        self._start.close()
 
     async def _by_probabilities(self, token_ids: list[int], meter: Meter) -> tuple[np.ndarray, float]:
         """float[C] and the off-label mass, from the distribution over the whole vocabulary."""
 
         async def next_tokens(after: tuple[int, ...], tokens: tuple[int, ...]) -> list[float]:
-            sampling = _sampling_for(tokens)
             await meter.request(len(token_ids) + len(after), 1)
-            output = await self.engine.ask([*token_ids, *after], sampling)
-            meter.correct(cached_tokens=output.num_cached_tokens or 0)
-            logprobs = output.outputs[0].logprobs[0]
-            return [float(np.exp(logprobs[token].logprob)) for token in tokens]
+            reply = await self.engine.ask([*token_ids, *after], NextToken(tokens))
+            meter.correct(cached_tokens=reply.cached_tokens)
+            return list(reply.probs)
 
         try:
             mass = await self.trie.mass(next_tokens, self.teacher.unresolved)
@@ -78,44 +87,17 @@ class VllmLabeller:
 
     async def _by_votes(self, token_ids: list[int], meter: Meter) -> tuple[np.ndarray, float]:
         """float[C]: the share of K sampled answers for each label, and the share for none of them."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         confidence, longest = self.teacher.confidence, self.trie.depth
-        sampling = SamplingParams(
-            n=confidence.samples,
-            max_tokens=longest,
-            temperature=confidence.sampling_temperature,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        await meter.request(len(token_ids), confidence.samples * longest)
-        output = await self.engine.ask(token_ids, sampling)
-        said = sum(len(one.token_ids) for one in output.outputs)
+        samples = Samples(confidence.samples, longest, confidence.sampling_temperature)
+        await meter.request(len(token_ids), samples.number * longest)
+        reply = await self.engine.ask(token_ids, samples)
         meter.correct(
-            cached_tokens=output.num_cached_tokens or 0,
-            answer_tokens=said - confidence.samples * longest,
+            cached_tokens=reply.cached_tokens,
+            answer_tokens=reply.answer_tokens - samples.number * longest,
         )
-        matched_K = np.array([match_answer(one.text, self.prompt.answers) for one in output.outputs])
+        matched_K = np.array([match_answer(answer, self.prompt.answers) for answer in reply.answers])
         votes_C = np.bincount(matched_K[matched_K >= 0], minlength=self.trie.n_labels)
-        return votes_C / confidence.samples, float(np.mean(matched_K < 0))
-
-
-@cache
-def _sampling_for(tokens: tuple[int, ...]) -> Any:
-    """vLLM's sampling parameters that ask for the probabilities of the next token.
-
-    Kept, because making them was a fifth of what a request cost here.
-    """
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        max_tokens=1,
-        temperature=0.0,
-        logprob_token_ids=list(tokens),
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+        return votes_C / samples.number, float(np.mean(matched_K < 0))
 
 
 def prepare(teacher: TeacherConfig, labels: LabelsConfig, field: str) -> tuple[Any, Prompt, LabelTrie]:

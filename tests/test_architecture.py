@@ -63,17 +63,33 @@ ROOMS: dict[str, set[str]] = {
     "calibration": {"signals"},
     "confidence": {"calibration", "signals", "teacher_config"},
     # the kinds of teachers
-    "vllm_start": {"teacher_config"},
-    "engine": {"answers", "teacher_config", "vllm_start"},
+    "engine_requests": set(),
+    "engine": {"answers", "engine_requests", "teacher_config"},
+    "root_cause": set(),
+    "vllm_settings": {"teacher_config"},
+    "vllm_requests": {"engine_requests"},
+    "vllm_async": {
+        "answers",
+        "engine_requests",
+        "root_cause",
+        "teacher_config",
+        "vllm_requests",
+        "vllm_settings",
+    },
+    "vllm_child": {"engine_requests", "teacher_config", "vllm_requests", "vllm_settings"},
+    "child_engine": {"answers", "engine_requests", "root_cause", "teacher_config", "vllm_settings"},
+    "vllm_start": {"child_engine", "engine_requests", "teacher_config", "vllm_async", "vllm_settings"},
     "vllm_teacher": {
         "answers",
         "asking",
         "checkpoints",
         "config",
         "engine",
+        "engine_requests",
         "label_trie",
         "prompts",
         "teacher_config",
+        "vllm_start",
     },
     "http_client": {"answers", "asking", "teacher_config"},
     "server_ways": {"answers", "http_client", "label_trie", "prompts", "sections", "teacher_config"},
@@ -468,7 +484,7 @@ WITH_RAY = {
     "teacher",
     "training",
 }
-WITH_VLLM = {"engine", "vllm_start", "vllm_teacher"}
+WITH_VLLM = {"vllm_async", "vllm_child", "vllm_requests"}
 MAX_LINES = 450
 MAX_BYTES = 400_000
 

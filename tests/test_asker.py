@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,12 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path, tiny_llm):
     return Bench(tmp_path, tiny_llm)
+
+
+def wait_until(is_so: Callable[[], Any]) -> None:
+    """For what another thread is about to do; pytest's own limit ends it."""
+    while not is_so():
+        time.sleep(0.001)
 
 
 def numbers_of(labels: pa.Table) -> list[int]:
@@ -337,33 +345,53 @@ class TestTeacher:
         """What teachers were made of; each hears of its engine's start when it is made."""
         made = []
 
-        def make(teacher, labels, on_start):
-            made.append((teacher, labels, FakeLabeller()))
+        def make(teacher, labels, on_start, begin):
+            made.append((teacher, labels, begin, FakeLabeller()))
             on_start(12.5)
-            return made[-1][2]
+            return made[-1][3]
 
         monkeypatch.setattr(asker_module, "make_labeller", make)
         return made
 
-    def test_it_is_made_once_when_it_is_needed(self, bench, made):
+    def test_it_is_made_once_and_before_it_is_needed(self, bench, made):
         cascade = bench.cascade()
         asker = Asker(cascade, bench.store("first").root, 1, Selector().reserve)
-        assert made == []
+        wait_until(lambda: made)
 
         async def script():
             return await asyncio.gather(*(asker.ask(t, leased(t, [t])) for t in range(4)))
 
         assert [asked.labels["row"].to_pylist() for asked in asyncio.run(script())] == [[0], [1], [2], [3]]
-        ((teacher, labels, labeller),) = made
+        ((teacher, labels, begin, labeller),) = made
         assert teacher == cascade.teacher.cascade.large
         assert labels == cascade.labels
+        assert begin, "there are no answers of earlier runs, so it will be asked"
         assert (asker.name, labeller.is_closed) == ("large", False)
         asker.close()
         assert labeller.is_closed
 
+    def test_one_that_may_not_be_needed_does_not_begin(self, bench, made):
+        bench.answer(bench.asker("first", FakeLabeller()), 0, leased(0, [0]))
+        config = bench.config()
+        key = cache_key(config, config.teacher)
+        asker = Asker(config, bench.store("second").root, 0, Selector().reserve, key=key)
+        asyncio.run(asker.ask(0, leased(0, [0])))
+        assert [begin for _, _, begin, _ in made] == [False]
+
     def test_one_that_was_never_needed_is_closed_all_the_same(self, bench, made):
         Asker(bench.config(), bench.store("first").root, 0, Selector().reserve).close()
-        assert made == []
+        wait_until(lambda: made and made[0][3].is_closed)
+
+    def test_what_keeps_it_from_being_made_is_told_to_all_who_ask(self, bench, monkeypatch):
+        def make(*arguments, **more):
+            raise OSError("the tokenizer is gone")
+
+        monkeypatch.setattr(asker_module, "make_labeller", make)
+        asker = Asker(bench.config(), bench.store("first").root, 0, Selector().reserve)
+        for ticket in range(2):
+            with pytest.raises(OSError, match="the tokenizer is gone"):
+                asyncio.run(asker.ask(ticket, leased(ticket, [0])))
+        asker.close()
 
     def test_each_engine_that_starts_leaves_a_file(self, bench, made):
         store = bench.store("first")

@@ -1,6 +1,6 @@
 """An engine that dies, hangs or does not start costs no answer, save that of the text that kills engines.
 
-The engines are fakes with vLLM's interface and its exceptions; no process is started.
+The engines are fakes with the interface of a running one; no process is started.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ from hypothesis import strategies as st
 from llkd_ray import engine as engine_module
 from llkd_ray.answers import TeacherDown, TextFailed
 from llkd_ray.engine import Engine, Gate
+from llkd_ray.engine_requests import EngineDied, EngineLost, NextToken, Reply
 from llkd_ray.teacher_config import TeacherConfig
 
-pytest.importorskip("vllm")
-from vllm.exceptions import VLLMValidationError
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
+WISH = NextToken((1, 2))
 REPLY_S = 0.01
 TIMEOUT_S = 0.2
 """Silence after which a test's engine is taken for hung."""
@@ -42,18 +40,18 @@ class FakeEngine:
         self.closed_at: float | None = None
         self.under_way: list[int] = []
 
-    async def generate(self, request, sampling, request_id):
-        (text,) = request["prompt_token_ids"]
+    async def reply(self, token_ids, wish):
+        assert wish == WISH
+        (text,) = token_ids
         self.maker.tries[text] += 1
         self.under_way.append(text)
         self.maker.seen_together.append(tuple(self.under_way))
         try:
-            yield f"half of {text}"
             await self.maker.behave(self, text)
             if self.is_dead:
-                raise EngineDeadError
+                raise EngineDied
             self.maker.replied_at = time.monotonic()
-            yield f"reply to {text}"
+            return Reply(text)
         finally:
             self.under_way.remove(text)
 
@@ -95,7 +93,7 @@ class Maker:
         self.closing_s = 0.0
         """Seconds that it takes to shut an engine down."""
 
-    def __call__(self, teacher: TeacherConfig) -> FakeEngine:
+    def __call__(self) -> FakeEngine:
         self.starts += 1
         if self.failures:
             raise RuntimeError(self.failures.pop(0))
@@ -112,7 +110,7 @@ def make_engine(maker: Maker, **settings: Any) -> Engine:
 
 
 def ask(engine: Engine, text: int) -> Awaitable[Any]:
-    return engine.steadily(lambda: engine.ask([text], None))
+    return engine.steadily(lambda: engine.ask([text], WISH))
 
 
 async def ask_all(engine: Engine, texts: Sequence[int]) -> list[Any]:
@@ -120,8 +118,8 @@ async def ask_all(engine: Engine, texts: Sequence[int]) -> list[Any]:
     return await asyncio.gather(*(ask(engine, text) for text in texts), return_exceptions=True)
 
 
-def replies(texts: Sequence[int]) -> list[str]:
-    return [f"reply to {text}" for text in texts]
+def replies(texts: Sequence[int]) -> list[Reply]:
+    return [Reply(text) for text in texts]
 
 
 @pytest.fixture(autouse=True)
@@ -176,9 +174,9 @@ class TestStart:
     def test_one_that_starts_too_slowly(self):
         maker = Maker()
 
-        def start(teacher: TeacherConfig) -> FakeEngine:
+        def start() -> FakeEngine:
             time.sleep(0.3)
-            return maker(teacher)
+            return maker()
 
         engine = Engine(make_teacher(start_timeout_s=0.05), lambda seconds: None, start)
         (outcome,) = asyncio.run(ask_all(engine, [1]))
@@ -238,7 +236,7 @@ class TestDeath:
     def test_one_text_that_kills_every_engine_fails_alone(self, attempts):
         maker = Maker(killed_by(5))
         outcomes = asyncio.run(ask_all(make_engine(maker, attempts=attempts), range(12)))
-        (poison,) = [outcome for outcome in outcomes if not isinstance(outcome, str)]
+        (poison,) = [outcome for outcome in outcomes if not isinstance(outcome, Reply)]
         assert isinstance(poison, TextFailed)
         assert poison.reason == "engine_died"
         assert outcomes[:5] + outcomes[6:] == replies([*range(5), *range(6, 12)])
@@ -267,7 +265,7 @@ class TestDeath:
                 assert isinstance(outcome, TextFailed)
                 assert (outcome.reason, maker.tries[text]) == ("engine_died", 4)
             else:
-                assert outcome == f"reply to {text}"
+                assert outcome == Reply(text)
                 assert maker.tries[text] <= 2
         assert maker.starts == len(maker.engines)
         assert sum(one.closed_at is None for one in maker.engines) <= 1, "only the last one is kept"
@@ -295,7 +293,7 @@ class TestDeath:
             return [await ask_all(engine, [text]) for text in (1, 2, 3)]
 
         (first,), (second,), (third,) = asyncio.run(script())
-        assert [type(first), type(second), third] == [TextFailed, TextFailed, "reply to 3"]
+        assert [type(first), type(second), third] == [TextFailed, TextFailed, Reply(3)]
         assert maker.starts == 7
 
     def test_losses_with_replies_between_them_are_no_reason_to_give_up(self):
@@ -381,14 +379,11 @@ class TestHang:
 
 
 class TestOtherErrors:
-    @pytest.mark.parametrize(
-        "refusal", [VLLMValidationError("the prompt is too long"), ValueError("too long")]
-    )
-    def test_a_refused_request_is_not_made_again(self, refusal):
+    def test_a_refused_request_is_not_made_again(self):
         async def behave(engine, text):
             await asyncio.sleep(REPLY_S)
             if text == 2:
-                raise refusal
+                raise TextFailed("refused_by_engine", "the prompt is too long")
 
         maker = Maker(behave)
         outcomes = asyncio.run(ask_all(make_engine(maker), range(5)))
@@ -402,7 +397,7 @@ class TestOtherErrors:
         async def behave(engine, text):
             await asyncio.sleep(REPLY_S)
             if text == 2 or (text == 4 and maker.tries[4] == 1):
-                raise EngineGenerateError
+                raise EngineLost("engine_error")
 
         maker = Maker(behave)
         outcomes = asyncio.run(ask_all(make_engine(maker, attempts=3), range(5)))

@@ -326,6 +326,25 @@ class TestLabels:
 
         run(script())
 
+    def test_the_first_of_them_are_waited_for_once(self, bench):
+        async def script():
+            waiting = asyncio.create_task(bench.selector.wait_first_labels())
+            assert await still_waits(waiting)
+            await bench.teach(next(iter(bench.schedule.holdout_tickets)))
+            await released(waiting)
+            await bench.selector.wait_first_labels()
+
+        run(script())
+
+    def test_nobody_waits_for_the_first_of_them_when_the_run_is_over(self, bench):
+        async def script():
+            waiting = asyncio.create_task(bench.selector.wait_first_labels())
+            assert await still_waits(waiting)
+            await bench.selector.finish()
+            await released(waiting)
+
+        run(script())
+
     def test_ticket_whose_texts_all_went_to_quarantine_is_done(self, bench):
         async def script():
             await bench.put(0, np.empty(0, dtype=np.int64), np.empty((0, N_CLASSES)), 0)

@@ -93,3 +93,34 @@ def test_no_failures_means_none(keep_training):
     with pytest.raises(WorkerGroupError):
         keep_training(runs, max_failures=0)
     assert runs == [None]
+
+
+VLLM = {"kind": "vllm", "model": "toy-model"}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "waits"),
+    [
+        (VLLM, True),
+        (VLLM | {"actors": 2}, True),
+        (VLLM | {"actors": [1, 2]}, False),
+        (VLLM | {"gpus": 1}, False),
+        ({"kind": "openai", "model": "toy-model", "server": {"base_url": "http://localhost:1/v1"}}, False),
+        ({"kind": "cascade", "cascade": {"small": VLLM, "large": VLLM}}, True),
+        ({"kind": "cascade", "cascade": {"small": VLLM, "large": VLLM | {"gpus": 1}}}, False),
+    ],
+    ids=["CPUs", "several", "a pool that may grow", "GPU", "server", "cascade", "cascade with a GPU"],
+)
+def test_ranks_wait_for_labels_where_they_would_hold_up_an_engine(monkeypatch, teacher, waits):
+    seen = []
+
+    class Trainer:
+        def fit(self) -> None:
+            seen.append("fit")
+
+    selector = RoundCounter()
+    selector.wait_first_labels = Answer(lambda: seen.append("labels"))
+    monkeypatch.setattr(training.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(training, "_build_trainer", lambda *_: Trainer())
+    training._keep_training(make_config(teacher=teacher), None, selector)
+    assert seen == (["labels", "fit"] if waits else ["fit"])

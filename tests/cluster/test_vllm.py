@@ -249,8 +249,8 @@ def test_a_second_run_with_another_policy_asks_nothing_and_starts_no_engine(vllm
 def engine_pids(run_dir: Path) -> list[int]:
     """Engine processes whose parent is a teacher actor of this run: others are not ours to harm.
 
-    Known by how they were spawned, too: the title is not always there. A process whose first
-    environment variable was changed cannot be given one, and the order of a worker's is Ray's.
+    Ours, or vLLM's where a machine has several memory nodes, which is known by how it was spawned, too: a
+    process whose first environment variable was changed cannot be given a title.
     """
     found = []
     for file in run_dir.glob("engines/*.json"):
@@ -259,6 +259,6 @@ def engine_pids(run_dir: Path) -> list[int]:
                 # Some live for a moment only.
                 with contextlib.suppress(psutil.NoSuchProcess):
                     command = " ".join(child.cmdline())
-                    if "EngineCore" in command or "spawn_main" in command:
+                    if any(name in command for name in ("vllm_child", "EngineCore", "spawn_main")):
                         found.append(child.pid)
     return found
