@@ -32,6 +32,7 @@ class Part:
 
 PARTS = (
     Part("teacher", "teacher_speed.py steady", "", "--prompts 300"),
+    Part("teacher", "teacher_speed.py one_process", "", "--prompts 300"),
     Part("teacher", "teacher_speed.py rounds --theirs map_batches", "", "--prompts 300"),
     Part("teacher", "teacher_speed.py rounds --theirs ray_llm", "", "--prompts 300"),
     Part("teacher", "teacher_speed.py forward", "", "--prompts 300"),

@@ -1,6 +1,7 @@
 """How near the teacher's stream comes to the bare engine, and how far ahead it is of what one would write.
 
     python benchmarks/teacher_speed.py steady --pairs 5     # against LLM.generate on all prompts at once
+    python benchmarks/teacher_speed.py one_process --pairs 5    # the same, told to be one process
     python benchmarks/teacher_speed.py rounds --pairs 5     # five rounds, against an engine pool a round
     python benchmarks/teacher_speed.py forward --pairs 5    # against plain forward passes of transformers
     python benchmarks/teacher_speed.py start --pairs 5      # from the job's start to its first label
@@ -48,7 +49,7 @@ Pair = tuple[tuple[float, ...], tuple[float, ...]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("steady", "rounds", "forward", "start"))
+    parser.add_argument("what", choices=("steady", "one_process", "rounds", "forward", "start"))
     parser.add_argument("--prompts", type=int, default=8_000)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--size", choices=tuple(SIZES), default="small")
@@ -88,8 +89,9 @@ def compare(options: argparse.Namespace, place: Path) -> list[str]:
         few = min(options.prompts, 500)
         pairs = in_turns_of("ours", "forward", "steady", few=few)
         return [rate_line(f"against forward passes, {options.size}", pairs, options.prompts, few)]
-    pairs = in_turns_of("ours", "bare", "steady")
-    return [rate_line(f"steady state, {options.size}", pairs, options.prompts, options.prompts)]
+    theirs = "bare" if options.what == "steady" else "one_process"
+    pairs = in_turns_of("ours", theirs, "steady")
+    return [rate_line(f"{options.what}, {options.size}", pairs, options.prompts, options.prompts)]
 
 
 def seconds_line(title: str, pairs: Sequence[Pair]) -> str:
@@ -280,6 +282,12 @@ def label_bare(place: Path, n: int) -> dict[str, float]:
     return {"steady": time.time() - ready, "first": first}
 
 
+def label_in_one_process(place: Path, n: int) -> dict[str, float]:
+    """The engine alone, in the caller's own process and on all cores: the fastest that it can be on few."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return label_bare(place, n)
+
+
 def generate(llm: Any, config: Config, texts: Sequence[str]) -> np.ndarray:
     """float[N, C]"""
     from vllm import SamplingParams
@@ -397,6 +405,7 @@ WAYS: dict[str, Callable[[Path, int], dict[str, float]]] = {
     "ours_rounds": partial(label_ours, rounds=ROUNDS),
     "ours_start": start_ours,
     "bare": label_bare,
+    "one_process": label_in_one_process,
     "map_batches": label_by_map_batches,
     "ray_llm": label_by_ray_llm,
     "forward": label_by_forward,
