@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from llkd_ray.child_engine import ChildEngine
 from llkd_ray.engine_requests import RunningEngine
 from llkd_ray.teacher_config import TeacherConfig
@@ -19,7 +21,8 @@ class VllmStart:
     def begin(self) -> None:
         """Begin with what a start on CPUs can do ahead; the next engine will be there sooner."""
         if is_one_process(self.teacher):
-            self._begun = ChildEngine(self.teacher)
+            with suppress(OSError):  # no room for a process now; there may be when it is needed
+                self._begun = ChildEngine(self.teacher)
 
     def __call__(self) -> RunningEngine:
         """Raises RuntimeError with the root cause where the engine does not start."""
