@@ -1,6 +1,6 @@
 """How much of a run's time teacher and student share: the whole against the longer of the two.
 
-    python benchmarks/overlap.py --seconds-per-text 0.7 [--runs 3]
+    python benchmarks/overlap.py --seconds-per-text 0.7 [--rounds 6] [--runs 3]
 
 The teacher is a model server on loopback that takes its time for a text and no processor, as one on another
 machine; the student is MiniLM, on the cores of this one. What each took is read off the same run: of the
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests/cluster"))
 import toys
 from chaos import CountingTeacher
 
-POOL, TEST, ROUNDS, TRAIN, CONCURRENCY = 750, 100, 6, 240, 4
+POOL, TEST, TRAIN, CONCURRENCY = 750, 100, 240, 4
 OF_STUDENT = ("select", "train", "refresh", "evaluate")
 
 
@@ -55,7 +55,7 @@ def union(spans: Iterable[tuple[float, float]]) -> float:
     return covered
 
 
-def measure(folder: Path, seconds_per_text: float, seed: int) -> dict[str, float]:
+def measure(folder: Path, seconds_per_text: float, n_rounds: int, seed: int) -> dict[str, float]:
     """Seconds of one run and of its parts."""
     with CountingTeacher(seconds_per_text) as server:
         tree = toys.config_tree(
@@ -71,7 +71,7 @@ def measure(folder: Path, seconds_per_text: float, seed: int) -> dict[str, float
                 "lease_rows": 16,
             },
             student={"model": "minilm", "workers": 1, "threads": 1, "epochs": 3},
-            budget={"labels": POOL, "train": TRAIN, "rounds": ROUNDS},
+            budget={"labels": POOL, "train": TRAIN, "rounds": n_rounds},
         )
         tree["run"] = (tree.get("run") or {}) | {"seed": seed}
         store, clock = RunStore(tempfile.mkdtemp(dir=folder)), Clock()
@@ -91,6 +91,7 @@ def measure(folder: Path, seconds_per_text: float, seed: int) -> dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds-per-text", type=float, default=0.7)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="llkd-") as place:
@@ -98,7 +99,8 @@ def main() -> None:
         toys.write_corpus(folder / "pool.parquet", POOL, seed=1)
         toys.write_corpus(folder / "test.parquet", TEST, seed=2)
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=f"{place}/ray")
-        found = [measure(folder, options.seconds_per_text, seed) for seed in range(options.runs)]
+        how = folder, options.seconds_per_text, options.rounds
+        found = [measure(*how, seed) for seed in range(options.runs)]
         ray.shutdown()
     for name in ("labelling and rounds", "whole"):
         ratios = sorted(one[name] / max(one["teacher"], one["student"]) for one in found)
