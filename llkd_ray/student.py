@@ -25,6 +25,7 @@ from llkd_ray.in_step import InStep
 from llkd_ray.losses import LOSSES
 from llkd_ray.priors import prior_shift
 from llkd_ray.signals import confidence
+from llkd_ray.tokenizing import Tokens, encode
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,6 @@ class Batch:
         return prior_shift(self.label_N, self.weight_N, self.prior_C)
 
 
-Tokens = dict[str, list[int]]
-"""One text as the tokenizer gives it: ``input_ids`` and what else the model takes."""
 Inputs = dict[str, torch.Tensor]
 """int64[B, L] each: some texts, padded to the longest of them."""
 
@@ -82,10 +81,7 @@ class Student:
 
     def encode(self, texts: Sequence[str], max_tokens: int) -> list[Tokens]:
         """Each text as the model reads it, cut at ``max_tokens``, without padding."""
-        if not texts:
-            return []
-        columns = self.tokenizer(list(texts), truncation=True, max_length=max_tokens)
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return encode(self.tokenizer, texts, max_tokens)
 
     def pad(self, tokens_B: Sequence[Tokens]) -> Inputs:
         """What ``tokenizer.pad`` gives, in a ninth of its time, which held a GPU up; still on the CPU.

@@ -55,11 +55,12 @@ def _receive(connection: Connection, inbox: queue.SimpleQueue[Request]) -> None:
 
 
 def _start(teacher: TeacherConfig) -> Any:
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    arguments = EngineArgs(**engine_arguments(teacher))
+    # As on GPUs, so that teacher.engine may hold the same settings everywhere.
+    arguments = AsyncEngineArgs(**engine_arguments(teacher))
     # By default it would take batches as small as a server's that answers at once.
     return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
 

@@ -204,7 +204,8 @@ ROOMS: dict[str, set[str]] = {
     # student
     "losses": set(),
     "in_step": {"signals"},
-    "student": {"config", "in_step", "losses", "priors", "signals"},
+    "tokenizing": set(),
+    "student": {"config", "in_step", "losses", "priors", "signals", "tokenizing"},
     "training": {
         "audit_answers",
         "cluster",
