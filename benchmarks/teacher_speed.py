@@ -39,6 +39,7 @@ from pairs import HEADER, in_turns, ratio_line
 from llkd_ray.config import Config, parse_config
 
 NAMES = ("sport", "health", "money", "travel", "music", "science", "weather")
+LETTERS = "ABCDEFG"
 SIZES = {"small": (4, 256), "large": (12, 512)}
 """Layers and width."""
 ROUNDS = 5
@@ -121,7 +122,9 @@ def make_teacher(folder: Path, layers: int, width: int) -> None:
 
     from llkd_ray.quickstart import train_tokenizer
 
-    tokenizer = train_tokenizer([(text, NAMES[i % 7]) for i, text in enumerate(made_texts(2_000, 1))], 4_000)
+    # Whoever asks for one token gets a whole answer only where each letter is one.
+    answered = [(text, LETTERS[i % len(LETTERS)]) for i, text in enumerate(made_texts(2_000, 1))]
+    tokenizer = train_tokenizer(answered, 4_000)
     tokenizer.model_max_length = 2048
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -195,7 +198,7 @@ def prompts_of(config: Config, texts: Sequence[str]) -> tuple[list[list[int]], l
     tokenizer, prompt, trie = prepare(config.teacher, config.labels, "teacher")
     room = room_for_prompt(config.teacher, trie)
     ids, _ = encode_prompts(prompt, texts, tokenizer, room, config.teacher.prompt.cut)
-    return ids, [tokens[0] for tokens in label_sequences(prompt, config.labels, tokenizer)]
+    return ids, [token for (token,) in label_sequences(prompt, config.labels, tokenizer)]
 
 
 # --- ways to label -----------------------------------------------------------------------------------------
