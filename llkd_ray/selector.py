@@ -143,18 +143,12 @@ class Selector:
         self._settle(ticket, {teacher: Usage(**usage)})
         await self._notify()
 
-    async def give_back(self, ticket: int, teacher: str, actor: str, reason: str) -> None:
-        """A teacher's actor has given up; another one is to take its ticket."""
-        facts = {
-            "session": self.session,
-            "ticket": ticket,
-            "teacher": teacher,
-            "actor": actor,
-            "reason": reason,
-        }
+    async def give_back(self, ticket: int, teacher: str, actor: str, reason: str, call: str) -> None:
+        """A teacher's actor has given up; another is to take its ticket. ``call`` is another each time."""
+        said = dict[str, Any](ticket=ticket, teacher=teacher, actor=actor, reason=reason, call=call)
         with suppress(OSError):  # where the disk is full, which is the reason; the file is for a restart only
-            self.store.write_json(f"{LOST_DIR}/{actor}-{ticket:08d}.json", facts)
-        self.teachers.lost(ticket, teacher, actor, reason)
+            self.store.write_json(f"{LOST_DIR}/{actor}-{call}.json", said | {"session": self.session})
+        self.teachers.lost(**said)
         self.ledger.abandon(self._account(ticket, teacher))
         await self._notify()
 
@@ -408,7 +402,7 @@ class Selector:
             facts = self.store.read_json(f"{LOST_DIR}/{name}")
             if facts["session"] == self.session and facts["ticket"] not in self.intake.done | reviews.keys():
                 self.teachers.leased(facts["ticket"])
-                self.teachers.lost(facts["ticket"], facts["teacher"], facts["actor"], facts["reason"])
+                self.teachers.lost(**{name: said for name, said in facts.items() if name != "session"})
         for k in range(self.state.rounds_on_disk()):
             for ticket in self.schedule.review_tickets[k - 1 : k] if k else ():
                 if ticket in reviews:

@@ -171,7 +171,8 @@ class Stage(ABC):
 
     async def _give_back(self, ticket: int, reason: str) -> None:
         """Let another actor have the ticket, and take no further one before the teaching is over."""
-        await self.selector.give_back.remote(ticket, self.asker.name, self.actor, reason)
+        call = uuid.uuid4().hex
+        await self.selector.give_back.remote(ticket, self.asker.name, self.actor, reason, call)
         await self.selector.wait_taught.remote()
 
     def _quarantine(self, ticket: int, refused: pa.Table, reasons: Sequence[str]) -> None:

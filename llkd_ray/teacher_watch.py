@@ -16,8 +16,8 @@ class TeacherWatch:
         self.given_back: deque[int] = deque()
         """Tickets that wait for another actor."""
         self._under_way: set[int] = set()
-        self._undone: set[tuple[int, str]] = set()
-        """Tickets and the actors that have given them back."""
+        self._calls: set[str] = set()
+        """Those by which tickets came back: one that is repeated is known by it."""
         self._lost: dict[str, dict[str, str]] = {name: {} for name in self.members}
         self._last_sign = time.monotonic()
 
@@ -29,14 +29,19 @@ class TeacherWatch:
         self._sign()
         self._under_way.discard(ticket)
 
-    def lost(self, ticket: int, teacher: str, actor: str, reason: str) -> None:
-        """An actor that has given up gives its ticket back; coming twice with one changes nothing."""
+    def lost(self, ticket: int, teacher: str, actor: str, reason: str, call: str) -> None:
+        """An actor that has given up gives its ticket back; the same ``call`` again changes nothing.
+
+        Another call of the same actor with the same ticket does: it works on several at a time, and while
+        one of its places has given the ticket back, another may have been handed it.
+        """
         self._sign()
         self._lost[teacher][actor] = reason
-        if ticket in self._under_way and (ticket, actor) not in self._undone:
-            self._undone.add((ticket, actor))
+        if ticket in self._under_way and call not in self._calls:
             self._under_way.discard(ticket)
-            self.given_back.append(ticket)
+            if ticket not in self.given_back:  # a selector that begins anew hears of all calls at once
+                self.given_back.append(ticket)
+        self._calls.add(call)
 
     def all_lost(self) -> bool:
         """Whether some teacher has no actor left, so that its tickets can never be done.

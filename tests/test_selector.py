@@ -1115,7 +1115,7 @@ class TestTeachers:
             rows = await bench.lease(0)
             assert await still_waits(spare)
             for _ in range(2):  # a call may come twice
-                await bench.selector.give_back(0, "teacher", "actor-1", "no memory")
+                await bench.selector.give_back(0, "teacher", "actor-1", "no memory", "call-1")
             ticket, again = await released(spare)
             assert (ticket, again.tolist()) == (0, rows.tolist())
             other = asyncio.create_task(bench.selector.lease(-2))
@@ -1131,7 +1131,7 @@ class TestTeachers:
     def test_what_was_given_back_outlives_the_selector_but_not_the_driver(self, bench):
         async def script():
             rows = await bench.lease(0)
-            await bench.selector.give_back(0, "teacher", "actor-1", "no memory")
+            await bench.selector.give_back(0, "teacher", "actor-1", "no memory", "call-1")
             assert "no memory" in (await bench.selector.stats())["trouble"], "there was but one actor"
             same = Selector(bench.config, bench.store.root, bench.selector.session)
             assert (await same.lease(-1))[1].tolist() == rows.tolist()
