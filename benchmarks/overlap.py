@@ -80,9 +80,11 @@ def measure(folder: Path, seconds_per_text: float, n_rounds: int, seed: int) -> 
         called = time.monotonic() - began
         spans = [(one.at, one.at + seconds_per_text) for one in server.asked if one.body]
     rounds = [phase_seconds(line) for line in store.read_metrics()]
+    student = [sum(line[phase] for phase in OF_STUDENT) for line in rounds]
+    print("seconds of the student's rounds:", *(f"{seconds:.1f}" for seconds in student), flush=True)
     return {
         "teacher": union(spans),
-        "student": sum(line[phase] for line in rounds for phase in OF_STUDENT),
+        "student": sum(student),
         "labelling and rounds": clock.last - min(begin for begin, _ in spans),
         "whole": called,
     }

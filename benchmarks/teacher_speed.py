@@ -5,6 +5,7 @@
     python benchmarks/teacher_speed.py rounds --pairs 5     # five rounds, against an engine pool a round
     python benchmarks/teacher_speed.py forward --pairs 5    # against plain forward passes of transformers
     python benchmarks/teacher_speed.py start --pairs 5      # from the job's start to its first label
+    python benchmarks/teacher_speed.py steady --size 6B --teacher '{"gpus": 1, "dtype": "bfloat16"}'
 
 The teacher is a Llama with random weights and a BPE made on the spot, asked for letters behind a legend and
 ten demonstrations; texts are made-up words, in number log-normal (median 40). Each measurement has a process
@@ -40,9 +41,17 @@ from llkd_ray.config import Config, parse_config
 
 NAMES = ("sport", "health", "money", "travel", "music", "science", "weather")
 LETTERS = "ABCDEFG"
-SIZES = {"small": (4, 256), "large": (12, 512)}
+SIZES = {"small": (4, 256), "large": (12, 512), "1B": (16, 2048), "6B": (32, 4096)}
 """Layers and width."""
+IS_WIDE = 2048
+"""From this width on, heads are 128 wide, and engines make the weights: files would take minutes."""
 ROUNDS = 5
+RAY: dict[str, Any] = {
+    "num_cpus": max(2, os.cpu_count() or 2),
+    "include_dashboard": False,
+    "log_to_driver": False,
+    "logging_level": 40,
+}
 RESULT = "result: "
 Pair = tuple[tuple[float, ...], tuple[float, ...]]
 """Figures of one measurement of ours and one of theirs."""
@@ -57,6 +66,7 @@ def main() -> None:
     parser.add_argument(
         "--theirs", choices=("ray_llm", "map_batches"), default="map_batches", help="of rounds"
     )
+    parser.add_argument("--teacher", type=json.loads, default={}, help="its further settings, as JSON")
     parser.add_argument("--way", help=argparse.SUPPRESS)  # one measurement, in a process of its own
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -71,6 +81,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="teacher-speed-") as folder:
         place = Path(folder)
         make_teacher(place / "teacher", *SIZES[options.size])
+        write_settings(place, SIZES[options.size][1], options.teacher)
         write_texts(place, options.prompts)
         print("\n".join([HEADER, *compare(options, place)]))
 
@@ -126,24 +137,43 @@ def make_teacher(folder: Path, layers: int, width: int) -> None:
     answered = [(text, LETTERS[i % len(LETTERS)]) for i, text in enumerate(made_texts(2_000, 1))]
     tokenizer = train_tokenizer(answered, 4_000)
     tokenizer.model_max_length = 2048
+    tokenizer.save_pretrained(folder)
+    head = 128 if width >= IS_WIDE else 64
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=width * 8 // 3 // 64 * 64,
         num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
+        num_attention_heads=width // head,
+        num_key_value_heads=width // head,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    if width >= IS_WIDE:
+        config.architectures = ["LlamaForCausalLM"]
+        config.save_pretrained(folder)
+        return
     model = LlamaForCausalLM(config)
     print(f"a teacher of {model.num_parameters() / 1e6:.1f}M parameters")
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+
+
+def write_settings(place: Path, width: int, further: dict[str, Any]) -> None:
+    """The teacher's, for all processes that measure."""
+    settings: dict[str, Any] = {
+        "model": str(place / "teacher"),
+        "dtype": "float32",
+        "max_model_len": 2048,
+        "cache": None,
+        **further,
+    }
+    if width >= IS_WIDE:
+        settings["engine"] = {"load_format": "dummy", **settings.get("engine", {})}
+    (place / "teacher.json").write_text(json.dumps(settings))
 
 
 def made_texts(n: int, seed: int) -> list[str]:
@@ -176,10 +206,7 @@ def config_tree(place: Path, rounds: int) -> dict[str, Any]:
         "corpus": {"uri": str(place / "texts.parquet"), "text": "text"},
         "labels": {"names": NAMES},
         "teacher": {
-            "model": str(place / "teacher"),
-            "dtype": "float32",
-            "max_model_len": 2048,
-            "cache": None,
+            **json.loads((place / "teacher.json").read_text()),
             "prompt": {"demonstrations": demonstrations, "chat": "never"},
         },
         "student": {"model": "none"},
@@ -218,7 +245,7 @@ def label_ours(place: Path, n: int, rounds: int = 1) -> dict[str, float]:
 
     config = parse_config(config_tree(place, rounds))
     with tempfile.TemporaryDirectory(prefix="llkd-") as folder:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=40, _temp_dir=folder)
+        ray.init(**RAY, _temp_dir=folder)
         store = RunStore(f"{folder}/run")
         examples = ingest(config, store, lambda said: None)
         assert examples.n_pool == n
@@ -326,14 +353,15 @@ def label_by_map_batches(place: Path, n: int) -> dict[str, float]:
     tree = config_tree(place, 1)
     texts = read_texts(place, n)
     with tempfile.TemporaryDirectory(prefix="llkd-") as folder:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=40, _temp_dir=folder)
+        ray.init(**RAY, _temp_dir=folder)
         for k in range(ROUNDS):
             mine = pa.table({"text": texts[k::ROUNDS]})
             ray.data.from_arrow(mine).map_batches(
                 EngineActor,
                 fn_constructor_args=(tree,),
-                batch_size=None,
+                batch_size=len(mine),  # None is refused with a GPU
                 num_cpus=0.5,
+                num_gpus=parse_config(tree).teacher.gpus or None,
                 compute=ray.data.ActorPoolStrategy(size=1),
             ).write_parquet(f"{folder}/round-{k}")
             assert pq.read_table(f"{folder}/round-{k}").num_rows == len(mine)
@@ -349,13 +377,13 @@ def label_by_ray_llm(place: Path, n: int) -> dict[str, float]:
     from llkd_ray.vllm_settings import engine_arguments
 
     config = parse_config(config_tree(place, 1))
-    arguments = engine_arguments(config.teacher)
+    arguments, gpus = engine_arguments(config.teacher), config.teacher.gpus
     settings = vLLMEngineProcessorConfig(
         model_source=arguments.pop("model"),
         engine_kwargs=arguments,
         batch_size=256,
         concurrency=1,
-        placement_group_config={"bundles": [{"CPU": 1}]},
+        placement_group_config={"bundles": [{"CPU": 1, **({"GPU": gpus} if gpus else {})}]},
         log_engine_metrics=False,
         chat_template_stage={"enabled": False},
         tokenize_stage={"enabled": False},
@@ -363,7 +391,7 @@ def label_by_ray_llm(place: Path, n: int) -> dict[str, float]:
     )
     texts = read_texts(place, n)
     with tempfile.TemporaryDirectory(prefix="llkd-") as folder:
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=40, _temp_dir=folder)
+        ray.init(**RAY, _temp_dir=folder)
         for k in range(ROUNDS):
             mine = texts[k::ROUNDS]
             ids, tokens = prompts_of(config, mine)
