@@ -44,6 +44,7 @@ lint: setup-dev ## Check style, formatting and types
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+	@$(BIN)/mypy --config-file benchmarks/mypy.ini benchmarks
 
 .PHONY: docs
 docs: setup-dev ## Build the pages below docs/ into build/docs

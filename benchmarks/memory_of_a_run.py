@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -212,8 +213,14 @@ def predict_all(folder: Path, kind: str) -> int:
     from llkd_ray.student import resolve_model
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("minilm"))
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = BertConfig(vocab_size=len(tokenizer), num_labels=len(NAMES), **size)
+    size: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_labels": len(NAMES),
+    }
+    config = BertConfig(vocab_size=len(tokenizer), **size)
     BertForSequenceClassification(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     settings = {

@@ -1,6 +1,6 @@
 """How much of a run's time teacher and student share: the whole against the longer of the two.
 
-    python benchmarks/overlap.py --seconds-per-text 0.7 [--rounds 6] [--runs 3]
+    python benchmarks/overlap.py --seconds-per-text 0.7 [--rounds 6] [--growth 2] [--runs 3]
 
 The teacher is a model server on loopback that takes its time for a text and no processor, as one on another
 machine; the student is MiniLM, on the cores of this one. What each took is read off the same run: of the
@@ -55,7 +55,9 @@ def union(spans: Iterable[tuple[float, float]]) -> float:
     return covered
 
 
-def measure(folder: Path, seconds_per_text: float, n_rounds: int, seed: int) -> dict[str, float]:
+def measure(
+    folder: Path, seconds_per_text: float, n_rounds: int, growth: float, seed: int
+) -> dict[str, float]:
     """Seconds of one run and of its parts."""
     with CountingTeacher(seconds_per_text) as server:
         tree = toys.config_tree(
@@ -71,7 +73,7 @@ def measure(folder: Path, seconds_per_text: float, n_rounds: int, seed: int) -> 
                 "lease_rows": 16,
             },
             student={"model": "minilm", "workers": 1, "threads": 1, "epochs": 3},
-            budget={"labels": POOL, "train": TRAIN, "rounds": n_rounds},
+            budget={"labels": POOL, "train": TRAIN, "rounds": n_rounds, "growth": growth},
         )
         tree["run"] = (tree.get("run") or {}) | {"seed": seed}
         store, clock = RunStore(tempfile.mkdtemp(dir=folder)), Clock()
@@ -81,7 +83,12 @@ def measure(folder: Path, seconds_per_text: float, n_rounds: int, seed: int) -> 
         spans = [(one.at, one.at + seconds_per_text) for one in server.asked if one.body]
     rounds = [phase_seconds(line) for line in store.read_metrics()]
     student = [sum(line[phase] for phase in OF_STUDENT) for line in rounds]
-    print("seconds of the student's rounds:", *(f"{seconds:.1f}" for seconds in student), flush=True)
+    for name, seconds in (
+        ("student", student),
+        ("waits for labels", [line["teach"] for line in rounds]),
+        ("neither", [line["idle"] for line in rounds]),
+    ):
+        print(f"seconds of each round, {name}:", *(f"{one:.1f}" for one in seconds), flush=True)
     return {
         "teacher": union(spans),
         "student": sum(student),
@@ -94,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds-per-text", type=float, default=0.7)
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--growth", type=float, default=2.0, help="1: as many new texts in every round")
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="llkd-") as place:
@@ -101,7 +109,7 @@ def main() -> None:
         toys.write_corpus(folder / "pool.parquet", POOL, seed=1)
         toys.write_corpus(folder / "test.parquet", TEST, seed=2)
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=f"{place}/ray")
-        how = folder, options.seconds_per_text, options.rounds
+        how = folder, options.seconds_per_text, options.rounds, options.growth
         found = [measure(*how, seed) for seed in range(options.runs)]
         ray.shutdown()
     for name in ("labelling and rounds", "whole"):

@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Clock(Display):
         if line.startswith("round "):
             self.times.append(time.perf_counter())
 
-    def update(self, line: str) -> None:
+    def update(self, line: str, rows: Sequence[tuple[str, str]] = ()) -> None:
         pass
 
 

@@ -198,10 +198,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
         rows = []
         for line, changes in {**REFERENCES, **comparison.lines, **more}.items():
-            sizes = ((n_pool,), (n_pool,)) if line in (GOLD, ALL) else small
+            sizes, reported = ((n_pool,), (n_pool,)) if line in (GOLD, ALL) else small
             cells, sums = [], []
             for labels in (truth if line == GOLD else teachers).values():
-                trials = [Trial(changed(base, changes, seed), *sizes, Path()) for seed in options.seeds]
+                trials = [
+                    Trial(changed(base, changes, seed), sizes, reported, Path()) for seed in options.seeds
+                ]
                 mean = np.mean([screen(trial, texts, features, labels) for trial in trials], axis=0)
                 cells.append("  ".join(f"{f1:.3f}" for _, f1 in mean))
                 sums.append(mean)

@@ -66,7 +66,8 @@ def measure(options: argparse.Namespace, run_dir: Path) -> None:
     tickets = list(Schedule.plan(config, rows, 0).in_order())
     began = time.monotonic()
     per_client = options.actors // CLIENTS
-    clients = [Client.remote(config, store.root, selector, options) for _ in range(CLIENTS)]
+    remote: Any = ray.remote(num_cpus=1)(Client)
+    clients = [remote.remote(config, store.root, selector, options) for _ in range(CLIENTS)]
     latencies = ray.get([c.teach.remote(tickets[i::CLIENTS], per_client) for i, c in enumerate(clients)])
     seconds = time.monotonic() - began
     print(f"{options.actors} teachers, {len(tickets)} tickets of {options.lease_rows} texts, {rows:,} rows")
@@ -116,7 +117,6 @@ def make_config(options: argparse.Namespace) -> Config:
     )
 
 
-@ray.remote(num_cpus=1)
 class Client:
     """Some of the teachers, as coroutines of one process."""
 

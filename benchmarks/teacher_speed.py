@@ -416,7 +416,7 @@ def label_by_forward(place: Path, n: int) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     config = parse_config(config_tree(place, 1))
-    model = AutoModelForCausalLM.from_pretrained(config.teacher.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(place / "teacher", dtype=torch.float32).eval()
     began = time.time()
     ids, tokens = prompts_of(config, read_texts(place, n))
     ids.sort(key=len)
