@@ -56,6 +56,11 @@ class Bench:
         self._loop.close()
 
 
+def among_labels(probs_NC: np.ndarray) -> np.ndarray:
+    """As shares of the labels; a random model gives most of its probability to other tokens."""
+    return probs_NC / probs_NC.sum(axis=1, keepdims=True)
+
+
 @pytest.fixture(scope="module")
 def bench(tiny_llm: str) -> Iterator[Bench]:
     made = Bench(tiny_llm)
@@ -75,9 +80,9 @@ def test_label_probabilities_are_those_of_a_plain_forward_pass(bench, tiny_llm):
             [model(torch.tensor([ids])).logits[0, -1].softmax(-1)[tokens].numpy() for ids in encoded]
         )
     assert answers.answered_N.all()
-    assert np.abs(answers.probs_NC - expected_NC).max() < 0.03
+    assert np.abs(among_labels(answers.probs_NC) - among_labels(expected_NC)).max() < 0.06, "bf16's rounding"
     assert np.abs(answers.probs_NC.sum(axis=1) + answers.off_label_N - 1.0).max() < 1e-6
-    assert np.ptp(expected_NC[:, 0]) > 0.1, "the texts get different answers"
+    assert np.ptp(among_labels(expected_NC)[:, 0]) > 0.5, "the texts get different answers"
     assert len(bench.starts) == 1
 
 
@@ -90,4 +95,4 @@ def test_an_engine_that_was_killed_is_started_anew(bench):
     after = bench.ask(texts)
     assert len(bench.starts) == starts + 1
     assert after.answered_N.all()
-    assert np.abs(after.probs_NC - before.probs_NC).max() < 0.03
+    assert np.abs(among_labels(after.probs_NC) - among_labels(before.probs_NC)).max() < 0.06
