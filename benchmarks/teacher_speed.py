@@ -361,7 +361,7 @@ def label_by_map_batches(place: Path, n: int) -> dict[str, float]:
                 fn_constructor_args=(tree,),
                 batch_size=len(mine),  # None is refused with a GPU
                 num_cpus=0.5,
-                num_gpus=parse_config(tree).teacher.gpus or None,
+                num_gpus=tree["teacher"].get("gpus"),
                 compute=ray.data.ActorPoolStrategy(size=1),
             ).write_parquet(f"{folder}/round-{k}")
             assert pq.read_table(f"{folder}/round-{k}").num_rows == len(mine)
