@@ -20,7 +20,6 @@ import pyarrow as pa
 from llkd_ray import schemas
 from llkd_ray.signals import Ints
 from llkd_ray.store import RunStore, list_column, matrix_of, round_file
-from llkd_ray.table import NONE, ScoreTable
 
 ASKED = "audit/asked.parquet"
 ANSWERS = "audit/answers.parquet"
@@ -69,17 +68,6 @@ class AuditAnswers:
         """Put them beside a round that is scored or selected by them; nothing where nobody was asked."""
         if len(self):
             self.write(store, round_file(round_number, AUDITED))
-
-    def note(self, table: ScoreTable) -> None:
-        """Let them take the place of the labels that are in the table; a second time changes nothing.
-
-        As the answers of a better teacher, so that a cascade does not ask about them once more. What the
-        student said of the old label goes, so rows that have theirs already are left alone.
-        """
-        label_M, confidence_M = table.label[self.row_M], table.confidence[self.row_M]
-        new = (label_M != NONE) & ((label_M != self.label_M) | (confidence_M != -1.0))
-        n = int(np.count_nonzero(new))
-        table.relabel(self.row_M[new], self.label_M[new], np.ones(n), np.ones(n, dtype=int))
 
     def correct(self, batch: pa.Table, n_classes: int) -> pa.Table:
         """A ROUND with these labels in place of the teacher's, all of their probability on them."""

@@ -251,8 +251,8 @@ def _asked_of_student(store: RunStore, config: Config, texts: Sequence[str]) -> 
 
 
 def _last_checkpoint(store: RunStore) -> str:
-    files = [round_file(k, TRAINED) for k in range(len(store.folders(ROUNDS_DIR)))]
-    trained = [file for file in files if store.exists(file)]
+    paths = [round_file(k, TRAINED) for k in range(len(store.folders(ROUNDS_DIR)))]
+    trained = [path for path in paths if store.exists(path)]
     if not trained:
         raise ConfigError("RUN: no round is trained yet, so there is no student to ask: let one finish first")
     return str(store.read_json(trained[-1])["checkpoint"])

@@ -258,8 +258,9 @@ def _read_rows(store: RunStore) -> dict[str, PartRows]:
 
 def _read_unanswered(store: RunStore) -> dict[str, int]:
     files = [name for name in store.names(QUARANTINE_DIR, ".parquet") if name.startswith("teacher-")]
-    tables = (store.read_table(f"{QUARANTINE_DIR}/{name}", columns=["reason"]) for name in files)
-    return dict(Counter(reason for table in tables for reason in table["reason"].to_pylist()).most_common())
+    columns = (store.read_table(f"{QUARANTINE_DIR}/{name}", columns=["reason"]) for name in files)
+    reasons = (reason for column in columns for reason in column["reason"].to_pylist())
+    return dict(Counter(reasons).most_common())
 
 
 def _round_files(store: RunStore, name: str) -> list[str]:

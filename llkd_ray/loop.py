@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import pyarrow.fs as pafs
 
-from llkd_ray import __version__
 from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.answers import Usage
 from llkd_ray.cluster import check_fit, connect, library_versions
@@ -204,7 +204,7 @@ def manifest(
 ) -> dict[str, Any]:
     """What decides the results, next to the config."""
     return {
-        "llkd_ray": __version__,
+        "llkd_ray": version("llkd-ray"),
         "versions": library_versions(),
         "seed": config.run.seed,
         "teacher": teacher_facts,

@@ -37,7 +37,7 @@ from llkd_ray.schedule import Schedule
 from llkd_ray.selection import RoundSelection
 from llkd_ray.session import Fence
 from llkd_ray.signals import Floats, Ints
-from llkd_ray.snapshot import Snapshot, keep, kept
+from llkd_ray.snapshot import Snapshot, apply_human_labels, keep, kept
 from llkd_ray.store import (
     BATCH,
     LABELS_DIR,
@@ -408,11 +408,11 @@ class Selector:
                 if ticket in reviews:
                     self.intake.take(ticket, reviews.pop(ticket))
             # At their time, too: what the student said after it was of the new label.
-            AuditAnswers.of_round(self.store, k).note(self.table)
+            apply_human_labels(AuditAnswers.of_round(self.store, k), self.table)
             self.state.restore(k, in_table=snapshot is not None and k < snapshot.rounds)
         for ticket, labels in reviews.items():
             self.intake.take(ticket, labels)
-        self.audited.note(self.table)
+        apply_human_labels(self.audited, self.table)
         self.state.finished = len(self.state.trained) == self.schedule.rounds
 
     def _note_damaged(self, ticket: int, line: str) -> None:

@@ -19,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llkd_ray.answers import Usage
+from llkd_ray.audit_answers import AuditAnswers
 from llkd_ray.signals import Ints
 from llkd_ray.store import SNAPSHOTS_DIR, RunStore
+from llkd_ray.table import NONE, ScoreTable
 
 _TICKETS, _FACTS = "tickets", "facts"
 
@@ -84,3 +86,15 @@ def drop_all(store: RunStore) -> None:
 
 def _file(session: str) -> str:
     return f"{SNAPSHOTS_DIR}/{session}.npz"
+
+
+def apply_human_labels(answers: AuditAnswers, table: ScoreTable) -> None:
+    """Put people's labels in place of those in the table; a second time changes nothing.
+
+    They count as the answers of a better teacher, so that a cascade does not ask about them once more. What
+    the student said of the old label goes, so rows that have theirs already are left alone.
+    """
+    label_M, confidence_M = table.label[answers.row_M], table.confidence[answers.row_M]
+    new = (label_M != NONE) & ((label_M != answers.label_M) | (confidence_M != -1.0))
+    n = int(np.count_nonzero(new))
+    table.relabel(answers.row_M[new], answers.label_M[new], np.ones(n), np.ones(n, dtype=int))

@@ -230,11 +230,11 @@ def predictions_file(round_number: int, rank: int, ranks: int) -> str:
 
 def read_labels(store: RunStore, tickets: Iterable[int]) -> pa.Table:
     """LABELS of the given tickets; a ticket without a file is left out."""
-    tables = [schemas.LABELS.empty_table()]
+    parts = [schemas.LABELS.empty_table()]
     for ticket in tickets:
         with suppress(FileNotFoundError):
-            tables.append(store.read_table(ticket_file(LABELS_DIR, ticket)))
-    return pa.concat_tables(tables)
+            parts.append(store.read_table(ticket_file(LABELS_DIR, ticket)))
+    return pa.concat_tables(parts)
 
 
 def read_predictions(store: RunStore, round_number: int, n_classes: int) -> tuple[np.ndarray, np.ndarray]:

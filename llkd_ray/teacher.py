@@ -14,7 +14,7 @@ import asyncio
 import errno
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -85,6 +85,7 @@ class Stage(ABC):
         selector: Any,
         labeller: Labeller | None = None,
         key: str | None = None,
+        on_drop: Callable[[TeacherConfig], None] | None = None,
     ) -> None:
         self.config = config
         self.store = RunStore(store_uri)
@@ -92,13 +93,15 @@ class Stage(ABC):
         self.actor = uuid.uuid4().hex
         # No method of its own: that would keep the stage, and with it an engine, alive when it is dropped.
         self.asker = Asker(config, store_uri, self.member, partial(_reserve, selector), labeller, key)
+        self.on_drop = on_drop
 
     def __del__(self) -> None:
         # Ray Data drops the stage when the stream ends; an engine that is left to die with the actor
         # prints errors instead.
         if asker := getattr(self, "asker", None):
             asker.close()
-            _leave_placement_group(asker.teacher)
+            if self.on_drop:
+                self.on_drop(asker.teacher)
 
     async def __call__(self, leased: pa.Table) -> AsyncIterator[pa.Table]:
         if not len(leased):
@@ -311,7 +314,14 @@ def _build_stream(
         # The form without a check that refuses a teacher on GPUs without a batch size: a block is one ticket.
         stream = stream.map_batches_internal(
             stage,
-            fn_constructor_args=(config, store_uri, selector, None, cache_key(config, teacher)),
+            fn_constructor_args=(
+                config,
+                store_uri,
+                selector,
+                None,
+                cache_key(config, teacher),
+                _leave_placement_group,
+            ),
             compute=_pool(teacher.min_actors, teacher.max_actors, teacher.tickets_in_flight),
             **_resources(teacher, groups),
             **arguments,

@@ -174,7 +174,7 @@ ROOMS: dict[str, set[str]] = {
     "leases": {"acquisition", "config", "intake", "schedule", "schemas", "signals", "store", "table"},
     "teacher_watch": {"config"},
     "batches": {"confidence", "policies", "schemas", "store", "table"},
-    "snapshot": {"answers", "signals", "store"},
+    "snapshot": {"audit_answers", "table", "answers", "signals", "store"},
     "progress": {"schemas", "store", "table"},
     "audit_answers": {"schemas", "signals", "store", "table"},
     "glance": {"schemas", "signals", "table"},

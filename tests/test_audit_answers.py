@@ -11,6 +11,7 @@ from toys import make_run
 
 from llkd_ray import schemas
 from llkd_ray.audit_answers import AuditAnswers
+from llkd_ray.snapshot import apply_human_labels
 from llkd_ray.store import list_column, round_file
 from llkd_ray.table import ScoreTable
 
@@ -49,14 +50,14 @@ def test_in_the_table_they_are_sure_and_count_once():
     table.put_labels(rows, np.zeros(6, dtype=int), np.full(6, 0.6), np.zeros(6, dtype=int))
     table.refresh(0, rows, np.full((6, 3), 1 / 3))
     answers = AuditAnswers.of({1: 2, 2: 0, 8: 1})
-    answers.note(table)
+    apply_human_labels(answers, table)
     candidates = table.candidates(1)
     assert candidates.label_N.tolist() == [0, 2, 0, 0, 0, 0]
     np.testing.assert_allclose(candidates.confidence_N, [0.6, 1, 1, 0.6, 0.6, 0.6], rtol=1e-6)
     assert np.flatnonzero(np.isnan(candidates.support_N)).tolist() == [1, 2], "the student looks again"
     assert table.count_labelled() == 6, "row 8 has no label yet"
     table.refresh(1, rows, np.full((6, 3), 1 / 3))
-    answers.note(table)
+    apply_human_labels(answers, table)
     assert not np.isnan(table.candidates(1).support_N).any()
     assert not table.contradicted(0.5, 10).size
 
