@@ -44,7 +44,7 @@ from llkd_ray.teacher_config import PromptConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import memory_of_a_run
-import test_report
+import report_runs
 import toys
 
 LEASE_ROWS = 128
@@ -171,7 +171,7 @@ def restart(labels: int, folder: Path) -> Work:
 
 
 def metrics(rounds: int, folder: Path) -> Work:
-    line = test_report.make_run(folder / "one", rounds=1).read_metrics()[0]
+    line = report_runs.make_run(folder / "one", rounds=1).read_metrics()[0]
     store = RunStore(str(folder))
 
     def work() -> None:
@@ -182,7 +182,7 @@ def metrics(rounds: int, folder: Path) -> Work:
 
 
 def report(rounds: int, names: Sequence[str], folder: Path) -> Work:
-    store = test_report.make_run(folder, rounds=rounds, labels=names[:10])
+    store = report_runs.make_run(folder, rounds=rounds, labels=names[:10])
     config = yaml.safe_load(store.read_bytes(CONFIG))
     config["labels"]["names"] = list(names)  # most are never selected, but all stand in the report
     store.write_bytes(CONFIG, yaml.safe_dump(config).encode())
@@ -277,7 +277,7 @@ PARTS = [
         "leases and labels, by rounds", lambda n, folder: teaching(128_000, n, folder), [10, 100, 1e3], here
     ),
     Part("lines of metrics, by rounds", metrics, [10, 100, 1e3], here),
-    Part("report, by rounds", lambda n, folder: report(n, test_report.LABELS, folder), [10, 100, 1e3], here),
+    Part("report, by rounds", lambda n, folder: report(n, report_runs.LABELS, folder), [10, 100, 1e3], here),
     Part(
         "a round's choice of 1e5, by classes", lambda n, folder: choice(100_000, n), [2, 10, 100, 1e3], here
     ),

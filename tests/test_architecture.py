@@ -159,7 +159,6 @@ ROOMS: dict[str, set[str]] = {
     "scan": {"chance", "chunks", "fixed_point", "signals", "table"},
     "policies": {"chance", "chunks", "priors", "scan", "signals", "table"},
     "acquisition": {"chance", "chunks", "scan", "signals", "table"},
-    "shards": {"acquisition", "chunks", "policies", "priors", "scan", "signals", "table"},
     "selection": {"acquisition", "chance", "chunks", "config", "policies", "signals", "table"},
     "intake": {
         "answers",

@@ -6,7 +6,7 @@ import asyncio
 
 import numpy as np
 import pyarrow as pa
-from test_selector import Bench
+from selector_bench import Bench
 from toys import make_run
 
 from llkd_ray import schemas

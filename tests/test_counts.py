@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from fake_teacher import FakeLabeller
-from test_teacher import FakeSelector, leased, pass_through
+from fake_selector import FakeSelector, pass_through
+from fake_teacher import FakeLabeller, leased
 from toys import make_config, make_run
 
 from llkd_ray import schemas, training

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import WARM, add_teacher, make_run
-from test_round_facts import enrich
-from test_tables import make_tables, two_seeds
+from comparison_results import make_tables, two_seeds
+from report_runs import WARM, add_teacher, enrich, make_run
 
 from llkd_ray.compare_report import PAGE, write_comparison
 from llkd_ray.report import REPORT, write_report

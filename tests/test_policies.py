@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from candidate_sets import make_candidates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,21 +21,6 @@ WITH_STUDENT = {"entropy", "margin", "product", "llkd", "llkd_rank", "llkd_sampl
 SOME_MAY_NOT_PASS = {"freematch", "llkd"}
 QUOTAS = [None, 0.0, 0.5, 1.0]
 POLICY_QUOTAS = ["off", *QUOTAS]
-
-
-def make_candidates(n: int, seed: int = 0, n_classes: int = 4, scored: float = 1.0) -> Candidates:
-    rng = np.random.default_rng(seed)
-    signals = rng.uniform(size=(3, n))
-    signals[:, rng.uniform(size=n) >= scored] = np.nan
-    return Candidates(
-        row_N=np.sort(rng.choice(10 * n + 1, n, replace=False)),
-        label_N=rng.integers(0, n_classes, n).astype(np.int16),
-        confidence_N=rng.uniform(1 / n_classes, 1, n).astype(np.float32),
-        uncertainty_N=signals[0].astype(np.float32),
-        margin_N=signals[1].astype(np.float16),
-        support_N=signals[2].astype(np.float16),
-        n_classes=n_classes,
-    )
 
 
 def choose(name: str, candidates: Candidates, n: int, seed: int = 0, **more) -> Selection:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pyarrow as pa
 import pytest
-from test_report import ATTACK, LABELS, Page, make_run, render
+from report_runs import ATTACK, Page, enrich, make_run, render
 
-from llkd_ray import schemas
 from llkd_ray.facts import INSIGHT, read_facts
 from llkd_ray.glance import GLANCE
 from llkd_ray.reference import find_reference
@@ -15,54 +12,6 @@ from llkd_ray.report import write_report
 from llkd_ray.round_facts import POINTS, read_round_facts
 from llkd_ray.round_figures import shares_in_words
 from llkd_ray.store import QUARANTINE_DIR, SELECTED, RunStore, round_file
-
-
-def enrich(store: RunStore, labels=LABELS, rounds=5, per_round=2_000, sure=0.9, seed=5) -> RunStore:
-    """Add to a made-up run what later versions write."""
-    rng = np.random.default_rng(seed)
-    n_classes = len(labels)
-    for k in range(rounds):
-        unsure_N = rng.random(per_round) if k else np.full(per_round, np.nan)
-        columns = [
-            k * per_round + np.arange(per_round),
-            rng.integers(0, n_classes, per_round).astype(np.int16),
-            1 - (1 - sure) * rng.random(per_round),
-            unsure_N,
-            rng.random(per_round).astype(np.float16),
-            np.arange(per_round) % 2 == 0,
-        ]
-        arrays = [pa.array(x, field.type) for x, field in zip(columns, schemas.GLANCE, strict=True)]
-        store.write_table(round_file(k, GLANCE), pa.Table.from_arrays(arrays, schema=schemas.GLANCE))
-        levels = {"confidence": rng.random(n_classes).tolist(), "uncertainty": rng.random(n_classes).tolist()}
-        facts = {"labelled_of_class": [100 * (k + 1)] * n_classes, "prior": None}
-        facts["thresholds"] = levels if k else {"confidence": levels["confidence"]}
-        store.write_json(round_file(k, SELECTED), facts)
-    for line in store.read_metrics():
-        start = 1000 * line["round"]
-        store.append_metrics(line | {"pace": [[0.0, start], [5.0, start + 400], [14.0, start + 1000]]})
-    looked_at = {"text": ATTACK, "gold": 1, "teacher": 0, "teacher_confidence": 0.97}
-    insight = {
-        "confusion": [[0, 0, 90], [0, 1, 30], [1, 1, 70], [1, 0, 10]],
-        "reliability": [
-            {"texts": 0, "accuracy": None, "confidence": None},
-            {"texts": 100, "accuracy": 0.5, "confidence": 0.6},
-            {"texts": 100, "accuracy": 0.9, "confidence": 0.95},
-        ],
-        "pool_gold": [50] * n_classes,
-        "disagreements": [looked_at | {"student": 1, "student_confidence": 0.88}],
-        "useful": [looked_at | {"uncertainty": 0.91}],
-        "doubtful": [looked_at | {"uncertainty": None, "gold": None, "text": "Hm."}],
-    }
-    store.write_json(INSIGHT, insight)
-    refused = {
-        "source": ["letters/a.parquet"] * 4,
-        "position": [3, 5, 8, 9],
-        "reason": ["empty_text", "empty_text", "empty_text", "bad_id"],
-        "detail": ["", "", "", "a list"],
-        "start_of_text": ["", "", "", "<b>Dear</b>"],
-    }
-    store.write_table(f"{QUARANTINE_DIR}/pool-00000001.parquet", pa.table(refused, schema=schemas.QUARANTINE))
-    return store
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from operator import add
 
 import numpy as np
 import pytest
+from candidate_sets import make_candidates
 from hypothesis import given
 from hypothesis import strategies as st
-from test_policies import make_candidates
 
 from llkd_ray import scan
 from llkd_ray.chance import Draw

@@ -6,18 +6,18 @@ The plain class runs in a test's own event loop. Blocking is tested by a wait th
 from __future__ import annotations
 
 import asyncio
-import uuid
 from pathlib import Path
 
 import numpy as np
 import pytest
-from toys import make_config, make_run, put_label_file, toy_probs, toy_texts
+from selector_bench import N_CLASSES, N_POOL, N_TEST, TOKENS, Bench
+from toys import toy_texts
 
 from llkd_ray import schemas
 from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.answers import Usage
 from llkd_ray.config import ConfigError
-from llkd_ray.label_files import TicketLabels, write_mark
+from llkd_ray.label_files import write_mark
 from llkd_ray.selector import ScoresLost, Selector
 from llkd_ray.session import Fence, Superseded
 from llkd_ray.signals import entropy, margin, support
@@ -36,90 +36,6 @@ from llkd_ray.store import (
     ticket_file,
 )
 
-N_POOL, N_TEST, N_CLASSES = 200, 30, 3
-GOLD = toy_texts(N_POOL + N_TEST, N_CLASSES, seed=0)[1]
-TOKENS = 7
-"""Prompt tokens of every text."""
-
-
-class Bench:
-    """A run directory, a selector on it, and the parts of teacher and student that talk to it."""
-
-    def __init__(self, folder, **sections):
-        settings = {
-            "budget": {"rounds": 4, "train": 60, "growth": 1.0} | sections.pop("budget", {}),
-            "teacher": {"lease_rows": 16} | sections.pop("teacher", {}),
-        }
-        self.config = make_config(**settings, **sections)
-        self.store = make_run(folder, N_POOL, N_TEST, N_CLASSES)
-        self.restart()
-
-    def restart(self, session: str | None = None) -> Selector:
-        """A new selector, as after a crash; of another driver unless a session is named.
-
-        One of the same session finds the snapshot of the one before it.
-        """
-        self.selector = Selector(self.config, self.store.root, session or uuid.uuid4().hex)
-        return self.selector
-
-    @property
-    def schedule(self):
-        return self.selector.schedule
-
-    def probs(self, row_M):
-        # By row, so that the answer to a text does not depend on when it is asked.
-        rows = [toy_probs(GOLD[[row]], N_CLASSES, 0.9, np.random.default_rng(row)) for row in row_M]
-        return np.concatenate(rows) if rows else np.empty((0, N_CLASSES), dtype=np.float32)
-
-    async def lease(self, ticket):
-        """The rows of a ticket that is no spare one."""
-        same, rows = await self.selector.lease(ticket)
-        assert same == ticket
-        return rows
-
-    def write_labels(self, ticket, row_M):
-        return put_label_file(self.store, ticket, row_M, self.probs(row_M), TOKENS)
-
-    async def put(self, ticket, row_M, probs_MC, tokens):
-        return await self.selector.put_labels(ticket, said(row_M, probs_MC, tokens))
-
-    async def teach(self, ticket):
-        row_M = await self.lease(ticket)
-        self.write_labels(ticket, row_M)
-        await self.put(ticket, row_M, self.probs(row_M), TOKENS * len(row_M))
-        return row_M
-
-    async def teach_for(self, k):
-        """All tickets that round ``k`` waits for, as far as they are not labelled."""
-        for ticket in range(self.schedule.tickets_before(k)):
-            if ticket not in self.selector.intake.done:
-                await self.teach(ticket)
-
-    def opinion(self, k):
-        """float32[R, C]: what the student says of every row before round ``k``."""
-        rng = np.random.default_rng(1000 * k)
-        return rng.dirichlet(np.ones(N_CLASSES), N_POOL + N_TEST).astype(np.float32)
-
-    async def score(self, k):
-        rows = await self.selector.rows_to_score(k)
-        for mine in np.array_split(rows, 2):  # two ranks
-            await self.selector.refresh(k, mine, self.opinion(k)[mine])
-        await self.selector.refresh_done(k, rows.size)
-        return rows
-
-    async def round(self, k):
-        await self.teach_for(k)
-        await self.score(k)
-        facts = await self.selector.select(k)
-        await self.selector.trained(k, {"ranks": 1, "loss": 1.0 / (k + 1)})
-        return facts
-
-    def batch(self, k):
-        return self.store.read_table(round_file(k, BATCH))
-
-    def batch_rows(self, rounds=4):
-        return [self.batch(k)["row"].to_pylist() for k in range(rounds)]
-
 
 @pytest.fixture
 def bench(tmp_path):
@@ -136,12 +52,6 @@ async def still_waits(waiting: asyncio.Task) -> bool:
 async def released(waiting: asyncio.Task):
     """The result of a task that nothing holds up any more."""
     return await asyncio.wait_for(waiting, timeout=5)
-
-
-def said(row_M, probs_MC, tokens) -> TicketLabels:
-    """What the one teacher of a run says to some rows."""
-    usage = {"teacher": Usage(texts=len(row_M), requests=len(row_M), prompt_tokens=tokens)}
-    return TicketLabels(row_M, probs_MC, np.zeros(len(row_M), dtype=np.int8), usage, unasked=0)
 
 
 def run(coroutine):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from server_teachers import LABELS, Counting, ask, make_teacher, texts_of
 from stub_server import (
     Asked,
     Reply,
@@ -20,7 +21,6 @@ from stub_server import (
     usage,
     vllm_like,
 )
-from test_http_client import LABELS, Counting, ask, make_teacher, texts_of
 from toys import NAMES, WORDS, toy_texts
 from transformers import AutoTokenizer
 
