@@ -22,10 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llkd_ray.confidence import Calibrator
-from llkd_ray.signals import normalise
-from llkd_ray.teacher_config import ConfidenceConfig
-from llkd_ray.teacher_quality import teacher_quality
+from llkd_ray.config.teacher import ConfidenceConfig
+from llkd_ray.metrics.calibration import Calibrator
+from llkd_ray.metrics.quality import teacher_quality
+from llkd_ray.metrics.uncertainty import normalise
 
 TEACHERS = ("gemma", "yi", "llama", "qwen", "mistral")
 FIGURES = ("ece", "nll", "brier", "auroc", "accuracy", "macro_f1")

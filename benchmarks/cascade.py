@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from sklearn.metrics import f1_score
 
-from llkd_ray.signals import Floats, Ints, confidence, normalise
+from llkd_ray.metrics.uncertainty import Floats, Ints, confidence, normalise
 
 PAIRS = (("mistral", "gemma"), ("llama", "gemma"), ("qwen", "yi"))
 THRESHOLDS = (0.5, 0.6, 0.8, 0.95)

@@ -27,20 +27,20 @@ import numpy as np
 import psutil
 import yaml
 
-from llkd_ray.answers import Usage
-from llkd_ray.cleaning import clean_text, text_hash
-from llkd_ray.config import Config, LabelsConfig
-from llkd_ray.corpus import ingest
-from llkd_ray.evaluate import bootstrap_interval, classification
-from llkd_ray.label_files import TicketLabels, read_all
-from llkd_ray.label_trie import LabelTrie
-from llkd_ray.policies import SELECTION
-from llkd_ray.prompts import build_prompt, encode_prompts
-from llkd_ray.report import write_report
-from llkd_ray.selector import Selector
-from llkd_ray.store import CONFIG, EXAMPLES_INDEX, LABELS_DIR, RunStore
-from llkd_ray.table import ScoreTable
-from llkd_ray.teacher_config import PromptConfig
+from llkd_ray.config.schema import Config, LabelsConfig
+from llkd_ray.config.teacher import PromptConfig
+from llkd_ray.corpus.cleaning import clean_text, text_hash
+from llkd_ray.corpus.ingest import ingest
+from llkd_ray.metrics.quality import bootstrap_interval, classification
+from llkd_ray.report.pages import write_report
+from llkd_ray.selection.policies import SELECTION
+from llkd_ray.selection.selector import Selector
+from llkd_ray.selection.table import ScoreTable
+from llkd_ray.storage.run_dir import CONFIG, EXAMPLES_INDEX, LABELS_DIR, RunStore
+from llkd_ray.teacher.base import Usage
+from llkd_ray.teacher.label_trie import LabelTrie
+from llkd_ray.teacher.labels import TicketLabels, read_all
+from llkd_ray.teacher.prompt import build_prompt, encode_prompts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import memory_of_a_run
@@ -260,7 +260,7 @@ def student_tokens(words: int, folder: Path) -> Work:
     import torch
     from transformers import AutoTokenizer
 
-    from llkd_ray.student import Student
+    from llkd_ray.student.model import Student
 
     tokenizer = AutoTokenizer.from_pretrained(toys.save_tiny_encoder(folder))
     student = Student(torch.nn.Identity(), tokenizer, torch.device("cpu"), False)

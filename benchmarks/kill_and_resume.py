@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from llkd_ray.label_files import count_unanswered
-from llkd_ray.store import ENGINES_DIR, LABELS_DIR, MANIFEST, SENT_DIR, RunStore
+from llkd_ray.storage.run_dir import ENGINES_DIR, LABELS_DIR, MANIFEST, SENT_DIR, RunStore
+from llkd_ray.teacher.labels import count_unanswered
 
 ROOT = Path(__file__).parents[1]
 

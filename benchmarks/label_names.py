@@ -33,15 +33,15 @@ from torch.nn import functional
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from llkd_ray.answers import Answers, Unlimited
-from llkd_ray.config import LabelsConfig
-from llkd_ray.engine import Engine
-from llkd_ray.prompts import build_prompt, encode_prompts, label_sequences
-from llkd_ray.quickstart import train_tokenizer
-from llkd_ray.teacher_config import PromptConfig, TeacherConfig
-from llkd_ray.vllm_async import AsyncEngine
-from llkd_ray.vllm_settings import CPU_BLOCK_SIZE
-from llkd_ray.vllm_teacher import VllmLabeller
+from llkd_ray.config.schema import LabelsConfig
+from llkd_ray.config.teacher import PromptConfig, TeacherConfig
+from llkd_ray.quickstart.teacher import train_tokenizer
+from llkd_ray.teacher.base import Answers, Unlimited
+from llkd_ray.teacher.prompt import build_prompt, encode_prompts, label_sequences
+from llkd_ray.teacher.vllm.backends import AsyncEngine
+from llkd_ray.teacher.vllm.engine import Engine
+from llkd_ray.teacher.vllm.requests import CPU_BLOCK_SIZE
+from llkd_ray.teacher.vllm.teacher import VllmLabeller
 
 MODEL_LEN = 2048
 UNRESOLVED = TeacherConfig.model_fields["unresolved"].default

@@ -17,14 +17,12 @@ from pathlib import Path
 import torch
 
 from llkd_ray.cluster import connect
-from llkd_ray.comparison import changed, load_comparison, read_teacher, read_texts
-from llkd_ray.console import Display
-from llkd_ray.corpus import ingest
-from llkd_ray.labelling import teacher_config
-from llkd_ray.runs import with_absolute_paths
-from llkd_ray.settings import load_config
-from llkd_ray.store import RunStore
-from llkd_ray.trial import Trial, run_trial
+from llkd_ray.comparison.settings import changed, load_comparison, teacher_config
+from llkd_ray.comparison.trial import Trial, read_teacher, read_texts, run_trial
+from llkd_ray.config.loading import load_config, with_absolute_paths
+from llkd_ray.corpus.ingest import ingest
+from llkd_ray.display import Display
+from llkd_ray.storage.run_dir import RunStore
 
 WAYS: dict[str, dict[str, str]] = {
     "cross-entropy": {},

@@ -69,8 +69,8 @@ def measure(rows: int, options: argparse.Namespace) -> list[list[object]]:
     """One line for each phase: name, seconds, MiB at the peak, over idle, driver, the largest other, rows."""
     import ray
 
-    from llkd_ray.corpus import ingest
-    from llkd_ray.store import RunStore
+    from llkd_ray.corpus.ingest import ingest
+    from llkd_ray.storage.run_dir import RunStore
 
     folder = Path(tempfile.mkdtemp(prefix="llkd-memory-", dir=options.folder))
     temporary = tempfile.mkdtemp(prefix="llkd-")  # Ray's sockets need a short path
@@ -144,7 +144,7 @@ def make(folder: str, rows: int, kind: str) -> None:
 
 def make_config(folder: Path, kind: str, labels: int, lease_rows: int):
     """In corpus order and with no hold-out, so that it is known which answers are needed."""
-    from llkd_ray.config import parse_config
+    from llkd_ray.config.loading import parse_config
 
     return parse_config(
         {
@@ -166,7 +166,7 @@ def make_config(folder: Path, kind: str, labels: int, lease_rows: int):
 
 def write_answers(store, path: Path, labels: int) -> None:
     """Random answers to the first texts of a run, a piece at a time."""
-    from llkd_ray.store import Examples
+    from llkd_ray.storage.tables import Examples
 
     examples = Examples.open(store)
     schema = pa.schema([("id", pa.string()), ("probs", pa.list_(pa.float32()))])
@@ -183,11 +183,11 @@ def label(config, store) -> int:
     """Let the recorded teacher label what the budget allows; returns how many the selector knows of."""
     import ray
 
-    from llkd_ray.run import open_tickets
-    from llkd_ray.schedule import Schedule
-    from llkd_ray.selector import start_selector
-    from llkd_ray.store import Examples
-    from llkd_ray.teacher import spare_tickets, start_stream
+    from llkd_ray.config.schedule import Schedule
+    from llkd_ray.run.supervisor import open_tickets
+    from llkd_ray.selection.selector import start_selector
+    from llkd_ray.storage.tables import Examples
+    from llkd_ray.teacher.stream import spare_tickets, start_stream
 
     examples = Examples.open(store)
     schedule = Schedule.plan(config, examples.n_pool, examples.n_test)
@@ -208,9 +208,9 @@ def predict_all(folder: Path, kind: str) -> int:
     """Predict the whole corpus by a BERT of one narrow layer with MiniLM's tokenizer; returns the texts."""
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-    from llkd_ray.predict_config import parse_predict
-    from llkd_ray.predicting import predict
-    from llkd_ray.student import resolve_model
+    from llkd_ray.prediction.config import parse_predict
+    from llkd_ray.prediction.job import predict
+    from llkd_ray.student.model import resolve_model
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("minilm"))
     size: dict[str, Any] = {

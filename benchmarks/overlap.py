@@ -21,11 +21,11 @@ from pathlib import Path
 
 import ray
 
-from llkd_ray.config import parse_config
-from llkd_ray.console import Display
-from llkd_ray.facts import phase_seconds
-from llkd_ray.loop import distill
-from llkd_ray.store import RunStore
+from llkd_ray.config.loading import parse_config
+from llkd_ray.display import Display
+from llkd_ray.evaluation.run_record import phase_seconds
+from llkd_ray.run.loop import distill
+from llkd_ray.storage.run_dir import RunStore
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests/cluster"))

@@ -34,7 +34,7 @@ def make_classifier(folder: str) -> str:
     """MiniLM's own weights where they are installed, random ones of its size otherwise."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from llkd_ray.student import resolve_model
+    from llkd_ray.student.model import resolve_model
 
     source = resolve_model("minilm")
     AutoModelForSequenceClassification.from_pretrained(source, num_labels=LABELS).save_pretrained(folder)
@@ -76,7 +76,8 @@ def their_model(folder: str, texts: list[str], max_tokens: int) -> Callable[[], 
 def our_model(folder: str, texts: list[str], max_tokens: int, dtype: str, tokens: int) -> Callable[[], Any]:
     import torch
 
-    from llkd_ray.classifier import inspect, load, score
+    from llkd_ray.storage.checkpoints import inspect
+    from llkd_ray.student.inference import load, score
 
     student = load(inspect(folder), dtype, torch.device("cpu"))
     print(f"{dtype}: {'bf16 autocast' if student.autocast else 'float32'}")
@@ -125,8 +126,8 @@ def plain_job(folder: str, corpus: str, max_tokens: int, actors: int, rows: int)
 def our_job(
     folder: str, corpus: str, max_tokens: int, pieces: int, flags: dict[str, Any]
 ) -> tuple[float, float]:
-    from llkd_ray.predict_config import parse_predict
-    from llkd_ray.predicting import predict
+    from llkd_ray.prediction.config import parse_predict
+    from llkd_ray.prediction.job import predict
 
     said: list[str] = []
     began = time.perf_counter()

@@ -32,11 +32,14 @@ import ray.data
 import ray.train
 from pairs import HEADER, in_turns, ratio_line
 
-from llkd_ray.config import Config, parse_config
-from llkd_ray.console import Display
-from llkd_ray.loop import distill
-from llkd_ray.store import METRICS, RunStore
-from llkd_ray.student import Batch, as_student, build_student, predict, train_round
+from llkd_ray.config.loading import parse_config
+from llkd_ray.config.schema import Config
+from llkd_ray.display import Display
+from llkd_ray.run.loop import distill
+from llkd_ray.storage.run_dir import METRICS, RunStore
+from llkd_ray.student.inference import predict
+from llkd_ray.student.model import as_student, build_student
+from llkd_ray.student.train import Batch, train_round
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import toys

@@ -23,13 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from llkd_ray.chunks import slices
-from llkd_ray.fixed_point import UNIT, class_sums
-from llkd_ray.policies import SELECTION
-from llkd_ray.scan import Best
-from llkd_ray.signals import Floats, Ints, class_thresholds
-from llkd_ray.snapshot import Snapshot
-from llkd_ray.table import COLUMNS, ScoreTable
+from llkd_ray.metrics.uncertainty import Floats, Ints
+from llkd_ray.selection.policies import SELECTION
+from llkd_ray.selection.recovery import Snapshot
+from llkd_ray.selection.search import Best, class_thresholds
+from llkd_ray.selection.table import COLUMNS, UNIT, ScoreTable, class_sums, slices
 
 Step = Callable[[], Any]
 

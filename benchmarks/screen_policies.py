@@ -28,29 +28,22 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 
-from llkd_ray.acquisition import ACQUISITION
 from llkd_ray.cluster import connect
-from llkd_ray.comparison import (
-    ALL,
-    GOLD,
-    REFERENCES,
-    changed,
-    gold_labels,
-    load_comparison,
-    read_teacher,
-    read_texts,
-)
-from llkd_ray.config import Config, LabelsConfig, StudentConfig
-from llkd_ray.console import Display
-from llkd_ray.corpus import ingest
-from llkd_ray.labelling import teacher_config
-from llkd_ray.runs import with_absolute_paths
-from llkd_ray.selection import RoundSelection
-from llkd_ray.settings import load_config
-from llkd_ray.store import Examples, RunStore
-from llkd_ray.student import Batch, build_student, by_length
-from llkd_ray.table import ScoreTable
-from llkd_ray.trial import CPU, Labels, Texts, Trial
+from llkd_ray.comparison.settings import REFERENCES, changed, load_comparison, teacher_config
+from llkd_ray.comparison.tables import ALL, GOLD
+from llkd_ray.comparison.trial import CPU, Labels, Texts, Trial, gold_labels, read_teacher, read_texts
+from llkd_ray.config.loading import load_config, with_absolute_paths
+from llkd_ray.config.schema import Config, LabelsConfig, StudentConfig
+from llkd_ray.corpus.ingest import ingest
+from llkd_ray.display import Display
+from llkd_ray.selection.acquisition import ACQUISITION
+from llkd_ray.selection.rounds import RoundSelection
+from llkd_ray.selection.table import ScoreTable
+from llkd_ray.storage.run_dir import RunStore
+from llkd_ray.storage.tables import Examples
+from llkd_ray.student.inference import by_length
+from llkd_ray.student.model import build_student
+from llkd_ray.student.train import Batch
 
 Predict = Callable[[Any], np.ndarray]
 

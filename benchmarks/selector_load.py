@@ -25,13 +25,14 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from llkd_ray.answers import Usage
-from llkd_ray.config import Config, parse_config
-from llkd_ray.label_files import TicketLabels, write_ticket
-from llkd_ray.schedule import Schedule
-from llkd_ray.schemas import LABELS
-from llkd_ray.selector import start_selector
-from llkd_ray.store import EXAMPLES_INDEX, LABELS_DIR, SNAPSHOTS_DIR, RunStore, list_column
+from llkd_ray.config.loading import parse_config
+from llkd_ray.config.schedule import Schedule
+from llkd_ray.config.schema import Config
+from llkd_ray.selection.selector import start_selector
+from llkd_ray.storage.run_dir import EXAMPLES_INDEX, LABELS_DIR, SNAPSHOTS_DIR, RunStore
+from llkd_ray.storage.tables import LABELS, list_column
+from llkd_ray.teacher.base import Usage
+from llkd_ray.teacher.labels import TicketLabels, write_ticket
 
 N_CLASSES = 8
 CLIENTS = 4

@@ -17,8 +17,8 @@ import torch
 import transformers
 from student_variants import Size, save_checkpoint
 
-from llkd_ray.config import LabelsConfig, StudentConfig
-from llkd_ray.student import Student, build_student
+from llkd_ray.config.schema import LabelsConfig, StudentConfig
+from llkd_ray.student.model import Student, build_student
 
 LABELS = LabelsConfig(names=("one", "two", "three", "four"))
 

@@ -35,9 +35,11 @@ from torch.nn.attention import SDPBackend
 from transformers import RobertaModel
 from transformers import pipeline as make_pipeline
 
-from llkd_ray import student as student_module
-from llkd_ray.config import StudentConfig
-from llkd_ray.student import Batch, Student, build_student, by_length, lengths, predict, train_round
+from llkd_ray.config.schema import StudentConfig
+from llkd_ray.student import inference as student_module
+from llkd_ray.student.inference import by_length, predict
+from llkd_ray.student.model import Student, build_student, lengths
+from llkd_ray.student.train import Batch, train_round
 
 AUTOCAST = Way("autocast")
 BF16 = Way("bf16 weights", bf16=True)

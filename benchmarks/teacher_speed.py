@@ -37,7 +37,8 @@ import pyarrow.parquet as pq
 import yaml
 from pairs import HEADER, in_turns, ratio_line
 
-from llkd_ray.config import Config, parse_config
+from llkd_ray.config.loading import parse_config
+from llkd_ray.config.schema import Config
 
 NAMES = ("sport", "health", "money", "travel", "music", "science", "weather")
 LETTERS = "ABCDEFG"
@@ -131,7 +132,7 @@ def make_teacher(folder: Path, layers: int, width: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llkd_ray.quickstart import train_tokenizer
+    from llkd_ray.quickstart.teacher import train_tokenizer
 
     # Whoever asks for one token gets a whole answer only where each letter is one.
     answered = [(text, LETTERS[i % len(LETTERS)]) for i, text in enumerate(made_texts(2_000, 1))]
@@ -219,8 +220,8 @@ def config_tree(place: Path, rounds: int) -> dict[str, Any]:
 
 def prompts_of(config: Config, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
     """Tokens of every prompt, and of the labels, which are one token each."""
-    from llkd_ray.prompts import encode_prompts, label_sequences
-    from llkd_ray.vllm_teacher import prepare, room_for_prompt
+    from llkd_ray.teacher.prompt import encode_prompts, label_sequences
+    from llkd_ray.teacher.vllm.teacher import prepare, room_for_prompt
 
     tokenizer, prompt, trie = prepare(config.teacher, config.labels, "teacher")
     room = room_for_prompt(config.teacher, trie)
@@ -236,12 +237,12 @@ def label_ours(place: Path, n: int, rounds: int = 1) -> dict[str, float]:
     began = time.time()
     import ray
 
-    from llkd_ray.corpus import ingest
-    from llkd_ray.run import open_tickets
-    from llkd_ray.schedule import Schedule
-    from llkd_ray.selector import start_selector
-    from llkd_ray.store import ENGINES_DIR, LABELS_DIR, RunStore
-    from llkd_ray.teacher import spare_tickets, start_stream
+    from llkd_ray.config.schedule import Schedule
+    from llkd_ray.corpus.ingest import ingest
+    from llkd_ray.run.supervisor import open_tickets
+    from llkd_ray.selection.selector import start_selector
+    from llkd_ray.storage.run_dir import ENGINES_DIR, LABELS_DIR, RunStore
+    from llkd_ray.teacher.stream import spare_tickets, start_stream
 
     config = parse_config(config_tree(place, rounds))
     with tempfile.TemporaryDirectory(prefix="llkd-") as folder:
@@ -299,7 +300,7 @@ def label_bare(place: Path, n: int) -> dict[str, float]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM
 
-    from llkd_ray.vllm_settings import engine_arguments
+    from llkd_ray.teacher.vllm.requests import engine_arguments
 
     config = parse_config(config_tree(place, 1))
     llm = LLM(**engine_arguments(config.teacher))
@@ -336,7 +337,7 @@ class EngineActor:
     def __init__(self, tree: dict[str, Any]) -> None:
         from vllm import LLM
 
-        from llkd_ray.vllm_settings import engine_arguments
+        from llkd_ray.teacher.vllm.requests import engine_arguments
 
         self.config = parse_config(tree)
         self.llm = LLM(**engine_arguments(self.config.teacher))
@@ -374,7 +375,7 @@ def label_by_ray_llm(place: Path, n: int) -> dict[str, float]:
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-    from llkd_ray.vllm_settings import engine_arguments
+    from llkd_ray.teacher.vllm.requests import engine_arguments
 
     config = parse_config(config_tree(place, 1))
     arguments, gpus = engine_arguments(config.teacher), config.teacher.gpus

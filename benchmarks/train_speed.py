@@ -33,8 +33,9 @@ from predict_speed import make_texts
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from llkd_ray.config import LabelsConfig, StudentConfig
-from llkd_ray.student import Batch, Student, build_student, lengths, resolve_model, train_round
+from llkd_ray.config.schema import LabelsConfig, StudentConfig
+from llkd_ray.student.model import Student, build_student, lengths, resolve_model
+from llkd_ray.student.train import Batch, train_round
 
 LABELS = LabelsConfig(names=("one", "two", "three", "four", "five"))
 DEVICE = torch.device("cpu")

@@ -2,7 +2,7 @@
 
 import sys
 
-from llkd_ray.audit_cli import audit_main
+from llkd_ray.cli import audit_main
 
 if __name__ == "__main__":
     sys.exit(audit_main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from llkd_ray.compare_cli import compare_main
+from llkd_ray.cli import compare_main
 
 if __name__ == "__main__":
     sys.exit(compare_main())

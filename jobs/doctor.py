@@ -5,7 +5,7 @@ Without a config it checks the installation for the quickstart. Exit status 2 wh
 
 import sys
 
-from llkd_ray.doctor import doctor_main
+from llkd_ray.doctor.doctor import doctor_main
 
 if __name__ == "__main__":
     sys.exit(doctor_main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from llkd_ray.predict_cli import predict_main
+from llkd_ray.cli import predict_main
 
 if __name__ == "__main__":
     sys.exit(predict_main())

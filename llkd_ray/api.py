@@ -18,17 +18,28 @@ from typing import Any
 
 import pyarrow as pa
 
-from llkd_ray import comparing, predicting, runs
-from llkd_ray import predict_output as output
-from llkd_ray.compare_report import PAGE, SUMMARY
-from llkd_ray.comparison import Comparison, load_comparison, parse_comparison
-from llkd_ray.config import Config, ConfigError, parse_config
-from llkd_ray.console import Display
-from llkd_ray.pieces import CORPUS, FOLDERS
-from llkd_ray.predict_config import PredictConfig, parse_predict
-from llkd_ray.report import REPORT
-from llkd_ray.settings import apply_overrides, load_config, load_tree
-from llkd_ray.store import MODEL_DIR, RunStore
+from llkd_ray.comparison.job import compare as run_comparison
+from llkd_ray.comparison.report import PAGE, SUMMARY
+from llkd_ray.comparison.settings import Comparison, load_comparison, parse_comparison
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.loading import (
+    absolute,
+    absolute_folder,
+    apply_overrides,
+    load_config,
+    load_tree,
+    local_dir,
+    parse_config,
+    with_absolute_paths,
+)
+from llkd_ray.config.schema import Config
+from llkd_ray.display import Display
+from llkd_ray.prediction import results as output
+from llkd_ray.prediction.config import PredictConfig, parse_predict
+from llkd_ray.prediction.job import predict as run_prediction
+from llkd_ray.prediction.pieces import CORPUS, FOLDERS
+from llkd_ray.run import loop
+from llkd_ray.storage.run_dir import MODEL_DIR, REPORT, RunStore
 
 Overrides = Mapping[str, Any] | Sequence[str]
 """``{"budget.rounds": 3}`` or, as on the command line, ``["budget.rounds=3"]``."""
@@ -114,7 +125,7 @@ def distill(
         tree = config.model_dump() if isinstance(config, Config) else config
         checked = parse_config(_overridden(tree, overrides))
     with _shown(display) as there:
-        return _distilled(runs.start(runs.with_absolute_paths(checked), there))
+        return _distilled(loop.start(with_absolute_paths(checked), there))
 
 
 def resume(run_dir: str | Path, overrides: Overrides = (), *, display: Display | None = None) -> Distilled:
@@ -123,7 +134,7 @@ def resume(run_dir: str | Path, overrides: Overrides = (), *, display: Display |
     ``overrides`` may raise ``budget.rounds`` and ``budget.train`` of a finished run, which then goes on.
     """
     with _shown(display) as there:
-        return _distilled(runs.resume(str(run_dir), there, _dotted(overrides)))
+        return _distilled(loop.resume(str(run_dir), there, _dotted(overrides)))
 
 
 def compare(
@@ -150,12 +161,10 @@ def compare(
         comparison = parse_comparison(_overridden(tree, overrides))
     if out is None:
         raise ConfigError("out: no folder is given for the results: name one")
-    folder = runs.local_dir(str(out))
-    base = runs.with_absolute_paths(load_config(comparison.base))
+    folder = local_dir(str(out))
+    base = with_absolute_paths(load_config(comparison.base))
     with _shown(display) as there:
-        errors = comparing.compare(
-            comparison, base, folder, there, only=only, add=add, report_only=report_only
-        )
+        errors = run_comparison(comparison, base, folder, there, only=only, add=add, report_only=report_only)
     store = RunStore(folder)
     rows = list(csv.DictReader(io.StringIO(store.read_bytes(SUMMARY).decode())))
     return Compared(folder, rows, errors, store.uri(PAGE))
@@ -169,7 +178,7 @@ def predict(
 ) -> Predicted:
     """Let a classifier loose on a corpus of any size.
 
-    Settings are those of :class:`~llkd_ray.predict_config.PredictConfig`; the least of them:
+    Settings are those of :class:`~llkd_ray.prediction.config.PredictConfig`; the least of them:
     ``{"model": run_dir, "corpus": {"uri": "reviews.csv", "text": "body"}, "out": "predicted"}``. Raises
     ConfigError for a mistake; its message names the flag of jobs/predict.py that a setting belongs to.
     """
@@ -179,13 +188,13 @@ def predict(
         tree = config.model_dump() if isinstance(config, PredictConfig) else dict(config)
     checked = _with_absolute_paths(parse_predict(_overridden(tree, overrides)))
     with _shown(display) as there:
-        summary = predicting.predict(checked, there.say)
+        summary = run_prediction(checked, there.say)
     store = RunStore(checked.out)
     fitted = store.read_json(output.THRESHOLDS) if store.exists(output.THRESHOLDS) else None
     return Predicted(checked.out, summary, fitted, store.uri(FOLDERS[CORPUS]))
 
 
-def _distilled(outcome: runs.Outcome) -> Distilled:
+def _distilled(outcome: loop.Outcome) -> Distilled:
     store = RunStore(outcome.run_dir)
     return Distilled(
         run_dir=store.uri(),
@@ -221,9 +230,9 @@ def _overridden(tree: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]
 def _with_absolute_paths(config: PredictConfig) -> PredictConfig:
     """Workers run from another directory than the driver."""
     tree = config.model_dump()
-    tree["model"] = runs.absolute_folder(config.model)
-    tree["out"] = runs.local_dir(config.out)
+    tree["model"] = absolute_folder(config.model)
+    tree["out"] = local_dir(config.out)
     for source in filter(None, (tree["corpus"], tree["gold"])):
         uris = source["uri"]
-        source["uri"] = runs.absolute(uris) if isinstance(uris, str) else tuple(map(runs.absolute, uris))
+        source["uri"] = absolute(uris) if isinstance(uris, str) else tuple(map(absolute, uris))
     return parse_predict(tree)

@@ -1,4 +1,4 @@
-"""The command line of jobs/distill.py: flags to config to one call; mistakes in one line."""
+"""The command lines of jobs/*.py: flags to settings to one call; a user's mistake is one line."""
 
 from __future__ import annotations
 
@@ -10,15 +10,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llkd_ray.answers import TeacherDown
-from llkd_ray.config import Config, ConfigError, parse_config
-from llkd_ray.console import Display
-from llkd_ray.ending import TEACHER_DOWN, status_of
-from llkd_ray.plan import plan
-from llkd_ray.report import REPORT, write_report
-from llkd_ray.runs import Outcome, local_dir, resume, start, with_absolute_paths
-from llkd_ray.settings import apply_overrides, load_config
-from llkd_ray.store import MODEL_DIR, RunStore, join_uri
+from llkd_ray.api import compare, predict
+from llkd_ray.audit.job import LOOK_AT, Wanted, bring_back, export
+from llkd_ray.comparison.settings import load_comparison
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.loading import (
+    absolute,
+    absolute_folder,
+    apply_overrides,
+    load_config,
+    local_dir,
+    parse_config,
+    with_absolute_paths,
+)
+from llkd_ray.config.schema import Config
+from llkd_ray.display import TEACHER_DOWN, Display, status_of
+from llkd_ray.export import export_model
+from llkd_ray.prediction.config import in_flags, predict_parser, settings_of
+from llkd_ray.report.pages import write_report
+from llkd_ray.run.loop import Outcome, resume, start
+from llkd_ray.run.plan import plan
+from llkd_ray.storage.run_dir import MODEL_DIR, REPORT, RunStore, join_uri
+from llkd_ray.teacher.base import TeacherDown
 
 
 def distill_main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +69,9 @@ def _dispatch(options: argparse.Namespace, display: Display) -> None:
         else:
             _finish([start(config, display)], display)
     else:
-        from llkd_ray.quickstart import prepare  # it trains a teacher: seconds to import, for this run alone
+        from llkd_ray.quickstart.teacher import (
+            prepare,  # it trains a teacher: seconds to import, for this run alone
+        )
 
         settings = apply_overrides(
             prepare(Path(local_dir("runs")) / "quickstart-data", say=display.say), options.set
@@ -127,3 +142,170 @@ def _changed(config: Config, **sections: dict[str, Any]) -> Config:
     for section, changes in sections.items():
         tree[section] |= changes
     return parse_config(tree)
+
+
+def audit_main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for; returns the exit status."""
+    options = audit_parser().parse_args(arguments)
+
+    def work(display: Display) -> None:
+        if options.what == "export":
+            wanted = Wanted(options.random, options.disagree, options.unsure)
+            export(
+                options.run,
+                absolute(options.out),
+                wanted,
+                blind=options.blind,
+                look_at=options.look_at,
+                say=display.say,
+            )
+        else:
+            bring_back(options.run, absolute(options.rows), replace=options.replace, say=display.say)
+
+    return status_of(work)
+
+
+def audit_parser() -> argparse.ArgumentParser:
+    """What jobs/audit.py takes."""
+    parser = argparse.ArgumentParser(
+        prog="audit.py", description="Let people look at a run's labels, and bring back what they say."
+    )
+    parts = parser.add_subparsers(dest="what", required=True)
+    out = parts.add_parser("export", help="write the rows that a person should look at")
+    out.add_argument("run", metavar="RUN", help="a run directory")
+    out.add_argument("--out", required=True, metavar="FILE", help=".csv, .jsonl, or .json for Label Studio")
+    wanted = Wanted()
+    for name, words in (
+        ("random", "texts in the random sample, with those that are answered"),
+        ("disagree", "texts where teacher and student are sure of different labels"),
+        ("unsure", "texts where the student's best labels are closest"),
+    ):
+        number = getattr(wanted, name)
+        out.add_argument(f"--{name}", type=_number, default=number, metavar="N", help=f"{words} ({number})")
+    out.add_argument("--blind", action="store_true", help="without the models' answers, which may sway")
+    out.add_argument(
+        "--look-at",
+        type=_number,
+        default=LOOK_AT,
+        metavar="N",
+        help=f"texts the student scores ({LOOK_AT:,})",
+    )
+    back = parts.add_parser("import", help="take the answers into the run")
+    back.add_argument("run", metavar="RUN", help="the same run directory")
+    back.add_argument("rows", metavar="ROWS", help="the file, with the column 'label' filled in")
+    back.add_argument("--replace", action="store_true", help="new answers count where older ones differ")
+    return parser
+
+
+def _number(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is below 0")
+    return number
+
+
+FAILED, STOPPED = 1, 130
+
+
+def compare_main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; returns the exit status."""
+    options = compare_parser().parse_args(arguments)
+    try:
+        return status_of(partial(_compare, options))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return STOPPED
+
+
+def _compare(options: argparse.Namespace, display: Display) -> int:
+    result = compare(
+        load_comparison(options.config, options.set),
+        options.out or f"runs/{Path(options.config).stem.replace('_', '-')}",
+        only=options.only,
+        add=options.add,
+        report_only=options.report_only,
+        display=display,
+    )
+    return FAILED if result.errors else 0
+
+
+def compare_parser() -> argparse.ArgumentParser:
+    """What jobs/compare.py takes."""
+    parser = argparse.ArgumentParser(
+        prog="compare.py",
+        description="Set policies, or any other change of settings, against each other on the same labels. "
+        "Stopped or killed, the same command goes on; what is finished is not done again.",
+    )
+    parser.add_argument("config", help="a comparison's YAML file; see configs/compare_*.yaml")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder for results; on a cluster one that all nodes share, such as NFS "
+        "(default: runs/ and the config file's name)",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A=B", help="override one setting: sizes=[0.04,0.1]"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="train only for these teachers, lines and seeds; the report has whatever is finished",
+    )
+    parser.add_argument(
+        "--add",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="CSV",
+        help="results.csv of the same comparison from elsewhere: the report has them, too, where there is no "
+        "trial of its own",
+    )
+    parser.add_argument("--report-only", action="store_true", help="train nothing, write the report anew")
+    return parser
+
+
+def export_main(arguments: Sequence[str] | None = None) -> int:
+    """Export what the command line asks for; returns the exit status."""
+    options = export_parser().parse_args(arguments)
+
+    def work(display: Display) -> None:
+        if options.private and options.push_to_hub is None:
+            raise ConfigError("--private: is of --push-to-hub, which is not given: add it, or leave it out")
+        done = export_model(
+            absolute_folder(options.model),
+            onnx=options.onnx,
+            push_to_hub=options.push_to_hub,
+            private=options.private,
+            say=display.say,
+        )
+        display.console.print(f"model: {done.model}")
+
+    return status_of(work)
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """What jobs/export.py takes."""
+    parser = argparse.ArgumentParser(
+        prog="export.py",
+        description="Make a run's model ready to be taken elsewhere: calibrate it by the gold there is by "
+        "now, write its card, and, where asked, an ONNX file, and put it on the hub.",
+    )
+    parser.add_argument("model", metavar="RUN_OR_MODEL", help="a finished run, or a checkpoint folder")
+    parser.add_argument("--onnx", action="store_true", help="write onnx/model.onnx, checked against torch")
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder as this model")
+    parser.add_argument("--private", action="store_true", help="of --push-to-hub: for you alone")
+    return parser
+
+
+def predict_main(arguments: Sequence[str] | None = None) -> int:
+    """Predict what the command line asks for; returns the exit status."""
+    options = predict_parser().parse_args(arguments)
+
+    def work(display: Display) -> None:
+        done = predict(settings_of(options), display=display)
+        display.console.print(f"predictions: {done.predictions}")
+
+    return status_of(work, in_flags)

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
-import ray
 import ray.data
 from ray.util.placement_group import PlacementGroup
 
-from llkd_ray.config import Config
-from llkd_ray.room import require_room
+from llkd_ray.config.schema import Config
+from llkd_ray.resources import require_room
 
 
 @contextmanager

@@ -18,11 +18,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from llkd_ray.config import Config
+from llkd_ray.config.schema import Config
 
 HEAD = """# Every setting
 
-Made from `llkd_ray/config.py` by `scripts/config_reference.py`. In YAML a section is a mapping; on the
+Made from `llkd_ray/config/schema.py` by `scripts/config_reference.py`. In YAML a section is a mapping; on the
 command line any setting is `--set section.setting=value`, with the value in YAML. What is unknown or out of
 range is refused before anything starts, with the remedy.
 """

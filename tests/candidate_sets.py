@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llkd_ray.table import Candidates
+from llkd_ray.selection.table import Candidates
 
 
 def make_candidates(n: int, seed: int = 0, n_classes: int = 4, scored: float = 1.0) -> Candidates:

@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-from llkd_ray.tables import (
-    ALL,
-    GOLD,
-    RANDOM,
-    Result,
-    Tables,
-    TeacherScore,
-    tabulate,
-)
+from llkd_ray.comparison.tables import ALL, GOLD, RANDOM, Result, Tables, TeacherScore, tabulate
 
 POOL, SMALL, LARGE = 1000, 40, 100
 

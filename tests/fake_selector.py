@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from llkd_ray.answers import Usage
-from llkd_ray.teacher import Stage
+from llkd_ray.teacher.base import Usage
+from llkd_ray.teacher.worker import Stage
 
 
 class FakeSelector:

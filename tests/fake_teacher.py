@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
-from llkd_ray.answers import Allowance, Answers, TextFailed
-from llkd_ray.asking import Meter, ask_each
+from llkd_ray.teacher.base import Allowance, Answers, Meter, TextFailed, ask_each
 
 BASE_TOKENS = 10
 

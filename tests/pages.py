@@ -8,12 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llkd_ray.audit_cli import audit_parser
-from llkd_ray.cli import distill_parser
-from llkd_ray.compare_cli import compare_parser
-from llkd_ray.doctor import doctor_parser
-from llkd_ray.export_cli import export_parser
-from llkd_ray.predict_cli import predict_parser, settings_of
+from llkd_ray.cli import audit_parser, compare_parser, distill_parser, export_parser
+from llkd_ray.doctor.doctor import doctor_parser
+from llkd_ray.prediction.config import predict_parser, settings_of
 
 ROOT = Path(__file__).parents[1]
 BEGINNINGS = ("make ", "python ", ".venv/bin/python ", "ray ")

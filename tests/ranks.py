@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from llkd_ray.config import LabelsConfig, StudentConfig
-from llkd_ray.student import Batch, build_student, train_round
+from llkd_ray.config.schema import LabelsConfig, StudentConfig
+from llkd_ray.student.model import build_student
+from llkd_ray.student.train import Batch, train_round
 
 # What held a process group, to the end of the process. A group that is freed just after its last exchange can
 # hang: its destructor waits, with the GIL held, for a thread that needs the GIL to let go of that exchange.

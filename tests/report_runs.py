@@ -8,15 +8,23 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from llkd_ray import schemas
-from llkd_ray.confidence import Calibrator
-from llkd_ray.config import parse_config
-from llkd_ray.facts import INSIGHT, SUMMARY
-from llkd_ray.glance import GLANCE
-from llkd_ray.report import write_report
-from llkd_ray.settings import dump_config
-from llkd_ray.store import CONFIG, EXAMPLES_INDEX, MANIFEST, QUARANTINE_DIR, SELECTED, RunStore, round_file
-from llkd_ray.teacher_quality import quality_of
+from llkd_ray.config.loading import dump_config, parse_config
+from llkd_ray.metrics.calibration import Calibrator
+from llkd_ray.metrics.quality import quality_of
+from llkd_ray.report.pages import write_report
+from llkd_ray.storage import tables
+from llkd_ray.storage.run_dir import (
+    CONFIG,
+    EXAMPLES_INDEX,
+    GLANCE,
+    INSIGHT,
+    MANIFEST,
+    QUARANTINE_DIR,
+    SELECTED,
+    SUMMARY,
+    RunStore,
+    round_file,
+)
 
 LABELS = ("billing", "delivery", "returns", "praise", "account")
 
@@ -123,8 +131,8 @@ def write_round(store, number, labels, rng, n=160):
         weight_N[heaviest_of_class_0] = 9.0
         texts[heaviest_of_class_0] = ATTACK
     columns = [number * n + np.arange(n), texts, label_N.astype(np.int16), list(probs_NC), weight_N]
-    arrays = [pa.array(c, type=f.type) for c, f in zip(columns, schemas.ROUND, strict=True)]
-    store.write_table(round_file(number, "batch.parquet"), pa.Table.from_arrays(arrays, schema=schemas.ROUND))
+    arrays = [pa.array(c, type=f.type) for c, f in zip(columns, tables.ROUND, strict=True)]
+    store.write_table(round_file(number, "batch.parquet"), pa.Table.from_arrays(arrays, schema=tables.ROUND))
 
 
 def add_teacher(store, *, calibrator=None, gold=True, cap=None, lost=()) -> dict:
@@ -231,8 +239,8 @@ def enrich(store: RunStore, labels=LABELS, rounds=5, per_round=2_000, sure=0.9, 
             rng.random(per_round).astype(np.float16),
             np.arange(per_round) % 2 == 0,
         ]
-        arrays = [pa.array(x, field.type) for x, field in zip(columns, schemas.GLANCE, strict=True)]
-        store.write_table(round_file(k, GLANCE), pa.Table.from_arrays(arrays, schema=schemas.GLANCE))
+        arrays = [pa.array(x, field.type) for x, field in zip(columns, tables.GLANCE, strict=True)]
+        store.write_table(round_file(k, GLANCE), pa.Table.from_arrays(arrays, schema=tables.GLANCE))
         levels = {"confidence": rng.random(n_classes).tolist(), "uncertainty": rng.random(n_classes).tolist()}
         facts = {"labelled_of_class": [100 * (k + 1)] * n_classes, "prior": None}
         facts["thresholds"] = levels if k else {"confidence": levels["confidence"]}
@@ -261,5 +269,5 @@ def enrich(store: RunStore, labels=LABELS, rounds=5, per_round=2_000, sure=0.9, 
         "detail": ["", "", "", "a list"],
         "start_of_text": ["", "", "", "<b>Dear</b>"],
     }
-    store.write_table(f"{QUARANTINE_DIR}/pool-00000001.parquet", pa.table(refused, schema=schemas.QUARANTINE))
+    store.write_table(f"{QUARANTINE_DIR}/pool-00000001.parquet", pa.table(refused, schema=tables.QUARANTINE))
     return store

@@ -7,13 +7,10 @@ import uuid
 import numpy as np
 from toys import make_config, make_run, put_label_file, toy_probs, toy_texts
 
-from llkd_ray.answers import Usage
-from llkd_ray.label_files import TicketLabels
-from llkd_ray.selector import Selector
-from llkd_ray.store import (
-    BATCH,
-    round_file,
-)
+from llkd_ray.selection.selector import Selector
+from llkd_ray.storage.run_dir import BATCH, round_file
+from llkd_ray.teacher.base import Usage
+from llkd_ray.teacher.labels import TicketLabels
 
 N_POOL, N_TEST, N_CLASSES = 200, 30, 3
 

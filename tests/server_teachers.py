@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from llkd_ray.answers import Answers, Unlimited
-from llkd_ray.config import LabelsConfig
-from llkd_ray.server_teacher import ServerLabeller
-from llkd_ray.teacher_config import TeacherConfig
+from llkd_ray.config.schema import LabelsConfig
+from llkd_ray.config.teacher import TeacherConfig
+from llkd_ray.teacher.base import Answers, Unlimited
+from llkd_ray.teacher.openai.teacher import ServerLabeller
 
 LABELS = LabelsConfig(names=("sea", "kitchen", "garden"))
 

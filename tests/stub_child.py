@@ -1,4 +1,4 @@
-"""Stands in for ``llkd_ray.vllm_child``: the same language, without vLLM; told what to do by its settings.
+"""Stands in for ``llkd_ray.teacher.vllm.child_main``, without vLLM; told what to do by its settings.
 
 The first token id is the text's number. It is the reply's number of cached tokens; below zero it is refused,
 and from 10,000 on it gets no reply.
@@ -10,7 +10,7 @@ import os
 import sys
 from multiprocessing.connection import Connection
 
-from llkd_ray.engine_requests import Reply
+from llkd_ray.teacher.vllm.requests import Reply
 
 
 def main() -> None:

@@ -11,17 +11,18 @@ import yaml
 from toys import config_tree, make_config
 
 import llkd_ray
-from llkd_ray import api, runs
-from llkd_ray.config import ConfigError
+from llkd_ray import api
+from llkd_ray.config.base import ConfigError
+from llkd_ray.run import loop
 
 
 def test_importing_the_package_imports_neither_ray_nor_torch():
     program = (
-        "import sys, llkd_ray, llkd_ray.config\n"
+        "import sys, llkd_ray, llkd_ray.config.schema\n"
         "assert not {'ray', 'torch', 'transformers', 'vllm'} & set(sys.modules), sorted(sys.modules)\n"
         "assert 'distill' in dir(llkd_ray)\n"
         "assert callable(llkd_ray.predict) and 'ray' in sys.modules\n"
-        "import llkd_ray.predicting, llkd_ray.comparing\n"
+        "import llkd_ray.prediction.job, llkd_ray.comparison.job\n"
         "assert callable(llkd_ray.predict) and callable(llkd_ray.compare)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
@@ -48,7 +49,7 @@ def started(monkeypatch) -> list:
         configs.append(config)
         raise ConfigError("stop here")
 
-    monkeypatch.setattr(runs, "start", start)
+    monkeypatch.setattr(loop, "start", start)
     return configs
 
 

@@ -12,7 +12,7 @@ from toys import make_config
 
 from llkd_ray import cluster
 from llkd_ray.cluster import check_fit, remove_left_groups
-from llkd_ray.config import ConfigError
+from llkd_ray.config.base import ConfigError
 
 LARGE = make_config(teacher={"cpus": 0.5}, student={"workers": 2, "cpus": 0.5})
 

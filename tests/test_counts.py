@@ -16,15 +16,19 @@ from fake_selector import FakeSelector, pass_through
 from fake_teacher import FakeLabeller, leased
 from toys import make_config, make_run
 
-from llkd_ray import schemas, training
-from llkd_ray.config import StudentConfig
-from llkd_ray.label_files import TicketLabels
-from llkd_ray.schedule import Schedule
-from llkd_ray.selector import Selector
-from llkd_ray.store import BATCH, Examples, RunStore, list_column, round_file
-from llkd_ray.student import Batch, by_length, plan_steps
-from llkd_ray.teacher import Leaser, OnlyStage
-from llkd_ray.training import Rank
+from llkd_ray.config.schedule import Schedule
+from llkd_ray.config.schema import StudentConfig
+from llkd_ray.selection.selector import Selector
+from llkd_ray.storage import tables
+from llkd_ray.storage.run_dir import BATCH, RunStore, round_file
+from llkd_ray.storage.tables import Examples, list_column
+from llkd_ray.student import ray_train
+from llkd_ray.student.inference import by_length
+from llkd_ray.student.ray_train import Rank
+from llkd_ray.student.train import Batch, plan_steps
+from llkd_ray.teacher.labels import TicketLabels
+from llkd_ray.teacher.stream import Leaser
+from llkd_ray.teacher.worker import OnlyStage
 
 LENGTHS = np.clip(np.random.default_rng(0).lognormal(np.log(40), 0.9, 4_000), 3, 128).astype(np.int64)
 """Tokens of each text, as long texts are cut."""
@@ -189,12 +193,12 @@ class TestRank:
         rank.ask = ask
         rank._say = lambda note: None
         rank._predict = lambda rows: np.full((rows.size, 3), 1 / 3)
-        monkeypatch.setattr(training, "train_round", train)
-        monkeypatch.setattr(training.dist, "barrier", lambda: None)
+        monkeypatch.setattr(ray_train, "train_round", train)
+        monkeypatch.setattr(ray_train.dist, "barrier", lambda: None)
         return rank
 
     def test_scoring_is_a_call_a_chunk_and_two(self, rank, monkeypatch):
-        monkeypatch.setattr(training, "SCORE_CHUNK", 100)
+        monkeypatch.setattr(ray_train, "SCORE_CHUNK", 100)
         rank.score(1)
         assert rank.calls == ["rows_to_score", *["refresh"] * 3, "refresh_done"]
 
@@ -206,7 +210,7 @@ class TestRank:
         for k in range(4):
             files.append(round_file(k, BATCH))
             columns = [[k], [f"text {k}"], [0], list_column(np.ones((1, 3)) / 3), [1.0]]
-            rank.store.write_table(files[-1], pa.table(columns, schema=schemas.ROUND))
+            rank.store.write_table(files[-1], pa.table(columns, schema=tables.ROUND))
             rank.train(k, list(files))
         assert opened["read_table"] == 4
         assert rank.calls == ["target_prior"] * 4

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from pages import PARSERS, ROOT, blocks, commands, flags_of, job_of
 
-from llkd_ray.config import parse_config
-from llkd_ray.policies import SELECTION
+from llkd_ray.config.loading import parse_config
+from llkd_ray.selection.policies import SELECTION
 
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
@@ -140,8 +140,8 @@ def test_the_service_answers_or_leaves_it_to_the_api(tiny_classifier, tmp_path):
 
 
 def test_the_policy_of_the_guide_chooses_what_it_says():
-    from llkd_ray.scan import NEVER
-    from llkd_ray.table import Candidates
+    from llkd_ray.selection.search import NEVER
+    from llkd_ray.selection.table import Candidates
 
     (code,) = blocks(GUIDES["guides/add-a-policy.md"], "python")
     known = set(SELECTION)

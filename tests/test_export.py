@@ -14,11 +14,12 @@ import pytest
 import torch
 from hub_server import FakeHub, serving
 
-from llkd_ray import onnx_export
-from llkd_ray.classifier import inspect, load
-from llkd_ray.config import ConfigError
-from llkd_ray.export_cli import export_main
-from llkd_ray.store import RunStore
+from llkd_ray import export
+from llkd_ray.cli import export_main
+from llkd_ray.config.base import ConfigError
+from llkd_ray.storage.checkpoints import inspect
+from llkd_ray.storage.run_dir import RunStore
+from llkd_ray.student.inference import load
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "not-a-real-token"
@@ -56,7 +57,7 @@ def test_an_onnx_file_answers_as_torch_does_whatever_the_shape(checkpoint, capfd
             expected = student.module(**inputs).logits.numpy()
         (found,) = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})
         np.testing.assert_allclose(found, expected, atol=1e-4)
-    found = onnx_export.differences(student, 32, file)
+    found = export.differences(student, 32, file)
     assert len({(one.texts, one.tokens) for one in found}) > 4
     assert max(one.largest for one in found) < 1e-4
 
@@ -65,18 +66,18 @@ def test_an_onnx_file_answers_as_torch_does_whatever_the_shape(checkpoint, capfd
 @pytest.mark.usefixtures("with_onnx")
 @pytest.mark.parametrize("largest", [2e-4, float("nan")])
 def test_a_file_that_answers_otherwise_is_not_left(checkpoint, monkeypatch, largest):
-    found = [onnx_export.Difference(1, 3, 1e-7), onnx_export.Difference(4, 32, largest)]
-    monkeypatch.setattr(onnx_export, "differences", lambda *arguments: found)
+    found = [export.Difference(1, 3, 1e-7), export.Difference(4, 32, largest)]
+    monkeypatch.setattr(export, "differences", lambda *arguments: found)
     student = load(inspect(str(checkpoint)), "float32", torch.device("cpu"))
     with pytest.raises(ConfigError, match="4 texts of 32 tokens differ from torch by"):
-        onnx_export.export_onnx(student, 32, RunStore(str(checkpoint)))
+        export.export_onnx(student, 32, RunStore(str(checkpoint)))
     assert not (checkpoint / "onnx").exists()
 
 
 def test_a_missing_extra_is_named(checkpoint, monkeypatch, capfd):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"--onnx: onnx is not installed: pip install 'llkd-ray\[onnx\]'"):
-        onnx_export._require_extra()
+        export._require_extra()
 
 
 # --- the hub

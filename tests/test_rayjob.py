@@ -23,10 +23,10 @@ from ray.autoscaler._private.node_provider_availability_tracker import NodeAvail
 from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
 
 from llkd_ray.cli import distill_parser
-from llkd_ray.config import Config
-from llkd_ray.room import of_a_rank, of_one_part
-from llkd_ray.settings import load_config
-from llkd_ray.store import join_uri
+from llkd_ray.config.loading import load_config
+from llkd_ray.config.schema import Config
+from llkd_ray.resources import of_a_rank, of_one_part
+from llkd_ray.storage.run_dir import join_uri
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "rayjob.yaml").read_text(encoding="utf-8"))

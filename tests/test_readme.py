@@ -13,16 +13,14 @@ import yaml
 from pages import PARSERS, ROOT, blocks, commands, flags_of, job_of
 
 import llkd_ray
-from llkd_ray.acquisition import ACQUISITION
-from llkd_ray.cli import distill_parser
-from llkd_ray.compare_cli import compare_parser
-from llkd_ray.comparison import load_comparison
-from llkd_ray.config import parse_config
-from llkd_ray.doctor import doctor_parser
-from llkd_ray.policies import SELECTION
-from llkd_ray.predict_cli import predict_parser, settings_of
-from llkd_ray.quickstart import settings
-from llkd_ray.settings import apply_overrides, load_config
+from llkd_ray.cli import compare_parser, distill_parser
+from llkd_ray.comparison.settings import load_comparison
+from llkd_ray.config.loading import apply_overrides, load_config, parse_config
+from llkd_ray.doctor.doctor import doctor_parser
+from llkd_ray.prediction.config import predict_parser, settings_of
+from llkd_ray.quickstart.teacher import settings
+from llkd_ray.selection.acquisition import ACQUISITION
+from llkd_ray.selection.policies import SELECTION
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMPARISONS = sorted((ROOT / "configs").glob("compare_*.yaml"))

@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llkd_ray import schemas
-from llkd_ray.answers import Answers, Usage
-from llkd_ray.config import Config, parse_config
-from llkd_ray.label_files import labels_table, write_ticket
-from llkd_ray.store import EXAMPLES_INDEX, LABELS_DIR, RunStore
+from llkd_ray.config.loading import parse_config
+from llkd_ray.config.schema import Config
+from llkd_ray.storage import tables
+from llkd_ray.storage.run_dir import EXAMPLES_INDEX, LABELS_DIR, RunStore
+from llkd_ray.teacher.base import Answers, Usage
+from llkd_ray.teacher.labels import labels_table, write_ticket
 
 WORDS: Mapping[str, str] = {
     "sea": "anchor boat captain deck harbour island lighthouse sail shore tide wave whale",
@@ -131,7 +132,7 @@ def make_run(
     texts, gold_N = toy_texts(n_pool + n_test, n_classes, seed)
     ids = [f"toy-{row}" for row in range(n_pool + n_test)]
     columns = [pa.array(ids), pa.array(texts), pa.array(gold_N.astype(np.int16))]
-    examples = pa.Table.from_arrays(columns, schema=schemas.EXAMPLES)
+    examples = pa.Table.from_arrays(columns, schema=tables.EXAMPLES)
     index: dict[str, list[dict[str, Any]]] = {"pool": [], "test": []}
     for part, first, end in (("pool", 0, n_pool), ("test", n_pool, n_pool + n_test)):
         for start in range(first, end, shard_rows):

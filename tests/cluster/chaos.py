@@ -28,8 +28,8 @@ from ray.experimental.internal_kv import _internal_kv_reset
 from stub_server import Asked, Reply, StubServer, likeliest, usage
 from toys import NAMES, WORDS
 
-from llkd_ray.label_files import count_unanswered
-from llkd_ray.store import RunStore
+from llkd_ray.storage.run_dir import RunStore
+from llkd_ray.teacher.labels import count_unanswered
 
 ROOT = Path(__file__).parents[2]
 RESOURCES: dict[str, dict[str, Any]] = {

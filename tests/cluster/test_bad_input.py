@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from llkd_ray.cli import distill_main
-from llkd_ray.ending import USER_MISTAKE
+from llkd_ray.display import USER_MISTAKE
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import yaml
 
-from llkd_ray.compare_cli import compare_main
-from llkd_ray.comparison import load_comparison
-from llkd_ray.config import parse_config
-from llkd_ray.labelling import label_once, labelling_config, teacher_config
+from llkd_ray.cli import compare_main
+from llkd_ray.comparison.settings import label_once, labelling_config, load_comparison, teacher_config
+from llkd_ray.config.loading import parse_config
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
 
@@ -165,10 +164,10 @@ def test_a_folder_of_other_texts_is_refused(settings_file, tmp_path, toy_setting
 
 def test_an_llm_labels_every_text_once(settings_file, tmp_path, toy_settings):
     """The labelling run itself; its answers come from a file here, from an engine in test_vllm.py."""
-    from llkd_ray.console import Display
-    from llkd_ray.labelling import answers_of
-    from llkd_ray.recorded import read_recorded
-    from llkd_ray.store import RunStore
+    from llkd_ray.comparison.settings import answers_of
+    from llkd_ray.display import Display
+    from llkd_ray.storage.run_dir import RunStore
+    from llkd_ray.teacher.recorded import read_recorded
 
     base = parse_config(toy_settings | {"student": toy_settings["student"] | {"epochs": 1, "min_steps": 1}})
     config = teacher_config(base, load_comparison(settings_file).teachers["toy"])

@@ -16,11 +16,13 @@ from chaos import title_of
 from toys import write_answers, write_corpus
 from transformers import pipeline
 
-from llkd_ray.config import ConfigError, parse_config
-from llkd_ray.console import Display
-from llkd_ray.loop import distill
-from llkd_ray.schedule import Schedule
-from llkd_ray.store import Examples, RunStore, read_labels
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.loading import parse_config
+from llkd_ray.config.schedule import Schedule
+from llkd_ray.display import Display
+from llkd_ray.run.loop import distill
+from llkd_ray.storage.run_dir import RunStore
+from llkd_ray.storage.tables import Examples, read_labels
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
 

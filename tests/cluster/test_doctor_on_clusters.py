@@ -15,8 +15,8 @@ import pytest
 from chaos import end_head
 from ports import free_ports
 
-from llkd_ray.doctor_cluster import View, check_ray, look_at
-from llkd_ray.doctor_data import check_storage
+from llkd_ray.doctor.cluster import View, check_ray, look_at
+from llkd_ray.doctor.inputs import check_storage
 
 BIN = Path(sys.executable).parent
 pytestmark = pytest.mark.timeout(600)

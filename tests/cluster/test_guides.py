@@ -15,7 +15,7 @@ from stub_server import Asked, Reply, StubServer, likeliest, usage
 from toys import NAMES, WORDS, toy_texts
 
 from llkd_ray import distill
-from llkd_ray.predict_cli import predict_main
+from llkd_ray.cli import predict_main
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
 

@@ -28,7 +28,7 @@ from ray.cluster_utils import Cluster
 from stub_server import Asked, Reply, StubServer, likeliest, usage
 from toys import NAMES, WORDS
 
-from llkd_ray.store import predictions_file
+from llkd_ray.storage.run_dir import predictions_file
 
 pytestmark = pytest.mark.timeout(1800)
 

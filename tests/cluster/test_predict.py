@@ -19,8 +19,9 @@ import torch
 from chaos import title_of
 from toys import NAMES, save_tiny_classifier, write_corpus
 
-from llkd_ray.classifier import inspect, load, score
-from llkd_ray.predict_cli import predict_main
+from llkd_ray.cli import predict_main
+from llkd_ray.storage.checkpoints import inspect
+from llkd_ray.student.inference import load, score
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.timeout(300)]

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from transformers import pipeline
 
-from llkd_ray.store import RunStore
+from llkd_ray.storage.run_dir import RunStore
 
 pytest.importorskip("moto.server", reason="the dev extra is not installed")
 

@@ -14,16 +14,17 @@ import pytest
 from stub_server import Asked, Reply, StubServer, free_port, likeliest, usage
 from toys import NAMES, WORDS, write_answers
 
-from llkd_ray.answers import TeacherDown
 from llkd_ray.cluster import Background
-from llkd_ray.config import ConfigError, parse_config
-from llkd_ray.console import Display
-from llkd_ray.corpus import ingest
-from llkd_ray.loop import distill, lost_teachers, spending
-from llkd_ray.run import Run
-from llkd_ray.schedule import Schedule
-from llkd_ray.session import at_work
-from llkd_ray.store import RunStore
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.loading import parse_config
+from llkd_ray.config.schedule import Schedule
+from llkd_ray.corpus.ingest import ingest
+from llkd_ray.display import Display
+from llkd_ray.run.loop import distill, lost_teachers, spending
+from llkd_ray.run.supervisor import Run
+from llkd_ray.storage.lock import at_work
+from llkd_ray.storage.run_dir import RunStore
+from llkd_ray.teacher.base import TeacherDown
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("local_ray")]
 
@@ -44,7 +45,9 @@ def run(settings: dict, folder: Path) -> dict:
 @pytest.fixture
 def teach(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict, Path], dict]:
     """A run whose student learns nothing, in no time; gives the selector's counts and what teachers cost."""
-    monkeypatch.setattr("llkd_ray.run.start_training", lambda *_: Background("no student", lambda: None))
+    monkeypatch.setattr(
+        "llkd_ray.run.supervisor.start_training", lambda *_: Background("no student", lambda: None)
+    )
 
     def go(settings: dict, folder: Path) -> dict:
         config, store = parse_config(settings), RunStore(str(folder))

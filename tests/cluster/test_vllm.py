@@ -21,13 +21,14 @@ import torch
 from toys import toy_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llkd_ray.answers import Answers, TeacherDown, Unlimited
-from llkd_ray.config import LabelsConfig, parse_config
-from llkd_ray.console import Display
-from llkd_ray.loop import distill
-from llkd_ray.prompts import build_prompt, encode_prompts, label_sequences
-from llkd_ray.teacher_config import TeacherConfig
-from llkd_ray.vllm_teacher import VllmLabeller
+from llkd_ray.config.loading import parse_config
+from llkd_ray.config.schema import LabelsConfig
+from llkd_ray.config.teacher import TeacherConfig
+from llkd_ray.display import Display
+from llkd_ray.run.loop import distill
+from llkd_ray.teacher.base import Answers, TeacherDown, Unlimited
+from llkd_ray.teacher.prompt import build_prompt, encode_prompts, label_sequences
+from llkd_ray.teacher.vllm.teacher import VllmLabeller
 
 pytest.importorskip("vllm", reason="no vLLM for this machine is installed")
 pytestmark = pytest.mark.timeout(600)

@@ -23,11 +23,11 @@ from stub_server import free_port
 from toys import NAMES, WORDS, toy_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llkd_ray.answers import Answers, TeacherDown, Unlimited
-from llkd_ray.config import LabelsConfig
-from llkd_ray.prompts import build_prompt, encode_prompts, label_sequences
-from llkd_ray.server_teacher import ServerLabeller
-from llkd_ray.teacher_config import TeacherConfig
+from llkd_ray.config.schema import LabelsConfig
+from llkd_ray.config.teacher import TeacherConfig
+from llkd_ray.teacher.base import Answers, TeacherDown, Unlimited
+from llkd_ray.teacher.openai.teacher import ServerLabeller
+from llkd_ray.teacher.prompt import build_prompt, encode_prompts, label_sequences
 
 pytest.importorskip("vllm", reason="no vLLM for this machine is installed")
 pytestmark = pytest.mark.timeout(600)

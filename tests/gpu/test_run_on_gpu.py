@@ -9,8 +9,8 @@ import pytest
 import torch
 from toys import config_tree, write_corpus
 
-from llkd_ray.config import parse_config
-from llkd_ray.console import Display
+from llkd_ray.config.loading import parse_config
+from llkd_ray.display import Display
 
 pytest.importorskip("vllm", reason="no vLLM for this machine is installed")
 pytestmark = [
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def test_a_run_from_corpus_to_model(tiny_llm, tiny_encoder, tmp_path: Path):
-    from llkd_ray.loop import distill
+    from llkd_ray.run.loop import distill
 
     pool = write_corpus(tmp_path / "pool.parquet", 600, seed=1)
     test = write_corpus(tmp_path / "test.parquet", 120, seed=2)

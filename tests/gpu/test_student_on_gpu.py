@@ -7,8 +7,10 @@ import pytest
 import torch
 from toys import NAMES, toy_texts
 
-from llkd_ray.config import LabelsConfig, StudentConfig
-from llkd_ray.student import Batch, Student, build_student, predict, train_round
+from llkd_ray.config.schema import LabelsConfig, StudentConfig
+from llkd_ray.student.inference import predict
+from llkd_ray.student.model import Student, build_student
+from llkd_ray.student.train import Batch, train_round
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -32,7 +34,7 @@ def toy_batch(n: int, seed: int = 0) -> Batch:
 @pytest.mark.parametrize(("precision", "within"), [("float32", 1e-5), ("bfloat16", 0.03)])
 def test_answers_are_the_cpus(tiny_encoder, monkeypatch, precision, within):
     """Several chunks, batches with and without padding, texts that are cut and one without words."""
-    monkeypatch.setattr("llkd_ray.student.GPU_CHUNK", 100)
+    monkeypatch.setattr("llkd_ray.student.inference.GPU_CHUNK", 100)
     texts, _ = toy_texts(500, 3, seed=2)
     texts[4], texts[9] = "sea " * 100, ""
     expected = predict(on("cpu", make_config(tiny_encoder)), texts, make_config(tiny_encoder))

@@ -14,11 +14,11 @@ import torch
 from toys import NAMES, toy_texts
 from transformers import AutoModelForCausalLM
 
-from llkd_ray.answers import Answers, Unlimited
-from llkd_ray.config import LabelsConfig
-from llkd_ray.prompts import encode_prompts, label_sequences
-from llkd_ray.teacher_config import TeacherConfig
-from llkd_ray.vllm_teacher import VllmLabeller
+from llkd_ray.config.schema import LabelsConfig
+from llkd_ray.config.teacher import TeacherConfig
+from llkd_ray.teacher.base import Answers, Unlimited
+from llkd_ray.teacher.prompt import encode_prompts, label_sequences
+from llkd_ray.teacher.vllm.teacher import VllmLabeller
 
 pytest.importorskip("vllm", reason="no vLLM for this machine is installed")
 pytestmark = [
@@ -90,7 +90,7 @@ def test_an_engine_that_was_killed_is_started_anew(bench):
     texts = toy_texts(20, 3, seed=6)[0]
     before, starts = bench.ask(texts), len(bench.starts)
     for child in psutil.Process().children(recursive=True):
-        if "llkd_ray.vllm_child" in child.cmdline() or "EngineCore" in child.name():
+        if "llkd_ray.teacher.vllm.child_main" in child.cmdline() or "EngineCore" in child.name():
             os.kill(child.pid, signal.SIGKILL)
     after = bench.ask(texts)
     assert len(bench.starts) == starts + 1

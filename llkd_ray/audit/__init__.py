@@ -1,0 +1,1 @@
+"""People look at labels, and their answers come back into a run."""

@@ -1,0 +1,190 @@
+"""Files in which people are asked for labels and in which their answers come back.
+
+By the end of the name: ``.csv`` for spreadsheets, ``.jsonl`` for programs, ``.json`` for Label Studio (tasks
+out; its JSON, JSON-MIN or CSV exports in). Texts of the corpus are not to be trusted: a spreadsheet would
+take a cell that begins with ``=`` for a formula, so such a cell gets an apostrophe before it, which is taken
+off again.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+from llkd_ray.config.base import ConfigError
+
+KINDS = (".csv", ".jsonl", ".json")
+OWN = ("row", "id", "why", "text", "teacher", "teacher_confidence", "student", "student_confidence", "label")
+HINTS = ("why", "teacher", "teacher_confidence", "student", "student_confidence")
+"""What may sway the person who answers."""
+CELL_CHARS = 32_000
+"""Of a text in a spreadsheet, whose cells take 32,767 characters."""
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'", "＝", "＋", "－", "＠")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A text to be labelled."""
+
+    row: int
+    id: str
+    why: str
+    text: str
+    teacher: str
+    teacher_confidence: float
+    student: str
+    student_confidence: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a person said of a row; ``label`` is empty where nothing was said."""
+
+    where: str
+    """The place in the file, for messages."""
+    row: str
+    label: str
+    id: str | None = None
+
+
+def kind_of(name: str, flag: str) -> str:
+    """The ending that decides the format; raises ConfigError for another one."""
+    for kind in KINDS:
+        if name.lower().endswith(kind):
+            return kind
+    raise ConfigError(f"{flag}: {name!r} has no known ending: name it {', '.join(KINDS)}")
+
+
+def written(questions: Sequence[Question], kind: str, blind: bool) -> bytes:
+    """The file's content; ``blind`` leaves out why a text was chosen and what the models say of it."""
+    rows = [
+        {key: value for key, value in asdict(one).items() if not (blind and key in HINTS)}
+        for one in questions
+    ]
+    if kind == ".csv":
+        return _csv(rows, [name for name in OWN if not (blind and name in HINTS)])
+    if kind == ".jsonl":
+        lines = (json.dumps(row | {"label": None}, ensure_ascii=False) for row in rows)
+        return "".join(line + "\n" for line in lines).encode()
+    return json.dumps([_task(row) for row in rows], indent=1, ensure_ascii=False).encode()
+
+
+def labelling_config(labels: Sequence[str]) -> str:
+    """Label Studio's labelling interface for these labels."""
+    choices = "\n".join(f"    <Choice value={quoteattr(label)}/>" for label in labels)
+    return (
+        '<View>\n  <Text name="text" value="$text"/>\n'
+        f'  <Choices name="label" toName="text" choice="single">\n{choices}\n  </Choices>\n</View>\n'
+    )
+
+
+def read(content: bytes, kind: str, name: str) -> list[Answer]:
+    """The answers in a file, those that are empty among them; raises ConfigError where it cannot be read."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"ROWS: {name!r} is not UTF-8 ({error.reason}): save it as CSV UTF-8") from None
+    try:
+        if kind == ".csv":
+            return list(_from_csv(text, name))
+        if kind == ".jsonl":
+            lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+            return [_plain(json.loads(line), f"line {n}") for n, line in lines]
+        tasks = json.loads(text)
+        return [answer for n, task in enumerate(tasks, 1) for answer in _from_task(task, f"task {n}")]
+    except (json.JSONDecodeError, csv.Error, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"ROWS: {name!r} cannot be read ({type(error).__name__}: {error}): give a file that was "
+            "exported, with the column 'label' filled in"
+        ) from None
+
+
+def guarded(cell: str) -> str:
+    """A cell that no spreadsheet takes for a formula; :func:`plain` backwards."""
+    return "'" + cell if cell.startswith(_FORMULA) else cell
+
+
+def plain(cell: str) -> str:
+    """What :func:`guarded` was given."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
+
+
+def _csv(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes:
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, names, restval="")
+    writer.writeheader()
+    for row in rows:
+        cells = {key: guarded(value) if isinstance(value, str) else value for key, value in row.items()}
+        for key in set(cells) & {"teacher_confidence", "student_confidence"}:
+            cells[key] = f"{row[key]:.4f}"
+        if len(row["text"]) > CELL_CHARS:
+            cells["text"] = guarded(row["text"][:CELL_CHARS] + " …")
+        writer.writerow(cells)
+    return out.getvalue().encode("utf-8-sig")  # the mark tells spreadsheets that it is UTF-8
+
+
+def _from_csv(text: str, name: str) -> Iterator[Answer]:
+    # Spreadsheets write what their language separates lists by.
+    header = text.partition("\n")[0]
+    separator = max(",;\t", key=header.count)
+    # Not csv's own limit on a field, which is the whole process's: texts are not needed, and come cut.
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+    missing = [column for column in ("row", "label") if column not in (reader.fieldnames or ())]
+    if missing:
+        raise ConfigError(
+            f"ROWS: {name!r} has no column {missing[0]!r}; its columns are "
+            f"{', '.join(reader.fieldnames or ()) or 'none'}: keep those of the export"
+        )
+    for record in reader:
+        where = f"line {reader.line_num}"
+        identity = record.get("id")
+        label, row = record["label"] or "", record["row"] or ""
+        if any(cell for cell in record.values()):
+            yield Answer(where, row.strip(), label.strip(), None if identity is None else plain(identity))
+
+
+def _task(row: dict[str, Any]) -> dict[str, Any]:
+    """A Label Studio task; the teacher's label stands there as a prediction."""
+    task: dict[str, Any] = {"data": row}
+    if "teacher" in row:
+        choice = {
+            "from_name": "label",
+            "to_name": "text",
+            "type": "choices",
+            "value": {"choices": [row["teacher"]]},
+        }
+        task["predictions"] = [
+            {"model_version": "teacher", "score": row["teacher_confidence"], "result": [choice]}
+        ]
+    return task
+
+
+def _from_task(task: dict[str, Any], where: str) -> Iterator[Answer]:
+    """The answers to a task: one for each person who gave one; one that is empty where nobody did."""
+    if "data" not in task:  # JSON-MIN
+        yield _plain(task, where)
+        return
+    said = [
+        choice
+        for annotation in task.get("annotations") or ()
+        if not annotation.get("was_cancelled")
+        for result in annotation["result"]
+        if result.get("type") == "choices"
+        for choice in result["value"]["choices"]
+    ]
+    for label in said or [""]:
+        yield _plain(task["data"] | {"label": label}, where)
+
+
+def _plain(record: dict[str, Any], where: str) -> Answer:
+    label, identity = record.get("label"), record.get("id")
+    if isinstance(label, dict):  # several choices of one person
+        label = " and ".join(label["choices"])
+    # In JSON-MIN the task's own number may stand under ``id``; the corpus's are strings.
+    known = identity if isinstance(identity, str) else None
+    return Answer(where, str(record["row"]), "" if label is None else str(label).strip(), known)

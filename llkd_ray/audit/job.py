@@ -1,0 +1,432 @@
+"""An audit of a run: rows to look at go out as a file, and people's answers come back as gold.
+
+Shapes in names: N texts that were labelled and looked at, M texts of the audit, C labels.
+
+Three kinds of texts: a *random* sample of all that is labelled; of the others those where teacher and
+student *disagree* and both are sure; and of the rest those where the student is *unsure*. Only the random
+sample tells how good the labels are: the others were chosen because they are probably wrong, or hard.
+
+Shapes in names: N labelled texts, M chosen ones, C labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from scipy.stats import binomtest
+
+from llkd_ray.audit import files
+from llkd_ray.audit.files import Answer, Question
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schedule import Schedule
+from llkd_ray.config.schema import Config
+from llkd_ray.metrics.uncertainty import Floats, Ints, confidence, hash_uniform, margin
+from llkd_ray.report.pages import write_pages
+from llkd_ray.run.loop import open_run, run_config
+from llkd_ray.storage import tables
+from llkd_ray.storage.checkpoints import inspect
+from llkd_ray.storage.run_dir import (
+    ASKED,
+    CARD,
+    ESTIMATE,
+    MODEL_DIR,
+    ROUNDS_DIR,
+    SUMMARY,
+    TRAINED,
+    RunStore,
+    round_file,
+)
+from llkd_ray.storage.tables import (
+    AuditAnswers,
+    Examples,
+    matrix_of,
+    read_calibrator,
+    read_labels,
+    trained_rows,
+)
+from llkd_ray.student.inference import load, score
+
+LOOK_AT = 20_000
+"""Labelled texts that the student is asked about, at most: a random draw where there are more."""
+_LOOK_KEY = 0x4C4F4F4B
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The texts of a run that its teacher has labelled, by row."""
+
+    row_N: Ints
+    p_NC: Floats
+    """As the run works with them."""
+
+    @property
+    def label_N(self) -> Ints:
+        return self.p_NC.argmax(axis=1)
+
+
+def export(
+    run_dir: str,
+    out: str,
+    wanted: Wanted,
+    *,
+    blind: bool = False,
+    look_at: int = LOOK_AT,
+    say: Say = print,
+) -> int:
+    """Write the rows that a person should look at into the new file ``out``; returns how many.
+
+    Raises ConfigError where the run has no student yet, where nothing is left to ask, or where the file is
+    there already.
+    """
+    kind = files.kind_of(out, "--out")
+    folder, _, name = out.rpartition("/")
+    target = RunStore(folder or ".")
+    if target.exists(name):
+        raise ConfigError(f"--out: {out!r} is there already, and may hold answers: give another name")
+    store = open_run(run_dir, "RUN")
+    config = run_config(store)
+    examples, labelled = Examples.open(store), _labelled(store, config)
+    number = len(labelled.row_N)
+    seen = _drawn(labelled, min(look_at, number), wanted, config.run.seed)
+    say(f"the student looks at {len(seen.row_N):,} of {number:,} labelled texts")
+    texts = examples.read(seen.row_N, ["id", "text"])
+    p_student_NC = _asked_of_student(store, config, texts["text"].to_pylist())
+    answers = AuditAnswers.read(store)
+    answered_N = np.isin(seen.row_N, answers.row_M)
+    place_M, why_M, is_random_N = choose(
+        seen.row_N, seen.p_NC, p_student_NC, answered_N, wanted, config.run.seed
+    )
+    if not place_M.size:
+        raise ConfigError("RUN: every text that would be asked about is answered: raise --random")
+    names = config.labels.names
+    label_N, student_N = seen.label_N, p_student_NC.argmax(axis=1)
+    sure_N, student_sure_N = confidence(seen.p_NC), confidence(p_student_NC)
+    chosen = texts.take(pa.array(place_M))
+    questions = [
+        Question(
+            int(seen.row_N[place]),
+            chosen["id"][i].as_py(),
+            why_M[i],
+            chosen["text"][i].as_py(),
+            names[label_N[place]],
+            float(sure_N[place]),
+            names[student_N[place]],
+            float(student_sure_N[place]),
+        )
+        for i, place in enumerate(place_M.tolist())
+    ]
+    # Before the file, or rows could come back that nobody knows of.
+    asked_N = is_random_N.copy()
+    asked_N[place_M] = True
+    why = dict(zip(seen.row_N[place_M].tolist(), why_M, strict=True))
+    _note_asked(store, seen, texts["id"], student_N, student_sure_N, why, is_random_N, asked_N)
+    target.write_bytes(name, files.written(questions, kind, blind))
+    if kind == ".json":
+        target.write_bytes(f"{name}.xml", files.labelling_config(names).encode())
+    counts = ", ".join(f"{why_M.count(one)} {one}" for one in dict.fromkeys(why_M))
+    say(f"{len(questions)} texts ({counts}): {target.uri(name)}")
+    return len(questions)
+
+
+def bring_back(run_dir: str, rows: str, *, replace: bool = False, say: Say = print) -> dict[str, Any]:
+    """Take people's answers into the run, say what the random sample is worth, and renew the model card.
+
+    The same file a second time changes nothing. Raises ConfigError, and takes nothing, where a row was not
+    asked about, a label is none of the run's, or two answers contradict each other (of an answer from
+    before and a new one, the new one counts where ``replace``). Returns what audit/estimate.json holds.
+    """
+    kind = files.kind_of(rows, "ROWS")
+    store = open_run(run_dir, "RUN")
+    config = run_config(store)
+    if not store.exists(ASKED):
+        raise ConfigError(f"RUN: nobody was asked about {run_dir!r} yet: begin with audit.py export")
+    asked = store.read_table(ASKED)
+    folder, _, name = rows.rpartition("/")
+    try:
+        content = RunStore(folder or ".").read_bytes(name)
+    except FileNotFoundError:
+        raise ConfigError(f"ROWS: {rows!r} does not exist: give the file with the answers") from None
+    given = files.read(content, kind, rows)
+    new = checked(given, asked, config.labels.names)
+    old = AuditAnswers.read(store).by_row()
+    for row, label in new.items():
+        if old.get(row, label) != label and not replace:
+            names = config.labels.names
+            raise ConfigError(
+                f"ROWS: row {row} is {names[label]!r} here, but was {names[old[row]]!r} before: correct one, "
+                "or take the new answers with --replace"
+            )
+    AuditAnswers.of(old | new).write(store)
+    fresh, changed = len(new.keys() - old.keys()), sum(old.get(row, x) != x for row, x in new.items())
+    empty = len({one.row for one in given}) - len(new)
+    say(
+        f"{fresh} new answers, {changed} changed, {len(new) - fresh - changed} known, {empty} rows left empty"
+    )
+    found = estimated(store, config)
+    store.write_json(ESTIMATE, found)
+    for line in in_words(found):
+        say(line)
+    if store.exists(SUMMARY) and store.exists(CARD):
+        write_pages(store)
+    return found
+
+
+def checked(given: Sequence[Answer], asked: pa.Table, names: Sequence[str]) -> dict[int, int]:
+    """The label of each row that has one; raises ConfigError for the first answer that cannot be taken."""
+    identity = dict(zip(asked["row"].to_pylist(), asked["id"].to_pylist(), strict=True))
+    index = {name: c for c, name in enumerate(names)}
+    found: dict[int, int] = {}
+    for one in given:
+        digits = one.row.removesuffix(".0")
+        row = int(digits) if digits.isascii() and digits.isdigit() else -1
+        if row not in identity:
+            raise ConfigError(
+                f"ROWS: {one.where}: row {one.row!r} was not asked about: keep the column 'row' of the export"
+            )
+        if one.id is not None and one.id != identity[row]:
+            raise ConfigError(
+                f"ROWS: {one.where}: row {row} has the id {one.id!r}, in the run it is {identity[row]!r}: is "
+                "this the export of another run?"
+            )
+        if not one.label:
+            continue
+        label = index.get(one.label, index.get(files.plain(one.label)))
+        if label is None:
+            raise ConfigError(
+                f"ROWS: {one.where}: {one.label!r} is no label: take {', '.join(names)}, or leave it empty"
+            )
+        if found.setdefault(row, label) != label:
+            raise ConfigError(
+                f"ROWS: {one.where}: row {row} is {names[label]!r} here and {names[found[row]]!r} before in "
+                "the same file: correct one"
+            )
+    return found
+
+
+def estimated(store: RunStore, config: Config) -> dict[str, Any]:
+    """What people's answers say, from the files of a run."""
+    asked = store.read_table(ASKED)
+    row_M = asked["row"].to_numpy()
+    return estimate(
+        AuditAnswers.read(store).by_row(),
+        row_M,
+        asked["is_random"].to_numpy(zero_copy_only=False),
+        asked["teacher"].to_numpy(),
+        asked["student"].to_numpy(),
+        asked["why"].to_pylist(),
+        np.isin(row_M, trained_rows(store)),
+        len(_labelled(store, config).row_N),
+    )
+
+
+# What a run holds
+
+
+def _labelled(store: RunStore, config: Config) -> Labelled:
+    """Pool and hold-out; of several answers to a row the last counts, for reviews come last."""
+    examples = Examples.open(store)
+    schedule = Schedule.plan(config, examples.n_pool, examples.n_test)
+    tickets = [*schedule.holdout_tickets, *schedule.pool_tickets, *schedule.review_tickets]
+    labels = read_labels(store, tickets)
+    calibrator = read_calibrator(store, config)
+    if calibrator is None or not len(labels):
+        raise ConfigError("RUN: the teacher has labelled nothing yet: let the run finish a round first")
+    rows = labels["row"].to_numpy()
+    row_N, from_end_N = np.unique(rows[::-1], return_index=True)
+    place_N = rows.size - 1 - from_end_N
+    probs_NC = matrix_of(labels["probs"].take(pa.array(place_N)), len(config.labels.names))
+    return Labelled(row_N, calibrator.apply(probs_NC))
+
+
+def _drawn(labelled: Labelled, number: int, wanted: Wanted, seed: int) -> Labelled:
+    """The random sample, and beside it a random draw, up to ``number`` texts together."""
+    sample = random_order(labelled.row_N, seed)[: wanted.random]
+    others = np.argsort(hash_uniform(seed ^ _LOOK_KEY, labelled.row_N), kind="stable")
+    others = others[~np.isin(others, sample)][: max(0, number - sample.size)]
+    place_N = np.sort(np.concatenate([sample, others]))
+    return Labelled(labelled.row_N[place_N], labelled.p_NC[place_N])
+
+
+def _asked_of_student(store: RunStore, config: Config, texts: Sequence[str]) -> Floats:
+    """float[N, C]: by the model of a finished run, else by its last checkpoint."""
+    folder = MODEL_DIR if store.exists(SUMMARY) else _last_checkpoint(store)
+    checkpoint = inspect(store.uri(folder), max_tokens=config.student.max_tokens)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student = load(checkpoint, "auto", device)
+    return score(student, texts, checkpoint.max_tokens, None, checkpoint.temperature)
+
+
+def _last_checkpoint(store: RunStore) -> str:
+    paths = [round_file(k, TRAINED) for k in range(len(store.folders(ROUNDS_DIR)))]
+    trained = [path for path in paths if store.exists(path)]
+    if not trained:
+        raise ConfigError("RUN: no round is trained yet, so there is no student to ask: let one finish first")
+    return str(store.read_json(trained[-1])["checkpoint"])
+
+
+def _note_asked(
+    store: RunStore,
+    seen: Labelled,
+    ids: pa.ChunkedArray,
+    student_N: Ints,
+    student_sure_N: Floats,
+    why: dict[int, str],
+    is_random_N: np.ndarray,
+    asked_N: np.ndarray,
+) -> None:
+    """Add to what was asked before, whose opinions stay as they were; the sample is what it is now."""
+    sample = set(seen.row_N[is_random_N].tolist())
+    there = store.read_table(ASKED).to_pylist() if store.exists(ASKED) else []
+    by_row = {one["row"]: one | {"is_random": one["row"] in sample} for one in there}
+    label_N, sure_N = seen.label_N, confidence(seen.p_NC)
+    for place in np.flatnonzero(asked_N).tolist():
+        row = int(seen.row_N[place])
+        if row not in by_row or row in why:
+            by_row[row] = {
+                "row": row,
+                "id": ids[place].as_py(),
+                "why": why.get(row, RANDOM),
+                "is_random": row in sample,
+                "teacher": int(label_N[place]),
+                "teacher_confidence": float(sure_N[place]),
+                "student": int(student_N[place]),
+                "student_confidence": float(student_sure_N[place]),
+            }
+    rows = [by_row[row] for row in sorted(by_row)]
+    store.write_table(ASKED, pa.Table.from_pylist(rows, schema=tables.AUDIT_ASKED))
+
+
+RANDOM, DISAGREE, UNSURE = "random", "disagree", "unsure"
+INTERVAL = 0.95
+"""Level of the intervals; Clopper and Pearson's, which never claim too much."""
+_KEY = 0x41554449
+"""Keeps the sample's chance apart from other chance of the same seed."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How many texts of each kind. Of ``random``, those that are answered already count."""
+
+    random: int = 100
+    disagree: int = 50
+    unsure: int = 50
+
+
+def random_order(row_N: Ints, seed: int) -> Ints:
+    """int64[N]: places of the rows in the order in which the random sample takes them.
+
+    A row's place among others depends on itself and the seed, so a larger sample holds the smaller one.
+    """
+    return np.argsort(hash_uniform(seed ^ _KEY, row_N), kind="stable")
+
+
+def choose(
+    row_N: Ints, p_teacher_NC: Floats, p_student_NC: Floats, answered_N: np.ndarray, wanted: Wanted, seed: int
+) -> tuple[Ints, list[str], np.ndarray]:
+    """Places of the texts that a person is to be asked about, why each, and bool[N]: the random sample.
+
+    The sample is the first ``wanted.random`` of its order, those among them that are answered included, which
+    are not asked about again; the other kinds are the best of what is neither answered nor in the sample.
+    The order of the answer is chance, for what stands together is answered alike.
+    """
+    order_N = random_order(row_N, seed)
+    is_random_N = np.zeros(len(row_N), dtype=bool)
+    is_random_N[order_N[: wanted.random]] = True
+    why = dict.fromkeys(np.flatnonzero(is_random_N & ~answered_N).tolist(), RANDOM)
+
+    label_N = p_teacher_NC.argmax(axis=1)
+    both_sure_N = confidence(p_teacher_NC) * confidence(p_student_NC)
+    for kind, number, open_N, value_N in (
+        (DISAGREE, wanted.disagree, p_student_NC.argmax(axis=1) != label_N, both_sure_N),
+        (UNSURE, wanted.unsure, np.ones(len(row_N), dtype=bool), -margin(p_student_NC)),
+    ):
+        there_N = open_N & ~answered_N & ~is_random_N
+        there_N[list(why)] = False
+        place_M = np.flatnonzero(there_N)
+        best_M = place_M[np.argsort(-value_N[place_M], kind="stable")][:number]
+        why |= dict.fromkeys(best_M.tolist(), kind)
+    chosen = [place for place in order_N.tolist() if place in why]
+    return np.array(chosen, dtype=np.int64), [why[place] for place in chosen], is_random_N
+
+
+def share(right: int, asked: int) -> dict[str, Any]:
+    """A share of texts with its interval of ``INTERVAL``; None stands for what nobody was asked about."""
+    low = high = None
+    if asked:
+        interval = binomtest(right, asked).proportion_ci(INTERVAL, method="exact")
+        low, high = float(interval.low), float(interval.high)
+    return {
+        "texts": asked,
+        "right": right,
+        "share": right / asked if asked else None,
+        "interval": [low, high],
+    }
+
+
+def estimate(
+    answers: Mapping[int, int],
+    row_M: Ints,
+    is_random_M: np.ndarray,
+    teacher_M: Ints,
+    student_M: Ints,
+    why_M: list[str],
+    trained_M: np.ndarray,
+    labelled: int,
+) -> dict[str, Any]:
+    """What the answers say of the texts that were asked about, for audit/estimate.json.
+
+    ``pseudo_labels``: of the random sample, and so of all ``labelled`` texts, without bias where all of it is
+    answered; ``trained_on``: of those in it that the student was trained on, a random sample of such;
+    ``student``: its answers on those that it was not trained on; ``asked_for``: how many of the texts of each
+    kind the teacher has right, which says nothing of others.
+    """
+    said_M = np.array([answers.get(row, -1) for row in row_M.tolist()])
+    known_M, right_M = said_M >= 0, teacher_M == said_M
+    sample_M = is_random_M & known_M
+    by_kind = {}
+    for kind in (RANDOM, DISAGREE, UNSURE):
+        of_kind_M = known_M & np.array([why == kind for why in why_M], dtype=bool)
+        by_kind[kind] = {"texts": int(of_kind_M.sum()), "right": int((right_M & of_kind_M).sum())}
+    unseen_M = sample_M & ~trained_M
+    return {
+        "labelled": labelled,
+        "answered": int(known_M.sum()),
+        "sample": int(is_random_M.sum()),
+        "unanswered_in_sample": int((is_random_M & ~known_M).sum()),
+        "pseudo_labels": share(int((right_M & sample_M).sum()), int(sample_M.sum())),
+        "trained_on": share(int((right_M & sample_M & trained_M).sum()), int((sample_M & trained_M).sum())),
+        "student": share(int(((student_M == said_M) & unseen_M).sum()), int(unseen_M.sum())),
+        "asked_for": by_kind,
+    }
+
+
+def in_words(found: Mapping[str, Any]) -> list[str]:
+    """Lines for people."""
+    lines = [
+        f"pseudo-labels: {_share_in_words(found['pseudo_labels'])}, by the random sample alone, which stands "
+        f"for all {found['labelled']:,} labelled texts without bias; the other texts were chosen for being "
+        "doubtful and count nothing here"
+    ]
+    if found["unanswered_in_sample"]:
+        lines.append(
+            f"{found['unanswered_in_sample']} of the random sample's {found['sample']} texts have no answer: "
+            "if those are the hard ones, the labels are worse than this"
+        )
+    if found["trained_on"]["texts"]:
+        lines.append(f"pseudo-labels that the student was trained on: {_share_in_words(found['trained_on'])}")
+    if found["student"]["texts"]:
+        lines.append(f"student, on texts it was not trained on: {_share_in_words(found['student'])}")
+    return lines
+
+
+def _share_in_words(one: Mapping[str, Any]) -> str:
+    if not one["texts"]:
+        return "unknown, for none is answered"
+    low, high = one["interval"]
+    return f"{one['right']} of {one['texts']} right, {one['share']:.3f} [{low:.3f}, {high:.3f}]"

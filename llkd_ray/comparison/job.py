@@ -1,0 +1,376 @@
+"""The trials of a comparison as Ray tasks, and its report.
+
+A trial is one task; it leaves a file after every round, so a task that is run again, by Ray or by the user,
+goes on behind the last. Texts and labels are put into the object store once, not sent with every task.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import yaml
+from ray.exceptions import RayError, RayTaskError
+
+from llkd_ray.cluster import connect
+from llkd_ray.comparison.report import PAGE, read_results, write_comparison
+from llkd_ray.comparison.settings import (
+    REFERENCES,
+    Comparison,
+    Entry,
+    answers_of,
+    changed,
+    dump,
+    entries,
+    label_once,
+    teacher_config,
+)
+from llkd_ray.comparison.tables import ALL, GOLD, Result, Tables, TeacherScore, tabulate
+from llkd_ray.comparison.trial import (
+    Labels,
+    Texts,
+    Trial,
+    against_gold,
+    finished,
+    gold_labels,
+    read_teacher,
+    read_texts,
+    run_trial,
+)
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.loading import dump_config
+from llkd_ray.config.schema import Config
+from llkd_ray.corpus.ingest import ingest
+from llkd_ray.display import Display, duration
+from llkd_ray.run.loop import check
+from llkd_ray.storage.run_dir import CONFIG, EXAMPLES_INDEX, RunStore
+from llkd_ray.storage.tables import Examples
+
+SETTINGS = "comparison.yaml"
+TRIALS_DIR = "trials"
+RETRIES = 3
+POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trial, with the name of its labels (the teacher's; *gold*'s is empty) and what is known of it."""
+
+    entry: Entry
+    digest: str
+    wanted: bool
+    """Whether --only leaves it in."""
+    n_pool: int
+    added: tuple[Result, ...] = ()
+    """Its results from elsewhere."""
+
+    @property
+    def name(self) -> str:
+        parts = (self.entry.teacher, self.entry.line, f"seed {self.entry.seed}")
+        return " ".join(part for part in parts if part)
+
+    def results(self) -> list[Result]:
+        """Of the sizes that are finished; its own go before those from elsewhere."""
+        entry = self.entry
+        found = {one.size: one for one in self.added if one.size in entry.trial.reported}
+        for facts in finished(entry.trial, self.digest):
+            one = Result.of(entry.teacher, entry.line, entry.seed, facts, self.n_pool)
+            found[one.size] = one
+        return [found[size] for size in sorted(found)]
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.results()) == len(self.entry.trial.reported)
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a comparison works on."""
+
+    comparison: Comparison
+    store: RunStore
+    texts: Texts
+    labels: dict[str, Labels]
+    """By teacher; *gold*'s at the empty name."""
+    scores: dict[str, TeacherScore]
+    jobs: list[Job]
+
+
+def compare(
+    comparison: Comparison,
+    base: Config,
+    out: str,
+    display: Display,
+    *,
+    only: Sequence[str] = (),
+    add: Sequence[str] = (),
+    report_only: bool = False,
+) -> dict[str, str]:
+    """Run all trials that are not finished, and write the report into ``out``.
+
+    ``base`` is the config that ``comparison.base`` stands for. Of ``only``, teachers, lines and seeds, are
+    trained; ``add`` are results.csv from elsewhere. Returns the errors of trials that failed, by name. Raises
+    ConfigError for what the user can mend.
+    """
+    if "://" in out:
+        raise ConfigError(f"--out: {out!r} is no folder; give one that all nodes of the cluster can write to")
+    teachers = {name: teacher_config(base, changes) for name, changes in comparison.teachers.items()}
+    _check(comparison, base, teachers)
+    _check_only(comparison, only)
+    added = [one for file in add for one in read_results(file, base.labels.names)]
+    store = RunStore(out)
+    _claim(store, comparison, base)
+    display.say(f"results: {out}")
+    if report_only:
+        if not store.exists(EXAMPLES_INDEX):
+            raise ConfigError(f"--report-only: {out} holds no comparison yet; run it without")
+        work = _gather(comparison, base, teachers, store, only, added)
+        _report(work, display)
+        return {}
+    with connect(base.run.address):
+        ingest(base, store, display.say)
+        for name, teacher in teachers.items():
+            if teacher.teacher.kind != "recorded":
+                label_once(name, teacher, store, display)
+        work = _gather(comparison, base, teachers, store, only, added)
+        errors = _run(work, display)
+    _report(work, display)
+    for job, error in errors.items():
+        display.say(f"failed: {job}: {error}")
+    if errors:
+        display.say(f"{len(errors)} trial(s) failed; the same command tries them again")
+    return errors
+
+
+# --- Settings --------------------------------------------------------------------------------------
+
+
+def _check(comparison: Comparison, base: Config, teachers: dict[str, Config]) -> None:
+    """Find every mistake that can be found before anything starts."""
+    any_teacher = next(iter(teachers.values()))
+    for name, teacher in teachers.items():
+        _named(f"teachers.{name}", check, teacher)
+    for name, changes in comparison.lines.items():
+        config = _named(f"lines.{name}", changed, any_teacher, changes, comparison.seeds[0])
+        _named(f"lines.{name}", check, config)
+    if base.test is None or base.corpus.gold is None:
+        raise ConfigError(
+            f"base: {comparison.base!r} needs test and corpus.gold: a comparison is about true labels"
+        )
+
+
+def _named(where: str, work: Any, *arguments: Any) -> Any:
+    try:
+        return work(*arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _check_only(comparison: Comparison, only: Sequence[str]) -> None:
+    known = [*comparison.teachers, *_lines(comparison), *map(str, comparison.seeds)]
+    if strangers := [name for name in only if name not in known]:
+        raise ConfigError(f"--only: there is no {strangers[0]!r}; there are {', '.join(known)}")
+
+
+def _lines(comparison: Comparison) -> list[str]:
+    """Names of all lines, references first."""
+    return list({**REFERENCES, **comparison.lines})
+
+
+def _is_wanted(entry: Entry, comparison: Comparison, only: Sequence[str]) -> bool:
+    """Of each kind (teachers, lines, seeds), all are wanted where none is named; *gold* has no teacher."""
+    teachers = [name for name in only if name in comparison.teachers]
+    lines = [name for name in only if name in _lines(comparison)]
+    seeds = [name for name in only if name in map(str, comparison.seeds)]
+    return (
+        (not teachers or not entry.teacher or entry.teacher in teachers)
+        and (not lines or entry.line in lines)
+        and (not seeds or str(entry.seed) in seeds)
+    )
+
+
+def _claim(store: RunStore, comparison: Comparison, base: Config) -> None:
+    """Write the settings; refuses a folder whose texts are others, for they would be taken for these."""
+    if store.exists(CONFIG):
+        there = yaml.safe_load(store.read_bytes(CONFIG))
+        now = yaml.safe_load(dump_config(base))
+        for section in ("corpus", "test", "labels"):
+            if there[section] != now[section]:
+                raise ConfigError(
+                    f"--out: {store.root} holds a comparison with another {section}; choose another folder"
+                )
+    store.write_bytes(CONFIG, dump_config(base).encode())
+    store.write_bytes(SETTINGS, dump(comparison).encode())
+
+
+# --- Trials ----------------------------------------------------------------------------------------
+
+
+def _gather(
+    comparison: Comparison,
+    base: Config,
+    teachers: dict[str, Config],
+    store: RunStore,
+    only: Sequence[str],
+    added: Sequence[Result],
+) -> Work:
+    """Read texts and labels, and list the trials with what is known of them from elsewhere."""
+    examples = Examples.open(store)
+    texts = read_texts(examples, base.labels.names)
+    labels = {"": gold_labels(examples, texts)}
+    scores = {}
+    for name, config in teachers.items():
+        labels[name], p_TC = _named(
+            f"teachers.{name}", read_teacher, answers_of(name, config, store), examples
+        )
+        own = against_gold(texts, p_TC)
+        scores[name] = TeacherScore(own["accuracy"], own["macro_f1"], tuple(own["f1_by_class"]))
+    folder = Path(store.path(TRIALS_DIR))
+    folder.mkdir(parents=True, exist_ok=True)
+    elsewhere: dict[tuple[str, str, int], list[Result]] = {}
+    for one in added:
+        elsewhere.setdefault((one.teacher, one.line, one.seed), []).append(one)
+    jobs = []
+    for entry in entries(comparison, base, examples.n_pool, folder):
+        wanted = _is_wanted(entry, comparison, only)
+        known = tuple(elsewhere.get((entry.teacher, entry.line, entry.seed), ()))
+        jobs.append(Job(entry, labels[entry.teacher].digest, wanted, examples.n_pool, known))
+    return Work(comparison, store, texts, labels, scores, jobs)
+
+
+@ray.remote
+def _trial_task(trial: Trial, texts: Texts, labels: Labels) -> list[dict[str, Any]]:
+    """One trial, on the task's GPU or on one thread: the tasks beside it have the other cores."""
+    gpu = torch.cuda.is_available() and bool(ray.get_gpu_ids())
+    if not gpu:
+        torch.set_num_threads(1)
+    return run_trial(trial, texts, labels, device=torch.device("cuda" if gpu else "cpu"))
+
+
+@dataclass
+class Progress:
+    """How far the trials are; ``seconds`` since the first was handed out."""
+
+    total: int
+    done: int
+    failed: int = 0
+    began: float = field(default_factory=time.monotonic)
+    new: int = 0
+
+    def in_words(self) -> str:
+        said = f"{self.done} of {self.total} trials" + (f", {self.failed} failed" if self.failed else "")
+        left = self.total - self.done - self.failed
+        if self.new and left:
+            seconds = (time.monotonic() - self.began) / self.new * left
+            said += f"; about {duration(round(seconds))} left"
+        return said
+
+
+def _run(work: Work, display: Display) -> dict[str, str]:
+    """Run all trials that are not finished; returns the errors of those that failed, by name."""
+    wanted = [job for job in work.jobs if job.wanted]
+    todo = [job for job in wanted if not job.is_finished]
+    progress = Progress(len(wanted), len(wanted) - len(todo))
+    display.say(f"{progress.in_words()} are finished already")
+    errors: dict[str, str] = {}
+    with _handed_out(todo, work) as running:
+        while running:
+            ready, _ = ray.wait(list(running), timeout=POLL_S)
+            for task in ready:
+                job = running.pop(task)
+                try:
+                    figures = ray.get(task)
+                except RayError as error:
+                    errors[job.name] = _reason(error)
+                    progress.failed += 1
+                    display.say(f"[{progress.in_words()}] {job.name} failed: {errors[job.name]}")
+                else:
+                    progress.done, progress.new = progress.done + 1, progress.new + 1
+                    display.say(f"[{progress.done}/{progress.total}] {job.name}: {_in_words(figures)}")
+                if running and all(other.entry.seed != job.entry.seed for other in running.values()):
+                    display.say(f"all trials of seed {job.entry.seed} are through: writing the report")
+                    _report(work, display)
+            display.update(progress.in_words())
+    return errors
+
+
+@contextmanager
+def _handed_out(jobs: Sequence[Job], work: Work) -> Iterator[dict[Any, Job]]:
+    """The tasks of the jobs, in their order; those left at the end, by a Ctrl-C, are called off."""
+    for job in jobs:
+        _check_gpus(job.entry.trial.config.student.gpus)
+    texts = ray.put(work.texts)
+    labels = {name: ray.put(work.labels[name]) for name in {job.entry.teacher for job in jobs}}
+    running = {}
+    for job in jobs:
+        gpus = job.entry.trial.config.student.gpus
+        options = {"num_cpus": 1, "num_gpus": gpus, "max_retries": RETRIES, "name": f"trial {job.name}"}
+        task = _trial_task.options(**options).remote(job.entry.trial, texts, labels[job.entry.teacher])
+        running[task] = job
+    try:
+        yield running
+    finally:
+        for task in running:
+            ray.cancel(task, force=True)
+
+
+def _check_gpus(share: float) -> None:
+    """Refuse trials that would wait for a GPU for ever."""
+    there = ray.cluster_resources().get("GPU", 0)
+    if share > there and os.environ.get("LLKD_AUTOSCALING") != "1":
+        raise ConfigError(f"student.gpus: a trial asks for {share:g} GPUs, but the cluster has {there:g}")
+
+
+def _reason(error: RayError) -> str:
+    """One line: the error of the trial's own code, or what happened to its process."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    text = str(cause).strip().split("\n")[0]
+    return f"{type(cause).__name__}: {text}"
+
+
+def _in_words(figures: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(
+        f"{one['trained']:,} texts: accuracy {one['accuracy']:.3f}, macro-F1 {one['macro_f1']:.3f}"
+        for one in figures
+    )
+
+
+# --- Report ----------------------------------------------------------------------------------------
+
+
+def _report(work: Work, display: Display) -> None:
+    """Write the report from the trials' files, whatever of them is there."""
+    tables, results, missing = tables_of(work)
+    write_comparison(
+        work.store, tables, results, settings=dump(work.comparison), missing=missing, trials=len(work.jobs)
+    )
+    display.console.print(f"report: {work.store.path(PAGE)}")
+
+
+def tables_of(work: Work) -> tuple[Tables, list[Result], int]:
+    """Tables and results of the trials that are there, and the number of those that are not finished."""
+    n_pool = len(work.texts.pool)
+    results, missing = [], 0
+    for job in work.jobs:
+        of_job = job.results()
+        missing += len(of_job) < len(job.entry.trial.reported)
+        results += of_job
+    lines = _lines(work.comparison)
+    sizes = next(job.entry.trial.reported for job in work.jobs if job.entry.line not in (GOLD, ALL))
+    tables = tabulate(
+        results,
+        work.scores,
+        lines=lines,
+        sizes=sizes,
+        n_pool=n_pool,
+        names=work.texts.names,
+        n_seeds=len(work.comparison.seeds),
+    )
+    return tables, results, missing

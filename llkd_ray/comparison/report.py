@@ -1,0 +1,381 @@
+"""What a comparison leaves behind: tables as CSV and Markdown, the learning curves, and one offline page."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from llkd_ray.comparison.tables import (
+    ALL,
+    BASELINES,
+    GOLD,
+    IN_WORDS,
+    MEASURES,
+    OVER_TEACHERS,
+    RANDOM,
+    SCORES,
+    TEACHER,
+    Group,
+    Mean,
+    Result,
+    Tables,
+    class_table,
+    cost_table,
+    difference_table,
+    points,
+    score_table,
+    size_in_words,
+)
+from llkd_ray.config.base import ConfigError
+from llkd_ray.display import count, markdown, percent
+from llkd_ray.report.figures import plain, svg_element
+from llkd_ray.report.pages import page_environment
+from llkd_ray.storage.run_dir import RunStore
+
+RESULTS, SUMMARY, PER_CLASS = "results.csv", "summary.csv", "per_class.csv"
+MARKDOWN, PAGE = "report.md", "report.html"
+CURVES = {"macro_f1": "learning_curve", "agreement": "agreement_curve"}
+"""By measure: the files of its curves, as png and svg."""
+
+
+def write_comparison(
+    store: RunStore, tables: Tables, results: Sequence[Result], *, settings: str, missing: int, trials: int
+) -> None:
+    """Write all files of a comparison's report; ``missing`` of its ``trials`` are not there yet."""
+    store.write_bytes(RESULTS, _csv(result_rows(results, tables.names)))
+    store.write_bytes(SUMMARY, _csv(summary_rows(tables)))
+    store.write_bytes(PER_CLASS, _csv(class_rows(tables)))
+    curves = {measure: file for measure, file in CURVES.items() if tables.has(measure) or measure in SCORES}
+    for measure, file in curves.items():
+        for kind in ("png", "svg"):
+            buffer = io.BytesIO()
+            metadata = {"Date": None} if kind == "svg" else None
+            learning_curve(tables, measure).savefig(buffer, format=kind, dpi=150, metadata=metadata)
+            store.write_bytes(f"{file}.{kind}", buffer.getvalue())
+    facts: dict[str, Any] = {
+        "tables": tables,
+        "conclusion": conclusion(tables),
+        "note": f"{missing} of {trials} trials are missing: the figures are of those that are there."
+        if missing
+        else "",
+        "scores": [
+            (title, score_table(tables, name), difference_table(tables, name))
+            for title, name in (("Macro-F1", "macro_f1"), ("Accuracy", "accuracy"))
+        ],
+        "agreement": score_table(tables, "agreement") if "agreement" in curves else None,
+        "costs": cost_table(tables),
+        "classes": [(teacher, *class_table(tables, teacher)) for teacher in tables.teachers],
+        "largest": size_in_words(tables.sizes[-1], tables.n_pool),
+        "seeds": f"{tables.n_seeds} seed{'s' if tables.n_seeds != 1 else ''}",
+    }
+    store.write_bytes(MARKDOWN, _in_markdown(facts).encode())
+    drawn = {
+        measure: svg_element(learning_curve(tables, measure), file, in_words(tables, measure))
+        for measure, file in curves.items()
+    }
+    page = page_environment().get_template("compare.html.j2")
+    panels = min(len(tables.teachers), PANELS_A_ROW)
+    store.write_bytes(PAGE, page.render(**facts, curves=drawn, panels=panels, settings=settings).encode())
+
+
+def conclusion(tables: Tables) -> str:
+    """The outcome at the largest budget, in plain sentences."""
+    teacher, size = tables.teachers[-1], tables.sizes[-1]
+    found = {line: cell for line in tables.lines if (cell := tables.cell(teacher, line, size))}
+    if len(found) < 2:
+        return "Too few trials have finished to set lines against each other."
+    best = max(found, key=lambda line: found[line].figures["macro_f1"].mean)
+    whose = "on the mean over teachers" if teacher == OVER_TEACHERS else f"with {teacher}'s labels"
+    said = (
+        f"At {size_in_words(size, tables.n_pool)}, {best} has the highest macro-F1 {whose}: "
+        f"{percent(found[best].figures['macro_f1'].mean)}."
+    )
+    for reference in BASELINES:
+        if reference in found[best].over:
+            said += f" {_difference(found[best].over[reference]['macro_f1'], reference)}"
+    return said
+
+
+def _difference(mean: Mean, reference: str) -> str:
+    where = "above" if mean.mean >= 0 else "below"
+    size = Mean(abs(mean.mean), mean.half, mean.n)
+    said = f"It is {points(size, mean.n)} points {where} {IN_WORDS.get(reference, reference)}"
+    if mean.half is None:
+        return f"{said}; one seed does not say how sure that is."
+    return f"{said}, which chance may explain." if mean.half >= abs(mean.mean) else f"{said}."
+
+
+# --- Files -----------------------------------------------------------------------------------------
+
+
+def result_rows(results: Sequence[Result], names: Sequence[str]) -> list[dict[str, Any]]:
+    """One flat row a result; the classes have a column each."""
+    rows = []
+    for one in results:
+        flat = asdict(one)
+        by_class = flat.pop("f1_by_class")
+        rows.append(flat | {f"f1 {name}": f1 for name, f1 in zip(names, by_class, strict=True)})
+    return rows
+
+
+def read_results(file: str | Path, names: Sequence[str]) -> list[Result]:
+    """The results of a ``results.csv``, as :func:`result_rows` wrote them, perhaps on another machine.
+
+    Those of an older version tell no agreement. Raises ConfigError where the file is no such file, or is of
+    other classes.
+    """
+    try:
+        with Path(file).open(encoding="utf-8", newline="") as lines:
+            rows = list(csv.DictReader(lines, restval=""))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no CSV file"
+        raise ConfigError(f"--add: {str(file)!r} cannot be read: {reason}") from None
+    columns = {field.name: field.type for field in fields(Result) if field.name != "f1_by_class"}
+    kinds: dict[str, Callable[[str], Any]] = {
+        "str": str,
+        "int": int,
+        "float": _number,
+        "float | None": lambda text: _number(text) if text else None,
+    }
+    found = []
+    for row in rows:
+        row.setdefault("agreement", "")
+        if missing := [name for name in (*columns, *(f"f1 {name}" for name in names)) if name not in row]:
+            raise ConfigError(
+                f"--add: {str(file)!r} has no column {missing[0]!r}; give {RESULTS} of the same comparison"
+            )
+        try:
+            values = {name: kinds[str(kind)](row[name]) for name, kind in columns.items()}
+            by_class = tuple(float(row[f"f1 {name}"]) for name in names)
+        except ValueError:
+            raise ConfigError(
+                f"--add: {str(file)!r} has a broken line: {','.join(map(str, row.values()))}"
+            ) from None
+        found.append(Result(**values, f1_by_class=by_class))
+    return found
+
+
+def _number(text: str) -> float:
+    """A count stays whole, so that results are written again as they were."""
+    return int(text) if text.isdigit() else float(text)
+
+
+def summary_rows(tables: Tables) -> list[dict[str, Any]]:
+    """One flat row a cell; ``_ci`` is half the width of the 95 % interval, empty with one seed."""
+    rows = []
+    for teacher, line, size in _in_order(tables):
+        cell = tables.cells[teacher, line, size]
+        row: dict[str, Any] = {"teacher": teacher, "line": line, "size": size}
+        row["n"] = cell.figures["accuracy"].n
+        for name in MEASURES:
+            mean = cell.figures.get(name, Mean(float("nan"), None, 0))
+            row |= {name: mean.mean if mean.n else None, f"{name}_ci": mean.half}
+        for reference in BASELINES:
+            for name in SCORES:
+                over = cell.over[reference][name] if reference in cell.over else Mean(float("nan"), None, 0)
+                column = f"{name}_over_{reference}"
+                row |= {
+                    column: over.mean if over.n else None,
+                    f"{column}_ci": over.half,
+                    f"{column}_n": over.n,
+                }
+        rows.append(row)
+    empty = dict.fromkeys(rows[0]) if rows else {}
+    for teacher, score in tables.scores.items():
+        own = {"accuracy": score.accuracy, "macro_f1": score.macro_f1}
+        rows.append({**empty, "teacher": teacher, "line": TEACHER, **own})
+    return rows
+
+
+def class_rows(tables: Tables) -> list[dict[str, Any]]:
+    """One row a cell and class."""
+    rows: list[dict[str, Any]] = []
+    for teacher, line, size in _in_order(tables):
+        for name, mean in zip(tables.names, tables.cells[teacher, line, size].f1_by_class, strict=True):
+            at = {"teacher": teacher, "line": line, "size": size, "class": name}
+            rows.append({**at, "f1": mean.mean, "f1_ci": mean.half, "n": mean.n})
+    for teacher, score in tables.scores.items():
+        for name, f1 in zip(tables.names, score.f1_by_class, strict=True):
+            at = {"teacher": teacher, "line": TEACHER, "size": None, "class": name}
+            rows.append({**at, "f1": f1, "f1_ci": None, "n": None})
+    return rows
+
+
+def _in_order(tables: Tables) -> list[tuple[str, str, int]]:
+    """The keys of the cells: by teacher, by line as the settings have them, by size."""
+    lines = (*tables.lines, ALL, GOLD)
+    return sorted(tables.cells, key=lambda key: (tables.teachers.index(key[0]), lines.index(key[1]), key[2]))
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
+    out = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return out.getvalue().encode()
+
+
+def _in_markdown(facts: dict[str, Any]) -> str:
+    tables: Tables = facts["tables"]
+    lines = ["# Comparison", "", facts["conclusion"], ""]
+    if facts["note"]:
+        lines += [f"**{facts['note']}**", ""]
+    lines += [
+        f"Means over {facts['seeds']} in percent, ± half the width of a 95 % interval (Student's t over "
+        "seeds); bold: the best of a teacher's lines with a budget.",
+        "",
+        f"![Learning curves]({CURVES['macro_f1']}.svg)",
+        "",
+    ]
+    for title, scores, differences in facts["scores"]:
+        lines += [f"## {title}", "", *_grouped(*scores), ""]
+        lines += [f"### {title}: paired differences, in points", "", *_grouped(*differences), ""]
+    if facts["agreement"]:
+        lines += ["## Agreement with the teacher", "", f"![Agreement]({CURVES['agreement']}.svg)", ""]
+        lines += [*_grouped(*facts["agreement"]), ""]
+    lines += ["## What it took", "", *_grouped(*facts["costs"]), ""]
+    lines += [f"## F1 of each class at {facts['largest']}", ""]
+    for teacher, header, rows in facts["classes"]:
+        lines += [f"### {markdown(teacher)}", "", *_head(["class", *header])]
+        for name, values in rows:
+            shown = ("–" if value is None else f"{100 * value:.1f}" for value in values)
+            lines.append(f"| {' | '.join([markdown(name), *shown])} |")
+        lines.append("")
+    lines.append(f"Every trial: {RESULTS}; all means: {SUMMARY}, {PER_CLASS}. Pool: {tables.n_pool:,} texts.")
+    return "\n".join(lines) + "\n"
+
+
+def _grouped(header: Sequence[str], groups: Sequence[Group]) -> list[str]:
+    lines = _head(["teacher", "line", *header])
+    for group in groups:
+        for i, (name, cells) in enumerate(group.rows):
+            texts = [f"**{cell.text}**" if cell.is_best else cell.text for cell in cells]
+            teacher = markdown(group.teacher) if i == 0 else ""
+            lines.append(f"| {' | '.join([teacher, markdown(name), *texts])} |")
+    return lines
+
+
+def _head(header: Sequence[str]) -> list[str]:
+    left = 2 if header[0] == "teacher" else 1
+    rule = ["---"] * left + ["---:"] * (len(header) - left)
+    return [f"| {' | '.join(markdown(name) for name in header)} |", f"| {' | '.join(rule)} |"]
+
+
+# Okabe & Ito's colours, without the yellow, which is too pale for a line on white.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+RANDOM_COLOUR = "#7F7F7F"
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Of what knows no budget: told apart by dashes, for they are all black.
+LEVELS: dict[str, Any] = {GOLD: (0, (6, 2)), ALL: (0, (1.5, 1.5)), TEACHER: (0, (6, 2, 1, 2))}
+PANEL_INCHES = (3.7, 2.9)
+PANELS_A_ROW = 3
+AXES = {"macro_f1": "macro-F1", "agreement": "agreement with the teacher"}
+"""The measures that curves are drawn of, as their axes name them."""
+
+
+def learning_curve(tables: Tables, measure: str = "macro_f1") -> Figure:
+    """A measure against the texts trained on, a panel a teacher; bands are 95 % intervals over seeds."""
+    n = len(tables.teachers)
+    columns = min(n, PANELS_A_ROW)
+    rows = -(-n // columns)
+    width = max(columns * PANEL_INCHES[0], 5.2)
+    figure = Figure(figsize=(width, rows * PANEL_INCHES[1] + 0.7), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, teacher in zip(panels, tables.teachers, strict=False):
+        _panel(axes, tables, teacher, measure)
+    for axes in panels[n:]:
+        axes.set_visible(False)
+    for axes in panels[:n:columns]:
+        axes.set_ylabel(AXES[measure])
+    for axes in panels[max(0, n - columns) : n]:
+        axes.set_xlabel("texts trained on")
+    handles: dict[str, Any] = {}
+    for axes in panels[:n]:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside upper left",
+        ncols=2 if columns == 1 else 4,
+        frameon=False,
+        fontsize=9,
+        columnspacing=1.4,
+        handlelength=2.6,
+    )
+    return figure
+
+
+def _panel(axes: Axes, tables: Tables, teacher: str, measure: str) -> None:
+    plain(axes)
+    axes.set_title(teacher, loc="left", fontsize=10)
+    for line in (GOLD, ALL):
+        whole = tables.whole(teacher, line)
+        if whole and measure in whole.figures:
+            _level(axes, line, whole.figures[measure].mean)
+    if measure in SCORES:
+        _level(axes, TEACHER, getattr(tables.scores[teacher], measure))
+    for (line, colour), marker in zip(_colours(tables.lines).items(), cycle(MARKERS), strict=False):
+        there = (tables.cell(teacher, line, size) for size in tables.sizes)
+        cells = [cell for cell in there if cell and measure in cell.figures]
+        if not cells:
+            continue
+        x = [cell.figures["trained"].mean for cell in cells]
+        means = [cell.figures[measure] for cell in cells]
+        axes.plot(x, [m.mean for m in means], color=colour, marker=marker, markersize=4.5, label=line)
+        low, high = ([m.mean + sign * (m.half or 0) for m in means] for sign in (-1, 1))
+        if len(x) > 1:
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        else:  # A band needs two points.
+            axes.errorbar(x, [m.mean for m in means], [m.half or 0 for m in means], color=colour, capsize=3)
+    _fit(axes)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+    axes.xaxis.set_major_formatter(lambda value, _: count(value))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.set_xlim(0, 1.05 * tables.sizes[-1])  # The same in all panels, and there before the first trial.
+
+
+def _level(axes: Axes, line: str, height: float) -> None:
+    """What knows no budget."""
+    axes.axhline(height, color="black", linewidth=1.1, linestyle=LEVELS[line], label=IN_WORDS[line])
+
+
+def _fit(axes: Axes) -> None:
+    """Let the lines decide the height of a panel: with few seeds, bands can be wider than all of [0, 1]."""
+    # Lines without a name of their own are the caps of error bars.
+    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    values = [float(y) for line in lines for y in np.atleast_1d(line.get_ydata())]
+    if not values:  # An agreement that no trial of the teacher's tells.
+        return
+    room = max(0.02, 0.12 * (max(values) - min(values)))
+    axes.set_ylim(min(values) - room, max(values) + room)
+
+
+def _colours(lines: Sequence[str]) -> dict[str, str]:
+    colours = cycle(COLOURS)
+    return {line: RANDOM_COLOUR if line == RANDOM else next(colours) for line in lines}
+
+
+def in_words(tables: Tables, measure: str = "macro_f1") -> str:
+    """The figure in words, for who cannot see it."""
+    size, teacher = tables.sizes[-1], tables.teachers[-1]
+    cells = ((line, tables.cell(teacher, line, size)) for line in tables.lines)
+    ends = ", ".join(
+        f"{line} {percent(cell.figures[measure].mean)}"
+        for line, cell in cells
+        if cell and measure in cell.figures
+    )
+    where = size_in_words(size, tables.n_pool)
+    name = AXES[measure][0].upper() + AXES[measure][1:]
+    return f"{name} against texts trained on, a panel a teacher. {teacher}, at {where}: {ends}."

@@ -1,0 +1,1 @@
+"""Every setting, its checks, loading, and the schedule that follows from it. Pure."""

@@ -1,0 +1,151 @@
+"""How a run's budget is cut into tickets (what the teacher reads) and rounds (what the student learns)."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The plan of a run, fixed by the config and the number of texts.
+
+    Tickets are numbered: first those of the hold-out, then those of the pool, those of the test set, and the
+    reviews, of which every round after the first has one where a cascade's large teacher reviews.
+    """
+
+    lease_rows: int
+    """Texts a ticket stands for."""
+    rounds: int
+    holdout: int
+    """Pool texts that only the teacher sees."""
+    labels: int
+    """Pool texts, hold-out apart, that the teacher labels."""
+    test: int
+    """Test texts that the teacher labels."""
+    train: int
+    """Texts that the student trains on, in all."""
+    first_labels: float
+    growth: float
+    """New texts of a round over those of the round before."""
+    reviews: bool = False
+
+    @classmethod
+    def plan(cls, config: Config, n_pool: int, n_test: int) -> Schedule:
+        """Hold the budgets against what there is; raises :class:`ConfigError` where it is not enough."""
+        budget, evaluation = config.budget, config.evaluation
+        labels = min(budget.labels or n_pool, n_pool)
+        holdout = min(evaluation.holdout, labels // 10)
+        train = budget.train if isinstance(budget.train, int) else round(budget.train * n_pool)
+        if train < budget.rounds:
+            raise ConfigError(
+                f"budget.train: {budget.train} of a pool of {n_pool} texts makes {train} texts for "
+                f"{budget.rounds} rounds; raise budget.train or lower budget.rounds"
+            )
+        train = min(train, labels - holdout)
+        if train < budget.rounds:
+            raise ConfigError(
+                f"budget.labels: {labels} labelled texts of a pool of {n_pool}, {holdout} of them held out, "
+                f"leave {train} for {budget.rounds} rounds; raise budget.labels or lower budget.rounds"
+            )
+        return cls(
+            lease_rows=config.teacher.lease_rows,
+            rounds=budget.rounds,
+            holdout=holdout,
+            labels=labels - holdout,
+            test=n_test if evaluation.teacher_on_test else 0,
+            train=train,
+            first_labels=budget.first_labels,
+            growth=budget.growth,
+            reviews=config.teacher.reviews,
+        )
+
+    @property
+    def holdout_tickets(self) -> range:
+        return range(ceil(self.holdout / self.lease_rows))
+
+    @property
+    def pool_tickets(self) -> range:
+        start = self.holdout_tickets.stop
+        return range(start, start + ceil(self.labels / self.lease_rows))
+
+    @property
+    def test_tickets(self) -> range:
+        start = self.pool_tickets.stop
+        return range(start, start + ceil(self.test / self.lease_rows))
+
+    @property
+    def review_tickets(self) -> range:
+        start = self.test_tickets.stop
+        return range(start, start + (self.rounds - 1 if self.reviews else 0))
+
+    @property
+    def n_tickets(self) -> int:
+        return self.review_tickets.stop
+
+    def fixed_tickets(self) -> Sequence[int]:
+        """Hold-out and test set: tickets whose rows nobody chooses in the run."""
+        return [*self.holdout_tickets, *self.test_tickets]
+
+    def is_fixed(self, ticket: int) -> bool:
+        return ticket in self.holdout_tickets or ticket in self.test_tickets
+
+    def needed_for(self, round_number: int) -> Iterator[int]:
+        """The tickets that must be done before a round can choose."""
+        yield from range(self.tickets_before(round_number))
+        yield from self.review_tickets[:round_number]
+
+    def in_order(self) -> Iterator[int]:
+        """All tickets, as teachers are to take them: what rounds wait for first, the test set last."""
+        yield from self.holdout_tickets
+        done = self.pool_tickets.start
+        for k in range(self.rounds):
+            yield from range(done, self.tickets_before(k))
+            yield from self.review_tickets[k - 1 : k] if k else ()
+            done = self.tickets_before(k)
+        yield from self.test_tickets
+
+    def tickets_before(self, round_number: int) -> int:
+        """All tickets below this number are labelled before the round is selected.
+
+        Hold-out and an even share of the pool's tickets, or ``first_labels`` of them where that is more,
+        come before round 0; the last round may choose from all.
+        """
+        pool = self.pool_tickets
+        even = 1 / self.rounds
+        first = max(self.first_labels, even)
+        later = (1 - first) * (round_number / (self.rounds - 1)) if self.rounds > 1 else 1 - first
+        # The small number keeps a rounding error of the sum from asking for one ticket more.
+        return pool.start + min(len(pool), ceil(len(pool) * (first + later) - 1e-6))
+
+    def round_of(self, ticket: int) -> int:
+        """The first round that may choose from the rows of a ticket of the pool, or by a review."""
+        if ticket in self.review_tickets:
+            return ticket - self.review_tickets.start + 1
+        return bisect_right(range(self.rounds), ticket, key=self.tickets_before)
+
+    def ticket_rows(self, ticket: int) -> int:
+        """Texts of a ticket that is no review: ``lease_rows``, fewer for the last of its kind."""
+        for tickets, rows in (
+            (self.holdout_tickets, self.holdout),
+            (self.pool_tickets, self.labels),
+            (self.test_tickets, self.test),
+        ):
+            if ticket in tickets:
+                return min(self.lease_rows, rows - (ticket - tickets.start) * self.lease_rows)
+        raise AssertionError(f"ticket {ticket} of {self.n_tickets}")
+
+    def train_target(self, round_number: int) -> int:
+        """Texts trained on after the round, if every round finds as many as it may take."""
+        done, left = round_number + 1, self.rounds - round_number - 1
+        if self.growth == 1:
+            share = done / self.rounds
+        else:  # a geometric series
+            share = (self.growth**done - 1) / (self.growth**self.rounds - 1)
+        # Every round gets a text at least. The small number keeps a rounding error from taking one away.
+        return min(max(int(self.train * share + 1e-6), done), self.train - left)

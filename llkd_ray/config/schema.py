@@ -1,0 +1,366 @@
+"""The configuration tree: every setting with its unit, its default and its checks.
+
+A run is described by one frozen :class:`Config`. It comes from a YAML file and ``--set a.b=c``
+overrides (``settings.py``), and every mistake that can be seen without data is refused here, before
+anything starts, with the field, the value and the remedy in one line.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from llkd_ray.config.base import Section, ends, member_field
+from llkd_ray.config.teacher import TeacherConfig
+
+
+class SourceConfig(Section):
+    """Where texts come from. Used for the corpus (the pool) and for the test set."""
+
+    uri: str | tuple[str, ...] = Field(
+        description="Files, globs or folders (parquet, jsonl[.gz|.zst], csv, txt), local or on any "
+        "pyarrow filesystem (s3://, gs://), or hf://NAME[?split=train&config=…]."
+    )
+    text: str = Field("text", description="Column that holds the text; txt files have one text a line.")
+    gold: str | None = Field(None, description="Column with the true label (name or index); optional.")
+    id: str | None = Field(None, description="Column with a stable id; by default a hash of the text.")
+    where: dict[str, str | int | bool] = Field(
+        default_factory=dict, description="Keep only rows whose columns equal these values."
+    )
+    max_chars: int = Field(
+        100_000, ge=1, description="Characters; a longer text goes to quarantine (a broken record, mostly)."
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Rows read at most, from the front: for a first try. Reads in one task."
+    )
+
+    @field_validator("uri")
+    @classmethod
+    def _not_empty(cls, uri: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not uri or any(not one.strip() for one in ([uri] if isinstance(uri, str) else uri)):
+            raise ValueError("is empty: give a file, a glob, a folder or hf://NAME")
+        return uri
+
+    @property
+    def uris(self) -> tuple[str, ...]:
+        return (self.uri,) if isinstance(self.uri, str) else self.uri
+
+
+class LabelsConfig(Section):
+    """The classes. Their order is the order of every probability vector of the run."""
+
+    names: tuple[str, ...] = Field(description="Label names, at least two, all different.")
+    descriptions: dict[str, str] = Field(
+        default_factory=dict, description="One line for a label, shown in the prompt; optional."
+    )
+    prior: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="The classes' true shares of the corpus, where they are known: for every label, on any "
+        "scale. The student's answers then reckon with them and not with the teacher's counts.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> LabelsConfig:
+        if len(self.names) < 2:
+            raise ValueError(f"names has {len(self.names)} label(s): a classifier needs at least two")
+        seen: set[str] = set()
+        for name in self.names:
+            if not name.strip():
+                raise ValueError("names holds an empty label: give every label a name")
+            if name in seen:
+                raise ValueError(f"names holds {name!r} twice: every label needs a name of its own")
+            seen.add(name)
+        if strangers := sorted(set(self.descriptions) - seen):
+            raise ValueError(f"descriptions names {strangers[0]!r}, which is not one of names")
+        if strangers := sorted(set(self.prior) - seen):
+            raise ValueError(f"prior names {strangers[0]!r}, which is not one of names")
+        if self.prior and (missing := sorted(seen - set(self.prior))):
+            raise ValueError(f"prior has no share for {missing[0]!r}: give one for every label, or none")
+        return self
+
+    @property
+    def known_prior(self) -> tuple[float, ...]:
+        """``prior`` in the order of the names, summing to one; empty where nothing is known."""
+        total = sum(self.prior.values())
+        return tuple(self.prior[name] / total for name in self.names) if self.prior else ()
+
+
+class StudentConfig(Section):
+    """The small model that learns; any Hugging Face checkpoint for sequence classification."""
+
+    model: str = Field(
+        description="Checkpoint folder, hub name, or 'minilm': the all-MiniLM-L6-v2 weights of the "
+        "quickstart extra."
+    )
+    workers: int | tuple[int, int] = Field(
+        2,
+        description="DDP ranks; (min, max): as many as there is room for when the run starts, when one is "
+        "lost and when nodes come. Ray Train takes nodes for empty: give ranks nodes of their own then "
+        "(resources).",
+    )
+    resize_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds between two looks at whether more of (min, max) ranks have room, or fewer. A "
+        "change starts the round under way anew.",
+    )
+    cpus: float = Field(0.5, gt=0, description="CPUs that Ray books for one rank.")
+    gpus: float = Field(0, ge=0, description="GPUs that Ray books for one rank.")
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="Ray's custom resources for one rank: keeps ranks to the nodes that were started with "
+        "them, as {student: 1}.",
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads of one rank; default: cores/ranks.")
+    max_tokens: int = Field(128, ge=8, description="Tokens; longer texts are cut at the end.")
+    epochs: int = Field(3, ge=1, description="Passes over what is selected so far, in every round.")
+    min_steps: int = Field(
+        240, ge=1, description="Optimiser steps of a round at least: a small round makes more passes."
+    )
+    batch_size: int = Field(16, ge=1, description="Texts in one optimiser step, over all ranks.")
+    score_batch_size: int = Field(64, ge=1, description="Texts in one forward pass when scoring, per rank.")
+    learning_rate: float = Field(1.5e-4, gt=0)
+    warmup: float = Field(0.1, ge=0, lt=1, description="Share of a round's steps spent warming up.")
+    weight_decay: float = Field(0.01, ge=0)
+    loss: Literal["cross_entropy", "soft", "generalised", "candidates"] = Field(
+        "cross_entropy",
+        description="What pseudo-labels are learned by: cross_entropy: the teacher's label; soft: its "
+        "distribution; generalised: cross-entropy that gives up on what never fits (arXiv 1805.07836); "
+        "candidates: any of the likeliest labels where the teacher is unsure (after arXiv 2506.03857).",
+    )
+    in_step: Literal["none", "mask", "weight"] = Field(
+        "none",
+        description="LLKD's moving thresholds inside a step, from the forward pass itself: mask: only texts "
+        "over both thresholds count; weight: texts count by confidence × uncertainty; none: all count.",
+    )
+    start: Literal["fresh", "warm"] = Field(
+        "fresh", description="fresh: every round starts from the pre-trained weights; warm: from the last."
+    )
+    replay: Literal["all", "new"] = Field(
+        "all", description="all: train on everything selected so far; new: on this round's texts only."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="auto: bf16 autocast on a GPU that has it, and on a CPU where a short measurement finds "
+        "it faster.",
+    )
+    max_failures: int = Field(
+        3, ge=0, description="Losses of a rank that training survives without finishing a round in between."
+    )
+
+    @field_validator("workers")
+    @classmethod
+    def _workers(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        ends(workers)
+        return workers
+
+    @property
+    def max_workers(self) -> int:
+        return ends(self.workers)[1]
+
+    @property
+    def min_workers(self) -> int:
+        return ends(self.workers)[0]
+
+
+class SelectionConfig(Section):
+    """Which labelled texts the student trains on next."""
+
+    policy: str = Field("llkd_sample", description="A name from llkd_ray/selection/policies.py.")
+    options: dict[str, str | bool | float] = Field(
+        default_factory=dict, description="The policy's own options, by name; see the table in README.md."
+    )
+    quota: Annotated[float, Field(ge=0, le=1)] | Literal["off"] | None = Field(
+        None,
+        description="Share the texts out between the pseudo-classes in proportion to their count to this "
+        "power: 1 as the teacher labels, 0 all alike; off: no shares; null: as the policy has it.",
+    )
+    prior: Annotated[float, Field(ge=0, le=1)] | Literal["off"] | None = Field(
+        None,
+        description="The student's answers reckon with the pseudo-classes' shares of what is labelled, in "
+        "proportion to their count to this power, whatever quotas show it in training: 1 as the teacher "
+        "labels, 0 all alike; off: with what it is shown; null: as the policy has it. See labels.prior.",
+    )
+
+    @field_validator("quota", "prior", mode="before")
+    @classmethod
+    def _off(cls, exponent: Any) -> Any:
+        """YAML reads a bare ``off`` as false, which would count as the exponent 0."""
+        if exponent is True:
+            raise ValueError("is true: give an exponent from 0 to 1, or off")
+        return "off" if exponent is False else exponent
+
+    weighting: Literal["signals", "none"] = Field(
+        "signals",
+        description="signals: weigh each text's loss as the policy says (llkd and product: confidence × "
+        "uncertainty, the others: all alike); none: all alike.",
+    )
+    refresh: Literal["labelled", "pool"] = Field(
+        "labelled",
+        description="What the student scores before each selection: the labelled texts that may be "
+        "selected, or the whole pool.",
+    )
+    refresh_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of these texts that it scores in a round. Below 1, those that the policy would "
+        "take first if the student were as unsure of them as could be: what it has not looked at for long, "
+        "or never, and what is near to being selected.",
+    )
+
+
+class AcquisitionConfig(Section):
+    """Which texts the teacher reads next."""
+
+    policy: str = Field("random", description="A name from llkd_ray/selection/acquisition.py.")
+    explore: float = Field(
+        0.1, ge=0, le=1, description="Share of what the teacher reads that is drawn at random in any case."
+    )
+
+
+class CapConfig(Section):
+    """What all teachers of a run together may use, test set and repeated attempts included; a hard limit."""
+
+    texts: int | None = Field(None, ge=1, description="Texts that teachers read.")
+    tokens: int | None = Field(
+        None, ge=1, description="Prompt and answer tokens, whether a prefix cache knew them or not."
+    )
+    cost: float | None = Field(None, gt=0, description="In the currency of teacher.price.")
+
+    @property
+    def is_off(self) -> bool:
+        return self.texts is None and self.tokens is None and self.cost is None
+
+
+class BudgetConfig(Section):
+    """Where the run ends: at the first of these."""
+
+    cap: CapConfig = Field(default_factory=CapConfig)
+
+    rounds: int = Field(4, ge=1, description="Rounds of select, train, refresh.")
+    growth: float = Field(
+        2.0,
+        ge=1,
+        le=10,
+        description="How many times as many new texts a round takes as the one before; 1: all alike.",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop when agreement with the teacher on the hold-out has not grown by min_gain for so "
+        "many rounds; null: never. Saves training, and the labels of the rounds that do not come.",
+    )
+    min_gain: float = Field(0.005, ge=0, description="Share of the hold-out that counts as growth.")
+    labels: int | None = Field(
+        None, ge=1, description="Pool texts that the teacher labels at most; default: the whole pool."
+    )
+    first_labels: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the labels that must be there before the first round; the rest comes evenly "
+        "over the rounds after it. 1: label all, then select; 0: an even share before each round.",
+    )
+    train: int | float = Field(
+        0.1,
+        gt=0,
+        description="Texts trained on at most, in all: a number (int) or a share of the pool (float <= 1).",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> BudgetConfig:
+        if isinstance(self.train, float) and self.train > 1:
+            raise ValueError(f"train is {self.train}: give a whole number of texts, or a share up to 1.0")
+        if isinstance(self.train, int) and self.train < self.rounds:
+            raise ValueError(f"train is {self.train}, less than one text for each of {self.rounds} rounds")
+        if self.labels is not None and isinstance(self.train, int) and self.labels < self.train:
+            raise ValueError(
+                f"labels is {self.labels}, less than train ({self.train}): "
+                "only labelled texts can be trained on"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    """What is measured after each round."""
+
+    holdout: int = Field(
+        200,
+        ge=0,
+        description="Pool texts that the teacher labels and the student never trains on: agreement with "
+        "the teacher is measured on them. Cut to a tenth of budget.labels where that is less.",
+    )
+    teacher_on_test: bool = Field(
+        True, description="Let the teacher label the test set too (once), to report its accuracy."
+    )
+
+
+class RunConfig(Section):
+    """Where results go, and chance."""
+
+    dir: str = Field("runs", description="Folder, or URI on any pyarrow filesystem, that holds the runs.")
+    name: str | None = Field(None, description="The run's own folder; default: policy and time.")
+    seed: int = Field(0, ge=0)
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        (),
+        description="Who else is told of settings and figures; each needs its package where the driver runs.",
+    )
+    address: str | None = Field(
+        None, description="Ray cluster to join; default: the job's own, RAY_ADDRESS, or a local one."
+    )
+
+
+class Config(Section):
+    """One run, whole."""
+
+    corpus: SourceConfig
+    test: SourceConfig | None = Field(None, description="Gold-labelled texts for evaluation; optional.")
+    labels: LabelsConfig
+    teacher: TeacherConfig
+    student: StudentConfig
+    selection: SelectionConfig = Field(default_factory=SelectionConfig)
+    acquisition: AcquisitionConfig = Field(default_factory=AcquisitionConfig)
+    budget: BudgetConfig = Field(default_factory=BudgetConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        for name, teacher in self.teacher.members():
+            self._check_teacher(member_field(name), teacher)
+        if self.budget.patience and not self.evaluation.holdout:
+            raise ValueError(
+                f"budget.patience is {self.budget.patience}, but evaluation.holdout is 0: "
+                "agreement is measured on the hold-out, so give it some texts"
+            )
+        if self.test is not None and self.test.gold is None:
+            raise ValueError("test.gold is missing: a test set needs the column of its true labels")
+        if self.budget.cap.cost is not None and all(one.price.is_free for _, one in self.teacher.members()):
+            raise ValueError(
+                f"budget.cap.cost is {self.budget.cap.cost}, but teacher.price says that nothing costs "
+                "anything: give teacher.price.input and teacher.price.output, or cap tokens"
+            )
+        is_fitted_on_gold = self.teacher.confidence.method == "temperature"
+        if is_fitted_on_gold and (self.corpus.gold is None or not self.evaluation.holdout):
+            raise ValueError(
+                "teacher.confidence.method 'temperature' is fitted on texts of the hold-out with known gold: "
+                "give corpus.gold (it may be empty for most texts) and evaluation.holdout"
+            )
+        return self
+
+    def _check_teacher(self, field: str, teacher: TeacherConfig) -> None:
+        names = self.labels.names
+        for shot in teacher.prompt.demonstrations:
+            if shot.label not in names:
+                raise ValueError(
+                    f"{field}.prompt.demonstrations uses the label {shot.label!r}, "
+                    f"which is not in labels.names"
+                )
+        asks = teacher.kind in ("vllm", "openai")
+        if asks and teacher.prompt.answer == "letters" and len(names) > 26:
+            raise ValueError(
+                f"labels.names has {len(names)} labels, but {field}.prompt.answer 'letters' has 26: "
+                "use 'names'"
+            )

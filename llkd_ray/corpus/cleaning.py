@@ -1,0 +1,168 @@
+"""What makes a raw row an example, or why it is refused. Pure functions, one row at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import reprlib
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llkd_ray.config.schema import SourceConfig
+from llkd_ray.corpus.readers import RawRow, Unreadable
+
+START_CHARS = 200  # how much of a refused text the quarantine keeps
+NO_GOLD = -1
+# Line breaks that are control characters would, if only removed, glue two words together.
+_BREAKS = re.compile(r"\r\n?|[\x0b\x0c\x85]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+# Lists and objects may be too deep for Python's own repr, and as large as a line.
+_IN_SHORT = reprlib.Repr()
+_IN_SHORT.maxstring = _IN_SHORT.maxother = START_CHARS
+
+
+class Refusal(NamedTuple):
+    """Why a row is not used. ``reason`` is one word that is counted, ``detail`` is for people."""
+
+    reason: str
+    detail: str = ""
+
+
+def text_hash(text: str) -> int:
+    """The 64-bit hash by which equal texts are found: duplicates, and answers of earlier runs."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+class Example(NamedTuple):
+    """A row of EXAMPLES, and the :func:`text_hash` of its text."""
+
+    id: str
+    text: str
+    gold: int
+    hash: int
+
+
+def clean_text(value: object, max_chars: int, field: str = "corpus") -> str | Refusal:
+    """The text without control characters (tab and line feed stay), NFC, without outer white space.
+
+    ``value`` may be anything; bytes are read as UTF-8, and surrogates count as bytes that are not UTF-8.
+    Reasons: missing, not_text, undecodable, empty, too_long. Cleaning a clean text changes nothing.
+    """
+    if value is None:
+        return Refusal("missing")
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
+    if not isinstance(value, str):
+        return Refusal("not_text", f"a value of type {type(value).__name__}")
+    text = value
+    if not text.isascii() and (wrong := _undecodable(text)):
+        return Refusal("undecodable", wrong)
+    if _CONTROLS.search(text):
+        text = _CONTROLS.sub("", _BREAKS.sub("\n", text))
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    text = text.strip()
+    if not text:
+        return Refusal("empty")
+    if len(text) > max_chars:
+        return Refusal("too_long", f"{len(text)} characters; {field}.max_chars is {max_chars}")
+    return text
+
+
+def _undecodable(text: str) -> str:
+    """What cannot be written as UTF-8, or "" where all can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"lone surrogate U+{code:04X}"
+        return f"{what} at character {error.start}"
+    return ""
+
+
+def start_of_text(value: object) -> str:
+    """The first START_CHARS characters of whatever was read, as valid UTF-8."""
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        value = value[: 4 * START_CHARS].decode("utf-8", "replace")
+    text = value if isinstance(value, str) else _IN_SHORT.repr(value)
+    return text[:START_CHARS].encode("utf-8", "replace").decode()
+
+
+class GoldNames:
+    """Finds the class that a gold value means.
+
+    A string is a name. A number, or a string of digits, is an index from 0; where some names are
+    numbers themselves, it is a name too, so that a rating 1 to 5 is never taken for an index.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._index = {name: index for index, name in enumerate(names)}
+        self._numbers_are_names = any(name.strip().isdecimal() for name in names)
+
+    def index(self, value: object) -> int | Refusal | None:
+        """The index of the class; None for null, NaN and blank; a Refusal for anything unknown."""
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "surrogateescape")
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return None
+        name = ""
+        if isinstance(value, str):
+            name = value.strip()
+            if not name:
+                return None
+        elif (isinstance(value, int) and not isinstance(value, bool)) or (
+            isinstance(value, float) and value.is_integer()  # a column of integers with gaps, from pandas
+        ):
+            name = str(int(value)) if abs(value) < 1e9 else ""
+        found = self._index.get(value) if isinstance(value, str) else None
+        if found is None and (isinstance(value, str) or self._numbers_are_names):
+            found = self._index.get(name)
+        if found is None and not self._numbers_are_names and name.isdecimal() and len(name) < 10:
+            found = int(name) if int(name) < len(self._index) else None
+        if found is None:
+            shown = start_of_text(repr(start_of_text(value)) if isinstance(value, str) else value)
+            return Refusal("unknown_gold", f"{shown} is neither a name nor an index of labels.names")
+        return found
+
+
+class Cleaner:
+    """Turns the raw rows of one source into examples."""
+
+    def __init__(self, source: SourceConfig, field: str, labels: Sequence[str]) -> None:
+        self._source = source
+        self._field = field
+        self._golds = GoldNames(labels)
+        self._gold_required = field == "test"
+
+    def __call__(self, row: RawRow) -> Example | Refusal:
+        """The example, or the first reason against the row.
+
+        Reasons beside those of :func:`clean_text`: broken_line, unknown_gold, missing_gold (test only),
+        bad_id.
+        """
+        if row.broken:
+            return Refusal("broken_line", row.broken)
+        text = clean_text(row.text, self._source.max_chars, self._field)
+        if isinstance(text, Refusal):
+            return text
+        gold = self._golds.index(row.gold)
+        if isinstance(gold, Refusal):
+            return gold
+        if gold is None and self._gold_required:
+            return Refusal("missing_gold", f"{self._field}.gold is {self._source.gold!r}")
+        hash_ = text_hash(text)
+        given = row.id.decode("utf-8", "surrogateescape") if isinstance(row.id, bytes) else row.id
+        if given is None or given == "" or given != given:  # NaN is no id
+            id_ = f"{hash_:016x}"
+        elif isinstance(given, (list, dict, Unreadable)):
+            return Refusal("bad_id", f"{self._field}.id: a value of type {type(given).__name__}")
+        else:
+            id_ = str(given)
+            if wrong := _undecodable(id_):
+                return Refusal("undecodable", f"{self._field}.id: {wrong}")
+        return Example(id_, text, NO_GOLD if gold is None else gold, hash_)

@@ -1,0 +1,409 @@
+"""From the user's files to EXAMPLES: clean, de-duplicate, number. Memory does not grow with the corpus.
+
+1. Read: one Ray Data task per 32 MiB writes cleaned texts to staging shards, refused rows to the
+   quarantine, and gives back only counts. A shard is named by its task, so order does not depend on
+   scheduling. Large files of lines are surveyed first, so that they, too, are read in pieces.
+2. De-duplicate (see ``duplicates``): texts that repeat an earlier one are found by their hashes. The test
+   set comes first, so a pool text that is in it goes.
+3. Settle: shards that lose rows are rewritten, the others moved; the index is written last.
+
+One task per 4 million rows reads its share of the hashes of every lot and notes which rows must go; one task
+per lot that loses rows writes it anew. Neither reads what it does not need.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from ray.data import DataContext
+
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schema import Config, SourceConfig
+from llkd_ray.corpus import sources
+from llkd_ray.corpus.cleaning import START_CHARS, Cleaner, Refusal, start_of_text
+from llkd_ray.corpus.readers import RawRow, Unit, read_rows, reading
+from llkd_ray.corpus.sources import Found, Stretch, pack, pieces, plan, stretches, survey
+from llkd_ray.corpus.staging import (
+    GROUP_ROWS,
+    STAGING,
+    Lot,
+    Staged,
+    StagingWriter,
+    buckets,
+    read_hashes,
+    repeats,
+)
+from llkd_ray.resources import READING_CPUS
+from llkd_ray.storage import tables
+from llkd_ray.storage.run_dir import EXAMPLES_INDEX, QUARANTINE_DIR, RunStore
+from llkd_ray.storage.tables import Examples
+
+SAY_SECONDS = 10.0  # between two words on progress
+
+
+def ingest(config: Config, store: RunStore, say: Callable[[str], None] = print) -> Examples:
+    """Write EXAMPLES of ``config.corpus`` (the pool) and ``config.test``; Ray must be initialised.
+
+    Where the index is there already, nothing is done; a half-finished ingestion starts over. The same
+    input gives the same rows in the same order. Two texts count as the same where their 64-bit hashes
+    agree: among 100 million different texts, the chance that one is lost that way is about 1 in 4,000.
+
+    Raises :class:`ConfigError` where files or columns are not there, a file cannot be read, or no text
+    is left.
+    """
+    if store.exists(EXAMPLES_INDEX):
+        return Examples.open(store)
+    # The test set first: of equal texts the earliest stays.
+    parts = {"test": config.test, "pool": config.corpus}
+    present = {part: source for part, source in parts.items() if source is not None}
+    items = [item for part, source in present.items() for item in _read_items(part, source, say)]
+    _wipe(store)
+    say(f"reading the corpus in {len(items)} task(s)")
+    summaries = _read(items, present, config.labels.names, store, say)
+
+    rows_in = {part: sum(s["rows_in"] for s in summaries if s["part"] == part) for part in parts}
+    quarantined: dict[str, Counter[str]] = {part: Counter() for part in parts}
+    for summary in summaries:
+        quarantined[summary["part"]].update(summary["reasons"])
+    lots = [(s["part"], Lot.from_dict(lot)) for s in summaries for lot in s["lots"]]
+    for part, source in present.items():
+        kept = sum(lot.rows for of, lot in lots if of == part)
+        _require_rows(part, source, kept, rows_in[part], quarantined[part])
+
+    lost_BL = find_repeats(store, lots)
+    shards, dropped = settle(store, lots, lost_BL)
+    for part, source in present.items():
+        quarantined[part].update(dropped[part])
+        kept = sum(shard["rows"] for shard in shards[part])
+        _require_rows(part, source, kept, rows_in[part], quarantined[part])
+        refused = quarantined[part].total()
+        assert rows_in[part] == kept + refused, f"{part}: {rows_in[part]} read, {kept} + {refused} left"
+        reasons = f" ({_list(quarantined[part])})" if refused else ""
+        say(f"{part}: {rows_in[part]:,} rows read, {kept:,} kept, {refused:,} in quarantine{reasons}")
+    store.fs.delete_dir(store.path(STAGING))
+    counts = {part: dict(sorted(reasons.items())) for part, reasons in quarantined.items()}
+    store.write_json(EXAMPLES_INDEX, {**shards, "rows_in": rows_in, "quarantined": counts})
+    return Examples.open(store)
+
+
+def _field(part: str) -> str:
+    """The section of the configuration that a part comes from."""
+    return "corpus" if part == "pool" else part
+
+
+def _list(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
+
+
+def _require_rows(
+    part: str, source: SourceConfig, kept: int, rows_in: int, reasons: Mapping[str, int]
+) -> None:
+    if kept:
+        return
+    uri = ", ".join(source.uris)
+    if rows_in == 0:
+        remedy = f"is any row as {_field(part)}.where asks?" if source.where else "put rows into the files"
+        raise ConfigError(f"{_field(part)}.uri: {uri!r} holds no rows: {remedy}")
+    raise ConfigError(
+        f"{_field(part)}.uri: {uri!r} gave no usable text: {rows_in:,} rows read, in quarantine: "
+        f"{_list(reasons)}; check {_field(part)}.text and look into {QUARANTINE_DIR}/ of the run"
+    )
+
+
+def _wipe(store: RunStore) -> None:
+    """Remove what an ingestion left that did not come to its end."""
+    store.fs.delete_dir_contents(store.path("examples"), missing_dir_ok=True)
+    for name in store.names(QUARANTINE_DIR):
+        if name.startswith(("pool-", "test-")):
+            store.delete(f"{QUARANTINE_DIR}/{name}")
+
+
+# 1. Read
+
+
+def _read_items(part: str, source: SourceConfig, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    units = plan(source, _field(part))
+    # A limit counts from the front, so one task reads until it is reached.
+    packs = [units] if source.limit else pack(list(cut_large(units, source, _field(part), say)))
+    return [{"part": part, "task": number, "units": pickle.dumps(one)} for number, one in enumerate(packs)]
+
+
+def cut_large(
+    units: Sequence[Unit], source: SourceConfig, field: str, say: Callable[[str], None]
+) -> Iterator[Unit]:
+    """The units, with large files of lines in pieces."""
+    cuts = [stretches(unit, sources.TASK_BYTES) for unit in units]
+    items = [
+        {"stretch": pickle.dumps(stretch), "field": field, "max_chars": source.max_chars}
+        for cut in cuts
+        for stretch in cut
+    ]
+    if items:
+        say(f"looking where {sum(map(bool, cuts))} large file(s) can be cut, in {len(items)} task(s)")
+    surveyed = iter(sorted(_run(_survey_task, items)))
+    for unit, cut in zip(units, cuts, strict=True):
+        if not cut:
+            yield unit
+            continue
+        found = [[Found(**one) for one in next(surveyed)[1]["found"]] for _ in cut]
+        with reading(unit, field):
+            yield from pieces(list(zip(cut, found, strict=True)), source.max_chars)
+
+
+def _survey_task(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def found() -> dict[str, Any]:
+        stretch: Stretch = pickle.loads(batch["stretch"][0])
+        with reading(stretch.unit, str(batch["field"][0])):
+            return {"found": [asdict(one) for one in survey(stretch, int(batch["max_chars"][0]))]}
+
+    return _answer(batch, found)
+
+
+def _read(
+    items: Sequence[dict[str, Any]],
+    present: Mapping[str, SourceConfig],
+    labels: Sequence[str],
+    store: RunStore,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Run the read tasks; their summaries in the order of ``items``, whatever the order of running."""
+    summaries: dict[int, dict[str, Any]] = {}
+    last = time.monotonic()
+    arguments = {"present": dict(present), "labels": tuple(labels), "store": store}
+    for index, summary in _run(_read_task, items, **arguments):
+        summaries[index] = summary
+        if time.monotonic() - last > SAY_SECONDS:
+            last = time.monotonic()
+            rows = sum(one["rows_in"] for one in summaries.values())
+            say(f"read {rows:,} rows in {len(summaries)} of {len(items)} task(s)")
+    return [summaries[index] for index in range(len(items))]
+
+
+def _run(
+    task: Any, items: Sequence[dict[str, Any]], **arguments: Any
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Run one task for each item; yields the item's place and what :func:`_answer` said, as they come.
+
+    Raises the :class:`ConfigError` of the first task that had one.
+    """
+    if not items:
+        return
+    numbered = [{**item, "place": place} for place, item in enumerate(items)]
+    answers = 0
+    with quiet_ray_data():
+        # from_items needs no read task, which would ask for a whole CPU.
+        done = ray.data.from_items(numbered, override_num_blocks=len(numbered)).map_batches(
+            task, batch_size=1, num_cpus=READING_CPUS, fn_kwargs=arguments
+        )
+        for row in done.iter_rows():
+            answer = json.loads(row["answer"])
+            if "error" in answer:
+                raise ConfigError(answer["error"])
+            answers += 1
+            yield int(row["place"]), answer
+    assert answers == len(items), f"{answers} of {len(items)} tasks answered"
+
+
+def _answer(batch: dict[str, np.ndarray], work: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
+    """What a task gives back. A user's mistake comes back as data, so that no Ray traceback is around it."""
+    try:
+        answer = work()
+    except ConfigError as error:
+        answer = {"error": str(error)}
+    return {"place": batch["place"], "answer": np.array([json.dumps(answer)], dtype=object)}
+
+
+@contextmanager
+def quiet_ray_data() -> Iterator[None]:
+    """No progress bars: they would write over the run's own words."""
+    context = DataContext.get_current()
+    before = context.enable_progress_bars, context.print_on_execution_start
+    context.enable_progress_bars = context.print_on_execution_start = False
+    try:
+        yield
+    finally:
+        context.enable_progress_bars, context.print_on_execution_start = before
+
+
+def _read_task(
+    batch: dict[str, np.ndarray],
+    present: Mapping[str, SourceConfig],
+    labels: Sequence[str],
+    store: RunStore,
+) -> dict[str, np.ndarray]:
+    """Stage one item."""
+    part, task = str(batch["part"][0]), int(batch["task"][0])
+    units = pickle.loads(batch["units"][0])
+    return _answer(batch, lambda: _stage(part, task, units, present[part], labels, store))
+
+
+def _stage(
+    part: str,
+    task: int,
+    units: Sequence[Unit],
+    source: SourceConfig,
+    labels: Sequence[str],
+    store: RunStore,
+) -> dict[str, Any]:
+    """Clean the rows of some units into staging shards and quarantine files; returns the counts."""
+
+    def rows() -> Iterator[tuple[str, RawRow]]:
+        for unit in units:
+            for row in read_rows(unit, source, _field(part), labels):
+                yield unit.source, row
+
+    cleaner = Cleaner(source, _field(part), labels)
+    writer = StagingWriter(store, f"{part}-{task:06d}")
+    rows_in = 0
+    for name, row in islice(rows(), source.limit):
+        rows_in += 1
+        result = cleaner(row)
+        if isinstance(result, Refusal):
+            writer.refuse(name, row.position, result, start_of_text(row.text))
+        else:
+            writer.keep(name, row.position, result)
+    writer.flush()
+    return {
+        "part": part,
+        "rows_in": rows_in,
+        "lots": [lot.as_dict() for lot in writer.lots],
+        "reasons": writer.reasons,
+    }
+
+
+BUCKET_ROWS = 4_000_000  # hashes that one task compares: about 250 MB at work
+
+
+def find_repeats(store: RunStore, lots: Sequence[tuple[str, Lot]]) -> np.ndarray:
+    """int64[B, L]: how many rows each bucket found in each lot that must go.
+
+    Which ones they are is in the bucket's file: for each row its position in the lot, shifted left
+    by one bit, and the bit set where it leaked; lot after lot.
+    """
+    shares = buckets(sum(lot.rows for _, lot in lots), BUCKET_ROWS)
+    shared: Any = ray.put(list(lots))
+    lost = ray.get([_repeats_in_bucket.remote(store, shared, b, share) for b, share in enumerate(shares)])
+    return np.stack(lost)
+
+
+def _bucket_file(bucket: int) -> str:
+    return f"{STAGING}/repeats-{bucket:05d}.int64"
+
+
+@ray.remote(num_cpus=READING_CPUS)
+def _repeats_in_bucket(
+    store: RunStore, lots: Sequence[tuple[str, Lot]], bucket: int, share: tuple[int, int]
+) -> np.ndarray:
+    """int64[L]: rows to drop from each lot, among those whose hash falls into the bucket's partitions."""
+    with ThreadPoolExecutor(16) as pool:  # many small reads, on an object store each takes its time
+        records = list(pool.map(lambda one: read_hashes(store, one[1].hashes_file, *share), lots))
+    lot_N = np.repeat(np.arange(len(lots)), [one.size for one in records])
+    record_N = np.concatenate(records)
+    test_L = np.array([part == "test" for part, _ in lots])
+    repeat_R, leaked_R = repeats(record_N["hash"], test_L[lot_N])
+    marks_R = record_N["row"][repeat_R].astype("<i8") << 1 | leaked_R
+    store.write_bytes(_bucket_file(bucket), marks_R.astype("<i8").tobytes())
+    return np.bincount(lot_N[repeat_R], minlength=len(lots))
+
+
+def settle(
+    store: RunStore, lots: Sequence[tuple[str, Lot]], lost_BL: np.ndarray
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Counter[str]]]:
+    """Put the final shards in place; returns them by part, and what was dropped by part and reason."""
+    start_BL = np.cumsum(lost_BL, axis=1) - lost_BL
+    whole = [
+        shard
+        for (_, lot), lost in zip(lots, lost_BL.sum(axis=0), strict=True)
+        if not lost
+        for shard in lot.shards
+    ]
+    thinned: dict[int, Any] = {}
+    for index, (_, lot) in enumerate(lots):
+        marks = [
+            (int(b), int(start_BL[b, index]), int(lost_BL[b, index])) for b in lost_BL[:, index].nonzero()[0]
+        ]
+        if marks:
+            thinned[index] = _thin_out.remote(store, lot, marks)
+    with ThreadPoolExecutor(16) as pool:  # on an object store a move is a copy, which takes its time
+        list(pool.map(lambda shard: _move(store, shard), whole))
+    shards: dict[str, list[dict[str, Any]]] = {"pool": [], "test": []}
+    dropped: dict[str, Counter[str]] = {"pool": Counter(), "test": Counter()}
+    for index, (part, lot) in enumerate(lots):
+        kept_S = [shard.rows for shard in lot.shards]
+        if index in thinned:
+            kept_S, reasons = ray.get(thinned.pop(index))
+            dropped[part].update(reasons)
+        shards[part] += [
+            {"file": _target(shard), "rows": kept}
+            for shard, kept in zip(lot.shards, kept_S, strict=True)
+            if kept
+        ]
+    return shards, dropped
+
+
+def _target(shard: Staged) -> str:
+    return f"examples/{shard.name}.parquet"
+
+
+def _move(store: RunStore, shard: Staged) -> None:
+    store.fs.move(store.path(shard.file), store.path(_target(shard)))
+
+
+@ray.remote(num_cpus=READING_CPUS)
+def _thin_out(
+    store: RunStore, lot: Lot, marks: Sequence[tuple[int, int, int]]
+) -> tuple[list[int], Mapping[str, int]]:
+    """Put the shards of a lot in place without its repeated rows.
+
+    Returns the rows left by shard, and those dropped by reason. ``marks``: bucket, first mark and number of
+    marks in that bucket's file.
+    """
+    pieces = []
+    for bucket, start, count in marks:
+        with store.fs.open_input_file(store.path(_bucket_file(bucket))) as file:
+            pieces.append(np.frombuffer(file.read_at(8 * count, 8 * start), dtype="<i8"))
+    mark_R = np.sort(np.concatenate(pieces))
+    end_S = np.cumsum([shard.rows for shard in lot.shards])
+    of_shard = np.split(mark_R, np.searchsorted(mark_R >> 1, end_S[:-1]))
+    reasons: Counter[str] = Counter()
+    kept_S = []
+    for shard, end, shard_mark_R in zip(lot.shards, end_S, of_shard, strict=True):
+        kept_S.append(shard.rows - shard_mark_R.size)
+        if shard_mark_R.size:
+            position_R = (shard_mark_R >> 1) - (end - shard.rows)
+            reasons.update(_rewrite(store, shard, position_R, (shard_mark_R & 1).astype(bool)))
+        elif not store.exists(_target(shard)):  # it does where this task was begun before
+            _move(store, shard)
+    return kept_S, dict(reasons)
+
+
+def _rewrite(
+    store: RunStore, shard: Staged, position_R: np.ndarray, leaked_R: np.ndarray
+) -> Mapping[str, int]:
+    """Write a shard without some of its rows, which go to the quarantine; returns these by reason."""
+    table = store.read_table(shard.file)
+    keep_N = np.ones(shard.rows, dtype=bool)
+    keep_N[position_R] = False
+    if keep_N.any():
+        store.write_table(_target(shard), table.filter(pa.array(keep_N)), GROUP_ROWS)
+    keys = store.read_table(shard.keys_file).take(pa.array(position_R))
+    reason_R = np.where(leaked_R, "in_test_set", "duplicate")
+    detail_R = np.where(leaked_R, "the test set holds the same text", "an earlier row holds the same text")
+    starts = pc.utf8_slice_codeunits(table["text"].take(pa.array(position_R)), 0, START_CHARS)
+    columns = [keys["source"], keys["position"], pa.array(reason_R), pa.array(detail_R), starts]
+    refused = pa.table(columns, schema=tables.QUARANTINE)
+    store.write_table(f"{QUARANTINE_DIR}/{shard.name}-repeated.parquet", refused)
+    return Counter(reason_R.tolist())

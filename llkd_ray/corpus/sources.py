@@ -1,0 +1,396 @@
+"""From the ``uri`` of a corpus to units of reading: files found, columns checked, work cut up. No Ray.
+
+Everything that can be refused by looking at names, headers and footers is refused here, before a task
+starts.
+
+1. Stretches: about as many bytes each, cut blindly.
+2. A survey of each, which can run anywhere: where may its first record begin, and for each such place, where
+   does the first record behind the stretch begin, and how many rows lie between.
+3. Pieces: from the file's start on, each begins where the one before it ends. A place that was not surveyed
+   is surveyed now, so a wrong guess costs time and never a row.
+
+In jsonl and txt a record begins behind any line break. In a csv file, the break may be inside of quotes: then
+the record begins behind the line whose quotes are odd in number. Quotes that are no csv quotes (``5" pipe``)
+make that guess fail; the third step notices. The survey reads the file once more than reading alone would.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import islice, pairwise
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schema import SourceConfig
+from llkd_ray.corpus.readers import (
+    COMPRESSIONS,
+    Unit,
+    compression_of,
+    csv_records,
+    csv_steps,
+    jsonl_records,
+    open_hub,
+    open_parquet,
+    reading,
+    wanted_columns,
+)
+from llkd_ray.storage.run_dir import open_filesystem
+
+TASK_BYTES = 32 << 20  # what one task reads, where the files allow it
+JSONL_LOOK_ROWS = 1000  # rows in which a JSON lines file must show its columns
+NAME_CHARS, NAMES_SHOWN = 100, 50  # of the columns that a message lists
+HUB_UNITS = 64  # a hub data set is opened anew in every unit, so it is not cut finer than this
+KINDS = ("parquet", "jsonl", "json", "ndjson", "csv", "tsv", "txt")
+
+
+def plan(source: SourceConfig, field: str) -> list[Unit]:
+    """Everything that ``source`` names, in reading order: by uri, then by path.
+
+    Raises :class:`ConfigError` where a uri matches nothing, kinds are mixed or unknown, a file cannot
+    be opened, or a column is not there. ``field`` is the section's name, for the message.
+    """
+    found = [unit for uri in source.uris for unit in expand(uri, field)]
+    files = list({unit.source: unit for unit in found}.values())  # overlapping globs name a file twice
+    by_kind = {_family(unit.kind): unit for unit in files}
+    if len(by_kind) > 1:
+        first, second = list(by_kind.values())[:2]
+        raise ConfigError(
+            f"{field}.uri: {first.source!r} and {second.source!r} are of different kinds: "
+            "give files of one kind, with a glob such as folder/*.parquet"
+        )
+    with ThreadPoolExecutor(16) as pool:
+        cut = pool.map(lambda numbered: _inspect(numbered[1], source, field, numbered[0]), enumerate(files))
+        return [unit for units in cut for unit in units]
+
+
+def pack(units: Sequence[Unit]) -> list[list[Unit]]:
+    """Neighbouring units together until they reach TASK_BYTES, so that small files share a task."""
+    packs: list[list[Unit]] = []
+    filled = TASK_BYTES
+    for unit in units:
+        if filled + unit.size > TASK_BYTES:
+            packs.append([])
+            filled = 0
+        packs[-1].append(unit)
+        filled += unit.size
+    return packs
+
+
+# Finding files
+
+
+def expand(uri: str, field: str) -> list[Unit]:
+    """The files of one uri, sorted by path; not yet cut into units.
+
+    Raises :class:`ConfigError`, which names ``field``, where there is none.
+    """
+    if uri.startswith("hf://"):
+        return [Unit(source=uri, kind="hf", size=TASK_BYTES)]
+    base, pattern = _split_glob(uri)
+    try:
+        fs, path = open_filesystem(base)
+        info = fs.get_file_info(path)
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{field}.uri: {uri!r} cannot be opened ({reason}): check the address") from error
+    if info.is_file and not pattern:
+        infos = [info]
+    elif info.type == pafs.FileType.Directory:
+        selector = pafs.FileSelector(path, recursive=len(pattern) != 1 or pattern == ["**"])
+        wanted = pattern or ["**"]
+        # Markers and rubbish such as _SUCCESS and .ipynb_checkpoints do not count.
+        infos = [
+            one
+            for one in fs.get_file_info(selector)
+            if one.is_file
+            and _fits(parts := _below(one.path, path), wanted)
+            and not any(part.startswith((".",) if pattern else (".", "_")) for part in parts)
+        ]
+    else:
+        infos = []
+    if not infos:
+        raise ConfigError(f"{field}.uri: {uri!r} matches no file: check the path, or the glob")
+    prefix = uri.partition("://")[0] + "://" if "://" in uri else ""
+    return [
+        Unit(prefix + one.path, _kind(one.base_name, field), one.size or 0, base, one.path)
+        for one in sorted(infos, key=lambda one: one.path)
+    ]
+
+
+def _split_glob(uri: str) -> tuple[str, list[str]]:
+    """The part before the first wildcard, which can be opened, and the parts of the pattern behind it."""
+    remote = "://" in uri
+    if not remote and Path(uri).expanduser().exists():
+        return uri, []
+    # In a URI the question mark begins the options, so it is no wildcard there.
+    address, mark, query = uri.partition("?") if remote else (uri, "", "")
+    wildcard = re.search(r"[*\[]" if remote else r"[*?\[]", address)
+    if wildcard is None:
+        return uri, []
+    cut = address.rfind("/", 0, wildcard.start()) + 1
+    return (address[:cut] or ".") + mark + query, [part for part in address[cut:].split("/") if part]
+
+
+def _below(path: str, folder: str) -> list[str]:
+    return path.removeprefix(folder.rstrip("/")).strip("/").split("/")
+
+
+def _fits(parts: list[str], pattern: list[str]) -> bool:
+    """Whether the parts of a path match those of a glob; ``**`` stands for any number of folders."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        rest = pattern[1:]
+        return not rest or any(_fits(parts[start:], rest) for start in range(len(parts)))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
+
+
+def _kind(name: str, field: str) -> str:
+    parts = name.lower().split(".")
+    compressed = len(parts) > 2 and parts[-1] in COMPRESSIONS
+    kind = parts[-2] if compressed else parts[-1]
+    if kind not in KINDS or (kind == "parquet" and compressed):
+        endings = ", ".join(f".{known}" for known in KINDS)
+        raise ConfigError(
+            f"{field}.uri: the kind of {name!r} is unknown: the name must end in one of {endings} "
+            "(all but parquet also .gz or .zst); pick files with a glob such as folder/*.parquet"
+        )
+    return kind
+
+
+def _family(kind: str) -> str:
+    return "jsonl" if kind in ("json", "ndjson") else kind
+
+
+# Checks before the start
+
+
+def _inspect(unit: Unit, source: SourceConfig, field: str, number: int) -> list[Unit]:
+    """The units of one file, after a look at its columns."""
+    with reading(unit, field):
+        match unit.kind:
+            case "parquet":
+                return _parquet_units(unit, source, field)
+            case "hf":
+                return _hub_units(unit, source, field)
+            case "csv" | "tsv":
+                header = next(csv_records(unit, source.max_chars), None)
+                if header is None or header[2]:
+                    raise ConfigError(f"{field}.uri: {unit.source!r} has no header line: put one first")
+                _check_columns(header[1], unit, source, field)
+            case "txt":
+                for setting in ("gold", "id", "where"):
+                    if value := getattr(source, setting):
+                        raise ConfigError(
+                            f"{field}.{setting}: {value!r} is set, but txt files have no columns: "
+                            "leave it out, or use csv or jsonl"
+                        )
+            case _ if number == 0:  # a key may be absent anywhere, so only the first file is looked at
+                seen = _jsonl_keys(unit, source, field)
+                if seen:
+                    _check_columns(seen, unit, source, field)
+    return [unit]
+
+
+def _check_columns(columns: Sequence[str], unit: Unit, source: SourceConfig, field: str) -> None:
+    wanted = [("text", source.text), ("gold", source.gold), ("id", source.id)]
+    wanted += [("where", name) for name in source.where]
+    for setting, name in wanted:
+        if name is not None and name not in columns:
+            raise ConfigError(
+                f"{field}.{setting}: there is no column {name!r} in {unit.source!r}; "
+                f"its columns are {_in_words(columns)}"
+            )
+        if name is not None and columns.count(name) > 1:
+            raise ConfigError(
+                f"{field}.{setting}: {unit.source!r} has {columns.count(name)} columns {name!r}: rename them"
+            )
+
+
+def _in_words(columns: Sequence[str]) -> str:
+    """In one line, whatever stands where the names of columns should be."""
+    shown = [name if name.isprintable() else repr(name) for name in (one[:NAME_CHARS] for one in columns)]
+    more = ["…"] if len(shown) > NAMES_SHOWN else []
+    return ", ".join([*shown[:NAMES_SHOWN], *more]) or "(none)"
+
+
+def _parquet_units(unit: Unit, source: SourceConfig, field: str) -> list[Unit]:
+    """Row groups together until the wanted columns reach TASK_BYTES, uncompressed."""
+    with open_parquet(unit) as file:
+        _check_columns(file.schema_arrow.names, unit, source, field)
+        for name in source.where:
+            if pa.types.is_nested(kind := file.schema_arrow.field(name).type):
+                raise ConfigError(
+                    f"{field}.where: column {name!r} of {unit.source!r} is of type {kind}: name a column of "
+                    "single values"
+                )
+        wanted = set(wanted_columns(source))
+        units: list[Unit] = []
+        first = start = size = rows = 0
+        for group in range(file.metadata.num_row_groups):
+            meta = file.metadata.row_group(group)
+            chunks = (meta.column(c) for c in range(meta.num_columns))
+            size += sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in wanted)
+            rows += meta.num_rows
+            if size >= TASK_BYTES or group == file.metadata.num_row_groups - 1:
+                units.append(replace(unit, part=(start, group + 1), first=first, size=size))
+                first, start, size, rows = first + rows, group + 1, 0, 0
+        return units
+
+
+def _hub_units(unit: Unit, source: SourceConfig, field: str) -> list[Unit]:
+    name, mark, query = unit.source.removeprefix("hf://").partition("?")
+    if strangers := sorted(dict(parse_qsl(query)).keys() - {"split", "config", "revision"}):
+        raise ConfigError(
+            f"{field}.uri: {unit.source!r} has the unknown option {strangers[0]!r}: "
+            "it takes split, config and revision"
+        )
+    if Path(name).expanduser().is_dir():  # a local folder; workers run elsewhere, so make it absolute
+        unit = replace(unit, source=f"hf://{Path(name).expanduser().resolve()}{mark}{query}")
+    data = open_hub(unit)
+    columns = list(data.features or next(iter(data), {}))
+    _check_columns(columns, unit, source, field)
+    count = min(data.num_shards, HUB_UNITS)
+    return [replace(unit, part=(index, count)) for index in range(count)]
+
+
+def _jsonl_keys(unit: Unit, source: SourceConfig, field: str) -> list[str]:
+    """The keys of the first JSONL_LOOK_ROWS rows."""
+    keys: dict[str, None] = {}
+    for position, record, line, wrong in islice(jsonl_records(unit, source.max_chars), JSONL_LOOK_ROWS):
+        if position == 0 and re.match(r"\s*\[\s*(\{|$)", line):
+            raise ConfigError(
+                f"{field}.uri: {unit.source!r} is a JSON array: write one object a line (JSON lines)"
+            )
+        if not wrong:
+            keys.update(dict.fromkeys(record))
+    return list(keys)
+
+
+CHUNK = 1 << 20  # bytes looked at in one go
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Bytes [start, end) of a file of lines, which begin and end anywhere."""
+
+    unit: Unit
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """One way to read a stretch: records from byte ``start`` to ``stop``, with so many numbered rows."""
+
+    start: int
+    stop: int
+    rows: int
+
+
+def stretches(unit: Unit, size: int) -> list[Stretch]:
+    """Stretches of at most ``size`` bytes; none where the unit is small or can only be read in one go."""
+    if unit.kind in ("parquet", "hf") or unit.span or compression_of(unit) or unit.size <= size:
+        return []
+    count = -(-unit.size // size)
+    edges = [unit.size * number // count for number in range(count + 1)]
+    return [Stretch(unit, start, end) for start, end in pairwise(edges)]
+
+
+def survey(stretch: Stretch, max_chars: int) -> list[Found]:
+    """The ways to read a stretch, none where no record begins in it.
+
+    ``max_chars`` is the source's: it decides how long a csv field may be.
+    """
+    places = _places(stretch)
+    return [found_from(stretch, place, max_chars) for place in places if place < stretch.end]
+
+
+def pieces(surveyed: Sequence[tuple[Stretch, Sequence[Found]]], max_chars: int) -> Iterator[Unit]:
+    """The units that read one file, from all its stretches in order, with what was found in each."""
+    at, number = 0, 0
+    for stretch, found in surveyed:
+        if at >= stretch.end:  # the record before reaches beyond it
+            continue
+        here = next((one for one in found if one.start == at), None) or found_from(stretch, at, max_chars)
+        yield replace(stretch.unit, span=(at, here.stop), first=number, size=here.stop - at)
+        at, number = here.stop, number + here.rows
+
+
+def found_from(stretch: Stretch, start: int, max_chars: int) -> Found:
+    """How to read a stretch whose first record begins at ``start``."""
+    if stretch.unit.kind in ("csv", "tsv"):
+        return _csv_from(stretch, start, max_chars)
+    with _open(stretch.unit) as file:
+        stop = _behind_break(file, stretch.end, stretch.unit.size)
+        return Found(start, stop, _count(file, start, stop, b"\n"))
+
+
+def _csv_from(stretch: Stretch, start: int, max_chars: int) -> Found:
+    rows, stop = 0, start
+    for fields, wrong, stop in csv_steps(replace(stretch.unit, span=(start, stretch.unit.size)), max_chars):
+        rows += bool(fields or wrong)
+        if stop >= stretch.end:
+            break
+    else:
+        stop = stretch.unit.size
+    return Found(start, stop, max(0, rows - (start == 0)))  # the header is no row
+
+
+def _places(stretch: Stretch) -> list[int]:
+    """Where the first record of a stretch may begin."""
+    if stretch.start == 0:
+        return [0]
+    with _open(stretch.unit) as file:
+        outside = _behind_break(file, stretch.start, stretch.end)
+        if stretch.unit.kind not in ("csv", "tsv"):
+            return [outside]
+        return [outside, _behind_odd_line(file, outside, stretch.end)]
+
+
+def _open(unit: Unit) -> pa.NativeFile:
+    fs, _ = open_filesystem(unit.base)
+    return fs.open_input_file(unit.path)
+
+
+def _chunks(file: pa.NativeFile, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    """The bytes [start, stop) as chunks, each with its place."""
+    while start < stop and (chunk := file.read_at(min(CHUNK, stop - start), start)):
+        yield start, chunk
+        start += len(chunk)
+
+
+def _count(file: pa.NativeFile, start: int, stop: int, what: bytes) -> int:
+    return sum(chunk.count(what) for _, chunk in _chunks(file, start, stop))
+
+
+def _behind_break(file: pa.NativeFile, start: int, stop: int) -> int:
+    """The first place from ``start`` on that has a line break before it; ``stop`` where there is none."""
+    for place, chunk in _chunks(file, start - 1, stop):
+        if (found := chunk.find(b"\n")) >= 0:
+            return place + found + 1
+    return stop
+
+
+def _behind_odd_line(file: pa.NativeFile, start: int, stop: int) -> int:
+    """The place behind the first line with an odd number of quotes; ``stop`` where there is none."""
+    quotes = 0
+    for place, chunk in _chunks(file, start, stop):
+        if not quotes % 2 and b'"' not in chunk:
+            continue
+        begin = 0
+        while (found := chunk.find(b"\n", begin)) >= 0:
+            quotes += chunk.count(b'"', begin, found)
+            if quotes % 2:
+                return place + found + 1
+            quotes, begin = 0, found + 1
+        quotes += chunk.count(b'"', begin)
+    return stop

@@ -1,0 +1,192 @@
+"""Staging: what a read task leaves behind, before repeated texts are known. Needs no Ray.
+
+A file holds those of neighbouring rows: the end of each of PARTITIONS partitions (little-endian uint32), then
+RECORDs in ascending order of hash. What shares the top bits of its hash is in one partition, and
+neighbouring partitions are one read, so that finding repeated texts takes time in proportion to the corpus.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from llkd_ray.corpus.cleaning import Example, Refusal
+from llkd_ray.storage import tables
+from llkd_ray.storage.run_dir import QUARANTINE_DIR, RunStore
+
+STAGING = "examples/staging"
+SHARD_ROWS = 50_000
+SHARD_CHARS = 16 << 20  # of texts and ids in one shard: 64 MiB at most
+LOT_ROWS = 1_000_000  # whose hashes are in one file, about
+GROUP_ROWS = 1024  # the least that Examples.read reads for one row
+QUARANTINE_ROWS = 10_000  # in one file
+# Beside each staging shard: what the quarantine needs of a row that repeats another.
+KEYS = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("position", pa.int64(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A staging shard; its files are in STAGING."""
+
+    name: str
+    rows: int
+
+    @property
+    def file(self) -> str:
+        return f"{STAGING}/{self.name}.parquet"
+
+    @property
+    def keys_file(self) -> str:
+        return f"{STAGING}/{self.name}.keys.parquet"
+
+
+@dataclass(frozen=True)
+class Lot:
+    """Neighbouring shards of one read task, whose hashes are in one file (see ``hashes``)."""
+
+    name: str
+    shards: tuple[Staged, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def hashes_file(self) -> str:
+        return f"{STAGING}/{self.name}.hashes"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; :meth:`from_dict` backwards."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, facts: dict[str, Any]) -> Lot:
+        return cls(facts["name"], tuple(Staged(**shard) for shard in facts["shards"]))
+
+
+class StagingWriter:
+    """Collects rows and writes a file whenever enough are together."""
+
+    def __init__(self, store: RunStore, stem: str) -> None:
+        self._store = store
+        self._stem = stem
+        self._examples: list[tuple[str, str, int]] = []
+        self._keys: list[tuple[str, int]] = []
+        self._hashes: list[int] = []
+        self._chars = 0
+        self._shards: list[Staged] = []
+        self._hashes_of_shards: list[np.ndarray] = []
+        self._shard_files = 0
+        self._refused: list[tuple[str, int, str, str, str]] = []
+        self._quarantine_files = 0
+        self.lots: list[Lot] = []
+        self.reasons: Counter[str] = Counter()
+
+    def keep(self, source: str, position: int, example: Example) -> None:
+        self._examples.append(example[:3])
+        self._keys.append((source, position))
+        self._hashes.append(example.hash)
+        self._chars += len(example.text) + len(example.id)
+        if len(self._examples) >= SHARD_ROWS or self._chars >= SHARD_CHARS:
+            self._write_shard()
+
+    def refuse(self, source: str, position: int, refusal: Refusal, start: str) -> None:
+        self._refused.append((source, position, *refusal, start))
+        self.reasons[refusal.reason] += 1
+        if len(self._refused) >= QUARANTINE_ROWS:
+            self._write_quarantine()
+
+    def flush(self) -> None:
+        if self._examples:
+            self._write_shard()
+        if self._shards:
+            self._write_lot()
+        if self._refused:
+            self._write_quarantine()
+
+    def _write_shard(self) -> None:
+        shard = Staged(f"{self._stem}-{self._shard_files:05d}", len(self._examples))
+        self._store.write_table(shard.file, _table(self._examples, tables.EXAMPLES), GROUP_ROWS)
+        self._store.write_table(shard.keys_file, _table(self._keys, KEYS))
+        self._shard_files += 1
+        self._shards.append(shard)
+        self._hashes_of_shards.append(np.array(self._hashes, dtype=np.uint64))
+        self._examples, self._keys, self._hashes, self._chars = [], [], [], 0
+        if sum(one.rows for one in self._shards) >= LOT_ROWS:
+            self._write_lot()
+
+    def _write_lot(self) -> None:
+        lot = Lot(f"{self._stem}-{len(self.lots):05d}", tuple(self._shards))
+        write_hashes(self._store, lot.hashes_file, np.concatenate(self._hashes_of_shards))
+        self.lots.append(lot)
+        self._shards, self._hashes_of_shards = [], []
+
+    def _write_quarantine(self) -> None:
+        name = f"{QUARANTINE_DIR}/{self._stem}-{self._quarantine_files:05d}.parquet"
+        self._store.write_table(name, _table(self._refused, tables.QUARANTINE))
+        self._quarantine_files += 1
+        self._refused = []
+
+
+def _table(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
+    columns = zip(*rows, strict=True)
+    return pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+
+
+PARTITION_BITS = 10
+PARTITIONS = 1 << PARTITION_BITS
+RECORD = np.dtype([("hash", "<u8"), ("row", "<u4")])
+_ENDS = np.dtype("<u4")
+_HEAD_BYTES = PARTITIONS * _ENDS.itemsize
+
+
+def write_hashes(store: RunStore, relative: str, hash_N: np.ndarray) -> None:
+    """Write the hashes (uint64[N]) of rows 0..N-1."""
+    order_N = np.argsort(hash_N, kind="stable")
+    record_N = np.empty(hash_N.size, dtype=RECORD)
+    record_N["hash"], record_N["row"] = hash_N[order_N], order_N
+    bounds = np.arange(1, PARTITIONS, dtype=np.uint64) << np.uint64(64 - PARTITION_BITS)
+    end_P = np.append(np.searchsorted(record_N["hash"], bounds), hash_N.size)
+    store.write_bytes(relative, end_P.astype(_ENDS).tobytes() + record_N.tobytes())
+
+
+def read_hashes(store: RunStore, relative: str, first: int, end: int) -> np.ndarray:
+    """RECORD[n]: the partitions [first, end) of a file; of equal hashes, the earlier row stands first."""
+    with store.fs.open_input_file(store.path(relative)) as file:
+        end_P = np.concatenate([[0], np.frombuffer(file.read_at(_HEAD_BYTES, 0), dtype=_ENDS)])
+        start, stop = int(end_P[first]) * RECORD.itemsize, int(end_P[end]) * RECORD.itemsize
+        return np.frombuffer(file.read_at(stop - start, _HEAD_BYTES + start), dtype=RECORD)
+
+
+def buckets(n_rows: int, bucket_rows: int) -> list[tuple[int, int]]:
+    """Partitions [first, end) of each bucket, so that one holds about ``bucket_rows`` of all rows."""
+    count = min(PARTITIONS, max(1, -(-n_rows // bucket_rows)))
+    edges = [PARTITIONS * number // count for number in range(count + 1)]
+    return list(pairwise(edges))
+
+
+def repeats(hash_N: np.ndarray, in_test_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows whose hash stands earlier already: int64[R] ascending, and bool[R] whether it leaked.
+
+    A row leaked where it is not of the test set and the first row with its hash is.
+    """
+    order_N = np.argsort(hash_N, kind="stable")
+    sorted_N = hash_N[order_N]
+    starts_N = np.ones(hash_N.size, dtype=bool)
+    starts_N[1:] = sorted_N[1:] != sorted_N[:-1]
+    run_N = np.maximum.accumulate(np.where(starts_N, np.arange(hash_N.size), 0))
+    repeat_R, first_R = order_N[~starts_N], order_N[run_N[~starts_N]]
+    leaked_R = in_test_N[first_R] & ~in_test_N[repeat_R]
+    ascending = np.argsort(repeat_R)
+    return repeat_R[ascending], leaked_R[ascending]

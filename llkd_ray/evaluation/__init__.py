@@ -1,0 +1,1 @@
+"""Reads a finished round or run into records and figures."""

@@ -1,0 +1,261 @@
+"""What a round and a run have come to: figures from files, so that a resumed driver finds the same.
+
+What is known against the truth (gold) and what is known against the teacher are kept apart.
+
+Kept in a file of its own, small however large the run, so that the report need not go through the texts.
+
+Legend: N texts, C classes, B blocks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from llkd_ray.config.schedule import Schedule
+from llkd_ray.config.schema import Config
+from llkd_ray.metrics.calibration import Calibrator
+from llkd_ray.metrics.quality import (
+    accuracy_by_confidence,
+    agreement,
+    bootstrap_interval,
+    classification,
+    quality_of,
+    reliability,
+)
+from llkd_ray.metrics.uncertainty import Floats, Ints, confidence
+from llkd_ray.storage.run_dir import BATCH, GLANCE, INSIGHT, TRAINED, RunStore, round_file
+from llkd_ray.storage.tables import Examples, matrix_of, read_calibrator, read_labels, read_predictions
+
+
+class Measure:
+    """Reads a run's predictions, labels and gold, and holds them against each other."""
+
+    def __init__(self, store: RunStore, schedule: Schedule, config: Config) -> None:
+        self.store, self.schedule, self.config = store, schedule, config
+        self.n_classes = len(config.labels.names)
+        self.examples = Examples.open(store)
+
+    def round(self, round_number: int) -> dict[str, Any]:
+        """Accuracy, macro-F1 and ECE on gold, agreement with the teacher, accuracy of the pseudo-labels.
+
+        None stands for what cannot be known, for want of gold or of a hold-out.
+        """
+        row_N, p_NC = self.predictions(round_number)
+        on_gold = self._against_gold(row_N, p_NC)
+        return {
+            **(on_gold or dict.fromkeys(("accuracy", "macro_f1", "ece"))),
+            "teacher_agreement": self._teacher_agreement(row_N, p_NC),
+            "pseudo_label_accuracy": self._pseudo_label_accuracy(round_number),
+        }
+
+    def student(self, round_number: int, rng: np.random.Generator) -> dict[str, Any]:
+        """The round's figures with 95 % bootstrap intervals of accuracy and macro-F1."""
+        figures = self.round(round_number)
+        row_N, p_NC = self.predictions(round_number)
+        known, gold_N = self.gold(row_N)
+        if known.any():
+            predicted_N = p_NC[known].argmax(axis=1)
+            figures["accuracy_interval"] = bootstrap_interval(gold_N[known], predicted_N, "accuracy", rng)
+            figures["macro_f1_interval"] = bootstrap_interval(gold_N[known], predicted_N, "macro_f1", rng)
+        return figures
+
+    def teacher(self, rng: np.random.Generator) -> dict[str, Any] | None:
+        """The teacher's own figures on the test set, and what its confidence is worth there; where it has not
+        labelled the test set, the latter on pool texts with gold; None where no gold is known at all.
+
+        Of the hold-out nothing counts, for a temperature is fitted on it.
+        """
+        labels = read_labels(self.store, self.schedule.test_tickets)
+        row_N, p_NC = self._teacher_opinion(labels)
+        figures = self._against_gold(row_N, p_NC)
+        if figures is None:
+            quality = self._quality(read_labels(self.store, self.schedule.pool_tickets), rng)
+            return quality and {"quality": {"on": "pool texts with gold", **quality}}
+        known, gold_N = self.gold(row_N)
+        correct_N = p_NC[known].argmax(axis=1) == gold_N[known]
+        figures["by_confidence"] = accuracy_by_confidence(confidence(p_NC[known]), correct_N)
+        figures["off_label"] = float(np.mean(labels["off_label"].to_numpy()))
+        quality = self._quality(labels, rng)
+        assert quality is not None
+        return figures | {"quality": {"on": "test set", **quality}}
+
+    def checkpoint(self, round_number: int) -> str:
+        """The folder of the student's weights after a round."""
+        return str(self.store.read_json(round_file(round_number, TRAINED))["checkpoint"])
+
+    def predictions(self, round_number: int) -> tuple[Ints, Floats]:
+        """int64[N], float[N, C]: rows of test set and hold-out, and the student's answers after a round."""
+        return read_predictions(self.store, round_number, self.n_classes)
+
+    def gold(self, row_N: Ints) -> tuple[np.ndarray, Ints]:
+        """bool[N]: where a test row's gold is known, and int[N]: the gold, -1 elsewhere."""
+        gold_N = np.full(row_N.size, -1, dtype=np.int64)
+        is_test_N = row_N >= self.examples.n_pool
+        gold_N[is_test_N] = self._gold_of_test[row_N[is_test_N] - self.examples.n_pool]
+        return gold_N >= 0, gold_N
+
+    @cached_property
+    def _gold_of_test(self) -> Ints:
+        """int64[n_test]: the same in every round."""
+        gold = self.examples.read(self.examples.test_rows, ["gold"])["gold"]
+        return gold.to_numpy().astype(np.int64)
+
+    def _against_gold(self, row_N: Ints, p_NC: Floats) -> dict[str, Any] | None:
+        known, gold_N = self.gold(row_N)
+        if not known.any():
+            return None
+        scores = classification(gold_N[known], p_NC[known], self.n_classes)
+        return {"accuracy": scores.accuracy, "macro_f1": scores.macro_f1, "ece": scores.ece}
+
+    def _quality(self, labels: pa.Table, rng: np.random.Generator) -> dict[str, Any] | None:
+        gold_N = self.examples.read(labels["row"].to_numpy(), ["gold"])["gold"].to_numpy()
+        mass_NC = matrix_of(labels["probs"], self.n_classes)
+        return quality_of(mass_NC, gold_N.astype(np.int64), self._calibrator(), rng)
+
+    def _calibrator(self) -> Calibrator:
+        calibrator = read_calibrator(self.store, self.config)
+        assert calibrator is not None, "it is fitted before the first round is selected"
+        return calibrator
+
+    def _teacher_agreement(self, row_N: Ints, p_NC: Floats) -> float | None:
+        teacher_row, p_teacher = self._teacher_on_holdout
+        both, mine, theirs = np.intersect1d(row_N, teacher_row, return_indices=True)
+        return agreement(p_NC[mine], p_teacher[theirs]) if both.size else None
+
+    @cached_property
+    def _teacher_on_holdout(self) -> tuple[Ints, Floats]:
+        """Labelled before the first round is selected, and then for good."""
+        return self.teacher_opinion(self.schedule.holdout_tickets)
+
+    def teacher_opinion(self, tickets: Iterable[int]) -> tuple[Ints, Floats]:
+        """int64[N], float[N, C]: the rows of some tickets, and the teacher's answers as they are used."""
+        return self._teacher_opinion(read_labels(self.store, tickets))
+
+    def _teacher_opinion(self, labels: pa.Table) -> tuple[Ints, Floats]:
+        return labels["row"].to_numpy(), self._calibrator().apply(matrix_of(labels["probs"], self.n_classes))
+
+    def _pseudo_label_accuracy(self, round_number: int) -> float | None:
+        batch = self.store.read_table(round_file(round_number, BATCH), ["row", "label"])
+        gold_M = self.examples.read(batch["row"].to_numpy(), ["gold"])["gold"].to_numpy()
+        known = gold_M >= 0
+        return float(np.mean(gold_M[known] == batch["label"].to_numpy()[known])) if known.any() else None
+
+
+SAMPLES = 8
+"""Texts of a kind that are kept."""
+SAMPLE_CHARS = 500
+POOL_LOOK = 200_000
+"""Pool texts whose gold is counted at most."""
+BLOCK = 10_000
+PAIRS = 5_000
+"""Pairs of true and answered class that are kept at most, the most frequent."""
+
+
+def write_insight(store: RunStore, measure: Measure, last: int) -> None:
+    """Write INSIGHT of a run that is finished after round ``last``."""
+    row_N, p_NC = measure.predictions(last)
+    store.write_json(
+        INSIGHT,
+        {
+            **_against_gold(measure, row_N, p_NC),
+            "pool_gold": _pool_gold(measure),
+            "disagreements": _disagreements(measure, row_N, p_NC),
+            **_looked_at(store, measure, last),
+        },
+    )
+
+
+def _against_gold(measure: Measure, row_N: Ints, p_NC: Floats) -> dict[str, Any]:
+    """The student on the test set: pairs of classes with their count, and bins of confidence."""
+    known_N, gold_N = measure.gold(row_N)
+    if not known_N.any():
+        return {"confusion": None, "reliability": None}
+    gold_N, p_NC = gold_N[known_N], p_NC[known_N]
+    answer_N = p_NC.argmax(axis=1)
+    pairs, times = np.unique(np.stack([gold_N, answer_N], axis=1), axis=0, return_counts=True)
+    kept = np.sort(np.argsort(-times, kind="stable")[:PAIRS])
+    return {
+        "confusion": [[*pair, n] for pair, n in zip(pairs[kept].tolist(), times[kept].tolist(), strict=True)],
+        "reliability": reliability(confidence(p_NC), answer_N == gold_N),
+    }
+
+
+def _pool_gold(measure: Measure) -> list[int] | None:
+    """int[C]: pool texts of each true class, as far as that is known; of blocks all over a large pool."""
+    examples = measure.examples
+    n_blocks = -(-min(examples.n_pool, POOL_LOOK) // BLOCK)
+    start_B = np.linspace(0, max(0, examples.n_pool - BLOCK), n_blocks).astype(np.int64)
+    row_N = np.unique(np.concatenate([np.arange(start, start + BLOCK) for start in start_B]))
+    gold_N = examples.read(row_N[row_N < examples.n_pool], ["gold"])["gold"].to_numpy()
+    known_N = gold_N[gold_N >= 0]
+    return np.bincount(known_N, minlength=measure.n_classes).tolist() if known_N.size else None
+
+
+def _disagreements(measure: Measure, row_N: Ints, p_NC: Floats) -> list[dict[str, Any]]:
+    """Of texts that nobody was trained on, those where student and teacher are surest of different labels."""
+    tickets = [*measure.schedule.holdout_tickets, *measure.schedule.test_tickets]
+    teacher_row, p_teacher = measure.teacher_opinion(tickets)
+    both_N, mine, theirs = np.intersect1d(row_N, teacher_row, return_indices=True)
+    p_student_NC, p_teacher_NC = p_NC[mine], p_teacher[theirs]
+    student_N, teacher_N = p_student_NC.argmax(axis=1), p_teacher_NC.argmax(axis=1)
+    sure_N = np.minimum(confidence(p_student_NC), confidence(p_teacher_NC))
+    differ = np.flatnonzero(student_N != teacher_N)
+    chosen = differ[np.argsort(-sure_N[differ], kind="stable")[:SAMPLES]]
+    return [
+        text
+        | {
+            "student": int(student_N[i]),
+            "student_confidence": float(p_student_NC[i].max()),
+            "teacher": int(teacher_N[i]),
+            "teacher_confidence": float(p_teacher_NC[i].max()),
+        }
+        for i, text in zip(chosen, _texts(measure, both_N[chosen]), strict=True)
+    ]
+
+
+def _looked_at(store: RunStore, measure: Measure, last: int) -> dict[str, list[dict[str, Any]]]:
+    """Of what rounds chose from, at a glance: where both signals were high, and where both sides doubted."""
+    files = [file for k in range(last + 1) if store.exists(file := round_file(k, GLANCE))]
+    glances = [store.read_table(file) for file in files]
+    if not glances:  # a run of an older version
+        return {"useful": [], "doubtful": []}
+    table = pa.concat_tables(glances)
+    confidence_N, uncertainty_N = (table[name].to_numpy() for name in ("confidence", "uncertainty"))
+    is_useful_N = table["selected"].to_numpy() & ~np.isnan(uncertainty_N)
+    doubt_N = (1.0 - confidence_N) * np.where(np.isnan(uncertainty_N), 1.0, uncertainty_N)
+    return {
+        "useful": _top(measure, table, np.where(is_useful_N, confidence_N * uncertainty_N, -np.inf)),
+        "doubtful": _top(measure, table, doubt_N),
+    }
+
+
+def _top(measure: Measure, table: pa.Table, value_N: Floats) -> list[dict[str, Any]]:
+    """The texts of largest value, each once; minus infinity keeps one out."""
+    by_value = np.argsort(-value_N, kind="stable")
+    by_value = by_value[np.isfinite(value_N[by_value])]
+    first = np.sort(np.unique(table["row"].to_numpy()[by_value], return_index=True)[1])[:SAMPLES]
+    chosen = table.take(pa.array(by_value[first])).to_pylist()
+    texts = _texts(measure, np.array([one["row"] for one in chosen], dtype=np.int64))
+    return [
+        text
+        | {
+            "teacher": one["label"],
+            "teacher_confidence": one["confidence"],
+            "uncertainty": None if np.isnan(one["uncertainty"]) else one["uncertainty"],
+        }
+        for one, text in zip(chosen, texts, strict=True)
+    ]
+
+
+def _texts(measure: Measure, row_N: Ints) -> list[dict[str, Any]]:
+    """The beginning of each text, and its gold where that is known."""
+    table = measure.examples.read(row_N, ["text", "gold"])
+    return [
+        {"text": one["text"][:SAMPLE_CHARS], "gold": one["gold"] if one["gold"] >= 0 else None}
+        for one in table.to_pylist()
+    ]

@@ -1,0 +1,311 @@
+"""What the files of a run directory say about the run, read once, for report, card and comparison.
+
+Nothing here draws or writes. Whatever a run has not produced yet, or cannot know, is None or empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import yaml
+
+from llkd_ray.storage import tables
+from llkd_ray.storage.run_dir import (
+    BATCH,
+    CONFIG,
+    ESTIMATE,
+    EXAMPLES_INDEX,
+    MANIFEST,
+    QUARANTINE_DIR,
+    ROUNDS_DIR,
+    SELECTED,
+    SUMMARY,
+    RunStore,
+    round_file,
+)
+
+PHASES = ("teach", "select", "train", "refresh", "evaluate", "idle")
+SAMPLES_PER_CLASS = 3
+TEACHER_KEYS = ("accuracy", "macro_f1", "ece", "by_confidence", "off_label", "quality")
+STUDENT_KEYS = (
+    "accuracy",
+    "macro_f1",
+    "ece",
+    "accuracy_interval",
+    "macro_f1_interval",
+    "teacher_agreement",
+)
+TOTAL_KEYS = ("labelled", "trained", "teacher_tokens", "seconds")
+
+
+class Sample(NamedTuple):
+    """A text that was trained on."""
+
+    text: str
+    weight: float
+    confidence: float
+
+
+class Selected(NamedTuple):
+    """What was selected of one class, over all rounds."""
+
+    label: str
+    texts: int
+    mean_weight: float | None
+    samples: list[Sample]
+
+
+class PartRows(NamedTuple):
+    """What became of the rows of the pool or of the test set."""
+
+    read: int
+    kept: int
+    quarantined: dict[str, int]
+    """Rows refused, by reason."""
+
+
+class Spent(NamedTuple):
+    """What a run has used of its teachers. Empty where it is not known."""
+
+    usage: dict[str, dict[str, Any]]
+    """By teacher (``answers.Usage``), with its cost."""
+    currency: str | None
+    """None where no price is set."""
+    cap: dict[str, Any] | None
+    """Limits of the budget, and whether one was reached."""
+    unasked: int
+    """Texts that were not asked for, because the cap was reached."""
+    lost: list[dict[str, str]]
+    """Replicas of a teacher that were lost, and why."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """All that report and card say, read once. Shares are in [0, 1]; None stands for unknown."""
+
+    name: str
+    config_text: str
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    finished: bool
+    teacher: dict[str, Any]
+    student: dict[str, Any]
+    totals: dict[str, Any]
+    selected: list[Selected]
+    prior: dict[str, float]
+    """What shares of the classes the student reckons with; empty where it is what it was shown."""
+    rows: dict[str, PartRows]
+    """Of "pool" and "test"; empty while the corpus has not been read."""
+    unanswered: dict[str, int]
+    """Rows kept that the teacher gave no answer to, by reason."""
+    spent: Spent
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """The student's temperature (``student_calibration``); empty in runs of older versions."""
+    audit: dict[str, Any] = field(default_factory=dict)
+    """What people who were asked about labels have found (``audit.estimate``); empty where nobody was."""
+
+    @property
+    def labels(self) -> list[str]:
+        return list(self.config["labels"]["names"])
+
+    @property
+    def refusals(self) -> list[str]:
+        """Every reason for which a row went to quarantine, most frequent first."""
+        totals = sum((Counter(part.quarantined) for part in self.rows.values()), Counter[str]())
+        return [reason for reason, _ in totals.most_common()]
+
+    @property
+    def teacher_name(self) -> str:
+        """One name, or that of the small teacher and of the large one."""
+        return " and ".join(_model_name(member) for member in self.teachers.values())
+
+    @property
+    def teachers(self) -> dict[str, dict[str, Any]]:
+        """The settings of each teacher that is asked, by its name in ``spent.usage``."""
+        return _members(self.config["teacher"])
+
+    @property
+    def prompts(self) -> list[str]:
+        """Hashes of the teachers' prompts, as far as they have one."""
+        facts = self.manifest.get("teacher") or {}
+        return [one["prompt_hash"] for one in (facts, *facts.values()) if "prompt_hash" in _mapping(one)]
+
+    @property
+    def sources(self) -> list[str]:
+        """Where the pool came from; of local files name and folder, for a card is read elsewhere."""
+        return _uris(self.config["corpus"])
+
+    @property
+    def tested_on(self) -> list[str]:
+        """Where the test set came from, in the same way."""
+        return _uris(self.config["test"]) if self.config.get("test") else []
+
+    @property
+    def methods(self) -> dict[str, str]:
+        """How each teacher's confidence is had; runs of older versions knew one way only."""
+        return {
+            name: member.get("confidence", {}).get("method", "raw") for name, member in self.teachers.items()
+        }
+
+
+def read_facts(store: RunStore) -> RunFacts:
+    """Read config, manifest, metrics, summary, the index of the examples and the rounds' batches."""
+    if not store.exists(CONFIG):
+        raise ValueError(f"{store.root!r} has no {CONFIG}: give the directory of a run")
+    config_text = store.read_bytes(CONFIG).decode()
+    config = yaml.safe_load(config_text)
+    rounds = [_without_nan(line) for line in store.read_metrics()]
+    summary = _without_nan(store.read_json(SUMMARY)) if store.exists(SUMMARY) else {}
+    last = rounds[-1] if rounds else {}
+    total_seconds = sum(sum(phase_seconds(line).values()) for line in rounds) if rounds else None
+    return RunFacts(
+        name=store.root.rpartition("/")[2],
+        config_text=config_text,
+        config=config,
+        manifest=store.read_json(MANIFEST) if store.exists(MANIFEST) else {},
+        rounds=rounds,
+        finished=bool(summary),
+        teacher=_pick(TEACHER_KEYS, summary.get("teacher")),
+        # A run that has not finished is described by its last round.
+        student=_pick(STUDENT_KEYS, last, summary.get("student")),
+        totals=_pick(TOTAL_KEYS, last | {"seconds": total_seconds}, summary),
+        selected=_read_selected(store, config["labels"]["names"]),
+        prior=_read_prior(store, config["labels"]["names"]),
+        rows=_read_rows(store),
+        unanswered=_read_unanswered(store),
+        spent=_read_spent(summary, config["teacher"]),
+        calibration=summary.get("calibration") or {},
+        audit=store.read_json(ESTIMATE) if store.exists(ESTIMATE) else {},
+    )
+
+
+def _members(teacher: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    if teacher["kind"] != "cascade":
+        return {"teacher": teacher}
+    return {name: teacher["cascade"][name] for name in ("small", "large")}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _uris(source: dict[str, Any]) -> list[str]:
+    uris = [source["uri"]] if isinstance(source["uri"], str) else source["uri"]
+    return [uri.partition("?")[0] if "://" in uri else "/".join(uri.split("/")[-2:]) for uri in uris]
+
+
+def _model_name(teacher: dict[str, Any]) -> str:
+    recorded = teacher["recorded"]["uri"] if teacher["kind"] == "recorded" else ""
+    return teacher["model"] or f"recorded answers ({recorded.rstrip('/').rpartition('/')[2]})"
+
+
+def _read_spent(summary: dict[str, Any], teacher: dict[str, Any]) -> Spent:
+    prices = [member.get("price") or {} for member in _members(teacher).values()]
+    has_price = any(price.get(kind) for price in prices for kind in ("input", "cached", "output"))
+    return Spent(
+        usage=summary.get("usage") or {},
+        currency=summary.get("currency") if has_price else None,
+        cap=summary.get("cap"),
+        unasked=summary.get("unasked") or 0,
+        lost=summary.get("lost") or [],
+    )
+
+
+def _pick(keys: Sequence[str], *sources: dict[str, Any] | None) -> dict[str, Any]:
+    """Each key's value in the last source that knows it, else None."""
+    known = {k: v for source in sources if source for k, v in source.items() if v is not None}
+    return {key: known.get(key) for key in keys}
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON as Python writes it may hold NaN; here it means the same as null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def phase_seconds(line: dict[str, Any]) -> dict[str, float]:
+    """Seconds of each phase in one line of the metrics; a phase that was not timed counts nothing."""
+    spent = line.get("seconds") or {}
+    return {phase: spent.get(phase) or 0.0 for phase in PHASES}
+
+
+def _read_rows(store: RunStore) -> dict[str, PartRows]:
+    if not store.exists(EXAMPLES_INDEX):
+        return {}
+    index = store.read_json(EXAMPLES_INDEX)
+    return {
+        part: PartRows(
+            read=index["rows_in"].get(part, 0),
+            kept=sum(shard["rows"] for shard in index[part]),
+            quarantined=index["quarantined"].get(part, {}),
+        )
+        for part in ("pool", "test")
+    }
+
+
+def _read_unanswered(store: RunStore) -> dict[str, int]:
+    files = [name for name in store.names(QUARANTINE_DIR, ".parquet") if name.startswith("teacher-")]
+    columns = (store.read_table(f"{QUARANTINE_DIR}/{name}", columns=["reason"]) for name in files)
+    reasons = (reason for column in columns for reason in column["reason"].to_pylist())
+    return dict(Counter(reasons).most_common())
+
+
+def _round_files(store: RunStore, name: str) -> list[str]:
+    """The files of this name of all rounds that have one, in the order of the rounds."""
+    rounds = sorted(int(folder) for folder in store.folders(ROUNDS_DIR) if folder.isdigit())
+    return [file for k in rounds if store.exists(file := round_file(k, name))]
+
+
+def _read_prior(store: RunStore, labels: Sequence[str]) -> dict[str, float]:
+    """Of the last round that is selected."""
+    files = _round_files(store, SELECTED)
+    prior = store.read_json(files[-1]).get("prior") if files else None
+    return dict(zip(labels, prior, strict=True)) if prior else {}
+
+
+def _read_selected(store: RunStore, labels: Sequence[str]) -> list[Selected]:
+    """Counts of each class, and the heaviest, the middle and the lightest of its texts."""
+    files = _round_files(store, BATCH)
+    slim = pa.schema([tables.ROUND.field(name) for name in ("row", "label", "weight")])
+    batches = [store.read_table(file, columns=slim.names) for file in files]
+    table = pa.concat_tables(batches) if batches else slim.empty_table()
+    file_N = np.repeat(np.arange(len(batches)), [batch.num_rows for batch in batches])
+    row_N, label_N, weight_N = (table[name].to_numpy() for name in slim.names)
+    # A text that came again in a later round counts once.
+    first_N = np.unique(row_N, return_index=True)[1]
+    file_N, row_N, label_N, weight_N = (x[first_N] for x in (file_N, row_N, label_N, weight_N))
+
+    chosen_of_class: list[np.ndarray] = []
+    for label in range(len(labels)):
+        of_class = np.flatnonzero(label_N == label)
+        heaviest_first = of_class[np.argsort(-weight_N[of_class], kind="stable")]
+        spread = np.linspace(0, of_class.size - 1, min(SAMPLES_PER_CLASS, of_class.size))
+        chosen_of_class.append(heaviest_first[spread.round().astype(int)])
+    samples: dict[int, Sample] = {}
+    all_chosen = np.concatenate(chosen_of_class) if chosen_of_class else np.array([], dtype=int)
+    for number, file in enumerate(files):
+        wanted = row_N[all_chosen[file_N[all_chosen] == number]]
+        if wanted.size:
+            batch = store.read_table(file)
+            keep = batch.filter(pa.array(np.isin(batch["row"].to_numpy(), wanted)))
+            for entry in keep.to_pylist():
+                samples[entry["row"]] = Sample(entry["text"], entry["weight"], max(entry["probs"]))
+    return [
+        Selected(
+            label,
+            texts=int((label_N == number).sum()),
+            mean_weight=float(weight_N[label_N == number].mean()) if (label_N == number).any() else None,
+            samples=[samples[int(row_N[i])] for i in chosen_of_class[number]],
+        )
+        for number, label in enumerate(labels)
+    ]

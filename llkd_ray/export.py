@@ -1,0 +1,294 @@
+"""A run's model made ready to be taken elsewhere: calibrated anew, with a card, as ONNX, on the hub.
+
+Shapes in names: B texts of a batch, L tokens of the longest, C labels.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.fs as pafs
+import torch
+from torch import nn
+
+from llkd_ray.config.base import ConfigError
+from llkd_ray.evaluation.student_calibration import audited_sample, fit_student, in_words, write_calibration
+from llkd_ray.report.pages import write_pages
+from llkd_ray.run.loop import run_config
+from llkd_ray.storage.checkpoints import Checkpoint, inspect
+from llkd_ray.storage.run_dir import CONFIG, MODEL_DIR, ONNX_DIR, SUMMARY, RunStore
+from llkd_ray.storage.tables import Examples
+from llkd_ray.student.inference import load, score
+from llkd_ray.student.model import Student
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came of an export."""
+
+    model: str
+    """The folder."""
+    calibration: dict[str, Any] | None = field(default=None, repr=False)
+    """Of a run: as in config.json."""
+    onnx: str | None = None
+    differences: list[Difference] = field(default_factory=list)
+    """ONNX Runtime against torch, batch by batch."""
+    address: str | None = None
+    """On the hub."""
+
+
+def export_model(
+    model: str,
+    *,
+    onnx: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
+    say: Say = print,
+) -> Exported:
+    """Bring a finished run's model up to date with what people have said since; or take a checkpoint folder.
+
+    Its temperature is fitted anew, its card and the run's report are written anew; a checkpoint that no run
+    made stays as it is. ``onnx`` adds ``onnx/model.onnx``, ``push_to_hub`` uploads the folder under that
+    name. Raises ConfigError for what the user can mend.
+    """
+    checkpoint = inspect(model)
+    if not (checkpoint.is_remote or Path(checkpoint.source).is_dir()):
+        raise ConfigError(f"MODEL: {model!r} is a hub name: give a run directory or a checkpoint folder")
+    store, run = RunStore(checkpoint.source), _run_of(model)
+    calibration = None
+    if run is not None:
+        calibration = _calibrated(run, checkpoint)
+        say(in_words(calibration))
+        write_pages(run)
+    found: list[Difference] = []
+    if onnx:
+        student = load(checkpoint, "float32", torch.device("cpu"))
+        found = export_onnx(student, checkpoint.max_tokens, store)
+        for one in found:
+            say(f"onnx: {one.texts} × {one.tokens} tokens: largest difference from torch {one.largest:.1e}")
+        say(f"onnx: {store.uri(f'{ONNX_DIR}/{FILE}')}, within {LIMIT:g} of torch")
+    address = None
+    if push_to_hub is not None:
+        with _local(store) as folder:
+            address = push(folder, push_to_hub, private=private, message="Model made with llkd-ray")
+        say(f"hub: {address}")
+    return Exported(
+        model=store.uri(),
+        calibration=calibration,
+        onnx=store.uri(f"{ONNX_DIR}/{FILE}") if onnx else None,
+        differences=found,
+        address=address,
+    )
+
+
+def _run_of(model: str) -> RunStore | None:
+    """The finished run whose directory, or whose model/, this is."""
+    for store in (RunStore(model), RunStore(model.rstrip("/").removesuffix(f"/{MODEL_DIR}"))):
+        if store.exists(CONFIG) and store.exists(SUMMARY):
+            return store
+    return None
+
+
+def _calibrated(run: RunStore, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The temperature by what is known today, written into the model and into the summary."""
+    config = run_config(run)
+    last = run.read_metrics()[-1]["round"]
+    row_M, audited = audited_sample(run), None
+    if row_M.size:
+        texts = Examples.open(run).read(row_M, ["text"])["text"].to_pylist()
+        student = load(checkpoint, config.student.precision, torch.device("cpu"))
+        audited = row_M, score(student, texts, checkpoint.max_tokens, None)  # without its temperature
+    found = fit_student(run, config, last, audited)
+    write_calibration(run, found)
+    run.write_json(SUMMARY, run.read_json(SUMMARY) | {"calibration": found})
+    return found
+
+
+@contextmanager
+def _local(store: RunStore) -> Iterator[Path]:
+    """The folder on this machine, all of it."""
+    if store.is_local:
+        yield Path(store.root)
+        return
+    with tempfile.TemporaryDirectory(prefix="llkd-model-") as folder:
+        pafs.copy_files(store.root, folder, store.fs, pafs.LocalFileSystem())
+        yield Path(folder)
+
+
+LEFT_OUT = ["*.tmp", ".*"]
+"""What a killed writer may have left."""
+
+
+def push(folder: Path, name: str, *, private: bool, message: str) -> str:
+    """Upload the folder as the model ``OWNER/NAME``, which is made if there is none; returns its address.
+
+    The token is the one that ``hf auth login`` has stored, or HF_TOKEN. Raises ConfigError where the hub
+    refuses, or does not answer.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if not get_token():
+        raise ConfigError(
+            "--push-to-hub: there is no token for the hub: run `hf auth login`, or set HF_TOKEN"
+        )
+    api = HfApi()
+    try:
+        address = api.create_repo(name, private=private, exist_ok=True, repo_type="model")
+        api.upload_folder(
+            folder_path=folder,
+            repo_id=address.repo_id,
+            repo_type="model",
+            commit_message=message,
+            ignore_patterns=LEFT_OUT,
+        )
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise ConfigError(_refused(name, error)) from None
+    except Exception as error:
+        # Of a hub that does not answer: the client's own errors come from a library below it that changes.
+        if "Connect" in type(error).__name__ or "Timeout" in type(error).__name__:
+            raise ConfigError(_refused(name, error)) from None
+        raise
+    return str(address)
+
+
+def _refused(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return (
+        f"--push-to-hub: {name!r} cannot be written ({reason}): check the name (OWNER/NAME), the rights of "
+        "your token and HF_ENDPOINT"
+    )
+
+
+FILE = "model.onnx"
+LIMIT = 1e-4
+"""How far a logit may be from torch's."""
+OUTPUT = "logits"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference of a logit in one batch."""
+
+    texts: int
+    tokens: int
+    largest: float
+
+
+class _Logits(nn.Module):
+    """The model with its inputs by place and nothing but logits as output."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
+
+
+def export_onnx(student: Student, max_tokens: int, store: RunStore) -> list[Difference]:
+    """Write ``onnx/model.onnx`` into the folder of ``store``; any number of texts, of any length, at a time.
+
+    The student is on the CPU, in float32. Returns what :func:`differences` finds. Raises ConfigError, and
+    leaves no file, where the extra is missing, the model cannot be exported, or it answers otherwise.
+    """
+    _require_extra()
+    example = student.pad(_batch(student, [3, 7], np.random.default_rng(0)))
+    names = list(example)
+    module = _Logits(student.module.eval(), names).eval()
+    axes = tuple({0: "batch", 1: "length"} for _ in names)
+    with tempfile.TemporaryDirectory(prefix="llkd-onnx-") as folder:
+        file = Path(folder) / FILE
+        try:
+            with _quiet(), torch.inference_mode(False), torch.no_grad():
+                program = torch.onnx.export(
+                    module,
+                    tuple(example.values()),
+                    input_names=names,
+                    output_names=[OUTPUT],
+                    dynamic_shapes=(axes,),
+                    dynamo=True,
+                    verbose=False,
+                )
+            assert program is not None, "with dynamo there always is one"
+            program.save(str(file))
+        except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+            raise ConfigError(f"--onnx: the model cannot be exported ({reason}): leave --onnx out") from None
+        found = differences(student, max_tokens, file)
+        worst = max(found, key=lambda one: one.largest if np.isfinite(one.largest) else np.inf)
+        if not worst.largest <= LIMIT:
+            raise ConfigError(
+                f"--onnx: {worst.texts} texts of {worst.tokens} tokens differ from torch by "
+                f"{worst.largest:.2g}, where {LIMIT:g} is the most: no file is left; try another version of "
+                "onnxruntime"
+            )
+        for part in sorted(Path(folder).iterdir()):  # weights of over 2 GB lie beside the graph
+            target = store.path(f"{ONNX_DIR}/{part.name}")
+            store.fs.create_dir(store.path(ONNX_DIR), recursive=True)
+            pafs.copy_files(str(part), target, pafs.LocalFileSystem(), store.fs)
+    return found
+
+
+def differences(student: Student, max_tokens: int, file: Path) -> list[Difference]:
+    """ONNX Runtime against torch on batches of many shapes, of random tokens, padded where lengths differ."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(1)
+    shapes = [[3], [max_tokens], [2, 3], [5, max_tokens, 3, 11], [max_tokens // 2] * 7, list(range(3, 19))]
+    found = []
+    for lengths in shapes:
+        inputs = student.pad(_batch(student, [min(max(2, n), max_tokens) for n in lengths], rng))
+        with torch.inference_mode():
+            torch_BC = student.module(**inputs).logits.numpy()
+        (onnx_BC,) = session.run([OUTPUT], {name: value_BL.numpy() for name, value_BL in inputs.items()})
+        texts, tokens = next(iter(inputs.values())).shape
+        found.append(Difference(texts, tokens, float(np.abs(torch_BC - onnx_BC).max())))
+    return found
+
+
+def _batch(student: Student, lengths: list[int], rng: np.random.Generator) -> list[dict[str, list[int]]]:
+    """Texts of these numbers of tokens: ordinary ones, for some models take padding from the tokens."""
+    order = list(student.encode(["a"], 8)[0])
+    ordinary = np.setdiff1d(np.arange(len(student.tokenizer)), student.tokenizer.all_special_ids)
+    fill = {"attention_mask": 1}
+    return [
+        {
+            name: rng.choice(ordinary, n).tolist() if name == "input_ids" else [fill.get(name, 0)] * n
+            for name in order
+        }
+        for n in lengths
+    ]
+
+
+def _require_extra() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"--onnx: {missing[0]} is not installed: pip install 'llkd-ray[onnx]'")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of what it looks into and does without, such as torchvision."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,316 @@
+"""How good are the answers: against the truth, against the teacher, and how sure is the figure itself.
+
+Two questions are kept apart: accuracy and macro-F1 compare with true labels (gold), agreement compares
+with the teacher, which may be wrong. All here is pure; chance comes in as an argument.
+
+Legend: N texts, C classes, R resamples, K distinct pairs of true and predicted class.
+``gold_N`` and ``predicted_N`` are int[N] in [0, C), ``p_NC`` is float[N, C], a distribution a row.
+
+All figures are plain numbers for a JSON file; None stands for what cannot be known, such as the precision of
+a label that is never answered. Calibration is asked of the answer given, the likeliest label ("confidence
+calibration", Guo et al. 2017, arXiv 1706.04599); log loss and Brier score judge the whole distribution.
+
+Legend: N texts, C classes, M bins of confidence, R resamples, B resamples of one block. ``gold_N`` is int[N]
+in [0, C), ``p_NC`` float[N, C].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from llkd_ray.metrics.calibration import Calibrator
+from llkd_ray.metrics.uncertainty import Floats, Ints, confidence, normalise
+
+Metric = Literal["accuracy", "macro_f1"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A classifier against the truth; all three are in [0, 1]."""
+
+    accuracy: float
+    macro_f1: float
+    """Mean F1 of the classes that occur in the truth or in the answers."""
+    ece: float
+    """Expected calibration error; 0 is best."""
+
+
+def classification(gold_N: np.ndarray, p_NC: np.ndarray, labels: int) -> Scores:
+    """Score the answers ``p_NC`` of a classifier over ``labels`` classes; rows need not sum to one.
+
+    Raises ValueError on empty input, on shapes that do not fit, and on a true label outside
+    [0, labels): leave texts without a true label (-1) out before.
+    """
+    gold_N, p_NC = np.asarray(gold_N), np.asarray(p_NC)
+    if p_NC.ndim != 2 or p_NC.shape[1] != labels:
+        raise ValueError(f"p_NC has shape {p_NC.shape}: expected one row a text with {labels} columns")
+    _check_pair(gold_N, p_NC, "gold_N", "p_NC")
+    if gold_N.min() < 0 or gold_N.max() >= labels:
+        raise ValueError(
+            f"gold_N holds {gold_N.min()}..{gold_N.max()}, outside 0..{labels - 1}: "
+            "leave out the texts whose true label is unknown"
+        )
+    from sklearn.metrics import accuracy_score, f1_score  # a second to import, and not what a run begins with
+
+    predicted_N = p_NC.argmax(axis=1)
+    return Scores(
+        accuracy=float(accuracy_score(gold_N, predicted_N)),
+        macro_f1=float(f1_score(gold_N, predicted_N, average="macro", zero_division=0)),
+        ece=expected_calibration_error(confidence(normalise(p_NC)), predicted_N == gold_N),
+    )
+
+
+def expected_calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, bins: int = 15) -> float:
+    """The gap between confidence and accuracy, averaged over equal bins of confidence, by their size.
+
+    Equations 3 and 5 of Guo et al. 2017 (arXiv 1706.04599), whose experiments use 15 bins: bin m
+    (1..M) holds the texts with a confidence in ((m - 1)/M, m/M]; ours takes 0 into the first as well.
+    """
+    confidence_N, correct_N = np.asarray(confidence_N, dtype=float), np.asarray(correct_N, dtype=float)
+    _check_pair(confidence_N, correct_N, "confidence_N", "correct_N")
+    if bins < 1:
+        raise ValueError(f"bins is {bins}: at least 1 is needed")
+    if not (confidence_N.min() >= 0 and confidence_N.max() <= 1 + 1e-6):
+        raise ValueError(f"confidence_N holds {confidence_N.min()}..{confidence_N.max()}, outside 0..1")
+    bin_N = confidence_bins(confidence_N, bins)
+    # |bin| / N × |accuracy - confidence| of a bin is the size of its summed differences over N.
+    gap_M = np.bincount(bin_N, weights=correct_N - confidence_N, minlength=bins)
+    return float(np.abs(gap_M).sum() / confidence_N.size)
+
+
+def confidence_bins(confidence_N: np.ndarray, bins: int = 15) -> np.ndarray:
+    """int[N] in [0, bins): which of equal bins of confidence, closed on the right, each text falls into."""
+    return np.clip(np.ceil(np.asarray(confidence_N) * bins).astype(int) - 1, 0, bins - 1)
+
+
+def bootstrap_interval(
+    gold_N: np.ndarray,
+    predicted_N: np.ndarray,
+    metric: Metric,
+    rng: np.random.Generator,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a metric over texts drawn anew, with replacement.
+
+    Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. Both metrics depend only on
+    how often each pair of true and predicted class occurs, so a resample is one multinomial draw of the
+    pair counts: the same distribution as drawing N texts, at the cost of K numbers instead of N.
+    """
+    gold_N, predicted_N = np.asarray(gold_N), np.asarray(predicted_N)
+    _check_pair(gold_N, predicted_N, "gold_N", "predicted_N")
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}: at least 1 is needed")
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}: give a share between 0 and 1, such as 0.95")
+    pairs_K2, counts_K = np.unique(np.stack([gold_N, predicted_N], axis=1), axis=0, return_counts=True)
+    drawn_RK = rng.multinomial(gold_N.size, counts_K / gold_N.size, size=resamples)
+    if metric == "accuracy":
+        values_R = drawn_RK[:, pairs_K2[:, 0] == pairs_K2[:, 1]].sum(axis=1) / gold_N.size
+    elif metric == "macro_f1":
+        values_R = _macro_f1(pairs_K2, drawn_RK)
+    else:
+        raise ValueError(f"metric is {metric!r}: use 'accuracy' or 'macro_f1'")
+    low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _macro_f1(pairs_K2: np.ndarray, drawn_RK: np.ndarray) -> np.ndarray:
+    """float[R]: macro-F1 of every resample, over the classes that occur in it."""
+    classes_C, pair_class_K2 = np.unique(pairs_K2, return_inverse=True)
+    one_hot_CC = np.eye(classes_C.size)
+    is_gold_KC, is_predicted_KC = one_hot_CC[pair_class_K2.reshape(-1, 2).T]
+    # F1 of a class is 2·hits / (times it is true + times it is answered).
+    hits_RC = drawn_RK @ (is_gold_KC * is_predicted_KC)
+    occurs_RC = drawn_RK @ (is_gold_KC + is_predicted_KC)
+    f1_RC = 2 * hits_RC / np.maximum(occurs_RC, 1)
+    return f1_RC.sum(axis=1) / (occurs_RC > 0).sum(axis=1)
+
+
+def agreement(p_student_NC: np.ndarray, p_teacher_NC: np.ndarray) -> float:
+    """Share of the texts on which student and teacher give the same label."""
+    p_student_NC, p_teacher_NC = np.asarray(p_student_NC), np.asarray(p_teacher_NC)
+    if p_student_NC.ndim != 2 or p_student_NC.shape != p_teacher_NC.shape:
+        raise ValueError(
+            f"p_student_NC has shape {p_student_NC.shape} and p_teacher_NC {p_teacher_NC.shape}: "
+            "both need the same texts and classes"
+        )
+    _check_pair(p_student_NC, p_teacher_NC, "p_student_NC", "p_teacher_NC")
+    return float((p_student_NC.argmax(axis=1) == p_teacher_NC.argmax(axis=1)).mean())
+
+
+def has_flattened(value_K: Sequence[float], patience: int, min_gain: float) -> bool:
+    """Whether none of the last ``patience`` values is ``min_gain`` above the best of those before them."""
+    before, last = value_K[:-patience], value_K[-patience:]
+    return bool(before) and max(last) < max(before) + min_gain
+
+
+def accuracy_by_confidence(confidence_N: np.ndarray, correct_N: np.ndarray, parts: int = 5) -> list[float]:
+    """Accuracy of each of ``parts`` equal parts of the texts, the most confident part first.
+
+    Parts differ in size by one text at most; with fewer texts than parts, each text is a part.
+    """
+    confidence_N, correct_N = np.asarray(confidence_N), np.asarray(correct_N, dtype=float)
+    _check_pair(confidence_N, correct_N, "confidence_N", "correct_N")
+    if parts < 1:
+        raise ValueError(f"parts is {parts}: at least 1 is needed")
+    return [float(correct_N[part].mean()) for part in surest_first(confidence_N, parts)]
+
+
+def surest_first(confidence_N: np.ndarray, parts: int) -> list[np.ndarray]:
+    """int[N / parts] each: the texts by falling confidence, in parts that differ by one text at most."""
+    order_N = np.argsort(-np.asarray(confidence_N), kind="stable")
+    return np.array_split(order_N, min(parts, order_N.size))
+
+
+def _check_pair(one_N: np.ndarray, other_N: np.ndarray, one: str, other: str) -> None:
+    """Both arrays speak of the same texts, of at least one, in finite numbers."""
+    if one_N.shape[:1] != other_N.shape[:1]:
+        raise ValueError(f"{one} has {one_N.shape[:1]} texts and {other} {other_N.shape[:1]}: not the same")
+    if not len(one_N):
+        raise ValueError(f"{one} is empty: there is nothing to measure")
+    for values, name in ((one_N, one), (other_N, other)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} holds a value that is not finite: has the model diverged?")
+
+
+BINS = 15
+DECILES = 10
+BLOCK = 4_000_000
+"""Draws held in memory at a time by the bootstrap."""
+
+
+def quality_of(
+    mass_NC: Floats, gold_N: Ints, calibrator: Calibrator, rng: np.random.Generator
+) -> dict[str, Any] | None:
+    """The teacher as it answers (``raw``) and as it is used, on the texts whose gold is known (not -1).
+
+    None where gold is known of no text. Leave out the texts that the calibrator was fitted on with their
+    gold: on them it looks better than it is.
+    """
+    mass_NC, gold_N = np.asarray(mass_NC), np.asarray(gold_N)
+    known_N = gold_N >= 0
+    if not known_N.any():
+        return None
+    mass_NC, gold_N = mass_NC[known_N], gold_N[known_N]
+    return {
+        "method": calibrator.method,
+        "fitted_on": calibrator.fitted_on or None,
+        "raw": teacher_quality(gold_N, normalise(mass_NC), rng),
+        "used": teacher_quality(gold_N, calibrator.apply(mass_NC), rng),
+    }
+
+
+def teacher_quality(
+    gold_N: Ints, p_NC: Floats, rng: np.random.Generator, resamples: int = 1000
+) -> dict[str, Any]:
+    """All figures of a teacher's answers ``p_NC``; rows need not sum to one.
+
+    - ``accuracy``, ``macro_f1``, ``ece``: as in :mod:`llkd_ray.metrics.quality`; ``ece_interval``: 95 %.
+    - ``nll``: mean of minus the logarithm of gold's probability, which counts as 1e-12 at least.
+    - ``brier``: mean over texts of the summed squared differences to gold, 0 to 2 (Brier 1950, eq. 2).
+    - ``auroc``: the chance that of a right and a wrong answer the right one is the surer (Hendrycks & Gimpel
+      2017, arXiv 1610.02136); None where all are right or all wrong.
+    - ``by_decile``: tenths of the texts, the surest first; ``reliability``: 15 equal bins of confidence
+      (DeGroot & Fienberg 1983); ``per_class``: each label's figures, in the order of the labels.
+
+    Raises ValueError on empty input, on shapes that do not fit, and on gold outside [0, C).
+    """
+    gold_N, p_NC = np.asarray(gold_N), np.asarray(p_NC, dtype=np.float64)
+    if p_NC.ndim != 2:
+        raise ValueError(f"p_NC has shape {p_NC.shape}: expected one row a text")
+    if (p_NC < 0).any():
+        raise ValueError(f"p_NC holds {p_NC.min()}: a probability is not negative")
+    from sklearn.metrics import roc_auc_score  # see evaluate.classification
+
+    scores = classification(gold_N, p_NC, p_NC.shape[1])
+    p_NC = normalise(p_NC)
+    confidence_N, predicted_N = confidence(p_NC), p_NC.argmax(axis=1)
+    correct_N = predicted_N == gold_N
+    p_gold_N = p_NC[np.arange(gold_N.size), gold_N]
+    one_sided = correct_N.all() or not correct_N.any()
+    return {
+        "texts": int(gold_N.size),
+        "accuracy": scores.accuracy,
+        "macro_f1": scores.macro_f1,
+        "ece": scores.ece,
+        "ece_interval": list(ece_interval(confidence_N, correct_N, rng, resamples)),
+        "nll": float(-np.log(np.maximum(p_gold_N, 1e-12)).mean()),
+        "brier": float(np.square(p_NC - np.eye(p_NC.shape[1])[gold_N]).sum(axis=1).mean()),
+        "auroc": None if one_sided else float(roc_auc_score(correct_N, confidence_N)),
+        "by_decile": [_part(confidence_N[i], correct_N[i]) for i in surest_first(confidence_N, DECILES)],
+        "reliability": reliability(confidence_N, correct_N),
+        "per_class": _per_class(gold_N, predicted_N, confidence_N, p_NC.shape[1]),
+    }
+
+
+def ece_interval(
+    confidence_N: Floats,
+    correct_N: np.ndarray,
+    rng: np.random.Generator,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Bootstrap interval of the expected calibration error, over texts drawn anew with replacement.
+
+    The basic interval (Davison & Hinkley 1997, eq. 5.6): twice the estimate less the resamples' quantiles,
+    never below 0. The estimate is too high by what chance does to the bins, and resamples are too high by it
+    once more, so their own quantiles lie above the true value of a teacher that is well calibrated, at any
+    number of texts; the basic interval takes that off. For the same reason the estimate itself can lie above
+    the interval.
+    """
+    bin_N = confidence_bins(confidence_N, BINS).astype(np.int32)
+    gap_N = np.asarray(correct_N, dtype=float) - confidence_N
+    texts = gap_N.size
+
+    blocks = []
+    per_block = max(1, BLOCK // texts)
+    for start in range(0, resamples, per_block):
+        drawn_BN = rng.integers(0, texts, (min(per_block, resamples - start), texts), dtype=np.int32)
+        size = len(drawn_BN)
+        cell_BN = bin_N[drawn_BN] + BINS * np.arange(size, dtype=np.int32)[:, None]
+        gap_BM = np.bincount(cell_BN.ravel(), weights=gap_N[drawn_BN].ravel(), minlength=size * BINS)
+        blocks.append(np.abs(gap_BM.reshape(size, BINS)).sum(axis=1) / texts)
+    estimate = expected_calibration_error(confidence_N, correct_N, BINS)
+    low, high = np.quantile(np.concatenate(blocks), [(1 - level) / 2, (1 + level) / 2])
+    return max(0.0, 2 * estimate - float(high)), max(0.0, 2 * estimate - float(low))
+
+
+def _part(confidence_N: Floats, correct_N: np.ndarray) -> dict[str, Any]:
+    return {
+        "texts": int(confidence_N.size),
+        "accuracy": float(correct_N.mean()) if correct_N.size else None,
+        "confidence": float(confidence_N.mean()) if confidence_N.size else None,
+    }
+
+
+def reliability(confidence_N: Floats, correct_N: np.ndarray) -> list[dict[str, Any]]:
+    """Texts, accuracy and mean confidence of ``BINS`` equal bins of confidence."""
+    bin_N = confidence_bins(confidence_N, BINS)
+    return [_part(confidence_N[bin_N == m], correct_N[bin_N == m]) for m in range(BINS)]
+
+
+def _per_class(gold_N: Ints, predicted_N: Ints, confidence_N: Floats, n_classes: int) -> list[dict[str, Any]]:
+    """Precision is the accuracy where the label is answered, to be held against the confidence there."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    precision_C, recall_C, f1_C, gold_C = precision_recall_fscore_support(
+        gold_N, predicted_N, labels=np.arange(n_classes), zero_division=0.0
+    )
+    predicted_C = np.bincount(predicted_N, minlength=n_classes)
+    confidence_C = np.bincount(predicted_N, weights=confidence_N, minlength=n_classes)
+    return [
+        {
+            "gold": int(gold_C[c]),
+            "predicted": int(predicted_C[c]),
+            "precision": float(precision_C[c]) if predicted_C[c] else None,
+            "recall": float(recall_C[c]) if gold_C[c] else None,
+            "f1": float(f1_C[c]) if gold_C[c] or predicted_C[c] else None,
+            "confidence": float(confidence_C[c] / predicted_C[c]) if predicted_C[c] else None,
+        }
+        for c in range(n_classes)
+    ]

@@ -1,0 +1,105 @@
+"""What a label distribution tells: pure numpy on ``p_NC`` (N texts, C classes).
+
+Shapes in names: N texts, C classes, K sampled answers or grades.
+
+Numbers from a stream depend on how many were drawn before; these do not, so that any division of the rows
+into chunks, shards and machines decides alike. Shapes in names: N rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+
+
+def normalise(mass_NC: Floats) -> Floats:
+    """Probabilities over the labels from mass over a larger vocabulary; rows without mass get 1/C."""
+    mass_NC = np.asarray(mass_NC, dtype=np.float64)
+    total_N1 = mass_NC.sum(axis=1, keepdims=True)
+    uniform = 1.0 / mass_NC.shape[1]
+    return np.where(total_N1 > 0, mass_NC / np.where(total_N1 > 0, total_N1, 1.0), uniform)
+
+
+def votes(answer_NK: Ints, n_classes: int) -> Floats:
+    """float[N, C]: the share of K sampled answers for each label; -1 stands for no answer.
+
+    Self-consistency (Wang et al., arXiv 2203.11171) without its reasoning paths: the share of the most
+    frequent answer is a confidence that needs no access to probabilities. A text without any answer gets
+    1/C everywhere.
+    """
+    answer_NK = np.asarray(answer_NK)
+    return normalise((answer_NK[:, :, None] == np.arange(n_classes)).sum(axis=1))
+
+
+def confidence(p_NC: Floats) -> Floats:
+    """float[N]: probability of the most likely label. LLKD's teacher signal (arXiv 2411.08028, sec. 3)."""
+    return np.max(p_NC, axis=1)
+
+
+def least_confidence(p_NC: Floats) -> Floats:
+    """float[N]: 1 - confidence, over its largest value 1 - 1/C, so 0 is certain and 1 is uniform.
+
+    Lewis & Gale 1994, "A sequential algorithm for training text classifiers"; the scaling is ours.
+    """
+    return (1.0 - confidence(p_NC)) / (1.0 - 1.0 / p_NC.shape[1])
+
+
+def margin(p_NC: Floats) -> Floats:
+    """float[N]: the most likely label's probability less the second's; 0 is undecided, 1 is certain.
+
+    Scheffer, Decomain & Wrobel 2001, "Active hidden Markov models for information extraction".
+    """
+    second_and_first_N2 = np.partition(p_NC, -2, axis=1)[:, -2:]
+    return second_and_first_N2[:, 1] - second_and_first_N2[:, 0]
+
+
+def entropy(p_NC: Floats) -> Floats:
+    """float[N]: predictive entropy over log C, so 0 is certain and 1 is uniform.
+
+    LLKD's student signal is the entropy (arXiv 2411.08028, sec. 3); dividing by log C is ours, so that
+    it lies on the same scale whatever the number of classes.
+    """
+    p_NC = np.asarray(p_NC, dtype=np.float64)
+    log_p_NC = np.log(p_NC, out=np.zeros_like(p_NC), where=p_NC > 0)
+    return np.clip(-(p_NC * log_p_NC).sum(axis=1) / np.log(p_NC.shape[1]), 0.0, 1.0)
+
+
+def support(p_NC: Floats, label_N: Ints) -> Floats:
+    """float[N]: the probability that one model gives to the label that another one chose."""
+    return p_NC[np.arange(label_N.size), label_N]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Uniform random numbers, one for each row."""
+
+    key: int
+    """In [0, 2**64)."""
+
+    @classmethod
+    def from_rng(cls, rng: np.random.Generator) -> Draw:
+        """Another one at each call."""
+        return cls(int(rng.integers(2**63)))
+
+    def __call__(self, row_N: Ints) -> Floats:
+        """float64[N] in [0, 1)."""
+        return hash_uniform(self.key, row_N)
+
+
+def hash_uniform(seed: int, row_N: Ints) -> Floats:
+    """float64[N] in [0, 1): a number of each row that looks random and depends on seed and row alone.
+
+    The finaliser of SplitMix64 (Steele, Lea & Flood 2014), on the row's place in the seed's sequence.
+    """
+    with np.errstate(over="ignore"):
+        x_N = (row_N.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x_N += np.uint64(seed) * np.uint64(0xD1B54A32D192ED03)
+        x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x_N ^= x_N >> np.uint64(31)
+    return (x_N >> np.uint64(11)).astype(np.float64) / 2.0**53

@@ -1,0 +1,219 @@
+"""What a prediction is asked to do, checked as far as that can be done without looking at any file."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from llkd_ray.config.base import ConfigError, Section
+from llkd_ray.config.schema import SourceConfig
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class PredictConfig(Section):
+    """A classifier over a corpus."""
+
+    model: str = Field(description="A run directory, a checkpoint folder (local or URI) or a hub name.")
+    revision: str | None = Field(None, description="Of a hub name: branch, tag or commit.")
+    corpus: SourceConfig
+    out: str = Field(description="Folder for the results, local or on an object store.")
+    gold: SourceConfig | None = Field(None, description="Gold-labelled texts that thresholds are fitted on.")
+    precision: float | None = Field(None, gt=0, le=1, description="Share of accepted answers to be right.")
+    thresholds: dict[str, Share] = Field(
+        default_factory=dict, description="Confidence from which on a label is accepted, by label."
+    )
+    at_least: str | None = Field(
+        None,
+        description="Labels are grades, lowest first: accept a text that is of this one or a higher one.",
+    )
+    with_text: bool = Field(False, description="Whether the text goes into the results, too.")
+    resume: bool = False
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens; longer texts are cut. Default: as the run trained, else all it reads.",
+    )
+    batch_tokens: int | None = Field(
+        None, ge=1, description="Tokens in one forward pass, padding and all; default by device."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="See student.precision.")
+    piece_rows: int = Field(16_384, ge=1, description="Rows in one file of the results, at most.")
+    workers: tuple[int, int] | None = Field(
+        None, description="Actors with a copy of the model each, (min, max); default: what the nodes hold."
+    )
+    threads: int = Field(2, ge=1, description="CPU threads of one actor; without a GPU only.")
+    gpus: float | None = Field(None, ge=0, description="GPUs of one actor; default: 1 where there is one.")
+    address: str | None = Field(None, description="Ray cluster to join.")
+
+    @model_validator(mode="after")
+    def _check(self) -> PredictConfig:
+        if self.precision is not None and self.gold is None:
+            raise ValueError(
+                f"--precision: {self.precision:g} is wanted, but there is no gold: add --gold URI and --label"
+            )
+        if self.gold is not None and self.gold.gold is None:
+            raise ValueError(f"--gold: {self.gold.uri!r} has no column of true labels: name it with --label")
+        if self.gold is not None and self.precision is None and not self.thresholds:
+            raise ValueError(
+                f"--gold: {self.gold.uri!r} is given for nothing: add --precision, or --threshold LABEL=VALUE"
+            )
+        if self.at_least is not None and self.precision is None and not self.thresholds:
+            raise ValueError(
+                f"--at-least: {self.at_least!r} needs a threshold: add --threshold {self.at_least}=0.5, or "
+                "--precision and --gold"
+            )
+        if self.at_least is not None and (others := sorted(set(self.thresholds) - {self.at_least})):
+            raise ValueError(
+                f"--threshold: {others[0]!r} has no meaning beside --at-least {self.at_least}: leave it out"
+            )
+        if self.workers is not None and not 1 <= self.workers[0] <= self.workers[1]:
+            raise ValueError(f"--workers: {self.workers[0]},{self.workers[1]} is no range: 1 <= MIN <= MAX")
+        return self
+
+
+def parse_predict(tree: dict[str, object]) -> PredictConfig:
+    """The checked settings; raises :class:`ConfigError`, one line, for the first mistake."""
+    try:
+        return PredictConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = str(first["msg"]).removeprefix("Value error, ")
+        where = [str(part) for part in first["loc"]]
+        if not where:
+            raise ConfigError(message) from None
+        raise ConfigError(
+            f"{flag('.'.join(where))}: {first['input']!r}: {message[:1].lower()}{message[1:]}"
+        ) from None
+
+
+_FLAGS = {
+    "model": "MODEL",
+    "corpus.uri": "CORPUS_URI",
+    "test.uri": "--gold",
+    "gold.uri": "--gold",
+    "test.gold": "--label",
+    "test.text": "--gold-text",
+    "gold.text": "--gold-text",
+    "thresholds": "--threshold",
+}
+
+
+def flag(field: str) -> str:
+    """The flag that sets a field, as the messages of readers and checks know it."""
+    if field.startswith("thresholds."):
+        return "--threshold"
+    return _FLAGS.get(field) or "--" + field.rpartition(".")[2].replace("_", "-")
+
+
+def in_flags(message: str) -> str:
+    """A message that begins with a field of a config, with the flag in its place."""
+    field, colon, rest = message.partition(": ")
+    is_field = colon and field.partition(".")[0] in ("corpus", "test", "gold", "model")
+    return f"{flag(field)}: {rest}" if is_field else message
+
+
+def predict_parser() -> argparse.ArgumentParser:
+    """What jobs/predict.py takes."""
+    parser = argparse.ArgumentParser(
+        prog="predict.py", description="A classifier over any corpus: label, probabilities, confidence."
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a run directory, a checkpoint folder or a Hugging Face hub name")
+    add("corpus", metavar="CORPUS_URI", nargs="+", help="files, globs, folders; s3://, hf://; see corpus.uri")
+    add("--out", required=True, metavar="URI", help="folder for the results")
+    add("--resume", action="store_true", help="go on in --out where it was begun; else begin")
+
+    rows = parser.add_argument_group("rows")
+    rows.add_argument("--text", default="text", metavar="COLUMN", help="column of the text (text)")
+    rows.add_argument("--id", metavar="COLUMN", help="column of a stable id; default: a hash of the text")
+    rows.add_argument(
+        "--where", action="append", default=[], metavar="COLUMN=VALUE", help="only rows with this value"
+    )
+    rows.add_argument("--max-chars", type=int, metavar="N", help="longer texts go to quarantine (100,000)")
+    rows.add_argument("--limit", type=int, metavar="N", help="rows read at most: for a first try")
+    rows.add_argument("--with-text", action="store_true", help="put the text into the results, too")
+
+    limits = parser.add_argument_group("what is accepted")
+    limits.add_argument("--precision", type=float, metavar="SHARE", help="of accepted answers to be right")
+    limits.add_argument("--gold", metavar="URI", help="gold-labelled texts to fit thresholds on")
+    limits.add_argument("--label", metavar="COLUMN", help="column of the true label in --gold")
+    limits.add_argument("--gold-text", metavar="COLUMN", help="column of the text in --gold; default: --text")
+    limits.add_argument(
+        "--threshold",
+        action="append",
+        default=[],
+        metavar="LABEL=SHARE",
+        help="confidence to be accepted from",
+    )
+    limits.add_argument(
+        "--at-least", metavar="LABEL", help="labels are grades: accept texts of this one or a higher one"
+    )
+
+    speed = parser.add_argument_group("model and machine")
+    speed.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub name")
+    speed.add_argument("--max-tokens", type=int, metavar="N", help="longer texts are cut")
+    speed.add_argument("--batch-tokens", type=int, metavar="N", help="tokens in one forward pass")
+    speed.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    speed.add_argument("--piece-rows", type=int, metavar="N", help="rows in a file of the results (16,384)")
+    speed.add_argument("--workers", metavar="MIN[,MAX]", help="copies of the model; default: what has room")
+    speed.add_argument("--threads", type=int, metavar="N", help="CPU threads of a copy (2)")
+    speed.add_argument(
+        "--gpus", type=float, metavar="N", help="GPUs of a copy; default: 1 where there is one"
+    )
+    speed.add_argument("--address", help="Ray cluster to join")
+    return parser
+
+
+def settings_of(options: argparse.Namespace) -> PredictConfig:
+    """The settings that the flags stand for; raises :class:`ConfigError`."""
+    given = {key: value for key, value in vars(options).items() if value is not None}
+    tree: dict[str, Any] = {
+        key: given[key] for key in PredictConfig.model_fields.keys() & given.keys() - {"corpus", "gold"}
+    }
+    tree["model"] = options.model
+    tree["out"] = options.out
+    tree["thresholds"] = dict(_threshold(one) for one in options.threshold)
+    tree["corpus"] = {
+        "uri": tuple(options.corpus),
+        "where": dict(_pair("--where", one) for one in options.where),
+        **{key: given[key] for key in ("text", "id", "max_chars", "limit") if key in given},
+    }
+    if options.gold is not None:
+        tree["gold"] = {
+            "uri": options.gold,
+            "text": options.gold_text or options.text,
+            "gold": options.label,
+            **({"max_chars": options.max_chars} if options.max_chars is not None else {}),
+        }
+    elif stray := next((name for name in ("label", "gold_text") if name in given), None):
+        name = "--" + stray.replace("_", "-")
+        raise ConfigError(f"{name}: {given[stray]!r} is a column of --gold, which is not given: add it")
+    if options.workers is not None:
+        tree["workers"] = _workers(options.workers)
+    return parse_predict(tree)
+
+
+def _pair(flag: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.rpartition("=")
+    if not equals or not name:
+        raise ConfigError(f"{flag}: {text!r} is no pair: write NAME=VALUE")
+    return name, value
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    label, value = _pair("--threshold", text)
+    try:
+        return label, float(value)
+    except ValueError:
+        raise ConfigError(f"--threshold: {value!r} of {text!r} is no number: write LABEL=0.8") from None
+
+
+def _workers(text: str) -> tuple[int, int]:
+    fewest, _, most = text.partition(",")
+    try:
+        return int(fewest), int(most or fewest)
+    except ValueError:
+        raise ConfigError(f"--workers: {text!r} is no range: write MIN,MAX, or one number") from None

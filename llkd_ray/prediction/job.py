@@ -1,0 +1,338 @@
+"""A classifier over any corpus, by Ray Data: every row gets a prediction or goes to quarantine.
+
+Reading tasks hand pieces of the corpus on (see ``pieces``), an actor with a copy of the model each scores
+them and writes a file a piece. Memory does not grow with the corpus: what waits between the two is bounded
+by Ray Data's back-pressure. Started again, it does what has no file yet. Gold comes first, in the same way,
+where thresholds are fitted on it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy
+
+from llkd_ray.cluster import connect, library_versions
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schema import SourceConfig
+from llkd_ray.corpus.ingest import cut_large, quiet_ray_data
+from llkd_ray.corpus.sources import pack, plan
+from llkd_ray.prediction import results as limits
+from llkd_ray.prediction import results as output
+from llkd_ray.prediction.config import PredictConfig
+from llkd_ray.prediction.pieces import (
+    CORPUS,
+    FIELDS,
+    GOLD,
+    Task,
+    progress,
+    read_pieces,
+    read_tasks,
+    write_tasks,
+)
+from llkd_ray.prediction.results import Thresholds
+from llkd_ray.resources import READING_CPUS, Piece, without_room
+from llkd_ray.storage.checkpoints import Checkpoint, inspect
+from llkd_ray.storage.run_dir import RunStore
+from llkd_ray.student.inference import load, score
+
+CPUS_A_THREAD = 0.45
+"""CPUs that Ray books for a thread of an actor: half of it, so that reading always finds room beside."""
+SAY_SECONDS = 10.0  # between two words on progress
+PIECES_IN_FLIGHT = 2  # of an actor: one that it scores, one that waits there
+BLOCK_BYTES = 1 << 20  # a piece is handed on at once, and not collected with others
+Say = Callable[[str], None]
+
+
+def predict(config: PredictConfig, say: Say = print) -> dict[str, Any]:
+    """Predict all rows of ``config.corpus`` into ``config.out``; returns what summary.json holds.
+
+    Raises :class:`ConfigError` for a mistake, before an actor starts where that can be seen, and where a file
+    cannot be read.
+    """
+    began = time.monotonic()
+    checkpoint = inspect(config.model, config.revision, config.max_tokens)
+    given = _given_thresholds(config, checkpoint)
+    sources = {GOLD: config.gold, CORPUS: config.corpus}
+    units = {part: plan(source, FIELDS[part]) for part, source in sources.items() if source is not None}
+    store = output.open_output(config, checkpoint, units, library_versions())
+    with connect(config.address), quiet_ray_data():
+        workers = _workers(config)
+        tasks = {part: _tasks(part, found, sources[part], store, say) for part, found in units.items()}
+        thresholds = given
+        if config.gold is not None:
+            _stream(GOLD, tasks[GOLD], config.gold, config, checkpoint, given, store, workers, say)
+            _say_rows(GOLD, _account(GOLD, tasks[GOLD], store), say)
+            thresholds = _fit(config, given, store, say)
+        scored, seconds = _stream(
+            CORPUS, tasks[CORPUS], config.corpus, config, checkpoint, thresholds, store, workers, say
+        )
+    summary = _account(CORPUS, tasks[CORPUS], store)
+    _say_rows(CORPUS, summary, say)
+    if scored:
+        say(f"{scored:,} scored now, {scored / max(seconds, 1e-9):.0f} texts/s behind the start")
+    summary |= {"scored_now": scored, "seconds": round(time.monotonic() - began, 1)}
+    store.write_json(output.SUMMARY, summary)
+    return summary
+
+
+def _given_thresholds(config: PredictConfig, checkpoint: Checkpoint) -> Thresholds:
+    for field, name in [
+        ("--at-least", config.at_least),
+        *(("--threshold", one) for one in config.thresholds),
+    ]:
+        if name is not None and name not in checkpoint.labels:
+            raise ConfigError(
+                f"{field}: {name!r} is no label of the model: take {', '.join(checkpoint.labels)}"
+            )
+    return Thresholds.given(checkpoint.labels, config.thresholds, config.at_least)
+
+
+# Room
+
+
+def _workers(config: PredictConfig) -> dict[str, Any]:
+    """How many actors, what each books, and its threads (None on a GPU)."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = config.gpus
+    if gpus is None:
+        gpus = 1.0 if any(node.get("GPU", 0) >= 1 for node in nodes) else 0.0
+    threads = min(config.threads, max(1, int(max(node.get("CPU", 1) for node in nodes))))
+    booked = {"CPU": CPUS_A_THREAD if gpus else CPUS_A_THREAD * threads, "GPU": gpus}
+    if config.workers is None:
+        each = (node.get("GPU", 0) / gpus if gpus else node.get("CPU", 0) / threads for node in nodes)
+        fewest = most = max(1, sum(int(number) for number in each))
+    else:
+        fewest, most = config.workers
+    pieces = [Piece.of("predictor", "", booked)] * fewest
+    if left := without_room(nodes, [*pieces, Piece.of("reading task", "", {"CPU": READING_CPUS})]):
+        has = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}s" for name in ("CPU", "GPU"))
+        raise ConfigError(
+            f"--workers: {fewest} actors of {booked['CPU']:g} CPUs and {gpus:g} GPUs and a reading task of "
+            f"{READING_CPUS:g} CPUs find no room for {len(left)} of them on {len(nodes)} node(s) with {has}: "
+            "lower --workers, --threads or --gpus, or add nodes"
+        )
+    return {"fewest": fewest, "most": most, "cpus": booked["CPU"], "gpus": gpus, "threads": threads}
+
+
+# The stream
+
+
+def _tasks(
+    part: str, units: Sequence[Any], source: SourceConfig | None, store: RunStore, say: Say
+) -> list[Task]:
+    assert source is not None
+    there = read_tasks(store, part)
+    if there is not None:
+        return there
+    # A limit counts from the front, so one task reads until it is reached.
+    packs = [units] if source.limit else pack(list(cut_large(units, source, FIELDS[part], say)))
+    return write_tasks(store, part, packs)
+
+
+def _stream(
+    part: str,
+    tasks: Sequence[Task],
+    source: SourceConfig,
+    config: PredictConfig,
+    checkpoint: Checkpoint,
+    thresholds: Thresholds,
+    store: RunStore,
+    workers: dict[str, Any],
+    say: Say,
+) -> tuple[int, float]:
+    """Score what has no file yet; returns how many rows that were, and in how many seconds of work."""
+    there = progress(store, part)
+    open_tasks = [task for task in tasks if not there.is_done(task)]
+    n_there = sum(len(there.pieces_of(task)) for task in tasks)
+    kept = f", {n_there} piece(s) are there already" if n_there else ""
+    say(f"{part}: reading {len(open_tasks)} of {len(tasks)} task(s){kept}")
+    if not open_tasks:
+        return 0, 0.0
+    context = ray.data.DataContext.get_current()
+    block_bytes, context.target_max_block_size = context.target_max_block_size, BLOCK_BYTES
+    # They warn of every actor that holds a model without booking memory.
+    context.issue_detectors_config.detectors = []
+    try:
+        answers = _build(open_tasks, there.pieces, source, config, checkpoint, thresholds, store, workers)
+        return _follow(part, answers, say)
+    finally:
+        context.target_max_block_size = block_bytes
+
+
+def _build(
+    tasks: Sequence[Task],
+    done: dict[int, frozenset[int]],
+    source: SourceConfig,
+    config: PredictConfig,
+    checkpoint: Checkpoint,
+    thresholds: Thresholds,
+    store: RunStore,
+    workers: dict[str, Any],
+) -> Any:
+    items = [{"task": pickle.dumps((task, done.get(task.number, frozenset())))} for task in tasks]
+    reader = {
+        "source": source,
+        "labels": checkpoint.labels,
+        "store": store,
+        "piece_rows": config.piece_rows,
+    }
+    read: Any = _read  # Ray's annotation knows of no further arguments
+    # from_items needs no read task, which would ask for a whole CPU.
+    pieces = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        read, batch_size=1, num_cpus=READING_CPUS, fn_kwargs=reader
+    )
+    return pieces.map_batches(
+        Predictor,
+        fn_constructor_args=(config, checkpoint, thresholds, store, workers),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            min_size=workers["fewest"],
+            max_size=workers["most"],
+            max_tasks_in_flight_per_actor=PIECES_IN_FLIGHT,
+        ),
+        num_cpus=workers["cpus"],
+        num_gpus=workers["gpus"] or None,
+    ).iter_rows()
+
+
+def _follow(part: str, answers: Iterator[dict[str, Any]], say: Say) -> tuple[int, float]:
+    """Wait for all answers; rows scored, and seconds from the first piece's beginning to the last's end."""
+    rows, first, last, said = 0, float("inf"), 0.0, time.monotonic()
+    for row in answers:
+        answer = json.loads(row["answer"])
+        if "error" in answer:
+            raise ConfigError(answer["error"])
+        rows += answer["rows"]
+        first, last = min(first, answer["began"]), max(last, answer["ended"])
+        if time.monotonic() - said > SAY_SECONDS:
+            said = time.monotonic()
+            say(f"{part}: {rows:,} rows, {rows / max(last - first, 1e-9):.0f} texts/s")
+    return rows, max(0.0, last - first)
+
+
+# What goes from reading tasks to actors, a row a piece: its place and texts, or an error.
+_HANDED_ON = pa.schema([("file", pa.string()), ("texts", pa.binary()), ("error", pa.string())])
+
+
+def _read(
+    batch: dict[str, np.ndarray],
+    source: SourceConfig,
+    labels: Sequence[str],
+    store: RunStore,
+    piece_rows: int,
+) -> Iterator[pa.Table]:
+    """The pieces of one task. A user's mistake is handed on as data: no Ray traceback is around it then."""
+    task, done = pickle.loads(batch["task"][0])
+    try:
+        for number, texts in read_pieces(task, source, labels, store, piece_rows, done):
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, texts.schema) as stream:
+                stream.write_table(texts)
+            yield _handed_on(task.piece_file(number), sink.getvalue().to_pybytes(), "")
+    except ConfigError as error:
+        yield _handed_on("", b"", str(error))
+
+
+def _handed_on(*values: object) -> pa.Table:
+    columns = [pa.array([value], f.type) for value, f in zip(values, _HANDED_ON, strict=True)]
+    return pa.Table.from_arrays(columns, schema=_HANDED_ON)
+
+
+class Predictor:
+    """An actor with a copy of the model: pieces to files."""
+
+    def __init__(
+        self,
+        config: PredictConfig,
+        checkpoint: Checkpoint,
+        thresholds: Thresholds,
+        store: RunStore,
+        workers: dict[str, Any],
+    ) -> None:
+        import torch
+
+        self.config, self.checkpoint = config, checkpoint
+        self.thresholds, self.store = thresholds, store
+        self.error = ""
+        if not workers["gpus"]:
+            torch.set_num_threads(workers["threads"])
+            os.environ.setdefault("RAYON_NUM_THREADS", str(workers["threads"]))  # the tokenizer's
+        try:
+            device = torch.device("cuda" if workers["gpus"] else "cpu")
+            self.student = load(checkpoint, config.dtype, device)
+        except ConfigError as error:
+            self.error = str(error)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        error = self.error or batch["error"][0].as_py()
+        answer = {"error": error} if error else self._predict(batch)
+        return pa.table({"answer": [json.dumps(answer)]})
+
+    def _predict(self, batch: pa.Table) -> dict[str, Any]:
+        began = time.time()
+        with pa.ipc.open_stream(batch["texts"][0].as_buffer()) as stream:
+            texts = stream.read_all()
+        p_NC = score(
+            self.student,
+            texts["text"].to_pylist(),
+            self.checkpoint.max_tokens,
+            self.config.batch_tokens,
+            self.checkpoint.temperature,
+        )
+        if not np.isfinite(p_NC).all():
+            return {
+                "error": f"MODEL: {self.checkpoint.source!r} gives no finite probabilities: has it diverged?"
+            }
+        table = output.predictions(texts, p_NC, self.thresholds, self.config.with_text)
+        self.store.write_table(batch["file"][0].as_py(), table)
+        return {"rows": len(texts), "began": began, "ended": time.time()}
+
+
+# What came of it
+
+
+def _fit(config: PredictConfig, given: Thresholds, store: RunStore, say: Say) -> Thresholds:
+    gold_N, p_NC = output.read_gold(store, len(given.labels))
+    if not gold_N.size:
+        raise ConfigError(
+            f"--gold: {config.gold.uri if config.gold else ''!r} has no usable text with a true label: check "
+            f"--gold-text and --label, and look into quarantine/ of {config.out}"
+        )
+    fitted, measured = limits.fit(given, p_NC, gold_N, config.precision, tuple(config.thresholds))
+    store.write_json(output.THRESHOLDS, limits.as_dict(fitted, measured, config.precision, int(gold_N.size)))
+    say(f"thresholds on {gold_N.size:,} gold texts:")
+    for label, one in measured.items():
+        say(f"  {limits.in_words(label, one, config.precision)}")
+    return fitted
+
+
+def _account(part: str, tasks: Sequence[Task], store: RunStore) -> dict[str, Any]:
+    """Rows in, predicted and refused, of all starts together; every row is one of the two."""
+    there = progress(store, part)
+    undone = [task.stem for task in tasks if not there.is_done(task)]
+    assert not undone, f"not all pieces of {undone} are in place"
+    notes = [there.notes[task.number] for task in tasks]
+    reasons = sum((Counter(note.reasons) for note in notes), Counter[str]())
+    rows_in, predicted = sum(note.rows_in for note in notes), sum(sum(note.pieces) for note in notes)
+    assert rows_in == predicted + reasons.total()
+    return {"rows_in": rows_in, "predicted": predicted, "quarantined": dict(sorted(reasons.items()))}
+
+
+def _say_rows(part: str, counts: dict[str, Any], say: Say) -> None:
+    refused = sum(counts["quarantined"].values())
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in counts["quarantined"].items())
+    say(
+        f"{part}: {counts['rows_in']:,} rows in = {counts['predicted']:,} predicted + {refused:,} in "
+        f"quarantine{f' ({reasons})' if reasons else ''}"
+    )

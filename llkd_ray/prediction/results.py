@@ -1,0 +1,335 @@
+"""The folder of a prediction: what decided it, its tables, and how a second start is held to the first.
+
+    predict.json                what decided the results; versions
+    predictions/  gold/         parquet, a file a piece; gold's, where thresholds are fitted
+    quarantine/                 refused rows, with a reason
+    thresholds.json             what was fitted, with precision, interval and coverage
+    summary.json                rows in, predicted and refused
+    tasks/                      how the corpus was cut, and what was read of it
+
+Shapes in names: N texts, C classes.
+
+An answer is a label and its confidence. With ``at_least`` the labels are grades, in the model's order, and
+there is one question only: is the text of this grade or a higher one? Its confidence is the probability of
+those grades together.
+
+Legend: N texts, C classes, M texts of the one class (or question) in hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy.stats import binomtest
+from sklearn.metrics import precision_recall_curve
+
+from llkd_ray.config.base import ConfigError
+from llkd_ray.corpus.readers import Unit
+from llkd_ray.metrics.uncertainty import Floats, Ints, confidence
+from llkd_ray.prediction.config import PredictConfig
+from llkd_ray.prediction.pieces import CORPUS, FOLDERS, GOLD
+from llkd_ray.storage.checkpoints import Checkpoint
+from llkd_ray.storage.run_dir import RunStore, open_filesystem
+from llkd_ray.storage.tables import list_column, matrix_of
+
+MANIFEST = "predict.json"
+SUMMARY = "summary.json"
+THRESHOLDS = "thresholds.json"
+# ``probs`` are in the order of ``labels`` in the schema's metadata. ``p_at_least`` (with ``at_least``) and
+# ``text`` (if it is asked for) come behind.
+PREDICTIONS = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("position", pa.int64(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("confidence", pa.float32(), nullable=False),
+        pa.field("accepted", pa.bool_(), nullable=False),
+        pa.field("probs", pa.list_(pa.float32()), nullable=False),
+    ]
+)
+
+
+def open_output(
+    config: PredictConfig,
+    checkpoint: Checkpoint,
+    units: Mapping[str, Sequence[Unit]],
+    versions: dict[str, str],
+) -> RunStore:
+    """The folder, ready to go on in. A first start writes down what decides the results.
+
+    Raises :class:`ConfigError` where it holds something else, or was begun with something else.
+    """
+    asked = decides(config, checkpoint, units)
+    try:
+        store = RunStore(config.out)
+        if store.exists(MANIFEST):
+            _require_same(config, asked, store.read_json(MANIFEST)["decides"])
+        elif store.names(FOLDERS[CORPUS]):
+            raise ConfigError(
+                f"--out: {config.out!r} holds {FOLDERS[CORPUS]}/ of something else: give another folder"
+            )
+        else:
+            store.write_json(MANIFEST, {"decides": asked, "versions": versions})
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"--out: {config.out!r} cannot be used ({reason}): check the address and your rights"
+        ) from None
+    return store
+
+
+def decides(
+    config: PredictConfig, checkpoint: Checkpoint, units: Mapping[str, Sequence[Unit]]
+) -> dict[str, Any]:
+    """By flag, all that the results follow from. How fast they come (batches, workers) is not among it."""
+    corpus, gold = config.corpus, config.gold
+    asked: dict[str, Any] = {
+        "MODEL (its files)": checkpoint.fingerprint,
+        "CORPUS_URI": list(corpus.uris),
+        "CORPUS_URI (its files)": _files_hash(units[CORPUS]),
+        "--text": corpus.text,
+        "--id": corpus.id,
+        "--where": corpus.where,
+        "--max-chars": corpus.max_chars,
+        "--limit": corpus.limit,
+        "--gold": list(gold.uris) if gold else None,
+        "--gold (its files)": _files_hash(units[GOLD]) if gold else None,
+        "--gold-text": gold.text if gold else None,
+        "--label": gold.gold if gold else None,
+        "--precision": config.precision,
+        "--threshold": config.thresholds,
+        "--at-least": config.at_least,
+        "--max-tokens": checkpoint.max_tokens,
+        "--dtype": config.dtype,
+        "--piece-rows": config.piece_rows,
+        "--with-text": config.with_text,
+    }
+    return json.loads(json.dumps(asked))  # as it will be read back
+
+
+def _require_same(config: PredictConfig, asked: dict[str, Any], begun: dict[str, Any]) -> None:
+    for field, value in asked.items():
+        if value != begun.get(field):
+            raise ConfigError(
+                f"{field}: {value!r} now, but {config.out!r} was begun with {begun.get(field)!r}: "
+                "give what it was begun with, or another --out"
+            )
+    if not config.resume:
+        raise ConfigError(
+            f"--out: {config.out!r} holds predictions: go on with --resume, or give another folder"
+        )
+
+
+def _files_hash(units: Sequence[Unit]) -> str:
+    """Of names, sizes and times of change; a hub's data set has none but its name."""
+    whole = hashlib.blake2b(digest_size=16)
+    for base in dict.fromkeys(unit.base for unit in units):
+        paths = sorted({unit.path for unit in units if unit.base == base})
+        whole.update(json.dumps(paths).encode())
+        if base:
+            infos = open_filesystem(base)[0].get_file_info(paths)
+            whole.update(json.dumps([(info.size, info.mtime_ns) for info in infos]).encode())
+    return whole.hexdigest()
+
+
+def predictions(texts: pa.Table, p_NC: np.ndarray, thresholds: Thresholds, with_text: bool) -> pa.Table:
+    """PREDICTIONS of some TEXTS, with gold behind them where it is known."""
+    names = np.array(thresholds.labels, dtype=object)
+    columns: dict[str, Any] = {
+        "id": texts["id"],
+        "source": texts["source"],
+        "position": texts["position"],
+        "label": pa.array(names[p_NC.argmax(axis=1)], pa.string()),
+        "confidence": pa.array(confidence(p_NC), pa.float32()),
+        "accepted": pa.array(thresholds.accept(p_NC)),
+        "probs": list_column(p_NC),
+    }
+    fields = list(PREDICTIONS)
+    if thresholds.at_least is not None:
+        columns["p_at_least"] = pa.array(grade_confidence(p_NC, thresholds.at_least), pa.float32())
+        fields.append(pa.field("p_at_least", pa.float32(), nullable=False))
+    for name, is_wanted in (("text", with_text), ("gold", bool((texts["gold"].to_numpy() >= 0).any()))):
+        if is_wanted:
+            columns[name] = texts[name]
+            fields.append(texts.schema.field(name))
+    schema = pa.schema(fields, metadata={"labels": json.dumps(list(thresholds.labels), ensure_ascii=False)})
+    return pa.table(columns, schema=schema)
+
+
+def read_gold(store: RunStore, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """int[N] and float64[N, C]: true labels and the model's probabilities of all gold texts."""
+    golds, probs = [np.empty(0, dtype=np.int64)], [np.empty((0, n_classes))]
+    for name in store.names(FOLDERS[GOLD], ".parquet"):
+        table = store.read_table(f"{FOLDERS[GOLD]}/{name}", ["gold", "probs"])
+        golds.append(table["gold"].to_numpy())
+        probs.append(matrix_of(table["probs"], n_classes))
+    return np.concatenate(golds), np.concatenate(probs)
+
+
+INTERVAL = 0.95
+"""Level of the intervals; Clopper and Pearson's, which never claim too much."""
+ALWAYS, NEVER = 0.0, np.inf
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One threshold, and what it comes to on the gold texts that the model answers with this label."""
+
+    threshold: float | None
+    """None: no threshold reaches the precision that is wanted, so nothing is accepted."""
+    given: bool
+    """Whether the user gave it, instead of a fit."""
+    gold_texts: int
+    """Texts with this label in gold."""
+    answered: int
+    """Texts that the model answers with this label; all texts, with ``at_least``."""
+    accepted: int
+    right: int
+    """Of those accepted."""
+    precision: float | None
+    """right / accepted; None where nothing is accepted."""
+    precision_low: float | None
+    precision_high: float | None
+    """Ends of the interval of ``INTERVAL``. The fit has seen the same texts, so both are a little high."""
+    coverage: float
+    """accepted / answered."""
+    recall: float
+    """right / gold_texts."""
+    best_precision: float | None
+    """The highest of all thresholds; it says how far away an unreachable one is."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What is accepted. Without any threshold, everything."""
+
+    labels: tuple[str, ...]
+    threshold_C: tuple[float, ...]
+    """ALWAYS and NEVER among them; with ``at_least`` the one for it is all that counts."""
+    at_least: int | None = None
+    """Index of the lowest grade that is wanted."""
+
+    @classmethod
+    def given(
+        cls, labels: Sequence[str], by_label: Mapping[str, float], at_least: str | None = None
+    ) -> Thresholds:
+        """From thresholds by label; a label without one is always accepted."""
+        grade = None if at_least is None else list(labels).index(at_least)
+        return cls(tuple(labels), tuple(by_label.get(name, ALWAYS) for name in labels), grade)
+
+    def accept(self, p_NC: Floats) -> np.ndarray:
+        """bool[N]: whether each answer is accepted."""
+        if self.at_least is not None:
+            return grade_confidence(p_NC, self.at_least) >= self.threshold_C[self.at_least]
+        return confidence(p_NC) >= np.array(self.threshold_C)[p_NC.argmax(axis=1)]
+
+
+def grade_confidence(p_NC: Floats, grade: int) -> Floats:
+    """float64[N]: probability that a text is of this grade or of a higher one."""
+    return np.asarray(p_NC, dtype=np.float64)[:, grade:].sum(axis=1)
+
+
+def fit(
+    thresholds: Thresholds, p_NC: Floats, gold_N: Ints, wanted: float | None, given: Sequence[str]
+) -> tuple[Thresholds, dict[str, Measured]]:
+    """The lowest thresholds whose precision on gold is ``wanted``, and what they come to, by label.
+
+    Labels in ``given`` keep their threshold and are only measured, as are all without ``wanted``. Raises
+    ValueError where gold holds no text.
+    """
+    gold_N, p_NC = np.asarray(gold_N), np.asarray(p_NC)
+    if not gold_N.size:
+        raise ValueError("gold holds no text: there is nothing to fit thresholds to")
+    labels, found_C, measured = thresholds.labels, list(thresholds.threshold_C), {}
+    grade = thresholds.at_least
+    for c in range(len(labels)) if grade is None else [grade]:
+        answered_N = p_NC.argmax(axis=1) == c if grade is None else np.ones(gold_N.size, dtype=bool)
+        is_gold_N = gold_N == c if grade is None else gold_N >= c
+        confidence_N = confidence(p_NC) if grade is None else grade_confidence(p_NC, c)
+        confidence_M, is_right_M = confidence_N[answered_N], is_gold_N[answered_N]
+        n_gold = int(is_gold_N.sum())
+        is_given = wanted is None or labels[c] in given
+        if not is_given:
+            assert wanted is not None
+            found_C[c] = lowest_threshold(confidence_M, is_right_M, wanted)
+        measured[labels[c]] = measure(found_C[c], confidence_M, is_right_M, n_gold, is_given)
+    return Thresholds(labels, tuple(found_C), thresholds.at_least), measured
+
+
+def lowest_threshold(confidence_M: Floats, is_right_M: np.ndarray, wanted: float) -> float:
+    """The lowest confidence from which on at least a share ``wanted`` is right; NEVER where there is none."""
+    if not np.any(is_right_M):
+        return NEVER
+    precision_T, _, threshold_T = precision_recall_curve(is_right_M, confidence_M)
+    # The curve's last point, precision 1 of nothing, has no threshold.
+    reached = np.flatnonzero(precision_T[:-1] >= wanted)
+    return float(threshold_T[reached[0]]) if reached.size else NEVER
+
+
+def measure(
+    threshold: float, confidence_M: Floats, is_right_M: np.ndarray, n_gold: int, is_given: bool
+) -> Measured:
+    """What a threshold comes to; see :class:`Measured`."""
+    accepted_M = np.asarray(confidence_M) >= threshold
+    accepted, right = int(accepted_M.sum()), int(np.asarray(is_right_M)[accepted_M].sum())
+    low = high = best = None
+    if accepted:
+        interval = binomtest(right, accepted).proportion_ci(INTERVAL, method="exact")
+        low, high = float(interval.low), float(interval.high)
+    if np.any(is_right_M):
+        best = float(precision_recall_curve(is_right_M, confidence_M)[0][:-1].max())
+    elif accepted_M.size:
+        best = 0.0
+    return Measured(
+        threshold=None if threshold == NEVER else threshold,
+        given=is_given,
+        gold_texts=n_gold,
+        answered=accepted_M.size,
+        accepted=accepted,
+        right=right,
+        precision=right / accepted if accepted else None,
+        precision_low=low,
+        precision_high=high,
+        coverage=accepted / accepted_M.size if accepted_M.size else 0.0,
+        recall=right / n_gold if n_gold else 0.0,
+        best_precision=best,
+    )
+
+
+def as_dict(
+    thresholds: Thresholds, measured: Mapping[str, Measured], wanted: float | None, n_gold: int
+) -> dict[str, Any]:
+    """For thresholds.json."""
+    at_least = None if thresholds.at_least is None else thresholds.labels[thresholds.at_least]
+    return {
+        "wanted_precision": wanted,
+        "at_least": at_least,
+        "gold_texts": n_gold,
+        "interval": INTERVAL,
+        "labels": {label: asdict(one) for label, one in measured.items()},
+    }
+
+
+def in_words(label: str, one: Measured, wanted: float | None) -> str:
+    """One line for people."""
+    known = f"{one.answered:,} gold texts answered so, {one.gold_texts:,} are"
+    if one.threshold is None:
+        best = "no answer is right" if not one.best_precision else f"the best is {one.best_precision:.3f}"
+        if not one.answered:
+            best = "the model never answers it"
+        return (
+            f"{label}: precision {wanted:g} cannot be reached on gold ({best}; {known}): nothing is accepted"
+        )
+    if one.precision is None:
+        return f"{label}: from {one.threshold:.4f} on nothing in gold is accepted ({known})"
+    return (
+        f"{label}: from {one.threshold:.4f} on precision {one.precision:.3f} "
+        f"[{one.precision_low:.3f}, {one.precision_high:.3f}], coverage {one.coverage:.1%} ({known})"
+    )

@@ -1,0 +1,1 @@
+"""The embedded default: a corpus and a small teacher made on this machine."""

@@ -1,0 +1,1 @@
+"""Draws what `evaluation` read: figures, pages, templates."""

@@ -1,0 +1,235 @@
+"""What all figures of a page have in common: axes, colours that everyone can tell apart, the <svg> itself.
+
+A figure takes its ink and its grid from the page, so that it reads on light and on dark.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from llkd_ray.display import NARROW, count, duration, percent
+from llkd_ray.evaluation.round_records import Reference
+from llkd_ray.evaluation.run_record import PHASES, RunFacts, phase_seconds
+
+# Okabe & Ito's colours, which people with any common colour blindness can tell apart.
+BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+)
+GREY = "#7F7F7F"
+GRID = "#E4E4E4"
+LEGEND: dict[str, Any] = {
+    "frameon": False,
+    "fontsize": 9,
+    "columnspacing": 1.2,
+    "handlelength": 1.6,
+    "handletextpad": 0.5,
+}
+_OF_THE_PAGE = {"#000000": "currentColor", GRID.lower(): "var(--line)", BLUE.lower(): "var(--blue)"}
+
+
+def new_figure(width: float = 4.8, height: float = 3.2) -> Figure:
+    """An empty figure, in inches. Not pyplot's: nothing is registered globally and no display is needed."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def add_axes(figure: Figure, *place: int) -> Axes:
+    """Axes with a light grid; ``place`` is matplotlib's rows, columns and number."""
+    return plain(figure.add_subplot(*place))
+
+
+def plain(axes: Axes) -> Axes:
+    """The same axes, without a box and with a light grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def svg_element(figure: Figure, prefix: str, description: str) -> Markup:
+    """The figure as an <svg> element that takes the width it is given."""
+    figure.patch.set_visible(False)
+    for axes in figure.axes:
+        axes.patch.set_visible(False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Names of elements must differ between the figures of a page, and be the same on every rendering.
+    ids = {old: f"{prefix}-{n}" for n, old in enumerate(re.findall(r'\bid="([^"]+)"', svg))}
+    svg = re.sub(r'(\bid="|#)([^"\s;)]+)(?=["\)])', lambda m: m[1] + ids.get(m[2], m[2]), svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"\n\s*", "\n", svg)
+    for fixed, of_the_page in _OF_THE_PAGE.items():
+        svg = svg.replace(fixed, of_the_page)
+    # Letters have no colour of their own where they are black.
+    opening = Markup(' role="img" fill="currentColor" aria-label="{}"').format(description)
+    return Markup(svg.replace("<svg", f"<svg{opening}", 1))
+
+
+ACCURACY_COLOUR, F1_COLOUR, AGREEMENT_COLOUR = BLUE, VERMILION, GREEN
+PHASE_COLOURS = dict(zip(PHASES, (BLUE, PURPLE, VERMILION, SKY, GREEN, "#BBBBBB"), strict=True))
+
+
+def _curve(
+    axes: Axes,
+    rounds: Sequence[dict[str, Any]],
+    key: str,
+    name: str,
+    colour: str,
+    is_reference: bool = False,
+) -> str:
+    """Draw one measure against the texts trained on, and say in words how it went; '' if unknown."""
+    points = [
+        (line["trained"], line[key])
+        for line in rounds
+        if line.get("trained") is not None and line.get(key) is not None
+    ]
+    if not points:
+        return ""
+    look: dict[str, Any] = {"marker": "o", "markersize": 4.5}
+    if is_reference:
+        look = {"marker": ".", "markersize": 4, "linestyle": ":", "linewidth": 1.4}
+    axes.plot(*zip(*points, strict=True), color=colour, label=name, **look)
+    (first_x, first), (last_x, last) = points[0], points[-1]
+    start = f"from {percent(first)} after {count(first_x)} texts to " if len(points) > 1 else ""
+    return f"{name}: {start}{percent(last)} after {count(last_x)} texts."
+
+
+def _finish_curve(figure: Figure, axes: Axes, run: RunFacts, prefix: str, said: Sequence[str]) -> Markup:
+    axes.set_xlabel("texts trained on")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 4):g}{NARROW}%")
+    axes.xaxis.set_major_formatter(lambda value, _: count(value))
+    tick_at(axes, run, "trained", at_most=6)
+    axes.margins(x=0.06, y=0.12)
+    figure.legend(loc="outside upper left", ncols=2, **LEGEND)
+    return svg_element(figure, prefix, " ".join(part for part in said if part))
+
+
+def tick_at(axes: Axes, run: RunFacts, key: str, at_most: int) -> None:
+    """Ticks where the rounds are, or at round numbers where they are too many."""
+    places = [line[key] for line in run.rounds if line.get(key) is not None]
+    if len(places) <= at_most:
+        axes.set_xticks(places)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=at_most, integer=True))
+
+
+def learning_curve(run: RunFacts, reference: Reference | None = None) -> Markup | None:
+    """Accuracy and macro-F1 on gold; dashed the teacher's, dotted those of a run by random selection."""
+    figure = new_figure()
+    axes = add_axes(figure)
+    said = []
+    for key, name, colour in (
+        ("accuracy", "Student's accuracy", ACCURACY_COLOUR),
+        ("macro_f1", "Student's macro-F1", F1_COLOUR),
+    ):
+        said.append(_curve(axes, run.rounds, key, name, colour))
+        if said[-1] and (level := run.teacher[key]) is not None:
+            teachers = name.replace("Student", "Teacher")
+            axes.axhline(level, color=colour, linestyle="--", linewidth=1.2, label=teachers)
+            said.append(f"{teachers}: {percent(level)}.")
+        if said[-1] and reference:
+            randoms = name.replace("Student's", "Random's")
+            said.append(_curve(axes, reference.rounds, key, randoms, colour, is_reference=True))
+    return _finish_curve(figure, axes, run, "curve", said) if any(said) else None
+
+
+def agreement_curve(run: RunFacts, reference: Reference | None = None) -> Markup | None:
+    """Agreement with the teacher on the hold-out."""
+    figure = new_figure()
+    axes = add_axes(figure)
+    said = [_curve(axes, run.rounds, "teacher_agreement", "Same answer as the teacher", AGREEMENT_COLOUR)]
+    if said[0] and reference:
+        name = "The same, selected at random"
+        rounds = reference.rounds
+        said.append(_curve(axes, rounds, "teacher_agreement", name, AGREEMENT_COLOUR, is_reference=True))
+    return _finish_curve(figure, axes, run, "agreement", said) if said[0] else None
+
+
+def time_bars(run: RunFacts) -> Markup | None:
+    """Seconds of each phase, round by round."""
+    spent = [phase_seconds(line) for line in run.rounds]
+    if not any(sum(one.values()) for one in spent):
+        return None
+    figure = new_figure()
+    axes = add_axes(figure)
+    rounds = [line["round"] for line in run.rounds]
+    below = np.zeros(len(rounds))
+    for phase in PHASES:
+        height = np.array([one[phase] for one in spent])
+        if height.any():
+            axes.bar(rounds, height, 0.7, bottom=below, color=PHASE_COLOURS[phase], label=phase)
+            below += height
+    axes.set_xlabel("round")
+    axes.set_ylabel("seconds")
+    tick_at(axes, run, "round", at_most=12)
+    axes.set_xlim(rounds[0] - 1, rounds[-1] + 1)
+    figure.legend(loc="outside upper left", ncols=6, **LEGEND)
+    totals = ", ".join(f"{phase} {duration(sum(one[phase] for one in spent))}" for phase in PHASES)
+    return svg_element(figure, "time", f"Time of each phase, over all rounds: {totals}.")
+
+
+def reliability_diagram(run: RunFacts) -> Markup | None:
+    """The teacher's answers as they are given and as they are used."""
+    quality = run.teacher["quality"]
+    if not quality:
+        return None
+    series = [("as it is used", quality["used"]["reliability"], ACCURACY_COLOUR, "o")]
+    if is_changed(run):
+        series.insert(0, ("as it answers", quality["raw"]["reliability"], F1_COLOUR, "s"))
+    return _reliability(series, "reliability")
+
+
+def student_reliability(bins: Sequence[dict[str, Any]]) -> Markup | None:
+    """The student's answers on the test set after the last round."""
+    return _reliability([("student", bins, ACCURACY_COLOUR, "o")], "student-reliability") if bins else None
+
+
+def _reliability(series: Sequence[tuple[str, Sequence[dict[str, Any]], str, str]], prefix: str) -> Markup:
+    """Accuracy against confidence in bins (Guo et al. 2017, fig. 1), as points whose area is the texts."""
+    figure = new_figure(4.8, 4.2)
+    axes = add_axes(figure)
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1.2, linestyle="--", label="as sure as right")
+    said = []
+    for name, bins, colour, marker in series:
+        filled = [one for one in bins if one["texts"]]
+        sure, right, texts = (
+            np.array([one[k] for one in filled]) for k in ("confidence", "accuracy", "texts")
+        )
+        axes.plot(sure, right, color=colour, linewidth=1, alpha=0.6)
+        area = 12 + 260 * texts / texts.sum()
+        axes.scatter(sure, right, area, color=colour, marker=marker, alpha=0.75, linewidths=0, label=name)
+        mean_sure, mean_right = (float((texts * x).sum() / texts.sum()) for x in (sure, right))
+        said.append(f"{name}: sure of {percent(mean_sure)} and right on {percent(mean_right)}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{round(100 * value):d}{NARROW}%")
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.03), ylim=(0, 1.03))
+    legend = figure.legend(loc="outside upper left", ncols=3, **LEGEND)
+    for handle in legend.legend_handles:
+        if isinstance(handle, PathCollection):
+            handle.set_sizes([36])
+    words = f"Accuracy against confidence in {len(series[0][1])} bins. On average, {'; '.join(said)}."
+    return svg_element(figure, prefix, words)
+
+
+def is_changed(run: RunFacts) -> bool:
+    """Whether the teacher's answers are used otherwise than they were given."""
+    return run.teacher["quality"]["method"] not in ("raw", "votes")

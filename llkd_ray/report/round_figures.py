@@ -1,0 +1,302 @@
+"""Figures of single rounds: what was selected, the thresholds, and teacher and student side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from llkd_ray.display import count, decimals, duration, percent
+from llkd_ray.evaluation.round_records import Glance, RoundFacts
+from llkd_ray.evaluation.run_record import PHASES, RunFacts, phase_seconds
+from llkd_ray.metrics.uncertainty import Floats
+from llkd_ray.report.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    GRID,
+    LEGEND,
+    ORANGE,
+    PHASE_COLOURS,
+    PURPLE,
+    SKY,
+    VERMILION,
+    new_figure,
+    plain,
+    svg_element,
+)
+
+# Colour and marker together, so that a class is known by either.
+CLASS_LOOKS = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"), (SKY, "P"))
+CROWDED = 0.97
+"""Where the median confidence is above it, the scale is that of the nines."""
+MOST_NINES = 6
+"""A confidence is no better known, in 32 bits."""
+LABELLED_BINS = 60
+
+
+def selected_figure(run: RunFacts, details: RoundFacts) -> Markup | None:
+    """The teacher's confidence against the student's uncertainty, a panel a round."""
+    glances = details.glances
+    if not glances:
+        return None
+    columns = min(2, len(glances))
+    rows = -(-len(glances) // columns)
+    figure = new_figure(4.8, 0.75 + 2.05 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    is_crowded, low = _set_scales(panels[0], glances)
+    for axes, glance in zip(panels, glances, strict=False):
+        _panel(axes, glance, len(run.labels), is_crowded, low)
+    for axes in panels[len(glances) :]:
+        axes.set_visible(False)
+    figure.supxlabel("teacher's confidence", fontsize=10)
+    figure.supylabel("student's uncertainty", fontsize=10)
+    figure.legend(handles=_class_legend(run.labels), loc="outside upper left", ncols=3, **LEGEND)
+    said = "; ".join(_in_words(glance) for glance in glances)
+    words = f"The teacher's confidence against the student's uncertainty of a sample of texts. {said}."
+    return svg_element(figure, "scatter", words)
+
+
+def _set_scales(axes: Axes, glances: Sequence[Glance]) -> tuple[bool, float]:
+    """Limits and ticks for all panels: what is used of the height, and of the confidence what tells apart.
+
+    Returns whether the confidence is in nines, and the lowest height.
+    """
+    sure = np.concatenate([glance.confidence_N for glance in glances])
+    if _is_crowded(sure):
+        last = max(4, int(np.ceil(_nines(sure).max())))
+        ticks = (0, 2, 4)  # more would not fit under a panel
+        axes.set_xticks(ticks, ["0", "0.99", "0.9999"])
+        axes.set_xlim(-0.05 * last, 1.04 * last)
+    else:
+        low = np.floor(10 * sure.min()) / 10 if sure.size else 0.0
+        axes.set_xlim(low - 0.03 * (1 - low), 1 + 0.03 * (1 - low))
+    unsure = np.concatenate([glance.uncertainty_N for glance in glances])
+    seen = unsure[~np.isnan(unsure)]
+    low = float(np.floor(10 * seen.min()) / 10) if seen.size else 0.0
+    low = min(low, 0.9)
+    heights = {low: f"{low:.1f}", (low + 1) / 2: f"{(low + 1) / 2:.3g}", 1.0: "1"}
+    if seen.size < unsure.size:
+        heights[_unseen_height(low)] = "none"
+        axes.set_ylim(_unseen_height(low) - 0.09 * (1 - low), 1 + 0.05 * (1 - low))
+    else:
+        axes.set_ylim(low - 0.05 * (1 - low), 1 + 0.05 * (1 - low))
+    axes.set_yticks(list(heights), list(heights.values()))
+    return _is_crowded(sure), low
+
+
+def _is_crowded(confidence_N: Floats) -> bool:
+    """Whether so many are nearly sure that an even scale would hide what they differ in."""
+    return bool(confidence_N.size) and float(np.median(confidence_N)) > CROWDED
+
+
+def _nines(confidence_N: Floats) -> Floats:
+    """How many nines a confidence has: 0.99 has two, 0.999 three."""
+    return -np.log10(np.maximum(1.0 - confidence_N.astype(np.float64), 10.0**-MOST_NINES))
+
+
+def _unseen_height(low: float) -> float:
+    """Where texts stand that the student had not looked at."""
+    return low - 0.16 * (1 - low)
+
+
+def _panel(axes: Axes, glance: Glance, n_classes: int, is_crowded: bool, low: float) -> None:
+    plain(axes)
+    axes.set_title(f"round {glance.round_number}", loc="left", fontsize=9)
+    unseen_N = np.isnan(glance.uncertainty_N)
+    # Spread a little, by the golden ratio, so that texts without an opinion do not hide each other.
+    spread_N = 0.12 * (1 - low) * ((np.arange(unseen_N.size) * 0.618) % 1 - 0.5)
+    height_N = np.where(unseen_N, _unseen_height(low) + spread_N, glance.uncertainty_N)
+    sure_N = _nines(glance.confidence_N) if is_crowded else glance.confidence_N
+    others = ~glance.selected_N
+    axes.plot(
+        sure_N[others],
+        height_N[others],
+        linestyle="none",
+        marker=".",
+        markersize=3,
+        color=GREY,
+        alpha=0.45,
+        markeredgewidth=0,
+    )
+    for label, (colour, marker) in enumerate(_looks(n_classes)):
+        these = glance.selected_N & ((glance.label_N == label) | (n_classes > len(CLASS_LOOKS)))
+        axes.plot(
+            sure_N[these],
+            height_N[these],
+            linestyle="none",
+            marker=marker,
+            markersize=3.6,
+            color=colour,
+            alpha=0.8,
+            markeredgewidth=0,
+        )
+
+
+def _looks(n_classes: int) -> Sequence[tuple[str, str]]:
+    """Colour and marker of each class; one for all where they are too many to be told apart."""
+    return CLASS_LOOKS[:n_classes] if n_classes <= len(CLASS_LOOKS) else CLASS_LOOKS[:1]
+
+
+def _class_legend(labels: Sequence[str]) -> list[Line2D]:
+    looks = _looks(len(labels))
+    names = [_short(label) for label in labels] if len(labels) <= len(looks) else ["selected"]
+    return [
+        Line2D([], [], linestyle="none", marker=marker, markersize=5, color=colour, label=name)
+        for name, (colour, marker) in zip([*names, "not selected"], [*looks, (GREY, ".")], strict=True)
+    ]
+
+
+def _short(label: str, at_most: int = 18) -> str:
+    label = label.replace("$", r"\$")  # matplotlib would take it for mathematics
+    return label if len(label) <= at_most else label[: at_most - 1] + "…"
+
+
+def _in_words(glance: Glance) -> str:
+    parts = []
+    for name, is_it_N in (("selected", glance.selected_N), ("others", ~glance.selected_N)):
+        if not is_it_N.any():
+            continue
+        uncertainty_N = glance.uncertainty_N[is_it_N]
+        seen_N = uncertainty_N[~np.isnan(uncertainty_N)]
+        unsure = f"uncertainty {decimals(float(seen_N.mean()), 2)}" if seen_N.size else "not looked at"
+        sure = decimals(float(glance.confidence_N[is_it_N].mean()), 2)
+        parts.append(f"{name}: mean confidence {sure}, {unsure}")
+    return f"Round {glance.round_number}: {', '.join(parts)}"
+
+
+def thresholds_figure(run: RunFacts, details: RoundFacts) -> Markup | None:
+    """What a text of each class had to reach, round by round; a panel a signal."""
+    if not details.thresholds:
+        return None
+    signals = [
+        name
+        for name in ("confidence", "uncertainty")
+        if any(name in of_signal for _, of_signal in details.thresholds)
+    ]
+    figure = new_figure(4.8, 3.2)
+    panels = figure.subplots(1, len(signals), squeeze=False).ravel()
+    said = []
+    for axes, name in zip(panels, signals, strict=True):
+        plain(axes)
+        axes.set_title(f"{name} at least", loc="left", fontsize=9)
+        points = [(k, of_signal[name]) for k, of_signal in details.thresholds if name in of_signal]
+        _threshold_lines(axes, points, len(run.labels))
+        last = points[-1][1]
+        said.append(f"{name} in round {points[-1][0]}: {decimals(min(last), 2)} to {decimals(max(last), 2)}")
+    figure.supxlabel("round", fontsize=10)
+    if len(run.labels) <= len(CLASS_LOOKS):
+        handles = [
+            Line2D([], [], marker=marker, markersize=5, color=colour, label=_short(label))
+            for label, (colour, marker) in zip(run.labels, CLASS_LOOKS, strict=False)
+        ]
+        figure.legend(handles=handles, loc="outside upper left", ncols=3, **LEGEND)
+    words = f"Thresholds of the classes. {'; '.join(said)}."
+    return svg_element(figure, "thresholds", words)
+
+
+def _threshold_lines(axes: Axes, points: Sequence[tuple[int, list[float]]], n_classes: int) -> None:
+    rounds = [k for k, _ in points]
+    threshold_KC = np.array([of_class for _, of_class in points])
+    if n_classes <= len(CLASS_LOOKS):
+        for label, (colour, marker) in enumerate(_looks(n_classes)):
+            axes.plot(
+                rounds, threshold_KC[:, label], color=colour, marker=marker, markersize=4, linewidth=1.2
+            )
+    else:
+        axes.plot(rounds, np.median(threshold_KC, axis=1), color=BLUE, marker="o", markersize=4)
+        lowest_K, highest_K = threshold_KC.min(axis=1), threshold_KC.max(axis=1)
+        axes.fill_between(rounds, lowest_K, highest_K, color=BLUE, alpha=0.2, linewidth=0)
+    axes.set_xticks(rounds if len(rounds) <= 6 else rounds[:: -(-len(rounds) // 6)])
+    axes.margins(x=0.12)
+
+
+def timeline_figure(run: RunFacts) -> Markup | None:
+    """Labels as they came in above, what the student did below, on one line of time."""
+    if not any(line.get("pace") for line in run.rounds):
+        return None
+    start, done = 0.0, 0.0
+    moments, spans = [(0.0, 0.0)], []
+    for line in run.rounds:
+        pace = line.get("pace") or []
+        moments += [(start + seconds, done) for seconds, _ in pace[:1]]
+        # Within a round only: what a driver that goes on finds at its begin is no work of this moment.
+        for (_, before), (seconds, labelled) in pairwise(pace):
+            done += max(0.0, labelled - before)
+            moments.append((start + seconds, done))
+        at = start
+        for phase, seconds in _in_order(phase_seconds(line)):
+            spans.append((phase, at, seconds))
+            at += seconds
+        start = at
+    if not start:
+        return None
+    scale, unit = (60.0, "minutes") if start >= 180 else (1.0, "seconds")
+    figure = new_figure(4.8, 3.4)
+    teacher, student = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    _labels_a_second(plain(teacher), moments, start, scale)
+    _phases(student, spans, scale)
+    _mark_rounds((teacher, student), run.rounds, scale)
+    student.set_xlabel(f"{unit} of work")
+    student.set_xlim(0, start / scale)
+    shown = [phase for phase in PHASES if any(name == phase and seconds for name, _, seconds in spans)]
+    handles = [
+        Line2D([], [], linestyle="none", marker="s", markersize=7, color=PHASE_COLOURS[phase], label=phase)
+        for phase in shown
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=6, **LEGEND)
+    last = moments[-1][1]
+    words = (
+        f"Teacher and student side by side over {duration(start)}: {count(last)} texts were labelled, "
+        f"the last after {duration(next(at for at, labelled in moments if labelled == last))}."
+    )
+    return svg_element(figure, "timeline", words)
+
+
+def _in_order(spent: dict[str, float]) -> list[tuple[str, float]]:
+    """A round's phases as they follow each other; what is left over lies mostly before the training."""
+    return [(name, spent[name]) for name in ("teach", "refresh", "select", "idle", "train", "evaluate")]
+
+
+def _labels_a_second(axes: Axes, moments: Sequence[tuple[float, float]], end: float, scale: float) -> None:
+    edges = np.linspace(0, end, LABELLED_BINS + 1)
+    seconds, labelled = np.array(moments).T
+    reached = np.interp(edges, seconds, labelled)
+    rate = np.diff(reached) / np.diff(edges)
+    axes.stairs(rate, edges / scale, fill=True, color=BLUE, alpha=0.85)
+    axes.set_ylabel("labels\na second", fontsize=9)
+    axes.set_title("teacher", loc="left", fontsize=9)
+
+
+def _phases(axes: Axes, spans: Sequence[tuple[str, float, float]], scale: float) -> None:
+    for phase in PHASES:
+        bars = [(at / scale, seconds / scale) for name, at, seconds in spans if name == phase and seconds]
+        axes.broken_barh(bars, (0, 1), color=PHASE_COLOURS[phase], linewidth=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_yticks([])
+    axes.set_title("student", loc="left", fontsize=9)
+
+
+def _mark_rounds(panels: Sequence[Axes], rounds: Sequence[dict[str, Any]], scale: float) -> None:
+    ends = np.cumsum([sum(phase_seconds(line).values()) for line in rounds])
+    if len(rounds) <= 12:
+        for axes in panels:
+            for end in ends[:-1]:
+                axes.axvline(end / scale, color=GRID, linewidth=0.9, zorder=0.5)
+
+
+def shares_in_words(details: RoundFacts) -> str:
+    """The class that training leans to most, against what is labelled; '' where that is not known."""
+    known = [(one.trained / one.labelled, one) for one in details.balance if one.trained and one.labelled]
+    if not known:
+        return ""
+    factor, most = max(known, key=lambda pair: pair[0])
+    return (
+        f"“{most.label}” is {percent(most.trained)} of what was trained on and {percent(most.labelled)} of "
+        f"what was labelled, {factor:.1f} times as much."
+    )

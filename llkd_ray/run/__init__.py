@@ -1,0 +1,1 @@
+"""A distillation: `loop` is the algorithm on one page."""

@@ -1,0 +1,308 @@
+"""The algorithm on one page: label, select, train, refresh, until the budget is spent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pyarrow.fs as pafs
+import yaml
+
+from llkd_ray.cluster import check_fit, connect, library_versions
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.loading import absolute, apply_overrides, dump_config, parse_config
+from llkd_ray.config.schedule import Schedule
+from llkd_ray.config.schema import Config
+from llkd_ray.corpus.ingest import ingest
+from llkd_ray.display import Display
+from llkd_ray.evaluation.measure import Measure, write_insight
+from llkd_ray.evaluation.student_calibration import fit_student, write_calibration
+from llkd_ray.evaluation.student_calibration import in_words as calibration_in_words
+from llkd_ray.metrics.quality import has_flattened
+from llkd_ray.report.pages import write_pages
+from llkd_ray.run.supervisor import Run
+from llkd_ray.run.trackers import Trackers, check_trackers
+from llkd_ray.selection.acquisition import ACQUISITION
+from llkd_ray.selection.policies import SELECTION
+from llkd_ray.selection.tickets import draw_holdout
+from llkd_ray.storage.lock import at_work
+from llkd_ray.storage.run_dir import (
+    CONFIG,
+    ENGINES_DIR,
+    LOST_DIR,
+    MANIFEST,
+    MODEL_DIR,
+    ONNX_DIR,
+    SUMMARY,
+    RunStore,
+    join_uri,
+)
+from llkd_ray.storage.tables import Examples
+from llkd_ray.student.model import check_student
+from llkd_ray.teacher.base import Usage
+from llkd_ray.teacher.factory import check_teacher, self_contained
+from llkd_ray.teacher.labels import count_unanswered
+
+
+def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
+    """Run the distillation whose files are at ``store_uri``, from where they say; returns its summary.
+
+    Raises ConfigError for what the user can mend, and whatever broke otherwise.
+    """
+    began = time.monotonic()
+    store = RunStore(store_uri)
+    config = self_contained(config)
+    teacher_facts = check(config)
+    trackers = Trackers(config, store, display.say)
+    with at_work(store, display.say) as session, connect(config.run.address), trackers:
+        store.write_bytes(CONFIG, dump_config(config).encode())
+        check_fit(config)
+        examples = ingest(config, store, display.say)
+        schedule = Schedule.plan(config, examples.n_pool, examples.n_test)
+        store.write_json(MANIFEST, manifest(config, examples, schedule, teacher_facts))
+        draw_holdout(config, examples, schedule)  # refuses a hold-out that nothing can be fitted on
+        measure = Measure(store, schedule, config)
+        lines = store.read_metrics()
+        over = is_over(config, lines)
+        with Run(config, store, session, schedule, display, over, lines) as run:
+            while not is_over(config, lines):
+                line = run_round(run, measure, len(lines))
+                store.append_metrics(line)
+                lines.append(line)
+                trackers.log_round(line)
+                display.say(in_words(line))
+            if len(lines) < schedule.rounds:
+                display.say(f"agreement has flattened: {len(lines)} of {schedule.rounds} rounds were enough")
+            run.finish()
+            totals = run.call("stats")
+        display.update("measuring the result and writing the report")
+        summary = conclude(config, store, measure, len(lines) - 1, totals, time.monotonic() - began)
+        trackers.log_summary(summary, len(lines) - 1)
+        display.say(calibration_in_words(summary["calibration"]))
+        return summary
+
+
+def is_over(config: Config, lines: Sequence[dict[str, Any]]) -> bool:
+    """Whether the rounds are done, or the student has stopped to come closer to the teacher."""
+    budget = config.budget
+    if len(lines) == budget.rounds:
+        return True
+    agreement = [line["teacher_agreement"] for line in lines]
+    return budget.patience is not None and has_flattened(agreement, budget.patience, budget.min_gain)
+
+
+def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
+    """Wait for labels, let the student look at them, select, train; returns the line of metrics.
+
+    Raises ConfigError where the first round finds nothing to learn from.
+    """
+    began = time.monotonic()
+    run.pace.begin_round(began)
+    run.call("wait_labels", k)
+    labels_there = time.monotonic()
+    run.call("wait_refreshed", k)
+    selected = run.call("select", k)
+    if k == 0 and not selected["selected"]:
+        if run.call("stats")["cap_reached"]:
+            raise ConfigError(
+                "budget.cap is reached before there is a labelled text to train on; raise it, or lower "
+                f"evaluation.holdout: the {run.schedule.holdout} texts of the hold-out are read first"
+            )
+        raise ConfigError(
+            f"round 0 has nothing to train on: {run.call('stats')['labelled']} texts are labelled, "
+            f"{selected['candidates']} of them may be selected; look into quarantine/ for why the teacher "
+            "gave no answer (teacher.recorded.id and corpus.id must hold the same ids)"
+        )
+    trained = run.call("wait_trained", k)
+    figures = measure.round(k)
+    seconds = {"teach": labels_there - began, "select": selected["seconds"], **trained["seconds"]}
+    seconds["idle"] = max(0.0, time.monotonic() - began - sum(seconds.values()))
+    totals = run.call("stats")
+    counts = {key: totals[key] for key in ("labelled", "trained", "teacher_tokens")}
+    return {
+        "round": k,
+        **counts,
+        **figures,
+        "loss": trained.get("loss"),
+        "staleness": selected.get("staleness"),  # none in a run begun by an older version
+        "seconds": seconds,
+        "pace": run.pace.points(),
+    }
+
+
+def conclude(
+    config: Config, store: RunStore, measure: Measure, last: int, totals: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Write what a run leaves behind that is finished after round ``last``: summary, model and report."""
+    counts = {key: totals[key] for key in ("labelled", "trained", "teacher_tokens")}
+    summary = {
+        "teacher": measure.teacher(np.random.default_rng(0)),
+        "student": measure.student(last, np.random.default_rng(0)),
+        "calibration": fit_student(store, config, last),
+        **counts,
+        **spending(config, totals),
+        "engines_started": len(store.names(ENGINES_DIR)),
+        "texts_sent_but_not_answered": count_unanswered(store),
+        "lost": lost_teachers(store),
+        "seconds": seconds,
+    }
+    store.write_json(SUMMARY, summary)
+    store.fs.create_dir(store.path(MODEL_DIR), recursive=True)
+    pafs.copy_files(
+        store.path(measure.checkpoint(last)),
+        store.path(MODEL_DIR),
+        source_filesystem=store.fs,
+        destination_filesystem=store.fs,
+    )
+    write_calibration(store, summary["calibration"])
+    if ONNX_DIR in store.folders(MODEL_DIR):  # of the weights before these
+        store.fs.delete_dir(store.path(f"{MODEL_DIR}/{ONNX_DIR}"))
+    write_insight(store, measure, last)
+    write_pages(store)
+    return summary
+
+
+def lost_teachers(store: RunStore) -> list[dict[str, str]]:
+    """Teachers' actors that gave up, with the reason, each once."""
+    files = (store.read_json(f"{LOST_DIR}/{name}") for name in store.names(LOST_DIR))
+    of_actor = {facts["actor"]: {"teacher": facts["teacher"], "reason": facts["reason"]} for facts in files}
+    return list(of_actor.values())
+
+
+def spending(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
+    """What each teacher has used and what that cost, and how it stands to the cap."""
+    members = dict(config.teacher.members())
+    usage = {
+        name: one | {"cost": float(Usage(**one).cost(members[name].price))}
+        for name, one in totals["usage"].items()
+    }
+    cap = config.budget.cap
+    return {
+        "usage": usage,
+        "currency": next(iter(members.values())).price.currency,
+        "cap": None if cap.is_off else cap.model_dump() | {"reached": totals["cap_reached"]},
+        "unasked": totals["unasked"],
+    }
+
+
+def check(config: Config) -> dict[str, Any]:
+    """Find every mistake that can be found before anything starts; returns facts about the teacher."""
+    check_policies(config)
+    check_student(config.student)
+    check_trackers(config)
+    return check_teacher(config)
+
+
+def check_policies(config: Config) -> None:
+    """Refuse policies that there are not, and options that they do not have."""
+    for field, name, known in (
+        ("selection.policy", config.selection.policy, SELECTION),
+        ("acquisition.policy", config.acquisition.policy, ACQUISITION),
+    ):
+        if name not in known:
+            raise ConfigError(f"{field}: {name!r} is unknown; there are {', '.join(sorted(known))}")
+    try:
+        SELECTION[config.selection.policy].check_options(config.selection.options)
+    except ValueError as error:
+        raise ConfigError(f"selection.options: {error}") from None
+
+
+def manifest(
+    config: Config, examples: Examples, schedule: Schedule, teacher_facts: dict[str, Any]
+) -> dict[str, Any]:
+    """What decides the results, next to the config."""
+    return {
+        "llkd_ray": version("llkd-ray"),
+        "versions": library_versions(),
+        "seed": config.run.seed,
+        "teacher": teacher_facts,
+        "student": config.student.model,
+        "rows": {"pool": examples.n_pool, "test": examples.n_test, "holdout": schedule.holdout},
+        "budget": {"labels": schedule.labels + schedule.holdout, "train": schedule.train},
+        "tickets": schedule.n_tickets,
+    }
+
+
+def in_words(line: dict[str, Any]) -> str:
+    """A round's line of metrics as a person reads it."""
+    seconds = sum(line["seconds"].values())
+    parts = [f"round {line['round']}: {line['labelled']} labelled, {line['trained']} trained on"]
+    for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1"), ("teacher_agreement", "agreement")):
+        if line[key] is not None:
+            parts.append(f"{name} {line[key]:.3f}")
+    return ", ".join(parts) + f" ({seconds:.0f} s)"
+
+
+MORE = ("budget.rounds", "budget.train")
+"""What may be raised in a finished run."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run."""
+
+    config: Config
+    run_dir: str
+    summary: dict[str, Any]
+
+
+def start(config: Config, display: Display) -> Outcome:
+    """A new run, in a directory of its own."""
+    name = config.run.name or f"{config.selection.policy}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = join_uri(config.run.dir, name)
+    if RunStore(run_dir).exists(CONFIG):
+        raise ConfigError(f"run.name: {run_dir} holds a run already; go on with it by --resume, or rename")
+    display.say(f"run directory: {run_dir}")
+    return Outcome(config, run_dir, distill(config, run_dir, display))
+
+
+def resume(run_dir: str, display: Display, overrides: Sequence[str] = ()) -> Outcome:
+    """Go on with a run that was stopped, by its own config; with a finished one, by more rounds.
+
+    ``overrides`` may raise ``budget.rounds`` and ``budget.train`` of a run whose rounds are all done: until
+    then they decide what the teacher reads for which round. Raises ConfigError for anything else.
+    """
+    store = open_run(run_dir)
+    config = run_config(store)
+    if overrides:
+        config = _with_more_rounds(config, store, overrides)
+    return Outcome(config, store.uri(), distill(config, store.uri(), display))
+
+
+def _with_more_rounds(config: Config, store: RunStore, overrides: Sequence[str]) -> Config:
+    for override in overrides:
+        name = override.partition("=")[0]
+        if name not in MORE:
+            raise ConfigError(
+                f"--set {override!r}: a run goes on by its own settings; with --resume only "
+                f"{' and '.join(MORE)} may be raised"
+            )
+    done = len(store.read_metrics())
+    if done < config.budget.rounds or not store.exists(SUMMARY):
+        raise ConfigError(
+            f"--set {overrides[0]!r}: {done} of {config.budget.rounds} rounds are done; finish them by "
+            "--resume alone first"
+        )
+    new = parse_config(apply_overrides(config.model_dump(), overrides))
+    if new.budget.rounds <= done:
+        raise ConfigError(
+            f"budget.rounds: {new.budget.rounds} rounds are asked for and {done} are done; ask for more"
+        )
+    return new
+
+
+def open_run(run_dir: str, field: str = "--resume") -> RunStore:
+    """The files of a run; raises ConfigError, which names ``field``, where there is none."""
+    store = RunStore(absolute(run_dir))
+    if not store.exists(CONFIG):
+        raise ConfigError(f"{field}: {run_dir} has no {CONFIG}; give the directory of a run")
+    return store
+
+
+def run_config(store: RunStore) -> Config:
+    """The settings of a run that was begun."""
+    return parse_config(yaml.safe_load(store.read_bytes(CONFIG)))

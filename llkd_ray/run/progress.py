@@ -1,0 +1,255 @@
+"""Where a run stands, in words: one line for a log, a few rows for a terminal, numbers for a dashboard.
+
+They come from the driver, so there is one source of each, whatever restarts. Ray puts ``ray_`` before the
+names.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray.util.metrics import Counter, Gauge
+
+from llkd_ray.display import count, duration, money, percent
+
+BAR = 24
+"""Characters of a bar."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A moment of a run. None stands for what is not known, or not limited."""
+
+    labelled: int
+    to_label: int
+    trained: int
+    to_train: int
+    labels_a_second: float
+    tokens: int
+    tokens_a_second: float
+    round_number: int
+    rounds: int
+    note: str
+    """What the student is doing."""
+    last: dict[str, Any]
+    """The metrics of the last finished round; empty before."""
+    seconds_left: float | None
+    budget_left: str
+    """What the cap still allows, in words; '' without a cap."""
+
+    def line(self) -> str:
+        """For a log."""
+        rate = f", {self.labels_a_second:,.0f}/s" if self.labels_a_second >= 0.5 else ""
+        trained = f"trained on {self.trained} of {self.to_train}"
+        parts = [
+            f"labelled {self.labelled} of {self.to_label}{rate}, {trained}",
+            self.note or "starting",
+        ]
+        if self.budget_left:
+            parts.append(f"left: {self.budget_left}")
+        if self.seconds_left is not None:
+            parts.append(f"about {_plain(duration(_rounded(self.seconds_left)))} to go")
+        return "; ".join(parts)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For a terminal: what, and how it stands."""
+        tokens = f"{count(self.tokens)} tokens"
+        if self.tokens_a_second >= 0.5:
+            tokens += f", {self.tokens_a_second:,.0f} a second"
+        labelled = f"{count(self.labelled)} of {count(self.to_label)} labelled"
+        if self.labels_a_second >= 0.5:
+            labelled += f", {self.labels_a_second:,.0f} a second"
+        # The student's notes name the round themselves.
+        doing = self.note.removeprefix(f"round {self.round_number}: ") or "starting"
+        rows = [
+            ("round", f"{self.round_number} ({self.round_number + 1} of {self.rounds}): {doing}"),
+            ("teacher", f"{_bar(self.labelled, self.to_label)} {labelled}; {tokens}"),
+            (
+                "student",
+                f"{_bar(self.trained, self.to_train)} {count(self.trained)} of {count(self.to_train)} "
+                f"trained on{_figures(self.last)}",
+            ),
+        ]
+        if self.budget_left:
+            rows.append(("budget", f"{self.budget_left} left"))
+        left = "not known before the end of a round"
+        if self.seconds_left is not None:
+            left = f"about {duration(_rounded(self.seconds_left))}"
+        rows.append(("to go", left))
+        return [(name, _plain(text)) for name, text in rows]
+
+    def numbers(self) -> dict[str, float]:
+        """For a dashboard; what is not known is left out."""
+        known: dict[str, float | None] = {
+            "labelled_texts": self.labelled,
+            "trained_texts": self.trained,
+            "labels_per_second": self.labels_a_second,
+            "teacher_tokens": self.tokens,
+            "round": self.round_number,
+            "seconds_left": self.seconds_left,
+            **{key: self.last.get(key) for key in ("accuracy", "macro_f1", "teacher_agreement", "loss")},
+        }
+        return {name: float(value) for name, value in known.items() if value is not None}
+
+
+def seconds_left(lines: Sequence[dict[str, Any]], rounds: int, in_round: float) -> float | None:
+    """As long again for each round to come as the last one took; None before one is over.
+
+    The first one is a poor measure where it waited for engines to start, and there is no better yet.
+    """
+    if not lines:
+        return None
+    last = sum(value or 0.0 for value in (lines[-1].get("seconds") or {}).values())
+    return max(0.0, last * (rounds - len(lines)) - in_round)
+
+
+def budget_left(cap: dict[str, Any], used: dict[str, float], currency: str) -> str:
+    """What the limits of ``budget.cap`` still allow of texts, tokens and cost, in words."""
+    said = []
+    for unit in ("texts", "tokens"):
+        if cap.get(unit) is not None:
+            said.append(f"{count(max(0, cap[unit] - used[unit]))} {unit}")
+    if cap.get("cost") is not None:
+        said.append(money(max(0.0, cap["cost"] - used["cost"]), currency))
+    return _plain(", ".join(said))
+
+
+def _figures(last: dict[str, Any]) -> str:
+    known = [
+        f"{name} {show(last[key])}"
+        for key, name, show in (
+            ("loss", "loss", lambda value: f"{value:.3f}"),
+            ("macro_f1", "macro-F1", percent),
+            ("teacher_agreement", "agreement", percent),
+        )
+        if last.get(key) is not None
+    ]
+    return f"; last round: {', '.join(known)}" if known else ""
+
+
+def _bar(done: int, whole: int) -> str:
+    filled = round(BAR * min(1.0, done / whole)) if whole else 0
+    return "━" * filled + "╌" * (BAR - filled)
+
+
+def _rounded(seconds: float) -> float:
+    """An estimate has no need of seconds."""
+    return round(seconds / 10) * 10 if seconds < 300 else round(seconds / 60) * 60
+
+
+def _plain(text: str) -> str:
+    """Not every terminal has a narrow space."""
+    return text.replace("\u202f", " ")
+
+
+WINDOW_S = 30.0
+"""The rate is that of the last so many seconds."""
+POINTS = 64
+"""Moments of a round that are kept, of which there are half as many at least once the round is long."""
+
+
+class Pace:
+    """Moments at which something was looked at: seconds, labelled texts, tokens. Times are the caller's."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._round: list[tuple[float, int]] = []
+        self._every, self._seen = 1, 0
+        self._lately: deque[tuple[float, int, int]] = deque()
+        self._last: tuple[float, int] | None = None
+
+    def begin_round(self, now: float) -> None:
+        self._began, self._round, self._every, self._seen = now, [], 1, 0
+        if self._last:
+            self._round.append((0.0, self._last[1]))
+
+    def note(self, now: float, labelled: int, tokens: int) -> None:
+        """So many texts are labelled by now, for so many tokens."""
+        self._last = now, labelled
+        self._lately.append((now, labelled, tokens))
+        while now - self._lately[0][0] > WINDOW_S:
+            self._lately.popleft()
+        if self._began is None:
+            return
+        moment = now - self._began, labelled
+        if len(self._round) > 1 and self._round[-1][1] == self._round[-2][1] == labelled:
+            self._round[-1] = moment  # nothing happens: its begin and its end are enough
+            return
+        if self._seen % self._every == 0:
+            self._round.append(moment)
+        self._seen += 1
+        if len(self._round) > POINTS:
+            self._round, self._every = self._round[::2], self._every * 2
+
+    def points(self) -> list[list[float]]:
+        """Seconds since the round began and texts labelled by then, for the metrics."""
+        found = list(self._round)
+        if (
+            self._last
+            and self._began is not None
+            and self._last[0] - self._began > (found or [(0, 0)])[-1][0]
+        ):
+            found.append((self._last[0] - self._began, self._last[1]))
+        return [[round(seconds, 2), labelled] for seconds, labelled in found]
+
+    def rates(self) -> tuple[float, float]:
+        """Labels and tokens a second, lately; 0 before anything is known."""
+        if len(self._lately) < 2:
+            return 0.0, 0.0
+        (first, labels, tokens), (last, more_labels, more_tokens) = self._lately[0], self._lately[-1]
+        if last <= first:
+            return 0.0, 0.0
+        return (more_labels - labels) / (last - first), (more_tokens - tokens) / (last - first)
+
+    def in_round(self, now: float) -> float:
+        """Seconds since the round began; 0 before the first."""
+        return 0.0 if self._began is None else now - self._began
+
+
+EVERY_S = 2.0
+"""Ray gathers metrics every few seconds; nobody sees more."""
+COUNTED = ("labelled_texts", "trained_texts", "teacher_tokens")
+"""What only grows is a counter, too, so that rates can be asked for."""
+
+
+class Gauges:
+    """A gauge for each number that comes, and counters of those that only grow."""
+
+    def __init__(self, run: str) -> None:
+        """``run`` is the name that tells one run from another on the same cluster."""
+        self.tags = {"run": run}
+        self._gauges: dict[str, Gauge] = {}
+        self._counters: dict[str, Counter] = {}
+        self._counted: dict[str, float] = {}
+        self._shown = -EVERY_S
+
+    def show(self, numbers: Mapping[str, float]) -> None:
+        """Publish these, unless some were published a moment ago."""
+        now = time.monotonic()
+        if now - self._shown < EVERY_S:
+            return
+        self._shown = now
+        for name, value in numbers.items():
+            self._gauge(name).set(value, self.tags)
+            if name in COUNTED:
+                # The first value may be of an earlier driver, and is no growth.
+                grown = value - self._counted.setdefault(name, value)
+                if grown > 0:
+                    self._counter(name).inc(grown, self.tags)
+                    self._counted[name] = value
+
+    def _gauge(self, name: str) -> Gauge:
+        if name not in self._gauges:
+            words = name.replace("_", " ")
+            self._gauges[name] = Gauge(f"llkd_{name}", f"{words} of a distillation", tag_keys=("run",))
+        return self._gauges[name]
+
+    def _counter(self, name: str) -> Counter:
+        if name not in self._counters:
+            words = name.replace("_", " ")
+            self._counters[name] = Counter(f"llkd_new_{name}", f"new {words}", tag_keys=("run",))
+        return self._counters[name]

@@ -1,0 +1,173 @@
+"""A run's three parts under watch: whoever waits for one hears at once when another has failed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from llkd_ray.cluster import Background
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schedule import Schedule
+from llkd_ray.config.schema import Config
+from llkd_ray.display import Display
+from llkd_ray.run.progress import Gauges, Pace, Standing, budget_left, seconds_left
+from llkd_ray.selection.recovery import drop_all
+from llkd_ray.selection.selector import start_selector
+from llkd_ray.storage.lock import Session
+from llkd_ray.storage.run_dir import LABELS_DIR, RunStore, ticket_of
+from llkd_ray.student.ray_train import start_training
+from llkd_ray.teacher.base import TeacherDown, Usage
+from llkd_ray.teacher.stream import spare_tickets, start_stream
+
+POLL_S = 0.25
+STREAM_ENDS_S = 30.0
+"""How long the teachers' stream may take to end once there is no selector."""
+
+
+class Run:
+    """Selector, teacher stream and training run of one distillation, for a ``with`` statement.
+
+    Nothing of them is left at its end.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: RunStore,
+        session: Session,
+        schedule: Schedule,
+        display: Display,
+        over: bool = False,
+        lines: Sequence[dict[str, Any]] = (),
+    ):
+        """``over``: no more rounds are to come; ``lines``: the metrics of the rounds so far, as they come."""
+        self.config, self.store, self.session = config, store, session
+        self.schedule, self.display, self.over = schedule, display, over
+        self.teacher: Background | None = None
+        self.student: Background | None = None
+        self.lines = lines
+        self.pace = Pace()
+        self.gauges = Gauges(store.root.rpartition("/")[2] if store else "")
+        self._asked: list[int] | None = None
+        self._said: set[str] = set()
+
+    def __enter__(self) -> Run:
+        drop_all(self.store)
+        self.selector = start_selector(self.config, self.store.uri(), self.session.id)
+        try:
+            self._start_others()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, kind: object = None, error: BaseException | None = None, trace: object = None) -> None:
+        if error is not None:
+            # Before anything is taken down: drivers have crashed in that, and nobody knew why they ended.
+            self.display.say(f"stopping: {' '.join(str(error).split()) or type(error).__name__}")
+        ray.kill(self.selector)
+        # Its callers fail now. Calls of theirs that are under way when Ray is shut down can crash the driver.
+        if self.teacher:
+            self.teacher.wait(STREAM_ENDS_S)
+        drop_all(self.store)
+
+    def _start_others(self) -> None:
+        over = self.call("next_round") == self.schedule.rounds or self.over
+        # The selector has read all labels by now, and has put aside what is none.
+        self._asked = open_tickets(self.store, self.schedule, over)
+        if self._asked:
+            tickets = [*spare_tickets(self.config), *self._asked]
+            self.teacher = start_stream(self.config, self.store.uri(), self.selector, tickets)
+        if not over:
+            self.student = start_training(self.config, self.store, self.selector)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """The selector's answer; raises what broke in teacher or student if that comes first."""
+        answer = getattr(self.selector, method).remote(*arguments)
+        while not ray.wait([answer], timeout=POLL_S)[0]:
+            self._check()
+        return ray.get(answer)
+
+    def finish(self) -> None:
+        """No more rounds: let the teacher finish what is not for training, then let all go home."""
+        self.call("finish")
+        for part in (self.teacher, self.student):
+            while part and not part.ended:
+                self._check()
+                time.sleep(POLL_S)
+        self._check()
+
+    def _check(self) -> None:
+        self.session.check()
+        for part in (self.teacher, self.student):
+            if part and part.error:
+                raise plain_error(part.error)
+        stats = ray.get(self.selector.stats.remote())
+        for line in stats["put_aside"]:
+            if line not in self._said:
+                self.display.say(line)
+                self._said.add(line)
+        if self._asked is not None and not set(stats["damaged"]) <= set(self._asked):
+            # Found by a selector that has restarted; the teachers' tickets are under way without it.
+            raise TeacherDown("the label file of a ticket that was done is damaged")
+        if stats["trouble"]:
+            raise TeacherDown(stats["trouble"])
+        self._show(stats)
+
+    def _show(self, stats: dict[str, Any]) -> None:
+        """Tell the display, and Ray's metrics, where the run stands."""
+        now = time.monotonic()
+        self.pace.note(now, stats["labelled"], stats["teacher_tokens"])
+        labels_a_second, tokens_a_second = self.pace.rates()
+        rounds = self.schedule.rounds
+        standing = Standing(
+            labelled=stats["labelled"],
+            to_label=self.schedule.labels + self.schedule.holdout,
+            trained=stats["trained"],
+            to_train=self.schedule.train,
+            labels_a_second=labels_a_second,
+            tokens=stats["teacher_tokens"],
+            tokens_a_second=tokens_a_second,
+            round_number=min(len(self.lines), rounds - 1),
+            rounds=rounds,
+            note=stats["note"],
+            last=self.lines[-1] if self.lines else {},
+            seconds_left=seconds_left(self.lines, rounds, self.pace.in_round(now)),
+            budget_left=self._budget_left(stats["usage"]),
+        )
+        self.gauges.show(standing.numbers())
+        self.display.update(standing.line(), standing.rows())
+
+    def _budget_left(self, usage: dict[str, dict[str, Any]]) -> str:
+        cap = self.config.budget.cap
+        if cap.is_off:
+            return ""
+        members = dict(self.config.teacher.members())
+        used = {name: Usage(**one) for name, one in usage.items()}
+        spent = {
+            "texts": float(sum(one.texts for one in used.values())),
+            "tokens": float(sum(one.tokens for one in used.values())),
+            "cost": float(sum(one.cost(members[name].price) for name, one in used.items())),
+        }
+        return budget_left(cap.model_dump(), spent, next(iter(members.values())).price.currency)
+
+
+def open_tickets(store: RunStore, schedule: Schedule, over: bool) -> list[int]:
+    """Tickets without a label file, in their order; once no round comes, of hold-out and test set only."""
+    done = {ticket_of(name) for name in store.names(LABELS_DIR, ".parquet")}
+    wanted = schedule.fixed_tickets() if over else schedule.in_order()
+    return [ticket for ticket in wanted if ticket not in done]
+
+
+def plain_error(error: BaseException) -> BaseException:
+    """The user's own mistake from under Ray's wrappers, if there is one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            return cause
+        cause = cause.cause if isinstance(cause, RayTaskError) else cause.__cause__
+    return error

@@ -1,0 +1,1 @@
+"""Score table, policies, acquisition, and the selector actor."""

@@ -1,0 +1,161 @@
+"""Acquisition: which unread texts the teacher reads next, from what the student thinks of them.
+
+A policy gives every unread text a value, from its columns, the run's seed and a random number of its own;
+those of largest value are read, next to a share that is drawn at random for exploration. Texts are looked
+at a chunk at a time, and the choice is the same however they are divided (``scan.py``). Shapes in names: N
+unread texts of a chunk, M chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llkd_ray.metrics.uncertainty import Draw, Floats, Ints, hash_uniform
+from llkd_ray.selection.search import Best, Found, best
+from llkd_ray.selection.table import Chunked, Unread, slices
+
+AcquisitionRule = Callable[[Unread, int, Draw], Floats]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is looked for among the unread texts of every shard; can be sent there."""
+
+    rule: AcquisitionRule
+    n: int
+    seed: int
+    draw: Draw
+    explore: float
+    explorer: Draw
+    """Its numbers say which texts are explored: those of the largest."""
+
+    def find(self, chunks: Iterable[Unread]) -> FoundUnread:
+        """Of one shard's texts, all that may be read."""
+        wanted, explored, count = Best(self.n), Best(self.n), 0
+        for unread in chunks:
+            count += len(unread)
+            wanted.note(unread.row_N, self.rule(unread, self.seed, self.draw))
+            if self.explore:
+                explored.note(unread.row_N, self.explorer(unread.row_N))
+        return FoundUnread(wanted.found(), explored.found(), count)
+
+    def settle(self, parts: Sequence[FoundUnread]) -> Ints:
+        """int64[M], ascending: the choice among what all shards have found, whichever order they come in."""
+        n = min(self.n, sum(part.count for part in parts))
+        explored_M = _largest_rows([part.explored for part in parts], round(self.explore * n))
+        wanted_M = _largest_rows([part.wanted for part in parts], n)
+        others_M = wanted_M[~np.isin(wanted_M, explored_M)]
+        return np.sort(np.concatenate([explored_M, others_M[: n - explored_M.size]]))
+
+
+@dataclass(frozen=True)
+class FoundUnread:
+    """What a shard has found: texts of largest value, texts that chance would explore, their number."""
+
+    wanted: Found
+    explored: Found
+    count: int
+
+
+@dataclass(frozen=True)
+class AcquisitionPolicy:
+    """An acquisition rule and what it needs."""
+
+    rule: AcquisitionRule
+    uses_student: bool
+    """Whether the student must score the unread texts first."""
+    explores: bool = True
+    """Whether a share of what is read is drawn at random."""
+
+    def choose(
+        self,
+        unread: Unread | Chunked[Unread],
+        n: int,
+        rng: np.random.Generator,
+        *,
+        seed: int = 0,
+        explore: float = 0.0,
+    ) -> Ints:
+        """int64[M]: at most ``n`` rows, ascending, because neighbours are cheap to read together.
+
+        A share ``explore`` of them is drawn at random from all unread texts, so that what the student is
+        wrongly sure of is seen, too; the rest are those of largest value.
+        """
+        reading = self.reading(n, rng, seed=seed, explore=explore)
+        chunks = [unread.take(part) for part in slices(len(unread))] if isinstance(unread, Unread) else unread
+        return reading.settle([reading.find(chunks)])
+
+    def reading(self, n: int, rng: np.random.Generator, *, seed: int = 0, explore: float = 0.0) -> Reading:
+        """What to look for, as in :meth:`choose`."""
+        draw, explorer = Draw.from_rng(rng), Draw.from_rng(rng)
+        return Reading(self.rule, n, seed, draw, explore if self.explores else 0.0, explorer)
+
+
+ACQUISITION: dict[str, AcquisitionPolicy] = {}
+
+
+def acquisition_policy(
+    name: str, *, uses_student: bool, explores: bool = True
+) -> Callable[[AcquisitionRule], AcquisitionRule]:
+    """Register a rule ``(unread, seed, draw) -> value_N``.
+
+    No value may be ``-inf``, or depend on the other texts.
+    """
+
+    def register(rule: AcquisitionRule) -> AcquisitionRule:
+        ACQUISITION[name] = AcquisitionPolicy(rule, uses_student, explores)
+        return rule
+
+    return register
+
+
+@acquisition_policy("sequential", uses_student=False, explores=False)
+def value_sequential(unread: Unread, seed: int, draw: Draw) -> Floats:
+    """In corpus order, all of it: ``acquisition.explore`` does not apply."""
+    return -unread.row_N.astype(np.float64)
+
+
+@acquisition_policy("random", uses_student=False)
+def value_random(unread: Unread, seed: int, draw: Draw) -> Floats:
+    """Uniformly at random."""
+    return draw(unread.row_N)
+
+
+@acquisition_policy("entropy", uses_student=True)
+def value_entropy(unread: Unread, seed: int, draw: Draw) -> Floats:
+    """Where the student's entropy is largest; what it never scored comes first, at random."""
+    return _known(unread.uncertainty_N, unread, draw)
+
+
+@acquisition_policy("margin", uses_student=True)
+def value_margin(unread: Unread, seed: int, draw: Draw) -> Floats:
+    """Where the student's two best labels are closest; what it never scored comes first, at random."""
+    return _known(1.0 - unread.margin_N.astype(np.float64), unread, draw)
+
+
+@acquisition_policy("m_raru", uses_student=True)
+def value_m_raru(unread: Unread, seed: int, draw: Draw) -> Floats:
+    """Randomised accept or reject by normalised uncertainty (M-RARU, arXiv 2511.11574).
+
+    A text is accepted with a probability equal to its entropy over log C. The random number is a hash of
+    seed and row, so that any number of machines decides alike without shared state. Ours: the paper draws
+    until the batch is full; here the accepted come first and the rejected fill up, both by how far the
+    entropy lies above or below the number.
+    """
+    uncertainty_N = np.nan_to_num(unread.uncertainty_N.astype(np.float64), nan=1.0)
+    return uncertainty_N - hash_uniform(seed, unread.row_N)
+
+
+def _largest_rows(parts: Sequence[Found], n: int) -> Ints:
+    """int64[M]: rows of the at most ``n`` largest values of several parts, largest first, ties by row."""
+    found = Found.joined(parts)
+    found = found.take(np.argsort(found.row_M))
+    return found.row_M[best(found.value_M, found.label_M, n)]
+
+
+def _known(signal_N: Floats, unread: Unread, draw: Draw) -> Floats:
+    """The student's signal, and for what it never scored a random number above all of them."""
+    return np.where(np.isnan(signal_N), 1.0 + draw(unread.row_N), signal_N)

@@ -1,0 +1,422 @@
+"""Selection: which labelled texts the student trains on next.
+
+A policy gives every candidate a value, pure numpy of columns; the candidates of largest value are taken,
+within class quotas if these are asked for. It sees them a chunk at a time, next to what is known of all of
+them together, so that the choice is the same however they are divided (``scan.py``). Policies are
+registered under their names and may have options. Shapes in names: N candidates of a chunk, M chosen, C
+classes.
+
+Quotas show the student more of the rare pseudo-classes than the pool has, so that it learns them. Left at
+that, it would also expect so many of them. Here the two are taken apart: what it is shown is one thing, what
+its answers reckon with another. Pure numpy. Shapes in names: N texts, C classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from llkd_ray.metrics.uncertainty import Draw, Floats, Ints
+from llkd_ray.selection.search import NEVER, Best, Found, Pool, Survey, best, known
+from llkd_ray.selection.table import Candidates, Chunked, slices
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a policy thinks of the candidates."""
+
+    value_N: Floats
+    """The largest are taken first; ``NEVER`` keeps a text out of this round."""
+    weight_N: Floats | None = None
+    """What each would count in the loss, on any scale; None: all alike."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen rows, most wanted first, and what each counts in the loss (mean 1)."""
+
+    row_M: Ints
+    weight_M: Floats
+    candidates: int
+    """How many they were chosen from."""
+    thresholds: Mapping[str, Floats] | None = None
+    """float64[C] of each signal: what a text of each class had to reach; None where the policy has none."""
+
+    def __len__(self) -> int:
+        return int(self.row_M.size)
+
+
+SelectionRule = Callable[..., Judgement]
+ThresholdsOf = Callable[[Pool, Mapping[str, Any]], dict[str, Floats]]
+"""Of a pool and a policy's options; see ``Selection.thresholds``."""
+_TIE = 1e-9
+"""Where all texts have the same signal, its mean is equal to it, and rounding must not decide."""
+_KINDS = {bool: "truth value", float: "number", str: "word"}
+_NO_ROWS, _NO_SIGNAL = np.empty(0, dtype=np.int64), np.empty(0)
+_NO_CANDIDATES = Candidates(_NO_ROWS, _NO_ROWS, _NO_SIGNAL, _NO_SIGNAL, _NO_SIGNAL, _NO_SIGNAL, n_classes=2)
+
+
+@dataclass(frozen=True)
+class SelectionPolicy:
+    """A selection rule and what it needs."""
+
+    rule: SelectionRule
+    uses_student: bool
+    """Whether the student must score the candidates first."""
+    quota: float | None = None
+    """The class quota's exponent where the config does not name one; None: no quotas."""
+    prior: float | None = None
+    """The exponent of what the student is to reckon with where the config does not name one."""
+    ranks: bool = False
+    """Whether the rule asks for :meth:`Pool.rank`, for which the survey has to count."""
+    thresholds: ThresholdsOf | None = None
+    """What texts have to reach, for people to look at."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The rule's options with their defaults."""
+        keywords = list(inspect.signature(self.rule).parameters.values())[2:]
+        return {keyword.name: keyword.default for keyword in keywords}
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise ValueError, with what there is, for an option or a value that the rule does not have."""
+        if strangers := sorted(set(options) - set(self.options)):
+            known = ", ".join(f"{name} ({value})" for name, value in self.options.items())
+            raise ValueError(f"{strangers[0]!r} is no option of the policy; it has {known or 'none'}")
+        for name, value in options.items():
+            kind = type(self.options[name])
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ValueError(f"{name} is {value!r}: use a {_KINDS[kind]} like {self.options[name]}")
+        # The rule itself knows its values; it refuses them here and not after hours of labelling.
+        self.rule(_NO_CANDIDATES, Pool(Survey.empty(2, self.ranks), Draw(0)), **options)
+
+    def choose(
+        self,
+        candidates: Candidates | Chunked[Candidates],
+        n: int,
+        rng: np.random.Generator,
+        *,
+        quota: Exponent = None,
+        trained_C: Ints | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Selection:
+        """At most ``n`` candidates, those of largest value first.
+
+        ``quota`` is the exponent of :func:`class_quotas`, ``off``, or None for the policy's own.
+        """
+        chunks = in_order(candidates)
+        search = self.search(self.survey(chunks), n, rng, quota=quota, trained_C=trained_C, options=options)
+        chosen = search.settle([search.find(chunks)])
+        if self.thresholds is None:
+            return chosen
+        return replace(chosen, thresholds=self.thresholds(search.pool, search.options))
+
+    def survey(self, chunks: Iterable[Candidates]) -> Survey:
+        """What is counted of all candidates before any is judged; there is one chunk at least."""
+        return Survey.of(chunks, self.ranks)
+
+    def search(
+        self,
+        survey: Survey,
+        n: int,
+        rng: np.random.Generator,
+        *,
+        quota: Exponent = None,
+        trained_C: Ints | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Search:
+        """What to look for, from the surveys of all shards added up; the rest is as in :meth:`choose`."""
+        exponent = effective(quota, self.quota)
+        share_C = None if exponent is None else class_quotas(survey.count_C, n, exponent, trained_C)
+        return Search(self.rule, dict(options or {}), Pool(survey, Draw.from_rng(rng)), n, share_C)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is looked for among the candidates of every shard; can be sent there."""
+
+    rule: SelectionRule
+    options: Mapping[str, Any]
+    pool: Pool
+    n: int
+    share_C: Ints | None
+    """int64[C]: how many of the texts each class brings, where there are quotas."""
+
+    def find(self, chunks: Iterable[Candidates]) -> Found:
+        """Of one shard's candidates, by row, all that may be chosen: at most twice ``n``."""
+        found = Best(self.n, self.share_C)
+        for chunk in chunks:
+            judgement = self.rule(chunk, self.pool, **self.options)
+            found.note(chunk.row_N, judgement.value_N, chunk.label_N, judgement.weight_N)
+        return found.found()
+
+    def settle(self, parts: Sequence[Found]) -> Selection:
+        """The choice among what all shards have found, whichever order they come in."""
+        found = Found.joined(parts)
+        found = found.take(np.argsort(found.row_M))
+        chosen = found.take(best(found.value_M, found.label_M, self.n, self.share_C))
+        return Selection(chosen.row_M, _mean_one(chosen.weight_M), int(self.pool.survey.count_C.sum()))
+
+
+def in_order(candidates: Candidates | Chunked[Candidates]) -> Iterable[Candidates]:
+    """Chunks by ascending row, so that a choice does not depend on how the candidates came."""
+    if not isinstance(candidates, Candidates):
+        return candidates
+    by_row = candidates.by_row()
+    return [by_row.take(part) for part in slices(len(by_row))]
+
+
+SELECTION: dict[str, SelectionPolicy] = {}
+
+
+def selection_policy(
+    name: str,
+    *,
+    uses_student: bool,
+    quota: float | None = None,
+    prior: float | None = None,
+    ranks: bool = False,
+    thresholds: ThresholdsOf | None = None,
+) -> Callable[[SelectionRule], SelectionRule]:
+    """Register a rule ``(candidates, pool, **options) -> Judgement``.
+
+    It judges each candidate by its columns and by what ``pool`` knows of all of them, which has the random
+    numbers, too; never by the others of its chunk.
+    """
+
+    def register(rule: SelectionRule) -> SelectionRule:
+        SELECTION[name] = SelectionPolicy(rule, uses_student, quota, prior, ranks, thresholds)
+        return rule
+
+    return register
+
+
+# --- baselines -----------------------------------------------------------------------------------------
+
+
+@selection_policy("all", uses_student=False)
+def judge_all(candidates: Candidates, pool: Pool) -> Judgement:
+    """Whatever is labelled, in corpus order: with ``budget.train: 1.0``, all pseudo-labels."""
+    return Judgement(np.zeros(len(candidates)))
+
+
+@selection_policy("random", uses_student=False)
+def judge_random(candidates: Candidates, pool: Pool) -> Judgement:
+    """Uniformly at random, all weighing the same: the baseline of every comparison."""
+    return Judgement(pool.random(candidates))
+
+
+@selection_policy("confidence", uses_student=False)
+def judge_confidence(candidates: Candidates, pool: Pool) -> Judgement:
+    """Where the teacher is surest."""
+    return Judgement(candidates.confidence_N)
+
+
+@selection_policy("entropy", uses_student=True)
+def judge_entropy(candidates: Candidates, pool: Pool) -> Judgement:
+    """Where the student's entropy is largest: uncertainty sampling. Without a student, at random."""
+    return Judgement(_student(candidates.uncertainty_N, candidates, pool))
+
+
+@selection_policy("margin", uses_student=True)
+def judge_margin(candidates: Candidates, pool: Pool) -> Judgement:
+    """Where the student's two best labels are closest. Without a student, at random."""
+    return Judgement(_student(1.0 - candidates.margin_N.astype(np.float64), candidates, pool))
+
+
+@selection_policy("product", uses_student=True)
+def judge_product(candidates: Candidates, pool: Pool) -> Judgement:
+    """Confidence × uncertainty, largest first, which is the weight in the loss, too."""
+    value_N = candidates.confidence_N * known(candidates.uncertainty_N)
+    return Judgement(value_N, value_N)
+
+
+@selection_policy(
+    "freematch",
+    uses_student=False,
+    thresholds=lambda pool, options: {"confidence": pool.confidence_threshold_C},
+)
+def judge_freematch(candidates: Candidates, pool: Pool) -> Judgement:
+    """At random where the teacher's confidence reaches the self-adaptive threshold of its pseudo-class.
+
+    FreeMatch's threshold (arXiv 2205.07246, eq. 8; see ``signals.class_thresholds``) on the teacher
+    instead of the model in training; the student is not looked at.
+    """
+    return Judgement(np.where(_is_sure(candidates, pool), pool.random(candidates), NEVER))
+
+
+# --- LLKD and what came of it --------------------------------------------------------------------------
+
+
+def _llkd_thresholds(pool: Pool, options: Mapping[str, Any]) -> dict[str, Floats]:
+    """Those of :func:`judge_llkd`; before the student has looked, its own is none."""
+    found = {"confidence": pool.confidence_threshold_C, "uncertainty": pool.uncertainty_threshold_C}
+    if options.get("thresholds") == "global":
+        found = {
+            name: np.full(pool.survey.count_C.size, mean)
+            for name, mean in zip(found, pool.means, strict=True)
+        }
+    return found if pool.is_scored else {"confidence": found["confidence"]}
+
+
+@selection_policy("llkd", uses_student=True, thresholds=_llkd_thresholds)
+def judge_llkd(
+    candidates: Candidates,
+    pool: Pool,
+    *,
+    thresholds: str = "class",
+    order: str = "random",
+    weights: bool = True,
+) -> Judgement:
+    """LLKD (arXiv 2411.08028) as we read it: the teacher is sure, and the student is not.
+
+    A text passes where the teacher's confidence and the student's uncertainty both reach their threshold:
+    that of its pseudo-class in FreeMatch's form (``thresholds: class``), or the mean over all texts
+    (``global``). The paper takes all that pass in a step; a round has a budget, so those that pass are
+    taken at random (``order: random``) or by confidence × uncertainty (``product``). Fewer than the
+    budget may pass; the rest of the budget then waits for a later round. A text's weight in the loss is
+    confidence × uncertainty (``weights``). Before its first round the student has no opinion; then
+    confidence alone decides.
+
+    Raises ValueError for an option's value that is unknown.
+    """
+    _one_of("thresholds", thresholds, ("class", "global"))
+    _one_of("order", order, ("random", "product"))
+    uncertainty_N = known(candidates.uncertainty_N)
+    if thresholds == "class":
+        sure_N = _is_sure(candidates, pool)
+        unsure_N = uncertainty_N >= pool.uncertainty_threshold_C[candidates.label_N] - _TIE
+    else:
+        sure_N = candidates.confidence_N >= pool.means[0] - _TIE
+        unsure_N = uncertainty_N >= pool.means[1] - _TIE
+    product_N = candidates.confidence_N * uncertainty_N
+    value_N = product_N if order == "product" and pool.is_scored else pool.random(candidates)
+    return Judgement(
+        np.where(sure_N & unsure_N, value_N, NEVER), product_N if weights and pool.is_scored else None
+    )
+
+
+@selection_policy("llkd_rank", uses_student=True, quota=0.25, prior=0.5, ranks=True)
+def judge_llkd_rank(candidates: Candidates, pool: Pool) -> Judgement:
+    """Rank of the confidence within its pseudo-class × the student's uncertainty, largest first.
+
+    Ours. Raw confidence cannot be compared between classes (``signals.mean_ranks``). Without a
+    student, the rank times a random number, so that the first round is not only the easiest texts.
+    """
+    rank_N = pool.rank(candidates)
+    return Judgement(rank_N * _student(candidates.uncertainty_N, candidates, pool))
+
+
+@selection_policy("llkd_sample", uses_student=True, quota=0.25, prior=0.5, ranks=True)
+def judge_llkd_sample(
+    candidates: Candidates,
+    pool: Pool,
+    *,
+    trust: float = 4.0,
+    need: float = 0.5,
+    support: float = 0.5,
+) -> Judgement:
+    """A weighted random sample: the surer the teacher and the less sure the student, the likelier.
+
+    Ours. A text's weight in the draw is ``rank ** trust × uncertainty ** need × support ** support``:
+    the rank of the teacher's confidence within its pseudo-class, the student's entropy, and the
+    probability that the student gives to the pseudo-label. The last keeps out what the student is unsure
+    of because the label is wrong. Drawing instead of taking the largest keeps a round from filling with
+    one kind of text. The draw is without replacement (Efraimidis & Spirakis 2006: the largest of
+    u ** (1 / weight), here in logarithms).
+
+    Raises ValueError for a negative exponent, which would turn its factor round.
+    """
+    for option, exponent in (("trust", trust), ("need", need), ("support", support)):
+        if exponent < 0:
+            raise ValueError(f"{option} is {exponent}: use 0, which leaves it out, or more")
+    rank_N = pool.rank(candidates)
+    student_N = known(candidates.uncertainty_N) ** need
+    student_N = student_N * known(candidates.support_N) ** support
+    weight_N = np.maximum(rank_N**trust * student_N, 1e-9)
+    # 1 - random() lies in (0, 1], so the logarithm is finite.
+    return Judgement(np.log(1.0 - pool.random(candidates)) / weight_N)
+
+
+# --- quotas -------------------------------------------------------------------------------------------
+
+
+def class_quotas(count_C: Ints, n: int, quota: float, trained_C: Ints | None = None) -> Ints:
+    """int[C], summing to at most ``n``: how many texts each pseudo-class should bring to a round.
+
+    All that is trained on by the end of the round, earlier rounds included, is to be shared out between
+    the classes as ``priors.tempered`` says. A class that already has its share gets nothing. Remainders of
+    a text go to the largest fractions, the rarer class first.
+    """
+    trained_C = np.zeros_like(count_C) if trained_C is None else trained_C
+    # Classes are known by what is left and what was taken of them.
+    seen_C = count_C + trained_C
+    due_C = np.maximum(tempered(seen_C, quota) * (n + trained_C.sum()) - trained_C, 0.0)
+    if not due_C.sum():
+        return np.zeros_like(count_C)
+    due_C *= n / due_C.sum()
+    share_C = np.floor(due_C).astype(np.int64)
+    by_fraction = np.lexsort((seen_C, -(due_C - share_C)))
+    share_C[by_fraction[: n - int(share_C.sum())]] += 1
+    return share_C
+
+
+def _student(signal_N: Floats, candidates: Candidates, pool: Pool) -> Floats:
+    """The student's signal, 1 where it is missing, and random numbers where it is missing everywhere."""
+    return known(signal_N) if pool.is_scored else pool.random(candidates)
+
+
+def _is_sure(candidates: Candidates, pool: Pool) -> np.ndarray:
+    return candidates.confidence_N >= pool.confidence_threshold_C[candidates.label_N] - _TIE
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{option} is {value!r}: use {' or '.join(known)}")
+
+
+def _mean_one(value_M: Floats) -> Floats:
+    """Values as weights with mean one; all alike where they carry nothing."""
+    mean = float(np.mean(value_M)) if value_M.size else 0.0
+    return value_M / mean if mean > 0 else np.ones(value_M.size)
+
+
+Exponent = float | Literal["off"] | None
+"""As in the config: a number, ``off``, or None for the policy's own."""
+
+
+def effective(setting: Exponent, own: float | None) -> float | None:
+    """The exponent that holds; None for none at all."""
+    if setting is None:
+        return own
+    return None if setting == "off" else setting
+
+
+def tempered(count_C: Ints, exponent: float) -> Floats:
+    """float[C], summing to one: shares in proportion to ``count ** exponent``; a class without texts gets 0.
+
+    1 is as the texts are, 0 all classes alike. What is between tempers skew without denying it: weakly
+    supervised training takes 0.5 (Mahajan et al., arXiv 1805.00932, sec. 2.2), multilingual pre-training 0.3
+    (XLM-R, arXiv 1911.02116, sec. 3.1). Zeros everywhere where there are no texts.
+    """
+    wish_C = np.where(count_C > 0, np.maximum(count_C, 1) ** float(exponent), 0.0)
+    return wish_C / max(wish_C.sum(), 1.0)
+
+
+def target_prior(
+    count_C: Ints, setting: Exponent, own: float | None, known: Sequence[float]
+) -> Floats | None:
+    """float[C], summing to one: what the student's answers are to reckon with; None: with what it is shown.
+
+    Takes the teacher's counts, the config's exponent and the policy's own, and the shares that are known, if
+    any. Those go before the counts, which carry the teacher's bias: it over-uses some labels. Hence the
+    exponent, with which the counts are trusted by half where it is 0.5.
+    """
+    exponent = effective(setting, own)
+    if known and setting != "off":
+        return np.array(known, dtype=np.float64)
+    return None if exponent is None else tempered(count_C, exponent)

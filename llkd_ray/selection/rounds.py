@@ -1,0 +1,207 @@
+"""A round's selection from the score table: what the student looks at before it, and what is chosen.
+
+Scoring everything is the largest cost of a round, and most of it goes to texts that have no chance of being
+selected. Where the student is to look at a share only (``selection.refresh_share``), the policy itself is
+asked what it would take if the student were as unsure of each text as could be hoped for: of one that it has
+never seen, wholly; of one that it saw some rounds ago, more than it was then. What it would take first is
+looked at. Chance is that of the selection to come, so what the draw keeps out is not scored either. Shapes
+in names: N texts of a chunk, M chosen.
+
+Shapes in names: M texts of the round, C labels.
+
+The report draws it. Nothing else reads it, so a run without it goes on as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import ceil
+
+import numpy as np
+import pyarrow as pa
+
+from llkd_ray.config.schema import Config
+from llkd_ray.metrics.calibration import Calibrator
+from llkd_ray.metrics.uncertainty import Floats, Ints, hash_uniform
+from llkd_ray.selection.acquisition import ACQUISITION
+from llkd_ray.selection.policies import SELECTION, Selection
+from llkd_ray.selection.table import NONE, Candidates, Chunked, ScoreTable, Unread
+from llkd_ray.storage import tables
+from llkd_ray.storage.run_dir import RunStore
+from llkd_ray.storage.tables import Examples, list_column, matrix_of, read_labels
+
+# First words of the seeds of the generators that are drawn from, so that no two share a stream.
+_SELECT_SEED, _SCORE_SEED = 3, 4
+FADE = 0.5
+"""What is left of the student's sureness of a text after a round in which it did not look at it again."""
+_TIE_BREAK = 1e-3
+
+
+@dataclass(frozen=True)
+class RoundSelection:
+    """One round's questions to the score table; as long as that is the same, so are the answers."""
+
+    config: Config
+    table: ScoreTable
+    round_number: int
+    tickets_below: int
+    """The round may choose from the labels of these tickets."""
+
+    def choose(self, n: int) -> Selection:
+        """At most ``n`` texts to train on.
+
+        Where the student looks at a share only, what it has never looked at is left out, if the rest is
+        enough: it was passed over because it is not as promising as a missing score would make it look.
+        """
+        candidates = self.table.candidate_chunks(self.tickets_below)
+        chosen = None
+        if self.config.selection.refresh_share < 1:
+            chosen = self._choose(_scored_only(candidates), n)
+        if chosen is None or chosen.candidates < n:
+            chosen = self._choose(candidates, n)
+        if self.config.selection.weighting == "none":
+            return replace(chosen, weight_M=np.ones(len(chosen)))
+        return chosen
+
+    def to_score(self) -> Ints:
+        """int64[M], ascending: what the student is to look at before it is chosen from.
+
+        Unread texts are among it where they are asked for, or where acquisition asks for the student.
+        """
+        settings = self.config.selection
+        acquisition = ACQUISITION[self.config.acquisition.policy]
+        whole_pool = settings.refresh == "pool" or acquisition.uses_student
+        if settings.refresh_share == 1:
+            if whole_pool:
+                return self.table.untrained()
+            return self.table.candidates(self.tickets_below).row_N
+        hopeful = self._hopeful_candidates()
+        rows = [self._choose(hopeful, ceil(settings.refresh_share * len(hopeful))).row_M]
+        if whole_pool:
+            unread = self._hopeful_unread()
+            n = ceil(settings.refresh_share * len(unread))
+            rows.append(acquisition.choose(unread, n, self._rng(_SCORE_SEED), seed=self.config.run.seed))
+        return np.sort(np.concatenate(rows))
+
+    def staleness(self, row_M: Ints) -> dict[str, float | int | None]:
+        """How old the student's opinion of some rows is, in rounds, and how many it never looked at.
+
+        The mean is None where it has looked at none of them.
+        """
+        refreshed_M = self.table.refreshed[row_M]
+        scored = refreshed_M != NONE
+        age_M = self.round_number - refreshed_M[scored].astype(np.int64)
+        return {
+            "mean_age": float(age_M.mean()) if age_M.size else None,
+            "never_scored": int(np.count_nonzero(~scored)),
+        }
+
+    def _choose(self, candidates: Chunked[Candidates], n: int) -> Selection:
+        return SELECTION[self.config.selection.policy].choose(
+            candidates,
+            n,
+            self._rng(_SELECT_SEED),
+            quota=self.config.selection.quota,
+            trained_C=self.table.trained_of_class(),
+            options=self.config.selection.options,
+        )
+
+    def _rng(self, purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.run.seed, purpose, self.round_number])
+
+    def _hopeful_candidates(self) -> Chunked[Candidates]:
+        """The candidates with what the student might think of them now, at best."""
+
+        def read() -> Iterator[Candidates]:
+            for chunk in self.table.candidate_chunks(self.tickets_below):
+                left_N, doubt_N = self._left_and_doubt(chunk.row_N)
+                yield replace(
+                    chunk,
+                    uncertainty_N=doubt_N - left_N * (1.0 - _known(chunk.uncertainty_N)),
+                    margin_N=1.0 - doubt_N + left_N * _known(chunk.margin_N),
+                    support_N=1.0 - left_N * (1.0 - _known(chunk.support_N)),
+                )
+
+        return Chunked(read)
+
+    def _hopeful_unread(self) -> Chunked[Unread]:
+        """The unread texts, likewise."""
+
+        def read() -> Iterator[Unread]:
+            for chunk in self.table.unread_chunks():
+                left_N, doubt_N = self._left_and_doubt(chunk.row_N)
+                uncertainty_N = doubt_N - left_N * (1.0 - _known(chunk.uncertainty_N))
+                yield Unread(chunk.row_N, uncertainty_N, 1.0 - doubt_N + left_N * _known(chunk.margin_N))
+
+        return Chunked(read)
+
+    def _left_and_doubt(self, row_N: Ints) -> tuple[Floats, Floats]:
+        """float64[N] each: what still counts of the student's last opinion, and its doubt without one.
+
+        The latter is 1, and for what it has never seen a little less, by chance, or row numbers would
+        decide between such texts.
+        """
+        refreshed_N = self.table.refreshed[row_N].astype(np.int64)
+        is_new_N = refreshed_N == NONE
+        left_N = np.where(is_new_N, 0.0, FADE ** np.maximum(self.round_number - refreshed_N, 0.0))
+        chance_N = hash_uniform(self.config.run.seed * 1_000 + self.round_number, row_N)
+        return left_N, 1.0 - np.where(is_new_N, _TIE_BREAK * chance_N, 0.0)
+
+
+def _scored_only(chunks: Chunked[Candidates]) -> Chunked[Candidates]:
+    """The candidates that the student has looked at, in this round or before."""
+    return Chunked(lambda: (chunk.take(np.flatnonzero(~np.isnan(chunk.uncertainty_N))) for chunk in chunks))
+
+
+def _known(signal_N: Floats) -> Floats:
+    return np.nan_to_num(signal_N.astype(np.float64))
+
+
+def batch_of(
+    chosen: Selection,
+    store: RunStore,
+    examples: Examples,
+    table: ScoreTable,
+    reviews: Iterable[int],
+    calibrator: Calibrator,
+) -> pa.Table:
+    """ROUND of the chosen texts; ``reviews`` are the tickets that have looked at labels again so far."""
+    row_M = np.asarray(chosen.row_M, dtype=np.int64)
+    texts = examples.read(row_M, ["text"])["text"]
+    # Reviews come last, and of several answers to a row the last counts.
+    labels = read_labels(store, [*np.unique(table.ticket[row_M]).tolist(), *reviews])
+    by_row = np.argsort(labels["row"].to_numpy(), kind="stable")
+    place_M = by_row[np.searchsorted(labels["row"].to_numpy(), row_M, side="right", sorter=by_row) - 1]
+    p_MC = calibrator.apply(matrix_of(labels["probs"].take(pa.array(place_M)), table.n_classes))
+    columns = [
+        pa.array(row_M),
+        texts,
+        pa.array(table.label[row_M]),
+        list_column(p_MC),
+        pa.array(np.asarray(chosen.weight_M, dtype=np.float32)),
+    ]
+    return pa.Table.from_arrays(columns, schema=tables.ROUND)
+
+
+AT_MOST = 1_000
+"""Texts that were selected, and about as many that were not."""
+
+
+def take_glance(table: ScoreTable, tickets_below: int, candidates: int, chosen_M: Ints) -> pa.Table:
+    """GLANCE of a round, from the table as it is before the round's texts are marked as trained on.
+
+    ``candidates`` is how many there are. The sample is every so-manieth row, so that no chance is used up.
+    """
+    chosen_M = np.asarray(chosen_M, dtype=np.int64)
+    spread = np.linspace(0, chosen_M.size - 1, min(AT_MOST, chosen_M.size)).round().astype(np.int64)
+    seen = table.glance(tickets_below, step=max(1, candidates // AT_MOST))
+    others = seen.take(np.flatnonzero(~np.isin(seen.row_N, chosen_M)))
+    parts = [(table.look_up(chosen_M[spread]), True), (others, False)]
+    columns = [
+        np.concatenate([getattr(part, name) for part, _ in parts])
+        for name in ("row_N", "label_N", "confidence_N", "uncertainty_N", "support_N")
+    ]
+    columns.append(np.concatenate([np.full(len(part), is_chosen) for part, is_chosen in parts]))
+    arrays = [pa.array(x, field.type) for x, field in zip(columns, tables.GLANCE, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=tables.GLANCE)

@@ -1,0 +1,429 @@
+"""The selector: one named actor that decides what the teacher reads and what the student learns.
+
+It holds the score table and waits on it: teachers ask for leases and bring labels, student ranks ask for
+rows to score and for batches, the driver asks for the next selection. Every call may come twice and then
+gives the same answer. What must survive is in files before anybody is told of it, so a new selector
+rebuilds itself from the run directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from llkd_ray.config.schedule import Schedule
+from llkd_ray.config.schema import Config
+from llkd_ray.metrics.uncertainty import Floats, Ints
+from llkd_ray.selection.acquisition import ACQUISITION
+from llkd_ray.selection.policies import SELECTION, target_prior
+from llkd_ray.selection.recovery import Progress, Snapshot, apply_human_labels, keep, kept
+from llkd_ray.selection.rounds import RoundSelection, batch_of, take_glance
+from llkd_ray.selection.table import ScoreTable
+from llkd_ray.selection.tickets import Intake, Leases, TeacherWatch
+from llkd_ray.storage.lock import Fence
+from llkd_ray.storage.run_dir import BATCH, GLANCE, LABELS_DIR, LOST_DIR, SMALL_DIR, RunStore, round_file
+from llkd_ray.storage.tables import AuditAnswers, Examples
+from llkd_ray.teacher.base import Usage
+from llkd_ray.teacher.budget import Ledger
+from llkd_ray.teacher.labels import TicketLabels, read_all, read_lost_usage
+
+MAX_WAITING = 100_000
+"""Calls at a time. Those that wait count, two or more a teacher: at Ray's default of 1,000, the labels that
+they wait for would never be let in."""
+_NO_ROWS: Ints = np.empty(0, dtype=np.int64)
+
+
+class ScoresLost(RuntimeError):
+    """Some of a round's scores went to an incarnation of the selector that has died."""
+
+
+class Selector:
+    """The actor's class; also runs without Ray, in a test's event loop."""
+
+    def __init__(self, config: Config, store_uri: str, session: str = "") -> None:
+        """``session`` is the driver's: teachers that an earlier one has lost are not this one's."""
+        self.config, self.session = config, session
+        self.store = RunStore(store_uri)
+        # Before anything is read: what an older incarnation writes from now on it was to write before.
+        self.fence = Fence.claim(self.store, session)
+        self.examples = Examples.open(self.store)
+        self.schedule = Schedule.plan(config, self.examples.n_pool, self.examples.n_test)
+        self.n_classes = len(config.labels.names)
+        self.table = ScoreTable(self.n_classes, self.examples.n_pool, self.examples.n_test)
+        self.policy = SELECTION[config.selection.policy]
+        self.acquisition = ACQUISITION[config.acquisition.policy]
+        self.put_aside: list[str] = []
+        """A line about each label file that could not be read."""
+        self.damaged: set[int] = set()
+        """Their tickets, as far as they were done."""
+        # Before the leases, which may have been planned after it.
+        snapshot = kept(self.store, session)
+        if snapshot:
+            self.table.restore(snapshot.columns)
+        self.keeping: asyncio.Task[None] | None = None
+        """The last snapshot as it is written."""
+        self.intake = Intake(config, self.store, self.examples, self.schedule, self.table)
+        self.teachers = TeacherWatch(config)
+        self.ledger = Ledger(config.budget.cap, {name: one.price for name, one in config.teacher.members()})
+        self.leases = Leases(config, self.store, self.examples, self.schedule, self.table)
+        self.state = Progress(self.store, self.table)
+        self.audited = AuditAnswers.read(self.store)
+        """What people have said of some rows, as of now."""
+        self._to_score: dict[int, Ints] = {}
+        self._scored: Counter[int] = Counter()
+        """By round: the scores that this incarnation has been told."""
+        self.changed = asyncio.Condition()
+        self._rebuild(snapshot)
+
+    # --- what the teacher asks -----------------------------------------------------------------------
+
+    async def lease(self, ticket: int) -> tuple[int, Ints]:
+        """The ticket, and int64[M]: the rows that it stands for; none where the run needs no more labels.
+
+        Pool tickets wait until the round that is being taught is at most one ahead of the round that is
+        being trained, so that the newest student's opinion can decide what is read. Where it does decide,
+        they wait until that round is selected, so that the opinion is complete. A negative number is a
+        spare ticket: it stands for one that a teacher has given back, when there is one.
+        """
+        if ticket < 0:
+            await self._until(lambda: self._teaching_is_over() or bool(self.teachers.given_back))
+            if not self.teachers.given_back:
+                return ticket, _NO_ROWS
+            ticket = self.teachers.given_back.popleft()
+        self.fence.check_now_and_then()
+        rows = await self._rows_of(ticket)
+        if rows.size:
+            self.teachers.leased(ticket)
+        else:
+            await self._notify_done(ticket)
+        return ticket, rows
+
+    async def reserve(self, ticket: int, attempt: str, teacher: str, usage: dict[str, Any]) -> bool:
+        """Whether a ticket may use so much more of a teacher; waits while others may leave some of theirs."""
+        claim = self._account(ticket, teacher), attempt, teacher, Usage(**usage)
+        async with self.changed:
+            while (verdict := self.ledger.reserve(*claim)) == "wait":
+                await self.changed.wait()
+            self.changed.notify_all()  # a refusal may be what others wait for
+        return verdict == "granted"
+
+    async def put_labels(self, ticket: int, labels: TicketLabels) -> int:
+        """Note the labels of a ticket, whose file is in place; returns how many are new."""
+        self.teachers.finished(ticket)
+        self._settle(ticket, labels.usage)
+        new = self.intake.take(ticket, labels)
+        await self._notify()
+        return new
+
+    async def settle(self, ticket: int, teacher: str, usage: dict[str, Any]) -> None:
+        """The small teacher of a cascade is done with a ticket."""
+        self._settle(ticket, {teacher: Usage(**usage)})
+        await self._notify()
+
+    async def give_back(self, ticket: int, teacher: str, actor: str, reason: str, call: str) -> None:
+        """A teacher's actor has given up; another is to take its ticket. ``call`` is another each time."""
+        said = dict[str, Any](ticket=ticket, teacher=teacher, actor=actor, reason=reason, call=call)
+        with suppress(OSError):  # where the disk is full, which is the reason; the file is for a restart only
+            self.store.write_json(f"{LOST_DIR}/{actor}-{call}.json", said | {"session": self.session})
+        self.teachers.lost(**said)
+        self.ledger.abandon(self._account(ticket, teacher))
+        await self._notify()
+
+    async def wait_taught(self) -> None:
+        """Return when no teacher has anything left to do."""
+        await self._until(self._teaching_is_over)
+
+    # --- what the student asks -----------------------------------------------------------------------
+
+    async def wait_first_labels(self) -> None:
+        """Return when the first ticket is done, in this run or before it was stopped."""
+        await self._until(lambda: self.state.finished or bool(self.intake.done))
+
+    async def next_round(self) -> int:
+        """The first round that no student has finished."""
+        return len(self.state.trained)
+
+    async def last_trained(self) -> dict[str, Any] | None:
+        """What was reported of the last finished round."""
+        return self.state.trained[max(self.state.trained)] if self.state.trained else None
+
+    async def holdout_rows(self) -> Ints:
+        """int64[M]: the rows on which the student is held against the teacher."""
+        return self.table.held_out()
+
+    async def rows_to_score(self, round_number: int) -> Ints:
+        """int64[M]: what the student scores before the round's selection; waits for the labels.
+
+        Nothing where the policy does not ask for it, before the first round, or where the round is
+        selected already.
+        """
+        await self.wait_labels(round_number)
+        done = self.state.finished or round_number in self.state.selected
+        if round_number == 0 or done or not self._student_is_asked():
+            return np.empty(0, dtype=np.int64)
+        if round_number not in self._to_score:
+            # Once, for scores that come in change what would be looked at.
+            self._to_score = {round_number: self._selection(round_number).to_score()}
+        row_M = self._to_score[round_number]
+        if not row_M.size:  # nobody will say that they are scored
+            self.state.refreshed.add(round_number)
+            await self._notify()
+        return row_M
+
+    async def refresh(self, round_number: int, row_M: Ints, p_MC: Floats) -> None:
+        """Note the student's answers on some rows before a round."""
+        self.table.refresh(round_number, row_M, p_MC)
+        self._scored[round_number] += row_M.size
+
+    async def refresh_done(self, round_number: int, n_rows: int) -> None:
+        """All ranks have brought what they scored for the round, ``n_rows`` in all.
+
+        Raises ScoresLost where an earlier incarnation was told some of them: they are in no file before this
+        call, so the ranks are to score again, as they do after any other failure.
+        """
+        self.fence.check()
+        lost = n_rows - self._scored[round_number]
+        if lost > 0 and round_number not in self.state.refreshed:
+            raise ScoresLost(f"round {round_number}: {lost} of {n_rows} scores went to a selector that died")
+        self.audited.keep_for(self.store, round_number)  # the scores speak of these labels
+        self.state.note_refreshed(round_number)
+        await self._notify()
+
+    async def batch_files(self, round_number: int) -> list[str] | None:
+        """The batch files of all rounds up to this one, once it is selected; None when the run is over."""
+        await self._until(lambda: self.state.finished or round_number in self.state.selected)
+        if round_number not in self.state.selected:
+            return None
+        return [round_file(k, BATCH) for k in range(round_number + 1)]
+
+    async def target_prior(self, round_number: int) -> Floats | None:
+        """float[C]: the shares of the classes that the student of a selected round is to reckon with."""
+        prior = self.state.selected[round_number].get("prior")  # none in a run begun by an older version
+        return None if prior is None else np.array(prior)
+
+    async def require_charge(self) -> None:
+        """Raises Superseded where another driver, or a newer selector, has taken over the run."""
+        self.fence.check()
+
+    async def trained(self, round_number: int, facts: dict[str, Any]) -> None:
+        """The student has finished a round and its files are in place."""
+        self.fence.check()
+        self.state.note_trained(round_number, facts)
+        await self._notify()
+        is_idle = self.keeping is None or self.keeping.done()
+        if is_idle and len(self.state.trained) < self.schedule.rounds:
+            self.keeping = asyncio.create_task(self._keep_snapshot())
+
+    async def say(self, note: str) -> None:
+        """A word on what the student is doing, for the progress display."""
+        self.state.note = note
+
+    # --- what the driver asks ------------------------------------------------------------------------
+
+    async def wait_labels(self, round_number: int) -> None:
+        """Return when every ticket that the round may choose from is labelled."""
+        needed = set(self.schedule.needed_for(round_number))
+        await self._until(lambda: self.state.finished or needed <= self.intake.done)
+
+    async def wait_refreshed(self, round_number: int) -> None:
+        """Return when the student has scored what the round chooses from, if the policy asks for it."""
+        if round_number > 0 and self._student_is_asked():
+            done = self.state.selected, self.state.refreshed
+            await self._until(lambda: any(round_number in rounds for rounds in done))
+
+    async def select(self, round_number: int) -> dict[str, Any]:
+        """Choose the round's texts and put its batch in place; the second call changes nothing."""
+        if round_number not in self.state.selected:
+            began = time.monotonic()
+            self.fence.check()
+            selection = self._selection(round_number)
+            n = self.schedule.train_target(round_number) - self.table.count_trained()
+            chosen = selection.choose(n)
+            before = self.schedule.tickets_before(round_number)
+            labelled_C = self.table.labelled_of_class(before)
+            prior_C = target_prior(
+                labelled_C,
+                self.config.selection.prior,
+                self.policy.prior,
+                self.config.labels.known_prior,
+            )
+            assert self.intake.calibrator is not None
+            reviews = self.schedule.review_tickets[:round_number]
+            batch = batch_of(chosen, self.store, self.examples, self.table, reviews, self.intake.calibrator)
+            self.audited.keep_for(self.store, round_number)
+            batch = self.audited.correct(batch, self.n_classes)
+            facts = {
+                "selected": len(chosen),
+                "candidates": chosen.candidates,
+                "staleness": selection.staleness(chosen.row_M),
+                "prior": None if prior_C is None else prior_C.tolist(),
+                "labelled_of_class": labelled_C.tolist(),
+                "thresholds": chosen.thresholds and {k: v.tolist() for k, v in chosen.thresholds.items()},
+                "seconds": time.monotonic() - began,
+            }
+            glance = take_glance(self.table, before, chosen.candidates, chosen.row_M)
+            self.store.write_table(round_file(round_number, GLANCE), glance)
+            self.state.note_selected(round_number, batch, facts)
+            await self._notify()
+        return self.state.selected[round_number]
+
+    async def wait_trained(self, round_number: int) -> dict[str, Any]:
+        """What the student reported of the round, once it has finished it."""
+        await self._until(lambda: round_number in self.state.trained)
+        return self.state.trained[round_number]
+
+    async def finish(self) -> None:
+        """No round comes after this: open leases come back empty and the ranks go home."""
+        self.state.finished = True
+        await self._notify()
+
+    async def stats(self) -> dict[str, Any]:
+        """Counts for progress and metrics."""
+        return {
+            "labelled": self.table.count_labelled(),
+            "trained": self.table.count_trained(),
+            "teacher_tokens": sum(usage.tokens for usage in self.intake.usage.values()),
+            "usage": {name: usage.as_dict() for name, usage in self.intake.usage.items()},
+            "tickets_done": len(self.intake.done),
+            "unasked": self.intake.unasked,
+            "cap_reached": self.ledger.reached,
+            "rounds_trained": len(self.state.trained),
+            "note": self.state.note,
+            "trouble": self.teachers.trouble(),
+            "put_aside": self.put_aside,
+            "damaged": sorted(self.damaged),
+        }
+
+    # --- inside --------------------------------------------------------------------------------------
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        async with self.changed:
+            await self.changed.wait_for(holds)
+
+    async def _notify(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+    def _student_is_asked(self) -> bool:
+        return self.policy.uses_student or self.acquisition.uses_student
+
+    def _selection(self, round_number: int) -> RoundSelection:
+        before = self.schedule.tickets_before(round_number)
+        return RoundSelection(self.config, self.table, round_number, before)
+
+    def _teaching_is_over(self) -> bool:
+        """Whether every ticket is done; once no round comes, those of hold-out and test set are enough."""
+        if self.teachers.all_lost() or len(self.intake.done) == self.schedule.n_tickets:
+            return True
+        return self.state.finished and self.intake.done.issuperset(self.schedule.fixed_tickets())
+
+    def _account(self, ticket: int, teacher: str) -> int:
+        """A ticket's account in the ledger: one for each teacher that may read it."""
+        members = list(self.teachers.members)
+        return ticket * len(members) + members.index(teacher)
+
+    def _settle(self, ticket: int, usage: Mapping[str, Usage]) -> None:
+        for teacher, one in usage.items():
+            self.ledger.settle(self._account(ticket, teacher), {teacher: one})
+
+    async def _rows_of(self, ticket: int) -> Ints:
+        if not self.schedule.is_fixed(ticket):
+            ahead = self.schedule.round_of(ticket)
+            lead = 0 if ticket in self.schedule.review_tickets or self.acquisition.uses_student else 1
+            await self._until(lambda: self.state.finished or ahead <= len(self.state.selected) + lead)
+            if self.state.finished and ticket not in self.leases.rows:
+                return _NO_ROWS
+        if ticket not in self.leases.rows:
+            self.fence.check()
+        return self.leases.of(ticket)
+
+    async def _notify_done(self, ticket: int) -> None:
+        """A ticket without rows is done as it is."""
+        if not self.state.finished:
+            self.intake.take(ticket, TicketLabels.empty(self.n_classes))
+        await self._notify()
+
+    async def _keep_snapshot(self) -> None:
+        """Others are served meanwhile; what they change will be read again on top of it."""
+        tickets = np.array(sorted(self.intake.done), dtype=np.int64)
+        rounds, usage, unasked = len(self.state.trained), dict(self.intake.usage), self.intake.unasked
+        columns: dict[str, NDArray[Any]] = {}
+        for _ in self.table.copy_into(columns):
+            await asyncio.sleep(0)
+        snapshot = Snapshot(columns, tickets, rounds, usage, unasked)
+        # One that cannot be written is not missed before a selector dies, which then reads all labels.
+        with suppress(OSError):
+            await asyncio.to_thread(keep, self.store, self.session, snapshot)
+
+    def _rebuild(self, snapshot: Snapshot | None) -> None:
+        """Bring the table to what the files say, some of which a snapshot may have said before."""
+        if snapshot:
+            tickets = snapshot.tickets.tolist()
+            self.intake.restore(tickets, snapshot.usage, snapshot.unasked)
+            accounts = [self._account(t, name) for t in tickets for name in self.teachers.members]
+            self.ledger.restore_settled(accounts, snapshot.usage)
+        self.ledger.restore(read_lost_usage(self.store))
+        known = frozenset(self.intake.done)
+        reviews: dict[int, TicketLabels] = {}
+        for ticket, labels in read_all(self.store, LABELS_DIR, self.n_classes, self._note_damaged, known):
+            self._settle(ticket, labels.usage)
+            if ticket in self.schedule.review_tickets:
+                reviews[ticket] = labels  # at its time: the student's opinion of the new label came later
+            else:
+                self.intake.take(ticket, labels)
+        for ticket, labels in read_all(self.store, SMALL_DIR, self.n_classes, self._note_unused, known):
+            self._settle(ticket, labels.usage)
+        for ticket in self.leases.empty_reviews():
+            self.intake.take(ticket, TicketLabels.empty(self.n_classes))
+        for name in self.store.names(LOST_DIR):
+            facts = self.store.read_json(f"{LOST_DIR}/{name}")
+            if facts["session"] == self.session and facts["ticket"] not in self.intake.done | reviews.keys():
+                self.teachers.leased(facts["ticket"])
+                self.teachers.lost(**{name: said for name, said in facts.items() if name != "session"})
+        for k in range(self.state.rounds_on_disk()):
+            for ticket in self.schedule.review_tickets[k - 1 : k] if k else ():
+                if ticket in reviews:
+                    self.intake.take(ticket, reviews.pop(ticket))
+            # At their time, too: what the student said after it was of the new label.
+            apply_human_labels(AuditAnswers.of_round(self.store, k), self.table)
+            self.state.restore(k, in_table=snapshot is not None and k < snapshot.rounds)
+        for ticket, labels in reviews.items():
+            self.intake.take(ticket, labels)
+        apply_human_labels(self.audited, self.table)
+        self.state.finished = len(self.state.trained) == self.schedule.rounds
+
+    def _note_damaged(self, ticket: int, line: str) -> None:
+        self.damaged.add(ticket)
+        self.put_aside.append(line)
+
+    def _note_unused(self, ticket: int, line: str) -> None:
+        """Of a small teacher: whether its ticket is done does not depend on it."""
+        self.put_aside.append(line)
+
+
+def start_selector(config: Config, store_uri: str, session: str) -> Any:
+    """The actor's handle. It restarts, and its callers' calls with it, wherever its node may go.
+
+    It begins on the driver's node, which a run needs anyway, rather than on one that may be taken away.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return (
+        ray.remote(Selector)
+        .options(
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=-1,
+            max_concurrency=MAX_WAITING,
+            scheduling_strategy=here,
+        )
+        .remote(config, store_uri, session)
+    )

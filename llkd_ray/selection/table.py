@@ -1,0 +1,419 @@
+"""The score table: what is known of every text, in one dense numpy column each.
+
+Columns are indexed by row number, so an update is one fancy assignment. All updates are idempotent: a label,
+once there, stays. 20 bytes a row, and whoever asks for rows goes through the columns in chunks, so that 100
+million rows fit one process. A call never names a row twice. No Ray here.
+
+The sum of floats depends on their order in the last bits, and so on chunks and shards; that of whole numbers
+does not. Shapes in names: N texts, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llkd_ray.metrics.uncertainty import Floats, Ints, entropy, margin, support
+
+NONE = -1
+HELD_OUT = -2
+"""In the column ``trained``: the teacher labels it, the student never trains on it."""
+COLUMNS = ("label", "confidence", "uncertainty", "margin", "support", "refreshed", "trained", "ticket")
+_ROWS_A_STEP = 1 << 20
+Part = slice
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Labelled texts that the student has not trained on, one entry a text."""
+
+    row_N: Ints
+    label_N: Ints
+    confidence_N: Floats
+    """The teacher's confidence in ``label_N``."""
+    uncertainty_N: Floats
+    """The student's entropy, in [0, 1]; nan where it has not scored the text."""
+    margin_N: Floats
+    """The student's best probability less its second, in [0, 1]; nan where it has not scored the text."""
+    support_N: Floats
+    """The student's probability of ``label_N``; nan where it has not scored the text."""
+    n_classes: int
+
+    def __len__(self) -> int:
+        return int(self.row_N.size)
+
+    def take(self, index_M: Ints | slice) -> Candidates:
+        """The candidates at these places, in this order."""
+        return Candidates(
+            self.row_N[index_M],
+            self.label_N[index_M],
+            self.confidence_N[index_M],
+            self.uncertainty_N[index_M],
+            self.margin_N[index_M],
+            self.support_N[index_M],
+            self.n_classes,
+        )
+
+    def by_row(self) -> Candidates:
+        """In ascending row order, so that a choice does not depend on how they came."""
+        if (self.row_N[1:] > self.row_N[:-1]).all():
+            return self
+        return self.take(np.argsort(self.row_N, kind="stable"))
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Pool texts that no ticket has, one entry a text, by row."""
+
+    row_N: Ints
+    uncertainty_N: Floats
+    """The student's entropy, in [0, 1]; nan where it has not scored the text."""
+    margin_N: Floats
+    """The student's best probability less its second, in [0, 1]; nan where it has not scored the text."""
+
+    def __len__(self) -> int:
+        return int(self.row_N.size)
+
+    def take(self, index_M: Ints | slice) -> Unread:
+        """The texts at these places, in this order."""
+        return Unread(self.row_N[index_M], self.uncertainty_N[index_M], self.margin_N[index_M])
+
+
+class ScoreTable:
+    """One entry for each row of the run, pool first and test set behind it.
+
+    Rounds are numbered up to 32,767, labels up to 32,766, tickets up to 2,147,483,647.
+    """
+
+    def __init__(self, n_classes: int, n_pool: int, n_test: int = 0) -> None:
+        self.n_classes = n_classes
+        n_rows = n_pool + n_test
+        self.n_pool = n_pool
+        self.label = np.full(n_rows, NONE, dtype=np.int16)
+        # The sign says who gave the label: negative for any but the first teacher of a cascade.
+        self.confidence = np.full(n_rows, np.nan, dtype=np.float32)
+        self.uncertainty = np.full(n_rows, UNKNOWN, dtype=np.uint16)  # see fixed_point.to_16_bits
+        self.margin = np.full(n_rows, np.nan, dtype=np.float16)
+        self.support = np.full(n_rows, np.nan, dtype=np.float16)
+        self.refreshed = np.full(n_rows, NONE, dtype=np.int16)
+        self.trained = np.full(n_rows, NONE, dtype=np.int16)
+        self.ticket = np.full(n_rows, NONE, dtype=np.int32)
+        self._count()
+
+    def __len__(self) -> int:
+        return int(self.label.size)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the columns: 20 a row."""
+        return sum(getattr(self, name).nbytes for name in COLUMNS)
+
+    # --- what is noted -------------------------------------------------------------------------------------
+
+    def hold_out(self, row_M: Ints) -> None:
+        """Keep these rows, which nobody has trained on, from training for good."""
+        self.trained[row_M] = HELD_OUT
+
+    def lease(self, ticket: int, row_M: Ints) -> None:
+        """Note that a ticket has these rows; they are not unread any more."""
+        self.ticket[row_M] = ticket
+
+    def put_labels(self, row_M: Ints, label_M: Ints, confidence_M: Floats, member_M: Ints) -> int:
+        """Note what a teacher said and return how many rows are new. The first answer stays.
+
+        ``member_M`` is which teacher of a cascade it was, 0 for the first.
+        """
+        new = self.label[row_M] == NONE
+        fresh = row_M[new]
+        self.label[fresh] = label_M[new]
+        self.confidence[fresh] = _signed(confidence_M[new], member_M[new])
+        self._n_labelled += int(np.count_nonzero(fresh < self.n_pool))
+        self._trained_C += self._by_class(label_M[new][self.trained[fresh] >= 0])
+        return int(fresh.size)
+
+    def relabel(self, row_M: Ints, label_M: Ints, confidence_M: Floats, member_M: Ints) -> int:
+        """Note what a better teacher said of rows that have a label; returns 0, for none is new.
+
+        What the student said of the old label goes: it has to look again.
+        """
+        is_trained_M = self.trained[row_M] >= 0
+        self._trained_C += self._by_class(label_M[is_trained_M])
+        self._trained_C -= self._by_class(self.label[row_M][is_trained_M])
+        self.label[row_M] = label_M
+        self.confidence[row_M] = _signed(confidence_M, member_M)
+        self.support[row_M] = np.nan
+        return 0
+
+    def refresh(self, round_number: int, row_M: Ints, p_MC: Floats) -> None:
+        """Note the student's answers before ``round_number``; an older round changes nothing."""
+        newer = self.refreshed[row_M] <= round_number
+        row_M, p_MC = row_M[newer], p_MC[newer]
+        label_M = self.label[row_M]
+        self.uncertainty[row_M] = to_16_bits(entropy(p_MC))
+        self.margin[row_M] = margin(p_MC)
+        self.support[row_M] = np.where(label_M == NONE, np.nan, support(p_MC, label_M))
+        self.refreshed[row_M] = round_number
+
+    def restore_scores(self, round_number: int, row_M: Ints, *signals_M: Floats) -> None:
+        """Note what :meth:`scores` once gave: uncertainty, margin and support of some rows."""
+        uncertainty_M, self.margin[row_M], self.support[row_M] = signals_M
+        self.uncertainty[row_M] = to_16_bits(uncertainty_M)
+        self.refreshed[row_M] = round_number
+
+    def mark_trained(self, round_number: int, row_M: Ints) -> None:
+        """Note the first round that trains on these rows."""
+        first = row_M[self.trained[row_M] == NONE]
+        self.trained[first] = round_number
+        self._n_trained += int(first.size)
+        self._trained_C += self._by_class(self.label[first])
+
+    # --- what is asked -------------------------------------------------------------------------------------
+
+    def held_out(self) -> Ints:
+        """int64[M], ascending: the rows that the student never trains on."""
+        return self._rows(lambda part: self.trained[part] == HELD_OUT, self.n_pool)
+
+    def contradicted(self, lead: float, limit: int) -> Ints:
+        """int64[M], ascending: untrained pool rows whose label by the first teacher a student contradicts.
+
+        Its best answer leads by more than ``lead``, which is 0.5 at least, and is another label: a label with
+        less support than the lead cannot be the best. Of more than ``limit``, the largest leads.
+        """
+
+        def is_contradicted(part: Part) -> Mask:
+            by_first = self._is_open(part) & ~np.signbit(self.confidence[part])
+            return by_first & (self.margin[part] > lead) & (self.support[part] < lead)
+
+        row_N = self._rows(is_contradicted, self.n_pool)
+        surest = np.argsort(-self.margin[row_N], kind="stable")[:limit]
+        return np.sort(row_N[surest])
+
+    def scores(self, round_number: int) -> tuple[Ints, Floats, Floats, Floats]:
+        """Rows that the student scored before a round, with their uncertainty, margin and support."""
+        row_M = self._rows(lambda part: self.refreshed[part] == round_number, len(self))
+        return row_M, from_16_bits(self.uncertainty[row_M]), self.margin[row_M], self.support[row_M]
+
+    def unread(self) -> Unread:
+        """Pool texts without a ticket, by row. All at once: for many, see :meth:`unread_chunks`."""
+        return self._unread(self._rows(self._is_unread, self.n_pool))
+
+    def unread_chunks(self) -> Chunked[Unread]:
+        """As :meth:`unread`, a chunk at a time; each holds until the table changes."""
+        return Chunked(lambda: map(self._unread, self._chunks(self._is_unread, self.n_pool)))
+
+    def untrained(self) -> Ints:
+        """int64[N]: pool rows, labelled or not, that the student may still come to train on."""
+        return self._rows(self._is_open, self.n_pool)
+
+    def candidates(self, tickets_below: int) -> Candidates:
+        """Labelled, untrained pool rows of the tickets below a number, ascending.
+
+        The bound makes a round depend on the tickets it waited for, and not on what else the teacher
+        happened to have finished by then. All at once: for many, see :meth:`candidate_chunks`.
+        """
+        return self._candidates(self._rows(self._may_be_chosen(tickets_below), self.n_pool))
+
+    def candidate_chunks(self, tickets_below: int) -> Chunked[Candidates]:
+        """As :meth:`candidates`, a chunk at a time; each holds until the table changes."""
+        may_be_chosen = self._may_be_chosen(tickets_below)
+        return Chunked(lambda: map(self._candidates, self._chunks(may_be_chosen, self.n_pool)))
+
+    def glance(self, tickets_below: int, step: int) -> Candidates:
+        """Those of :meth:`candidates` that are among every ``step``-th row of the pool."""
+        row_N = np.arange(0, self.n_pool, step)
+        labelled_N = (self.label[row_N] != NONE) & (self.ticket[row_N] < tickets_below)
+        return self.look_up(row_N[labelled_N & (self.trained[row_N] == NONE)])
+
+    def look_up(self, row_M: Ints) -> Candidates:
+        """What is known of some rows that have a label."""
+        return self._candidates(row_M)
+
+    def labelled_of_class(self, tickets_below: int) -> Ints:
+        """int64[C]: pool texts of each pseudo-class, of the tickets below a number."""
+        count_C = np.zeros(self.n_classes, dtype=np.int64)
+        for part in slices(self.n_pool):
+            is_there = (self.label[part] != NONE) & (self.ticket[part] < tickets_below)
+            count_C += np.bincount(self.label[part][is_there], minlength=self.n_classes)
+        return count_C
+
+    def trained_of_class(self) -> Ints:
+        """int64[C]: texts of each pseudo-class that the student has trained on."""
+        return self._trained_C.copy()
+
+    def count_labelled(self) -> int:
+        """Rows of the pool, hold-out included, that the teacher has labelled."""
+        return self._n_labelled
+
+    def count_trained(self) -> int:
+        return self._n_trained
+
+    # --- snapshots -----------------------------------------------------------------------------------------
+
+    def copy_into(self, columns: dict[str, NDArray[Any]]) -> Iterator[None]:
+        """Copy the columns in steps of a million rows, so that others are served in between.
+
+        Every row is whole, but rows are of different moments: what is noted from the first step on has to be
+        noted again on top of the snapshot. Updates are idempotent, so nothing comes of those that it has.
+        """
+        columns.update({name: np.empty_like(getattr(self, name)) for name in COLUMNS})
+        for start in range(0, len(self), _ROWS_A_STEP):
+            part = slice(start, start + _ROWS_A_STEP)
+            for name in COLUMNS:
+                columns[name][part] = getattr(self, name)[part]
+            yield
+
+    def restore(self, columns: Mapping[str, NDArray[Any]]) -> None:
+        """Go back to a snapshot of this table or one of the same size, which becomes the table's own.
+
+        Raises ValueError where its columns are not those of this table.
+        """
+        for name in COLUMNS:
+            own, other = getattr(self, name), columns.get(name)
+            if other is None or (other.dtype, other.shape) != (own.dtype, own.shape):
+                there = "missing" if other is None else f"{other.dtype}[{other.size}]"
+                raise ValueError(
+                    f"snapshot column {name} is {there}, the table's is {own.dtype}[{own.size}]: "
+                    "leave the snapshot out and rebuild the table from labels and rounds"
+                )
+        for name in COLUMNS:
+            setattr(self, name, columns[name])
+        self._count()
+
+    # --- inside --------------------------------------------------------------------------------------------
+
+    def _count(self) -> None:
+        """Bring the counts, which updates keep, to what the columns say."""
+        self._n_labelled = self._n_trained = 0
+        self._trained_C = np.zeros(self.n_classes, dtype=np.int64)
+        for part in slices(len(self)):
+            label, is_trained = self.label[part], self.trained[part] >= 0
+            pool = max(0, self.n_pool - part.start)
+            self._n_labelled += int(np.count_nonzero(label[:pool] != NONE))
+            self._n_trained += int(np.count_nonzero(is_trained))
+            self._trained_C += self._by_class(label[is_trained])
+
+    def _by_class(self, label_M: Ints) -> Ints:
+        """int64[C]: how many labels of each class these are; NONE is of no class."""
+        return np.bincount(label_M[label_M != NONE], minlength=self.n_classes)
+
+    def _is_open(self, part: Part) -> Mask:
+        return np.equal(self.trained[part], NONE)
+
+    def _is_unread(self, part: Part) -> Mask:
+        return (self.ticket[part] == NONE) & (self.trained[part] != HELD_OUT)
+
+    def _may_be_chosen(self, tickets_below: int) -> Callable[[Part], Mask]:
+        def may_be_chosen(part: Part) -> Mask:
+            labelled = (self.label[part] != NONE) & (self.ticket[part] < tickets_below)
+            return labelled & self._is_open(part)
+
+        return may_be_chosen
+
+    def _rows(self, mask: Callable[[Part], Mask], stop: int) -> Ints:
+        """int64[M], ascending: the rows below ``stop`` that a mask of a part lets through."""
+        # Counted first: nothing else is as long as the answer.
+        row_M = np.empty(sum(np.count_nonzero(mask(part)) for part in slices(stop)), dtype=np.int64)
+        at = 0
+        for part in slices(stop):
+            found = np.flatnonzero(mask(part))
+            row_M[at : at + found.size] = found + part.start
+            at += found.size
+        return row_M
+
+    def _chunks(self, mask: Callable[[Part], Mask], stop: int) -> Iterator[Ints | Part]:
+        """The same in chunks: row numbers, or the part itself where all of it is let through."""
+        for part in slices(stop):
+            found = np.flatnonzero(mask(part))
+            yield part if found.size == part.stop - part.start else found + part.start
+
+    def _unread(self, rows: Ints | Part) -> Unread:
+        return Unread(_numbers(rows), from_16_bits(self.uncertainty[rows]), self.margin[rows])
+
+    def _candidates(self, rows: Ints | Part) -> Candidates:
+        return Candidates(
+            _numbers(rows),
+            self.label[rows],
+            np.abs(self.confidence[rows]),
+            from_16_bits(self.uncertainty[rows]),
+            self.margin[rows],
+            self.support[rows],
+            self.n_classes,
+        )
+
+
+def _numbers(rows: Ints | Part) -> Ints:
+    return np.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+
+
+def _signed(confidence_M: Floats, member_M: Ints) -> Floats:
+    """Confidences, negative for any but the first teacher of a cascade."""
+    return np.where(np.asarray(member_M) > 0, -confidence_M, confidence_M)
+
+
+CHUNK = 1 << 16
+"""Rows looked at together. Results do not depend on it; sums by class need 2**20 at most.
+
+With four times as many, counting grades took three times as long a row."""
+
+
+def slices(n: int) -> Iterator[slice]:
+    """``range(n)`` in chunks; one that is empty where there is nothing."""
+    for start in range(0, max(n, 1), CHUNK):
+        yield slice(start, min(start + CHUNK, n))
+
+
+class Texts(Protocol):
+    """Columns over some texts."""
+
+    def __len__(self) -> int: ...
+
+
+T = TypeVar("T", bound=Texts)
+
+
+class Chunked(Generic[T]):
+    """Texts in ascending row order, read anew each time they are gone through and never there all at once."""
+
+    def __init__(self, read: Callable[[], Iterable[T]]) -> None:
+        self._read = read
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return sum(len(chunk) for chunk in self)
+
+
+UNIT = 2.0**-32
+"""What sums count in. Any float32 from 2**-9 on is a whole number of it; int64 holds two billion ones."""
+UNKNOWN = np.uint16(65535)
+"""Stands for nan in 16 bits."""
+_STEPS = 65534
+# A look-up, because that is as fast as the division and needs no second pass for what is unknown.
+_SHARE_OF_CODE = np.append(np.arange(65535) / _STEPS, np.nan).astype(np.float32)
+
+
+def to_16_bits(share_N: Floats) -> NDArray[np.uint16]:
+    """uint16[N]: the nearest of 65,535 values in [0, 1], off by 1/131,068 at most; nan stays nan."""
+    code_N = np.rint(np.asarray(share_N, dtype=np.float64) * _STEPS)
+    return np.where(np.isnan(code_N), UNKNOWN, np.nan_to_num(code_N)).astype(np.uint16)
+
+
+def from_16_bits(code_N: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """float32[N]: what :func:`to_16_bits` was given, to half a step; it gives the same code again."""
+    return _SHARE_OF_CODE.take(code_N)
+
+
+def class_sums(signal_N: Floats, label_N: Ints, n_classes: int) -> NDArray[np.int64]:
+    """int64[C]: the sum of a signal in [0, 1] over each label's texts, in :data:`UNIT`."""
+    sum_C = np.zeros(n_classes, dtype=np.int64)
+    for part in slices(label_N.size):
+        # bincount adds up in float64, which is exact up to 2**53: a chunk comes to 2**48.
+        units_N = np.rint(signal_N[part] * np.float64(1 / UNIT))
+        sum_C += np.bincount(label_N[part], weights=units_N, minlength=n_classes).astype(np.int64)
+    return sum_C

@@ -1,0 +1,269 @@
+"""Checkpoints as transformers knows them: what is needed of one without its weights.
+
+Shapes in names: N texts, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import yaml
+
+from llkd_ray.config.base import ConfigError
+from llkd_ray.storage.run_dir import CONFIG, MODEL_DIR, RunStore
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+
+
+def load_tokenizer(source: str, revision: str | None, field: str) -> Any:
+    """The tokenizer of a checkpoint folder or hub name.
+
+    Raises :class:`ConfigError` where there is none; ``field`` is the setting that named ``source``.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"{field}: no tokenizer can be loaded from {source!r}; give a checkpoint folder or a hub name "
+            f"({first_line})"
+        ) from None
+    if len(tokenizer) < len(tokenizer.all_special_ids) + 10:
+        # For some types, transformers makes an empty tokenizer where there are no files for it.
+        raise ConfigError(
+            f"{field}: {source!r} has no tokenizer files (its tokenizer knows {len(tokenizer)} tokens); save "
+            "the tokenizer beside the weights"
+        )
+    return tokenizer
+
+
+def size_on_disk(model: str) -> int | None:
+    """Bytes of a checkpoint's weights, in a folder or in the hub's cache; None where they are not here.
+
+    One kind of file counts, as some checkpoints hold their weights in several.
+    """
+    folder = Path(model) if Path(model).is_dir() else _cached_folder(model)
+    if folder is None:
+        return None
+    for pattern in WEIGHTS:
+        if size := sum(file.stat().st_size for file in folder.glob(pattern)):
+            return size
+    return None
+
+
+def _cached_folder(name: str) -> Path | None:
+    """Where the hub's cache has a model's newest files."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None  # a path
+    return Path(file).parent if isinstance(file, str) else None
+
+
+HEAD = "ForSequenceClassification"
+UNKNOWN_LENGTH = 1_000_000_000
+"""A tokenizer that does not know how much its model reads says more than this."""
+READ_BY_DEFAULT = 512
+_CONFIG_FILE = "config.json"
+_MATTERS = (".json", ".safetensors", ".bin", ".txt", ".model")
+"""Ends of the names of a checkpoint's files that decide its answers."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A classifier that was looked at, not loaded."""
+
+    source: str
+    """A folder, local or a URI, or a hub name."""
+    revision: str | None
+    labels: tuple[str, ...]
+    """In the order of its outputs."""
+    max_tokens: int
+    fingerprint: str
+    """Differs where the answers may: the hash of its files, or the hub's commit."""
+    temperature: float | None = None
+    """Makes its confidence that of ``student_calibration``, where a run has fitted one."""
+
+    @property
+    def is_remote(self) -> bool:
+        return "://" in self.source
+
+
+def inspect(model: str, revision: str | None = None, max_tokens: int | None = None) -> Checkpoint:
+    """What a run directory, a checkpoint folder or a hub name stands for.
+
+    Raises :class:`ConfigError` where it is no classifier with two or more classes, one of which is right.
+    """
+    source, trained_tokens = _find(model)
+    if revision and (_is_folder(source) or "://" in source):
+        raise ConfigError(
+            f"--revision: {revision!r} is of a hub name, and {model!r} is a folder: leave it out"
+        )
+    with local_copy(source, weights=False) as folder:
+        config = _load_config(folder, model, revision)
+        labels = _labels(config, model)
+        tokenizer = load_tokenizer(folder, revision, "MODEL")
+        reads = _reads(config, tokenizer)
+        temperature = _temperature(config, model)
+    if max_tokens is not None and max_tokens > reads:
+        raise ConfigError(f"--max-tokens: {max_tokens} is too long, {model!r} reads {reads}: lower it")
+    is_hub_name = not (_is_folder(source) or "://" in source)
+    fingerprint = f"commit {getattr(config, '_commit_hash', None)}" if is_hub_name else _fingerprint(source)
+    tokens = max_tokens or min(reads, trained_tokens or reads)
+    return Checkpoint(source, revision, labels, tokens, fingerprint, temperature)
+
+
+@contextmanager
+def local_copy(source: str, weights: bool = True) -> Iterator[str]:
+    """A folder on this machine, or a hub name; what lies on an object store is copied and removed again."""
+    if "://" not in source:
+        yield source
+        return
+    store = RunStore(source)
+    with tempfile.TemporaryDirectory(prefix="llkd-model-") as folder:
+        for name in _files(store):
+            if weights or not name.endswith((".safetensors", ".bin")):
+                pafs.copy_files(store.path(name), f"{folder}/{name}", store.fs, pafs.LocalFileSystem())
+        yield folder
+
+
+# Finding it
+
+
+def _is_folder(model: str) -> bool:
+    return Path(model).expanduser().is_dir()
+
+
+def _find(model: str) -> tuple[str, int | None]:
+    """The checkpoint, and how many tokens of a text its run trained on, where a run made it."""
+    if not _is_folder(model) and "://" not in model:
+        if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
+            raise ConfigError(
+                f"MODEL: {model!r} does not exist: give a run directory, a checkpoint or a hub name"
+            )
+        return model, None
+    try:
+        store = RunStore(model)
+        if store.exists(_CONFIG_FILE):
+            source = store.root if store.is_local else model
+            run, _, name = store.root.rpartition("/")
+            in_run = store.is_local and name == MODEL_DIR
+            return source, _trained_tokens(RunStore(run)) if in_run else None
+        if store.exists(f"{MODEL_DIR}/{_CONFIG_FILE}"):
+            return store.uri(MODEL_DIR), _trained_tokens(store)
+        is_run = store.exists(CONFIG)
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"MODEL: {model!r} cannot be opened ({reason}): check the address") from None
+    if is_run:
+        raise ConfigError(f"MODEL: the run {model!r} has no {MODEL_DIR}/ yet: finish it with --resume first")
+    raise ConfigError(
+        f"MODEL: {model!r} holds neither {_CONFIG_FILE} nor {MODEL_DIR}/: give a run directory or a "
+        "checkpoint folder"
+    )
+
+
+def _trained_tokens(run: RunStore) -> int | None:
+    """``student.max_tokens`` of a run; None where there is no run."""
+    if not run.exists(CONFIG):
+        return None
+    tree = yaml.safe_load(run.read_bytes(CONFIG))
+    student = tree.get("student") if isinstance(tree, dict) else None
+    tokens = student.get("max_tokens") if isinstance(student, dict) else None
+    return tokens if isinstance(tokens, int) else None
+
+
+def _files(store: RunStore) -> list[str]:
+    there = store.fs.get_file_info(pafs.FileSelector(store.root))
+    return sorted(one.base_name for one in there if one.is_file and one.base_name.endswith(_MATTERS))
+
+
+def _fingerprint(source: str) -> str:
+    """A hash of all files that matter, each read once."""
+    store, whole = RunStore(source), hashlib.blake2b(digest_size=16)
+    for name in _files(store):
+        whole.update(name.encode() + b"\0")
+        with store.fs.open_input_stream(store.path(name), compression=None) as stream:
+            while chunk := stream.read(1 << 24):
+                whole.update(chunk)
+    return whole.hexdigest()
+
+
+# Looking at it
+
+
+def _load_config(folder: str, model: str, revision: str | None) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, revision=revision or "main")
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(_unloadable(model, error)) from None
+
+
+def _unloadable(model: str, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+    return (
+        f"MODEL: {model!r} cannot be loaded ({reason}); give a run directory, a checkpoint folder or a hub "
+        "name"
+    )
+
+
+def _labels(config: Any, model: str) -> tuple[str, ...]:
+    kinds = list(config.architectures or [])
+    if not any(kind.endswith(HEAD) for kind in kinds):
+        raise ConfigError(
+            f"MODEL: {model!r} has no classification head (it is {', '.join(kinds) or 'of no known kind'}): "
+            "give a checkpoint that was trained as a classifier"
+        )
+    if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
+        kind = (config.problem_type or "regression").replace("_", " ")
+        raise ConfigError(
+            f"MODEL: {model!r} is made for {kind} with {config.num_labels} output(s): give a classifier of "
+            "two or more classes, one of which is right"
+        )
+    labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    if len(set(labels)) < len(labels):
+        raise ConfigError(
+            f"MODEL: {model!r} has a label twice in its id2label ({', '.join(labels)}): rename one there"
+        )
+    return labels
+
+
+def _temperature(config: Any, model: str) -> float | None:
+    found = getattr(config, CALIBRATION_KEY, None)
+    temperature = found.get("temperature") if isinstance(found, dict) else None
+    if temperature is None:
+        return None
+    if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
+        raise ConfigError(
+            f"MODEL: {model!r} has the temperature {temperature!r} under {CALIBRATION_KEY} in its "
+            "config.json: a positive number is needed; take the entry out, or fit it anew with export.py"
+        )
+    return float(temperature)
+
+
+def _reads(config: Any, tokenizer: Any) -> int:
+    """Tokens that the model reads of a text."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if tokenizer.model_max_length < UNKNOWN_LENGTH:
+        return int(min(tokenizer.model_max_length, positions or tokenizer.model_max_length))
+    # Models after RoBERTa count positions from behind the padding mark on, and so read two fewer.
+    return positions - 2 if positions else READ_BY_DEFAULT
+
+
+CALIBRATION_KEY = "llkd_calibration"
+"""In a student's config.json: the temperature of its answers, and how it was had."""

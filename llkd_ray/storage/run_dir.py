@@ -1,0 +1,245 @@
+"""The run directory: files are the truth, everything else is a cache of them.
+
+A file exists when it is whole: on a local disk it is written beside its place and renamed, on an object
+store one PUT is atomic anyway. Each file belongs to one ticket, one round or one step, so writing it
+again after a retry gives the same file.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from llkd_ray.config.base import ConfigError
+
+CONFIG = "config.yaml"
+MANIFEST = "manifest.json"
+METRICS = "metrics.jsonl"
+EXAMPLES_INDEX = "examples/index.json"
+LABELS_DIR = "labels"
+SMALL_DIR = "labels-small"
+"""What a cascade's small teacher said, before the large one was asked."""
+CALIBRATION = "calibration.json"
+LEASES_DIR = "leases"
+SENT_DIR = "sent"
+ENGINES_DIR = "engines"
+SNAPSHOTS_DIR = "snapshots"
+"""What a selector knows, for one that restarts while its driver lives."""
+LOST_DIR = "lost"
+"""A file for each teacher actor that has given up, with the reason."""
+QUARANTINE_DIR = "quarantine"
+EPOCHS_DIR = "epochs"
+"""A file for whoever was ever in charge of the run, the newest with the largest number."""
+SESSIONS_DIR = "sessions"
+"""A file for each driver that has worked on the run."""
+ROUNDS_DIR = "rounds"
+CHECKPOINTS_DIR = "checkpoints"
+MODEL_DIR = "model"
+ONNX_DIR = "onnx"
+"""In the model's folder, where the hub expects it."""
+_UNFINISHED = ".tmp"
+"""Ends the name of a local file that is not in its place yet."""
+
+
+def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Filesystem and path of a local path or a URI such as ``s3://bucket/folder``."""
+    if uri.startswith("s3://") and "allow_delayed_open" not in uri:
+        # A small file is one PUT then, not the three requests of an upload in parts.
+        uri += f"{'&' if '?' in uri else '?'}allow_delayed_open=true"
+    if "://" in uri:
+        return pafs.FileSystem.from_uri(uri)
+    return pafs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+
+
+def join_uri(folder: str, *names: str) -> str:
+    """A place below a folder; the options of a URI (``s3://bucket/runs?region=…``) stay at its end."""
+    address, mark, options = folder.partition("?") if "://" in folder else (folder, "", "")
+    return "/".join([address.rstrip("/"), *names]) + mark + options
+
+
+class RunStore:
+    """Reads and writes the files of one run; cheap to build and to pickle.
+
+    Paths are relative to the run directory, with forward slashes.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self.fs, self.root = open_filesystem(uri)
+        self.root = self.root.rstrip("/")
+        self.is_local = isinstance(self.fs, pafs.LocalFileSystem)
+        # S3 has no folders; making one costs a request for each part of the path.
+        self._has_folders = self.fs.type_name != "s3"
+
+    def path(self, relative: str) -> str:
+        """The path as its filesystem knows it."""
+        return f"{self.root}/{relative}"
+
+    def uri(self, relative: str = "") -> str:
+        """The address by which another store, or a user, finds it; on a local disk the absolute path."""
+        if not relative:
+            return self.root if self.is_local else self._uri
+        return self.path(relative) if self.is_local else join_uri(self._uri, relative)
+
+    def exists(self, relative: str) -> bool:
+        return self.fs.get_file_info(self.path(relative)).type != pafs.FileType.NotFound
+
+    def names(self, folder: str, suffix: str = "") -> list[str]:
+        """Sorted names of the files in a folder; empty where there is no such folder.
+
+        What a killed writer left unfinished is not among them.
+        """
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
+        found = [info.base_name for info in self.fs.get_file_info(selector) if info.is_file]
+        return sorted(n for n in found if n.endswith(suffix) and not n.endswith(_UNFINISHED))
+
+    def folders(self, folder: str) -> list[str]:
+        """Sorted names of the folders in a folder."""
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
+        return sorted(
+            i.base_name for i in self.fs.get_file_info(selector) if i.type == pafs.FileType.Directory
+        )
+
+    def delete(self, relative: str) -> None:
+        """Delete a file; one that is not there is no error."""
+        with suppress(FileNotFoundError):
+            self.fs.delete_file(self.path(relative))
+
+    def write_bytes(self, relative: str, content: bytes) -> None:
+        """Write a whole file, atomically."""
+        with self.writing(relative) as stream:
+            stream.write(content)
+
+    @contextmanager
+    def writing(self, relative: str) -> Iterator[pa.NativeFile]:
+        """A stream to a file that is in its place at the end; a large one on S3 may be there cut off."""
+        target = self.path(relative)
+        if self._has_folders:
+            self.fs.create_dir(target.rpartition("/")[0], recursive=True)
+        place = f"{target}.{uuid.uuid4().hex}{_UNFINISHED}" if self.is_local else target
+        try:
+            with self.fs.open_output_stream(place, compression=None) as stream:
+                yield stream
+            if place != target:
+                self.fs.move(place, target)
+        except BaseException:
+            if place != target and self.fs.get_file_info(place).is_file:
+                self.fs.delete_file(place)
+            raise
+
+    def read_bytes(self, relative: str) -> bytes:
+        with self.fs.open_input_stream(self.path(relative), compression=None) as stream:
+            return stream.read()
+
+    def write_json(self, relative: str, value: Any) -> None:
+        self.write_bytes(relative, json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+    def read_json(self, relative: str) -> Any:
+        with self._naming(relative):
+            return json.loads(self.read_bytes(relative))
+
+    def write_table(self, relative: str, table: pa.Table, row_group_size: int | None = None) -> None:
+        """Write a parquet file, atomically; its schema should be one of ``schemas``."""
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, row_group_size=row_group_size, compression="zstd")
+        self.write_bytes(relative, buffer.getvalue().to_pybytes())
+
+    def read_table(self, relative: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """A parquet file, or some of its columns. Raises ConfigError for a damaged one."""
+        # Not pq.read_table, which asks an object store twice more for the file's size.
+        with (
+            self._naming(relative),
+            pq.ParquetFile(self.path(relative), filesystem=self.fs, pre_buffer=True) as file,
+        ):
+            return file.read(columns=None if columns is None else list(columns))
+
+    @contextmanager
+    def _naming(self, relative: str) -> Iterator[None]:
+        """Say which file it is that cannot be read; that there is none is another matter."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError) as error:  # pyarrow raises both for damage; its own are ValueErrors
+            raise ConfigError(
+                f"{self.uri(relative)} cannot be read ({reason_of(error)}): "
+                "if it is damaged, put a copy back, or begin a new run, which finds the labels in the cache"
+            ) from error
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Put one round's line at the end of metrics.jsonl; a line of the same round is replaced."""
+        lines = self.read_bytes(METRICS).splitlines() if self.exists(METRICS) else []
+        later: list[bytes] = []
+        # From the end, where it mostly belongs: lines of earlier rounds need not be understood.
+        while lines and (last := json.loads(lines[-1])["round"]) >= line["round"]:
+            kept = lines.pop()
+            later += [kept] if last > line["round"] else []
+        lines += [json.dumps(line).encode(), *reversed(later)]
+        self.write_bytes(METRICS, b"".join(one + b"\n" for one in lines))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, oldest round first."""
+        if not self.exists(METRICS):
+            return []
+        return [json.loads(line) for line in self.read_bytes(METRICS).decode().splitlines()]
+
+
+def reason_of(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def ticket_file(folder: str, ticket: int) -> str:
+    """The file of one ticket in LABELS_DIR or SENT_DIR."""
+    return f"{folder}/ticket-{ticket:08d}.parquet"
+
+
+def ticket_of(name: str) -> int:
+    """The ticket number in a name made by :func:`ticket_file`."""
+    return int(name.removeprefix("ticket-").partition(".")[0])
+
+
+BATCH = "batch.parquet"
+SELECTED = "selected.json"
+"""In a round's folder: its batch exists once this file does."""
+SCORES = "scores.parquet"
+TRAINED = "trained.json"
+"""In a round's folder: the student has finished the round once this file exists."""
+
+
+def round_file(round_number: int, name: str) -> str:
+    """A file of one round, such as ``rounds/0003/batch.parquet``."""
+    return f"{ROUNDS_DIR}/{round_number:04d}/{name}"
+
+
+def predictions_file(round_number: int, rank: int, ranks: int) -> str:
+    """Where one rank of ``ranks`` puts the student's answers after a round."""
+    return round_file(round_number, f"predictions-{rank:04d}-of-{ranks:04d}.parquet")
+
+
+ASKED = "audit/asked.parquet"
+ANSWERS = "audit/answers.parquet"
+ESTIMATE = "audit/estimate.json"
+AUDITED = "audited.parquet"
+"""In a round's folder."""
+
+
+SUMMARY = "summary.json"
+INSIGHT = "insight.json"
+"""What a finished run shows of single classes and texts."""
+
+
+GLANCE = "glance.parquet"
+"""In a round's folder."""
+
+
+REPORT = "report.html"
+CARD = f"{MODEL_DIR}/README.md"

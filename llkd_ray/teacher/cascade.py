@@ -1,0 +1,71 @@
+"""A cascade: the small teacher reads everything, the large one what the small one is unsure of."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llkd_ray.metrics.uncertainty import confidence, normalise
+from llkd_ray.storage import tables
+from llkd_ray.storage.run_dir import LABELS_DIR, SMALL_DIR, ticket_file
+from llkd_ray.storage.tables import matrix_of
+from llkd_ray.teacher.base import Usage
+from llkd_ray.teacher.labels import in_row_order, read_ticket, write_ticket
+from llkd_ray.teacher.worker import Stage
+
+
+class SmallStage(Stage):
+    """A cascade's small teacher: reads all but what is under review, and passes everything on."""
+
+    def nothing(self, leased: pa.Table) -> pa.Table:
+        return leased.slice(0, 0)
+
+    async def see_to(self, ticket: int, leased: pa.Table) -> pa.Table:
+        is_done = any(self.store.exists(ticket_file(folder, ticket)) for folder in (SMALL_DIR, LABELS_DIR))
+        if not is_done and not self.is_review(ticket):
+            asked = await self.asker.ask(ticket, leased)
+            usage, in_flight = {self.asker.name: asked.usage}, self.asker.teacher.tickets_in_flight
+            await asyncio.to_thread(
+                write_ticket, self.store, SMALL_DIR, ticket, asked.labels, usage, asked.unasked, in_flight
+            )
+            await self.asker.forget(asked)
+            await self.selector.settle.remote(ticket, self.asker.name, asked.usage.as_dict())
+        return leased
+
+
+class LargeStage(Stage):
+    """A cascade's large teacher: reads what the small one is unsure of or has not answered, and reviews."""
+
+    member = 1
+
+    async def see_to(self, ticket: int, leased: pa.Table) -> pa.Table:
+        done = await self.there(ticket)
+        if done is None:
+            small, usage = await asyncio.to_thread(self._small_answers, ticket)
+            doubtful = leased.filter(pa.array(~np.isin(leased["row"].to_numpy(), self._sure_rows(small))))
+            asked = await self.asker.ask(ticket, doubtful)
+            answered_by_large = pc.is_in(small["row"], value_set=asked.labels["row"].combine_chunks())
+            kept = small.filter(pc.invert(answered_by_large))
+            labels = in_row_order([kept, asked.labels], leased["row"].to_numpy())
+            if self.is_review(ticket):
+                # A review without an answer leaves a text with the label that it has.
+                asked = replace(asked, outcome_M=[""] * len(doubtful))
+            done = await self.put(ticket, doubtful, labels, usage | {self.asker.name: asked.usage}, asked)
+        return await self.tell(ticket, done)
+
+    def _small_answers(self, ticket: int) -> tuple[pa.Table, dict[str, Usage]]:
+        if not self.store.exists(ticket_file(SMALL_DIR, ticket)):  # a review
+            return tables.LABELS.empty_table(), {}
+        labels, usage, _ = read_ticket(self.store, SMALL_DIR, ticket)
+        return labels.replace_schema_metadata(None), usage
+
+    def _sure_rows(self, small: pa.Table) -> np.ndarray:
+        """int64: the rows whose small answer is not to be doubted."""
+        cascade = self.config.teacher.cascade
+        assert cascade is not None
+        p_MC = normalise(matrix_of(small["probs"], len(self.config.labels.names)))
+        return small["row"].to_numpy()[confidence(p_MC) >= cascade.unsure_below]

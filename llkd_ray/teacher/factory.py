@@ -1,0 +1,165 @@
+"""The kinds of teachers there are: how one is made, checked before a run, and told from another."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import insort
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from llkd_ray.config.base import ConfigError, member_field
+from llkd_ray.config.loading import parse_config
+from llkd_ray.config.schema import Config, LabelsConfig, SourceConfig
+from llkd_ray.config.teacher import Demonstration, DrawnDemonstrations, PromptConfig, TeacherConfig
+from llkd_ray.corpus import sources
+from llkd_ray.corpus.cleaning import NO_GOLD, Cleaner, Refusal
+from llkd_ray.corpus.readers import read_rows
+from llkd_ray.storage.run_dir import join_uri
+from llkd_ray.teacher.base import Labeller
+from llkd_ray.teacher.cache import answer_key
+from llkd_ray.teacher.openai.teacher import ServerLabeller, check_server_teacher, possible_ways
+from llkd_ray.teacher.prompt import inline_template
+from llkd_ray.teacher.recorded import RecordedLabeller, read_recorded
+from llkd_ray.teacher.vllm.teacher import VllmLabeller, check_vllm_teacher, prepare
+
+CACHE_DIR = "teacher-cache"
+
+
+def make_labeller(
+    teacher: TeacherConfig, labels: LabelsConfig, on_start: Callable[[float], None], begin: bool = False
+) -> Labeller:
+    """The teacher that the settings describe; ``on_start`` hears how long an engine took to start.
+
+    ``begin``: an engine will be needed soon, so begin with what can be done ahead.
+    """
+    match teacher.kind:
+        case "vllm":
+            return VllmLabeller(teacher, labels, on_start, begin)
+        case "openai":
+            return ServerLabeller(teacher, labels)
+        case "recorded":
+            assert teacher.recorded is not None
+            return RecordedLabeller(teacher.recorded, len(labels.names))
+        case _:
+            raise AssertionError(f"a teacher of kind {teacher.kind} is asked by its members")
+
+
+def check_teacher(config: Config) -> dict[str, Any]:
+    """Find the mistakes that can be found without an engine; returns facts for the manifest."""
+    facts = {name: _check(name, one, config.labels) for name, one in config.teacher.members()}
+    return facts.get("teacher", {"kind": "cascade", **facts})
+
+
+def _check(name: str, teacher: TeacherConfig, labels: LabelsConfig) -> dict[str, Any]:
+    field = member_field(name)
+    match teacher.kind:
+        case "vllm":
+            return check_vllm_teacher(teacher, labels, field)
+        case "openai":
+            return check_server_teacher(teacher, labels, field)
+        case _:
+            assert teacher.recorded is not None
+            answers = read_recorded(teacher.recorded, len(labels.names))
+            return {"kind": "recorded", "uri": teacher.recorded.uri, "answers": len(answers)}
+
+
+def cache_folder(config: Config, teacher: TeacherConfig) -> str | None:
+    """Where it is said which runs have answers of which teacher; None where nothing is to be reused."""
+    if teacher.kind == "recorded" or teacher.cache is None:
+        return None
+    return join_uri(config.run.dir, CACHE_DIR) if teacher.cache == "auto" else teacher.cache
+
+
+def cache_key(config: Config, teacher: TeacherConfig) -> str | None:
+    """Changes with whatever decides an answer apart from the text; None where nothing is to be reused.
+
+    For the driver: on another machine, a checkpoint's files may have other times.
+    """
+    if cache_folder(config, teacher) is None:
+        return None
+    if teacher.kind == "openai":
+        prompt = possible_ways(teacher, config.labels, "teacher")[1]
+    else:
+        prompt = prepare(teacher, config.labels, "teacher")[1]
+    return answer_key(teacher, config.labels.names, prompt.hash)
+
+
+def self_contained(config: Config) -> Config:
+    """The config with what its prompts take from files: templates, and the few-shot examples that are drawn.
+
+    Other machines may not have the files, and a run that is resumed may find others.
+    """
+    tree = config.model_dump()
+    for name, teacher in config.teacher.members():
+        section = tree["teacher"] if name == "teacher" else tree["teacher"]["cascade"][name]
+        prompt = inline_template(teacher.prompt)
+        prompt = with_demonstrations(prompt, config.labels, f"{member_field(name)}.prompt.draw")
+        section["prompt"] = prompt.model_dump()
+    return parse_config(tree)
+
+
+def with_demonstrations(
+    config: PromptConfig, labels: LabelsConfig, field: str = "teacher.prompt.draw"
+) -> PromptConfig:
+    """The config with the drawn examples behind its own, and nothing left to be drawn.
+
+    The same rows and the same seed give the same examples in the same order, in whatever files and order
+    the rows stand; of rows that are the same, one counts, and none that the config shows already. Reads
+    everything once and keeps only what may be drawn. Raises :class:`ConfigError`, with ``field``'s name,
+    where a file or a column is missing or a class has too few examples.
+    """
+    if config.draw is None:
+        return config
+    drawn = _draw(config.draw, config.demonstrations, labels, field)
+    return config.model_copy(update={"demonstrations": (*config.demonstrations, *drawn), "draw": None})
+
+
+def _draw(
+    draw: DrawnDemonstrations, shown: tuple[Demonstration, ...], labels: LabelsConfig, field: str
+) -> list[Demonstration]:
+    source = SourceConfig(uri=draw.uri, text=draw.text, gold=draw.label, max_chars=draw.max_chars)
+    clean = Cleaner(source, field, labels.names)
+    known = {shot.text.strip() for shot in shown}
+    # Of each class, the texts of smallest hash: a random sample that does not depend on the order of rows.
+    smallest: list[list[tuple[bytes, str]]] = [[] for _ in labels.names]
+    refused: Counter[str] = Counter()
+    try:
+        for unit in sources.plan(source, field):
+            for row in read_rows(unit, source, field, labels.names):
+                example = clean(row)
+                if isinstance(example, Refusal) or example.gold == NO_GOLD:
+                    refused[example.reason if isinstance(example, Refusal) else "missing_gold"] += 1
+                elif example.text not in known:
+                    key = _key(draw.seed, labels.names[example.gold], example.text)
+                    _keep(smallest[example.gold], (key, example.text), draw.per_class)
+    except ConfigError as error:
+        # Sources call the column of the true label "gold".
+        raise ConfigError(str(error).replace(f"{field}.gold", f"{field}.label")) from error
+    for name, found in zip(labels.names, smallest, strict=True):
+        if len(found) < draw.per_class:
+            why = ", ".join(f"{count} {reason}" for reason, count in refused.most_common())
+            raise ConfigError(
+                f"{field}.per_class is {draw.per_class}, but {draw.uri!r} has {len(found)} usable example(s) "
+                f"of {name!r}{f' (rows refused: {why})' if why else ''}; lower it, raise {field}.max_chars, "
+                "or name a larger file"
+            )
+    drawn = [
+        Demonstration(text=text, label=name)
+        for name, found in zip(labels.names, smallest, strict=True)
+        for _, text in found
+    ]
+    return [drawn[i] for i in np.random.default_rng(draw.seed).permutation(len(drawn))]
+
+
+def _key(seed: int, name: str, text: str) -> bytes:
+    return hashlib.blake2b(f"{seed}\x00{name}\x00{text}".encode(), digest_size=16).digest()
+
+
+def _keep(smallest: list[tuple[bytes, str]], candidate: tuple[bytes, str], count: int) -> None:
+    """Put the candidate among the ``count`` smallest, in order, if it is one of them and not there yet."""
+    if (len(smallest) < count or candidate < smallest[-1]) and candidate not in smallest:
+        insort(smallest, candidate)
+        del smallest[count:]

@@ -1,0 +1,147 @@
+"""How much a teacher reads for each of some texts, before it is there: its prompts' tokens and requests.
+
+Shapes in names: N texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+
+import numpy as np
+
+from llkd_ray.config.schema import LabelsConfig
+from llkd_ray.config.teacher import TeacherConfig
+from llkd_ray.teacher.label_trie import LabelTrie
+from llkd_ray.teacher.openai.scoring import CHARS_PER_TOKEN, ByLabelIds, ByTopLogprobs, ByVotes, Way
+from llkd_ray.teacher.openai.teacher import possible_ways
+from llkd_ray.teacher.prompt import encode_prompts
+from llkd_ray.teacher.vllm.teacher import prepare, room_for_prompt
+
+
+@dataclass(frozen=True)
+class PromptSizes:
+    """Of N texts."""
+
+    tokens_N: np.ndarray
+    """Of each prompt, as it is sent once."""
+    cut_N: np.ndarray
+    """bool[N]: whether a part of the text is left out."""
+    asking: Asking
+    shared: int
+    """Tokens that stand before all of the texts and are the same."""
+    counted: bool
+    """By the teacher's own tokenizer; otherwise by characters."""
+    first: str
+    """The first prompt, as the teacher reads it."""
+    ways: tuple[str, ...] = ()
+    """Of a server: how it may be asked for probabilities, the best one first."""
+
+
+def prompt_sizes(
+    teacher: TeacherConfig, labels: LabelsConfig, texts: Sequence[str], field: str
+) -> PromptSizes:
+    """Of a vllm or openai teacher, for one text or more; raises ConfigError, with ``field``, as checks do."""
+    if teacher.kind == "openai":
+        return _of_server(teacher, labels, texts, field)
+    tokenizer, prompt, trie = prepare(teacher, labels, field)
+    room = room_for_prompt(teacher, trie)
+    encoded, cut_N = encode_prompts(prompt, texts, tokenizer, room, teacher.prompt.cut)
+    votes = teacher.confidence.method == "votes"
+    asking = by_votes(teacher.confidence.samples, trie.depth) if votes else by_trie(trie)
+    first = prompt.render(texts[0])
+    return PromptSizes(_lengths(encoded), cut_N, asking, _shared(encoded), True, first)
+
+
+def _of_server(teacher: TeacherConfig, labels: LabelsConfig, texts: Sequence[str], field: str) -> PromptSizes:
+    ways, _ = possible_ways(teacher, labels, field)
+    asking = reduce(or_, map(_asking, ways))
+    names = tuple(way.name for way in ways)
+    best = ways[0]
+    if isinstance(best, ByLabelIds):
+        encoded, cut_N = encode_prompts(best.prompt, texts, best.tokenizer, best.room, teacher.prompt.cut)
+        first = best.prompt.render(texts[0])
+        return PromptSizes(_lengths(encoded), cut_N, asking, _shared(encoded), True, first, names)
+    assert isinstance(best, ByTopLogprobs | ByVotes)
+    requests = [best.chat.request(text, 1, 1) for text in texts]
+    cut_N = np.array([cut for _, cut in requests], dtype=bool)
+    contents = [[one["content"] for one in request["body"]["messages"]] for request, _ in requests]
+    counted = best.chat.tokenizer is not None
+    tokens_N = np.array(
+        [
+            request["prompt_tokens"] if counted else round(sum(map(len, content)) / CHARS_PER_TOKEN)
+            for (request, _), content in zip(requests, contents, strict=True)
+        ]
+    )
+    return PromptSizes(tokens_N, cut_N, asking, 0, counted, "\n\n".join(contents[0]), names)
+
+
+def _asking(way: Way) -> Asking:
+    match way:
+        case ByLabelIds():
+            return by_trie(way.trie)
+        case ByVotes():
+            # A server may give one answer a request, whatever it is asked for.
+            return by_votes(way.samples, way.chat.answer_tokens, prompts=way.samples)
+        case _:
+            return Asking(prompts=(1, 1), behind=(0, 0), answers=(1, 1))
+
+
+def _lengths(encoded: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.array([len(ids) for ids in encoded])
+
+
+def _shared(encoded: Sequence[list[int]]) -> int:
+    """Tokens that all prompts begin with, as far as more than one can tell."""
+    if len(encoded) < 2:
+        return 0
+    smallest, largest = min(encoded), max(encoded)  # in the order of lists, so all others are between them
+    pairs = zip(smallest, largest, strict=False)
+    differs = (place for place, (one, other) in enumerate(pairs) if one != other)
+    return next(differs, min(len(smallest), len(largest)))
+
+
+# --- requests
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What a teacher is asked for one text, over the prompt's own tokens; from at least to at most."""
+
+    prompts: tuple[int, int]
+    """Times that the prompt is sent."""
+    behind: tuple[int, int]
+    """Tokens behind the prompt, of answers begun, over all requests."""
+    answers: tuple[int, int]
+    """Answer tokens, over all requests."""
+
+    def __or__(self, other: Asking) -> Asking:
+        """Where it is not known which of two ways it will be."""
+
+        def either(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+            return min(a[0], b[0]), max(a[1], b[1])
+
+        return Asking(
+            either(self.prompts, other.prompts),
+            either(self.behind, other.behind),
+            either(self.answers, other.answers),
+        )
+
+    @property
+    def is_known(self) -> bool:
+        return all(least == most for least, most in (self.prompts, self.behind, self.answers))
+
+
+def by_trie(trie: LabelTrie) -> Asking:
+    """Label probabilities by the labels' token sequences: from the first tokens only to every branch."""
+    questions = list(trie.questions())
+    first, every = questions[0][1], sum(requests for _, requests in questions)
+    behind = sum(after * requests for after, requests in questions)
+    return Asking((first, every), (0, behind), (first, every))
+
+
+def by_votes(samples: int, longest_answer: int, prompts: int = 1) -> Asking:
+    """Some sampled answers of at most so many tokens; the prompt is sent once, or up to ``prompts`` times."""
+    return Asking((1, prompts), (0, 0), (samples, samples * longest_answer))

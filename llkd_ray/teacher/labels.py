@@ -1,0 +1,208 @@
+"""The files of LABELS: one a ticket, with what the ticket has used in its metadata.
+
+Shapes in names: M texts of a ticket, C labels.
+
+Our own writes are whole or not there at all, but disks fill up, machines lose power and people copy run
+directories.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llkd_ray.storage import tables
+from llkd_ray.storage.run_dir import QUARANTINE_DIR, SENT_DIR, RunStore, reason_of, ticket_file, ticket_of
+from llkd_ray.storage.tables import list_column, matrix_of
+from llkd_ray.teacher.base import Answers, Usage, add_usages
+
+_USAGE, _UNASKED, _IN_FLIGHT = b"usage", b"unasked", b"tickets_in_flight"
+
+
+@dataclass(frozen=True)
+class TicketLabels:
+    """What a ticket's file holds, as the selector takes it."""
+
+    row_M: np.ndarray
+    probs_MC: np.ndarray
+    """Probability mass on each label, as the teacher gave it."""
+    member_M: np.ndarray
+    usage: dict[str, Usage]
+    """By teacher."""
+    unasked: int
+    """Texts of the ticket that were not asked for, because the cap was reached."""
+
+    @classmethod
+    def empty(cls, n_classes: int) -> TicketLabels:
+        """Of a ticket that stands for no texts."""
+        nobody = np.empty(0, dtype=np.int64)
+        return cls(nobody, np.empty((0, n_classes)), nobody, {}, 0)
+
+
+def labels_table(asked: pa.Table, text_hash_M: np.ndarray, answers: Answers, member: int) -> pa.Table:
+    """LABELS of the texts that have an answer; ``asked`` has their ``row`` and ``id``."""
+    columns = [
+        asked["row"].combine_chunks(),
+        asked["id"].combine_chunks(),
+        pa.array(text_hash_M, pa.uint64()),
+        list_column(answers.probs_NC),
+        pa.array(answers.off_label_N.astype(np.float32)),
+        pa.array(answers.prompt_tokens_N.astype(np.int32)),
+        pa.array(answers.cached_tokens_N.astype(np.int32)),
+        pa.array(answers.answer_tokens_N.astype(np.int32)),
+        pa.array(np.full(len(asked), member, dtype=np.int8)),
+        pa.array(np.zeros(len(asked), dtype=bool)),
+    ]
+    return pa.Table.from_arrays(columns, schema=tables.LABELS).filter(pa.array(answers.answered_N))
+
+
+def write_ticket(
+    store: RunStore,
+    folder: str,
+    ticket: int,
+    labels: pa.Table,
+    usage: Mapping[str, Usage],
+    unasked: int,
+    tickets_in_flight: int,
+) -> None:
+    """Put a ticket's file in place; the ticket is done once it is."""
+    metadata = {
+        _USAGE: json.dumps({name: one.as_dict() for name, one in usage.items()}),
+        _UNASKED: str(unasked),
+        _IN_FLIGHT: str(tickets_in_flight),
+    }
+    store.write_table(ticket_file(folder, ticket), labels.replace_schema_metadata(metadata))
+
+
+def read_ticket(store: RunStore, folder: str, ticket: int) -> tuple[pa.Table, dict[str, Usage], int]:
+    """LABELS of a ticket, its usage by teacher, and how many of its texts were not asked for."""
+    table = store.read_table(ticket_file(folder, ticket))
+    usage, unasked = _read_metadata(table.schema.metadata or {})
+    return table, usage, unasked
+
+
+def read_all(
+    store: RunStore,
+    folder: str,
+    n_classes: int,
+    put_aside: Callable[[int, str], None],
+    skip: Container[int] = (),
+) -> Iterator[tuple[int, TicketLabels]]:
+    """Every ticket that has a file in a folder, in ascending order; see :func:`~repair.whole_tickets`."""
+    for ticket, table in whole_tickets(store, folder, put_aside, skip):
+        yield ticket, ticket_labels(table, *_read_metadata(table.schema.metadata or {}), n_classes)
+
+
+def ticket_labels(labels: pa.Table, usage: dict[str, Usage], unasked: int, n_classes: int) -> TicketLabels:
+    """LABELS as the selector takes them."""
+    return TicketLabels(
+        labels["row"].to_numpy(),
+        matrix_of(labels["probs"], n_classes),
+        labels["member"].to_numpy(),
+        usage,
+        unasked,
+    )
+
+
+def _read_metadata(metadata: Mapping[bytes, bytes]) -> tuple[dict[str, Usage], int]:
+    usage = {name: Usage(**one) for name, one in json.loads(metadata.get(_USAGE, b"{}")).items()}
+    return usage, int(metadata.get(_UNASKED, b"0"))
+
+
+def in_row_order(pieces: Sequence[pa.Table], row_M: np.ndarray) -> pa.Table:
+    """LABELS of several sources in the order of ``row_M``, as far as they are there."""
+    table = pa.concat_tables([tables.LABELS.empty_table(), *pieces])
+    place = {row: i for i, row in enumerate(row_M.tolist())}
+    order = np.argsort([place[row] for row in table["row"].to_pylist()], kind="stable")
+    return table.take(pa.array(order.astype(np.int64)))
+
+
+def mark_file(mark: str) -> str:
+    return f"{SENT_DIR}/{mark}"
+
+
+def write_mark(store: RunStore, mark: str, texts: int, usage: Mapping[str, Usage]) -> None:
+    """Say what an attempt at a ticket has sent, and what that may use of each teacher at most.
+
+    The mark goes when the ticket's labels are in place. After a kill, those that are left tell what was asked
+    for nothing.
+    """
+    content = {"texts": texts, "usage": {name: one.as_dict() for name, one in usage.items()}}
+    store.write_json(mark_file(mark), content)
+
+
+def read_lost_usage(store: RunStore) -> dict[str, Usage]:
+    """What attempts without an answer may have used, by teacher."""
+    lost: dict[str, Usage] = {}
+    for mark in _read_marks(store):
+        lost = add_usages(lost, {teacher: Usage(**one) for teacher, one in mark["usage"].items()})
+    return lost
+
+
+def count_unanswered(store: RunStore) -> int:
+    """Texts that were sent in attempts without an answer, each attempt counted."""
+    return sum(mark["texts"] for mark in _read_marks(store))
+
+
+def _read_marks(store: RunStore) -> Iterator[dict[str, Any]]:
+    """What the marks say that are there; one whose ticket is finished in the meantime is passed over."""
+    for name in store.names(SENT_DIR):
+        try:
+            yield store.read_json(mark_file(name))
+        except FileNotFoundError:
+            continue
+
+
+BROKEN_DIR = f"{QUARANTINE_DIR}/broken"
+READERS = 16
+"""Files read at a time: on an object store, most of the time is waiting."""
+_AT_A_TIME = 16 * READERS
+"""Files held at a time."""
+
+
+def whole_tickets(
+    store: RunStore, folder: str, put_aside: Callable[[int, str], None], skip: Container[int] = ()
+) -> Iterator[tuple[int, pa.Table]]:
+    """LABELS of every ticket that has a whole file in a folder, and is none of ``skip``, in ascending order.
+
+    A file that is no whole parquet file of LABELS goes to BROKEN_DIR, with the reason beside it, and
+    ``put_aside`` is told its ticket and a line about it.
+    """
+    names = [name for name in store.names(folder, ".parquet") if ticket_of(name) not in skip]
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(names), _AT_A_TIME):
+            some = names[start : start + _AT_A_TIME]
+            files = [f"{folder}/{name}" for name in some]
+            for name, file, found in zip(some, files, pool.map(partial(_read, store), files), strict=True):
+                if isinstance(found, pa.Table):
+                    yield ticket_of(name), found
+                    continue
+                _put_aside(store, file, found)
+                line = f"{file} cannot be read ({found}): put into {BROKEN_DIR}, its texts are asked again"
+                put_aside(ticket_of(name), line)
+
+
+def _read(store: RunStore, file: str) -> pa.Table | str:
+    """A label file's table, or in one line why it is none."""
+    content = store.read_bytes(file)  # a store that cannot be reached is no damage, so this may raise
+    try:
+        table = pq.read_table(pa.BufferReader(content))
+    except (OSError, pa.ArrowException) as error:  # damage shows as either
+        return reason_of(error)
+    missing = [name for name in tables.LABELS.names if name not in table.column_names]
+    return f"no column {missing[0]}" if missing else table
+
+
+def _put_aside(store: RunStore, file: str, reason: str) -> None:
+    place = f"{BROKEN_DIR}/{file.replace('/', '-')}"
+    store.write_bytes(place, store.read_bytes(file))
+    store.write_bytes(f"{place}.reason.txt", f"{reason}\n".encode())
+    store.delete(file)

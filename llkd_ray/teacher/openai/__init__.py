@@ -1,0 +1,1 @@
+"""The teacher behind a server that speaks the OpenAI protocol."""

@@ -1,0 +1,169 @@
+"""The teacher behind a server that speaks the OpenAI protocol.
+
+What a server can tell differs: of exactly the labels' tokens (vLLM), of its likeliest tokens (OpenAI and
+most others), or nothing but answers. The first request finds out, unless ``server.scores`` says.
+
+Shapes in names: N texts of one call, C labels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import httpx
+import numpy as np
+
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schema import LabelsConfig
+from llkd_ray.config.teacher import TeacherConfig
+from llkd_ray.storage.checkpoints import load_tokenizer
+from llkd_ray.teacher.base import UNASKED, Allowance, Answers, Meter, TeacherDown, TextFailed, ask_each
+from llkd_ray.teacher.openai.client import NoScores, NotServed, Refused, ServerClient
+from llkd_ray.teacher.openai.scoring import ByLabelIds, ByTopLogprobs, ByVotes, Chat, Scored, Way
+from llkd_ray.teacher.prompt import Prompt, build_prompt, label_sequences
+
+logger = logging.getLogger(__name__)
+
+
+class ServerLabeller:
+    """A client of a server; see ``answers.Labeller``. Its connections live in one event loop."""
+
+    def __init__(self, teacher: TeacherConfig, labels: LabelsConfig) -> None:
+        self.teacher = teacher
+        self.n_classes = len(labels.names)
+        self.client = ServerClient(teacher)
+        self.ways, _ = possible_ways(teacher, labels, "teacher")
+        self.way: Way | None = None
+        """None until a first reply has shown what the server can do."""
+        self._deciding = asyncio.Lock()
+
+    async def label(self, ids: Sequence[str], texts: Sequence[str], allowance: Allowance) -> Answers:
+        cut: set[int] = set()
+        last: list[TextFailed] = []
+        left = len(texts)
+
+        async def ask_one(i: int, meter: Meter) -> tuple[np.ndarray, float]:
+            nonlocal left
+            try:
+                scored = await self._scored(texts[i], meter)
+            except TextFailed as failure:
+                last[:] = [failure]
+                left -= 1
+                await self.client.judge(failure, meter, is_last=not left)
+                raise
+            left -= 1
+            if scored.cut:
+                cut.add(i)
+            return scored.probs_C, scored.off_label
+
+        with self.client.at_work():
+            answers = await ask_each(len(texts), self.n_classes, ask_one, allowance, cut=0)
+        if last and not self.client.has_answered:
+            failed = sum(outcome not in ("", UNASKED) for outcome in answers.outcome_N)
+            raise self.client.down(f"all {failed} texts asked first have failed", last[0])
+        return replace(answers, usage=replace(answers.usage, cut_texts=len(cut)))
+
+    def close(self) -> None:
+        self.client.close()
+
+    async def _scored(self, text: str, meter: Meter) -> Scored:
+        if self.way is None:
+            async with self._deciding:
+                if self.way is None:
+                    self.way, scored = await self._first_scored(text, meter)
+                    logger.info("%s: probabilities by %s", self.teacher.model, self.way.name)
+                    return scored
+        return await self.way.ask(text, partial(self.client.post, meter=meter))
+
+    async def _first_scored(self, text: str, meter: Meter) -> tuple[Way, Scored]:
+        """Find the first way that the server knows, with the answer to this text."""
+        post = partial(self.client.post, meter=meter, probing=True)
+        for way in self.ways[:-1]:
+            try:
+                return way, await way.ask(text, post)
+            except (NoScores, Refused, NotServed) as error:
+                logger.info("%s: no probabilities by %s (%s)", self.teacher.model, way.name, error)
+        way = self.ways[-1]
+        try:
+            return way, await way.ask(text, post)
+        except (NoScores, Refused) as error:
+            if isinstance(error, Refused) and "logprob" not in str(error):
+                raise  # it may be the text
+            assert self.teacher.server is not None
+            raise TeacherDown(
+                f"teacher.server.scores {way.name!r}: {self.teacher.server.base_url!r} cannot do it "
+                f"({error}); set it to 'auto' for what the server can, or to 'votes'"
+            ) from None
+
+
+def check_server_teacher(
+    teacher: TeacherConfig, labels: LabelsConfig, field: str = "teacher"
+) -> dict[str, Any]:
+    """Find the mistakes that can be found without a request; returns facts for the manifest.
+
+    Raises :class:`ConfigError`; ``field`` is where ``teacher`` stands in the settings.
+    """
+    server = teacher.server
+    assert server is not None
+    try:
+        url = httpx.URL(server.base_url)
+    except httpx.InvalidURL as error:
+        raise ConfigError(
+            f"{field}.server.base_url: {server.base_url!r} is no address ({error}); write it like "
+            "http://127.0.0.1:8000/v1"
+        ) from None
+    if url.userinfo or url.query:
+        shown = url.copy_with(username=None, password=None, query=None)
+        raise ConfigError(
+            f"{field}.server.base_url: more than an address goes with {str(shown)!r}, a user, a password or "
+            "a query; leave it out, and put the key into the variable that server.api_key_env names"
+        )
+    ways, prompt = possible_ways(teacher, labels, field)
+    return {
+        "kind": "openai",
+        "model": teacher.model,
+        "base_url": server.base_url,
+        "scores": ways[0].name if len(ways) == 1 else "auto",
+        "prompt_hash": prompt.hash,
+    }
+
+
+def possible_ways(teacher: TeacherConfig, labels: LabelsConfig, field: str) -> tuple[list[Way], Prompt]:
+    """The ways to be tried, best first, and the prompt of the best; raises :class:`ConfigError`."""
+    server = teacher.server
+    assert server is not None
+    scores = "votes" if teacher.confidence.method == "votes" else server.scores
+    tokenizer = None
+    if server.tokenizer is not None:
+        tokenizer = load_tokenizer(server.tokenizer, teacher.revision, f"{field}.server.tokenizer")
+    ways: list[Way] = []
+    if scores == "label_ids" and tokenizer is None:
+        raise ConfigError(
+            f"{field}.server.tokenizer is missing: server.scores 'label_ids' needs the served model's "
+            "tokenizer; give a checkpoint folder or a hub name, or set server.scores to 'auto'"
+        )
+    if tokenizer is not None and scores in ("auto", "label_ids"):
+        by_ids = build_prompt(teacher.prompt, labels, tokenizer)
+        ways.append(ByLabelIds(teacher, by_ids, label_sequences(by_ids, labels, tokenizer), tokenizer))
+        if scores == "label_ids":
+            return ways, by_ids
+    # The server has a chat template of its own where the tokenizer has none.
+    has_template = tokenizer is not None and getattr(tokenizer, "chat_template", None)
+    chat_prompt = build_prompt(teacher.prompt, labels, tokenizer if has_template else None)
+    chat = Chat(teacher, chat_prompt, tokenizer, field)
+    if scores == "top_logprobs" and not chat.has_letters:
+        raise ConfigError(
+            f"{field}.server.scores: 'top_logprobs' needs answers of one token each, and {len(labels.names)} "
+            f"{teacher.prompt.answer} are not; set {field}.prompt.answer to 'letters' for 26 labels at most, "
+            "or server.scores to 'label_ids' or 'votes'"
+        )
+    if scores != "votes" and chat.has_letters:
+        ways.append(ByTopLogprobs(chat, server.top_logprobs))
+    if scores != "top_logprobs":
+        ways.append(ByVotes(chat))
+    return ways, ways[0].prompt

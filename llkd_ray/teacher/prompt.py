@@ -1,0 +1,420 @@
+"""What the teacher reads: the prompt around a text, its tokens, those of the labels, and what it answers.
+
+The text comes last: all before it is the same for every text, and an engine's prefix cache computes it
+once. N texts of one call in names of arrays.
+
+Blocks leave no blank lines and no indentation (``trim_blocks``, ``lstrip_blocks``), as in chat templates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any, Literal, Protocol
+
+import jinja2
+import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schema import LabelsConfig
+from llkd_ray.config.teacher import PromptConfig
+
+Cut = Literal["head", "tail", "middle"]
+"""What is left out of a text that is too long."""
+Encode = Callable[[Sequence[str]], list[list[int]]]
+ELLIPSIS = " … "  # between what is left of a text whose middle was cut out
+COMMON_SPECIAL = (
+    *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>"),
+    *("<|end_header_id|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"),
+)
+"""Special tokens of many models, for a served one whose tokenizer is not known."""
+
+
+class Tokenizer(Protocol):
+    """What is needed of a Hugging Face tokenizer."""
+
+    chat_template: Any
+
+    def __call__(self, text: Any, **options: Any) -> Any: ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The fixed strings around a text; ``head + text + tail`` is the whole prompt."""
+
+    head: str
+    tail: str
+    answers: tuple[str, ...]
+    """What the teacher is to answer for each label, in label order."""
+    add_special_tokens: bool
+    message: tuple[str, str] | None = None
+    """What stands around the text in the user's message, where a chat template is around that."""
+    system: str | None = None
+    special: tuple[str, ...] = ()
+    """Strings that the model reads as special tokens; in a text they are broken up."""
+
+    @property
+    def hash(self) -> str:
+        """Changes with anything that the teacher sees, apart from the text."""
+        system = () if self.system is None else (self.system,)
+        content = "\x00".join([self.head, self.tail, *self.answers, str(self.add_special_tokens), *system])
+        return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+    def render(self, text: str) -> str:
+        """The whole prompt, in the model's chat format if it has one."""
+        return f"{self.head}{break_special(text, self.special)}{self.tail}"
+
+    def messages(self, text: str) -> list[dict[str, str]]:
+        """The prompt as chat messages, for a server that puts them into the model's chat format itself."""
+        before, behind = self.message or (self.head, self.tail)
+        user = {"role": "user", "content": f"{before}{break_special(text, self.special)}{behind}"}
+        return [user] if self.system is None else [{"role": "system", "content": self.system}, user]
+
+
+def break_special(text: str, special: tuple[str, ...]) -> str:
+    """The text with a space behind the first character of each special string in it."""
+    pattern = _pattern(special)
+    while pattern is not None and pattern.search(text):  # again: what comes of one can be another
+        text = pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}" if found[0][1:] else " ", text)
+    return text
+
+
+@lru_cache(maxsize=16)
+def _pattern(special: tuple[str, ...]) -> re.Pattern[str] | None:
+    # Without outer white space, so that a space that is put in always breaks them.
+    cores = sorted({one.strip() for one in special} - {""}, key=lambda core: (-len(core), core))
+    return re.compile("|".join(map(re.escape, cores))) if cores else None
+
+
+def _special_strings(tokenizer: Tokenizer | None) -> tuple[str, ...]:
+    if tokenizer is None:
+        return COMMON_SPECIAL
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    named = [*getattr(tokenizer, "all_special_tokens", ()), *(str(one) for one in added if one.special)]
+    return tuple(sorted(set(named)))
+
+
+# Building
+
+
+def build_prompt(config: PromptConfig, labels: LabelsConfig, tokenizer: Tokenizer | None) -> Prompt:
+    """Put instruction, label list and demonstrations together, in the model's chat format if it has one.
+
+    Without a tokenizer, ``messages`` is what a server gets. Raises :class:`ConfigError` where a template
+    cannot be used, or where the system message has no place in the model's format.
+    """
+    assert config.draw is None, "demonstrations are drawn before a prompt is built"
+    keys = tuple(ascii_uppercase[: len(labels.names)] if config.answer == "letters" else labels.names)
+    special = _special_strings(tokenizer)
+    key_of = dict(zip(labels.names, keys, strict=True))
+    head, tail = render_around(config, labels, key_of, partial(break_special, special=special))
+    if config.chat == "never" or not (tokenizer is None or getattr(tokenizer, "chat_template", None)):
+        if config.system is not None:
+            raise ConfigError(
+                f"teacher.prompt.system: {config.system!r} needs a chat template, and this teacher has none, "
+                "or teacher.prompt.chat is 'never'; put it into teacher.prompt.instruction"
+            )
+        # A template of the user's may end with the space that stands before an answer.
+        space = "" if config.template is not None and tail[-1:].isspace() else " "
+        return Prompt(head, tail, tuple(f"{space}{key}" for key in keys), True, special=special)
+    if config.template is None:
+        asked = config.answer_prefix.strip().rstrip(":").lower()
+        tail = f"\n\nAnswer with {asked or 'the label'} only."
+    message = head, tail
+    if tokenizer is not None:
+        head, tail = _in_chat_format(message, config.system, tokenizer)
+    return Prompt(head, tail, keys, False, message=message, system=config.system, special=special)
+
+
+def _in_chat_format(message: tuple[str, str], system: str | None, tokenizer: Tokenizer) -> tuple[str, str]:
+    """What stands around the text once the model's chat template is around the user's message."""
+    conversation = [{"role": "user", "content": MARKS[0].join(message)}]
+    if system is not None:
+        conversation.insert(0, {"role": "system", "content": system})
+    never = "set it to 'never'"
+    instead = "put it into teacher.prompt.instruction"
+    try:
+        whole = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        if system is None:
+            raise ConfigError(
+                f"teacher.prompt.chat: the model's chat template fails ({error}); {never}"
+            ) from error
+        raise ConfigError(
+            f"teacher.prompt.system: the model's chat template fails with it ({error}); {instead}"
+        ) from error
+    before, found, behind = whole.partition(MARKS[0])
+    if not found or MARKS[0] in behind:
+        does = "repeats" if found else "drops"
+        raise ConfigError(f"teacher.prompt.chat: the model's chat template {does} the text; {never}")
+    if system is not None and system.strip() not in whole:
+        raise ConfigError(f"teacher.prompt.system: the model's chat template drops it; {instead}")
+    return before, behind
+
+
+# Tokens
+
+
+def label_sequences(prompt: Prompt, labels: LabelsConfig, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """Each label's whole answer as tokens, as they come right after the prompt.
+
+    Raises :class:`ConfigError` where an answer has no tokens, where it changes how the prompt before it is
+    cut into tokens, or where two labels are the same tokens.
+    """
+    encode = _encoder(prompt, tokenizer)
+    base, *wholes = encode([prompt.render("x") + answer for answer in ("", *prompt.answers)])
+    owner: dict[tuple[int, ...], str] = {}
+    for name, answer, whole in zip(labels.names, prompt.answers, wholes, strict=True):
+        tokens = tuple(whole[len(base) :])
+        remedy = "rename it, or set teacher.prompt.answer to 'letters'"
+        if whole[: len(base)] != base:
+            raise ConfigError(
+                f"labels.names: the teacher's tokenizer joins {answer!r} (label {name!r}) to the prompt "
+                "before it; change teacher.prompt.answer_prefix, or how teacher.prompt.template ends, or "
+                "set teacher.prompt.answer to 'letters'"
+            )
+        if not tokens:
+            raise ConfigError(f"labels.names: {name!r} has no tokens for this teacher; {remedy}")
+        if tokens in owner:
+            raise ConfigError(
+                f"labels.names: {owner[tokens]!r} and {name!r} are the same tokens for this teacher "
+                f"({list(tokens)}), so their probabilities cannot be told apart; {remedy}"
+            )
+        owner[tokens] = name
+    return list(owner)
+
+
+def encode_prompts(
+    prompt: Prompt, texts: Sequence[str], tokenizer: Tokenizer, max_tokens: int, cut: Cut
+) -> tuple[list[list[int]], np.ndarray]:
+    """Token ids of each text's whole prompt, at most ``max_tokens`` long, and bool[N]: which were cut.
+
+    ``cut`` says what is left out of a text that is too long. Never cut are the instruction and the
+    demonstrations; raises :class:`ConfigError` where they leave no room.
+    """
+    if not texts:
+        return [], np.zeros(0, dtype=bool)
+    encode = _encoder(prompt, tokenizer)
+    encoded = encode([prompt.render(text) for text in texts])
+    was_cut_N = np.array([len(ids) > max_tokens for ids in encoded])
+    if was_cut_N.any():
+        room = room_for_text(prompt, tokenizer, max_tokens)
+    for i in np.flatnonzero(was_cut_N):
+        encoded[i] = _encode_cut(prompt, texts[i], tokenizer, encode, max_tokens, room, cut)
+    return encoded, was_cut_N
+
+
+def room_for_text(prompt: Prompt, tokenizer: Tokenizer, max_tokens: int) -> int:
+    """Tokens that a text may have; raises :class:`ConfigError` where the prompt leaves none."""
+    (around,) = _encoder(prompt, tokenizer)([prompt.render("")])
+    if len(around) >= max_tokens:
+        raise ConfigError(
+            f"teacher.max_model_len leaves no room for a text: the prompt around it has "
+            f"{len(around)} tokens of {max_tokens}; raise it or use fewer demonstrations"
+        )
+    return max_tokens - len(around)
+
+
+def _encoder(prompt: Prompt, tokenizer: Tokenizer) -> Encode:
+    """Turns whole prompts into tokens: without a tokenizer's end mark, as the answer comes next."""
+    n_marks = _end_marks(tokenizer) if prompt.add_special_tokens else 0
+
+    def encode(wholes: Sequence[str]) -> list[list[int]]:
+        encoded = tokenizer(list(wholes), add_special_tokens=prompt.add_special_tokens)["input_ids"]
+        return [list(ids[: len(ids) - n_marks]) for ids in encoded]
+
+    return encode
+
+
+def _end_marks(tokenizer: Tokenizer) -> int:
+    """How many tokens a tokenizer puts behind every text."""
+    bare, marked = (tokenizer("x", add_special_tokens=add)["input_ids"] for add in (False, True))
+    ends = [
+        len(marked) - start - len(bare)
+        for start in range(len(marked) - len(bare) + 1)
+        if marked[start : start + len(bare)] == bare
+    ]
+    return min(ends, default=0)
+
+
+def _encode_cut(
+    prompt: Prompt, text: str, tokenizer: Tokenizer, encode: Encode, max_tokens: int, room: int, cut: Cut
+) -> list[int]:
+    """The tokens of a prompt whose text is cut, no more than must be."""
+    text = break_special(text, prompt.special)
+    spans, most = _spans(text, tokenizer), room
+    if spans is None:  # by characters, where a tokenizer does not tell which of them its tokens are
+        spans = [(i, i + 1) for i in range(len(text))]
+        most = len(spans)
+
+    def attempt(keep: int) -> list[int]:
+        return encode([prompt.render(shorten(text, spans, keep, cut))])[0]
+
+    # Tokens merge differently at the seams, so a few more than by the count may have to go.
+    most = max(0, min(most, len(spans) - 1))
+    return attempt(_most(most, lambda keep: len(attempt(keep)) - max_tokens))
+
+
+def _spans(text: str, tokenizer: Tokenizer) -> list[tuple[int, int]] | None:
+    """The characters that each token of the text stands for, where the tokenizer tells."""
+    if not getattr(tokenizer, "is_fast", True):
+        return None
+    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+
+
+def shorten(text: str, spans: Sequence[tuple[int, int]], keep: int, cut: Cut) -> str:
+    """What is left of a text where ``keep`` of its tokens stay, which stand for ``spans`` of it.
+
+    ``cut`` says which go: those at its head, at its tail or in its middle.
+    """
+    if not keep:
+        return ""
+    first = {"tail": keep, "head": 0, "middle": (keep + 1) // 2}[cut]
+    start = text[: spans[first - 1][1]] if first else ""
+    end = text[spans[len(spans) - (keep - first)][0] :] if keep > first else ""
+    return f"{start}{ELLIPSIS if cut == 'middle' else ''}{end}"
+
+
+def _most(most: int, excess: Callable[[int], int]) -> int:
+    """The largest number up to ``most`` that has no excess, as 0 has none; looks close to ``most`` first."""
+    good, too_many, step = most, most + 1, 1
+    while good > 0 and (over := excess(good)) > 0:
+        step = max(step, over)
+        too_many, good, step = good, max(0, good - step), 2 * step
+    while too_many - good > 1:
+        middle = (good + too_many) // 2
+        good, too_many = (middle, too_many) if excess(middle) <= 0 else (good, middle)
+    return good
+
+
+# Answers
+
+_LEADING = frozenset(" \t\r\n\"'`“”‘’«»*_#>~-–—([{<•:.")
+
+
+def match_answer(said: str, answers: Sequence[str]) -> int:
+    """The label that a sampled answer means, -1 for none; ``answers`` as in :class:`Prompt`.
+
+    It is the longest of the answers that ``said`` begins with, up to the end of a word, whatever the case,
+    behind quotes, brackets, markdown and one word with a colon ("Label: sea"). A single letter counts only
+    where no word follows in its line: "A. sea" means A, "A boat" does not.
+    """
+    known = [answer.strip() for answer in answers]
+    rest = said.strip()
+    while rest:
+        if (label := _begins_with(rest, known)) >= 0:
+            return label
+        if rest[0] in _LEADING:
+            rest = rest[1:]
+        elif prefix := re.match(r"(the answer is|\w+)[*_]*\s*:", rest, re.IGNORECASE):
+            rest = rest[prefix.end() :]
+        else:
+            break
+    return -1
+
+
+def _begins_with(said: str, known: Sequence[str]) -> int:
+    folded = said.casefold()
+    found = [i for i, answer in enumerate(known) if _is_whole(folded, answer.casefold())]
+    longest = max((len(known[i]) for i in found), default=0)
+    found = [i for i in found if len(known[i]) == longest]
+    if len(found) > 1:  # they differ by case alone, so case decides
+        found = [i for i in found if said.startswith(known[i])]
+    return found[0] if len(found) == 1 else -1
+
+
+def _is_whole(said: str, answer: str) -> bool:
+    if not answer or not said.startswith(answer):
+        return False
+    behind = said[len(answer) :]
+    if len(answer) == 1 and answer.isalpha():
+        return re.match(r"[^\S\n]*($|\n|[^\w\s'’])", behind) is not None
+    return not (answer[-1].isalnum() and re.match(r"\w", behind))
+
+
+DEFAULT_TEMPLATE = r"""
+{%- if instruction %}
+{{ instruction }}{{ separator -}}
+{% endif %}
+{% if show_labels %}
+{% for label in labels %}
+{{ label.key + "." if answer == "letters" else "-" }} {{ label.name }}
+{%- if label.description %}: {{ label.description }}{% endif %}
+{{- separator if loop.last else "\n" -}}
+{% endfor %}
+{% endif %}
+{% for shot in demonstrations %}
+{{ text_prefix }}{{ shot.text }}{{ answer_prefix }} {{ shot.answer }}{{ separator -}}
+{% endfor %}
+{{ text_prefix }}{{ text }}{{ answer_prefix }}"""
+FIELD = "teacher.prompt.template"
+MARKS = ("\u241etext\u241e", "\u241eA longer text.\n" * 50 + "\u241e")
+"""Texts of different length that stand nowhere else: they show where a template ends and a text begins."""
+SETTINGS = {"instruction", "answer", "show_labels", "text_prefix", "answer_prefix", "separator"}
+
+
+def inline_template(config: PromptConfig) -> PromptConfig:
+    """The config with the template itself in place of its file, for machines that do not have that."""
+    if config.template is None or not config.template.endswith(".j2"):
+        return config
+    try:
+        source = Path(config.template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{FIELD}: {config.template!r} cannot be read ({error}); check the path, or write the template "
+            "itself"
+        ) from error
+    return config.model_copy(update={"template": source})
+
+
+def render_around(
+    config: PromptConfig, labels: LabelsConfig, key_of: Mapping[str, str], clean: Callable[[str], str]
+) -> tuple[str, str]:
+    """What the template puts before and behind a text, the same for every text.
+
+    ``key_of``: what each label is called in an answer; ``clean`` is applied to the demonstrations' texts.
+    Raises :class:`ConfigError` where the template cannot be read or rendered, where the text does not stand
+    in it once, or where anything else depends on the text.
+    """
+    source = inline_template(config).template
+    variables: dict[str, Any] = {
+        **config.model_dump(include=SETTINGS),
+        "labels": [
+            {"name": name, "key": key, "description": labels.descriptions.get(name, "")}
+            for name, key in key_of.items()
+        ],
+        "demonstrations": [
+            {"text": clean(shot.text), "label": shot.label, "answer": key_of[shot.label]}
+            for shot in config.demonstrations
+        ],
+    }
+    wholes = [_render(DEFAULT_TEMPLATE if source is None else source, variables, mark) for mark in MARKS]
+    around = [whole.split(mark) for whole, mark in zip(wholes, MARKS, strict=True)]
+    if len(around[0]) != 2:
+        raise ConfigError(
+            f"{FIELD}: the text stands in it {len(around[0]) - 1} times; write {{{{ text }}}} once, as it is"
+        )
+    if around[0] != around[1]:
+        raise ConfigError(f"{FIELD}: what stands around the text depends on it; write {{{{ text }}}} only")
+    before, behind = around[0]
+    return before, behind
+
+
+def _render(source: str, variables: Mapping[str, Any], text: str) -> str:
+    environment = ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    try:
+        return environment.from_string(source).render(variables, text=text)
+    except Exception as error:  # a template can raise anything
+        line = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        known = ", ".join(sorted([*variables, "text"]))
+        raise ConfigError(f"{FIELD}: {error}{line}; repair it (there are {known})") from error

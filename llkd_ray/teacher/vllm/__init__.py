@@ -1,0 +1,1 @@
+"""The teacher on a local vLLM engine."""

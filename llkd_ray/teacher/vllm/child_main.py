@@ -1,0 +1,106 @@
+"""The process of an engine on CPUs: ``python -m llkd_ray.teacher.vllm.child_main FD``; see ``backends``.
+
+It schedules and computes in one thread. What comes by the connection FD: the teacher's settings, once, and
+then ``(number, token_ids, wish)``, or ``(number, None, None)`` where nobody waits for that one any more. What
+goes back: None once the engine has started, or why it has not; then lists of ``(number, reply)``, where the
+reply to what the engine refuses is a text that says why.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+from llkd_ray.config.teacher import TeacherConfig
+from llkd_ray.teacher.vllm.requests import (
+    Reply,
+    Wish,
+    engine_arguments,
+    prompt_of,
+    refusals,
+    reply_of,
+    sampling_of,
+)
+
+Request = tuple[int, list[int] | None, Wish | None]
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's; the actor decides
+    connection = Connection(int(sys.argv[1]))
+    import vllm  # noqa: F401  # before the settings come: it takes seconds
+
+    try:
+        teacher = connection.recv()
+    except EOFError:
+        return
+    inbox: queue.SimpleQueue[Request] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    try:
+        engine = _start(teacher)
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
+        raise
+    connection.send(None)
+    _serve(engine, inbox, connection)
+
+
+def _receive(connection: Connection, inbox: queue.SimpleQueue[Request]) -> None:
+    """Empty the connection at all times, so that whoever sends never waits for a step."""
+    while True:
+        try:
+            inbox.put(connection.recv())
+        except (EOFError, OSError):  # the actor is gone
+            os._exit(0)
+
+
+def _start(teacher: TeacherConfig) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    # As on GPUs, so that teacher.engine may hold the same settings everywhere.
+    arguments = AsyncEngineArgs(**engine_arguments(teacher))
+    # By default it would take batches as small as a server's that answers at once.
+    return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
+
+
+def _serve(engine: Any, inbox: queue.SimpleQueue[Request], connection: Connection) -> None:
+    wishes: dict[int, Wish] = {}
+    while True:
+        replies: list[tuple[int, Reply | str]] = []
+        for number, token_ids, wish in _arrived(inbox, wait=not engine.has_unfinished_requests()):
+            if token_ids is None or wish is None:
+                if wishes.pop(number, None):
+                    engine.abort_request([str(number)])
+                continue
+            try:
+                engine.add_request(str(number), prompt_of(token_ids), sampling_of(wish))
+                wishes[number] = wish
+            except refusals() as refusal:
+                replies.append((number, str(refusal)))
+        for output in engine.step() if engine.has_unfinished_requests() else ():
+            if output.finished and (wish := wishes.pop(int(output.request_id), None)):
+                replies.append((int(output.request_id), reply_of(wish, output)))
+        if replies:
+            connection.send(replies)
+
+
+def _arrived(inbox: queue.SimpleQueue[Request], wait: bool) -> Iterator[Request]:
+    """All requests that are there; ``wait`` for one where there is none."""
+    try:
+        yield inbox.get(block=wait)
+        while True:
+            yield inbox.get_nowait()
+    except queue.Empty:
+        return
+
+
+if __name__ == "__main__":
+    main()

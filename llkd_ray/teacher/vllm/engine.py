@@ -1,0 +1,194 @@
+"""An engine that may die: started when it is first needed, started anew when it is lost.
+
+It lives in processes of its own below the teacher's actor, so that its death is not the actor's: the
+actor knows which texts were under way, keeps the answers it has, and finds the text that kills engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
+
+from llkd_ray.config.teacher import TeacherConfig
+from llkd_ray.teacher.base import TeacherDown, TextFailed
+from llkd_ray.teacher.vllm.requests import EngineDied, EngineLost, Reply, RunningEngine, Wish
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Gate:
+    """Lets many in together, or one alone."""
+
+    def __init__(self) -> None:
+        self._door = asyncio.Lock()
+        self._inside = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @asynccontextmanager
+    async def together(self) -> AsyncIterator[None]:
+        async with self._door:
+            self._inside += 1
+            self._empty.clear()
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._empty.set()
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        async with self._door:
+            await self._empty.wait()
+            yield
+
+
+class Engine:
+    """One engine at a time, on demand. ``start`` gives a new one, in a thread.
+
+    ``on_start`` hears the seconds that each start took. Belongs to one event loop.
+    """
+
+    def __init__(
+        self,
+        teacher: TeacherConfig,
+        on_start: Callable[[float], None],
+        start: Callable[[], RunningEngine],
+    ) -> None:
+        self.teacher = teacher
+        self._on_start = on_start
+        self._start = start
+        self._engine: RunningEngine | None = None
+        self._starting = asyncio.Lock()
+        self._gate = Gate()
+        self._last_reply = 0.0
+        self._losses = 0
+        """Engines lost since the last reply."""
+        self._down: TeacherDown | None = None
+
+    async def steadily(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What ``ask``, all requests for one text, comes to; tried again where the engine is lost under it.
+
+        From its second try on a text is asked with nothing else under way: then a lost engine is its doing,
+        and the texts that were under way with it go free. Raises :class:`TextFailed` after
+        ``teacher.attempts`` tries, and :class:`TeacherDown` where no engine starts, or one after the other is
+        lost without a reply; from then on always.
+        """
+        reason = ""
+        for attempt in range(self.teacher.attempts):
+            try:
+                async with self._gate.alone() if attempt else self._gate.together():
+                    return await ask()
+            except EngineLost as lost:
+                reason = str(lost)
+        raise TextFailed(reason)
+
+    async def ask(self, token_ids: Sequence[int], wish: Wish) -> Reply:
+        """The engine's reply to one request.
+
+        Raises :class:`EngineLost` where the engine is gone or has given nobody a reply for
+        ``teacher.timeout_s``, and :class:`TextFailed` where it refuses the request.
+        """
+        engine = await self._running()
+        began = time.monotonic()
+        asked = asyncio.ensure_future(engine.reply(token_ids, wish))
+        try:
+            while not asked.done():
+                quiet = time.monotonic() - max(began, self._last_reply)
+                if quiet >= self.teacher.timeout_s:
+                    await self._lose(engine, f"no reply for {quiet:.0f} s")
+                    raise EngineLost("engine_hung")
+                await asyncio.wait({asked}, timeout=self.teacher.timeout_s - quiet)
+            reply = asked.result()
+        except EngineDied:
+            await self._lose(engine, "its process ended")
+            raise
+        finally:
+            asked.cancel()
+        self._last_reply = time.monotonic()
+        self._losses = 0
+        return reply
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+
+    async def _running(self) -> RunningEngine:
+        async with self._starting:
+            if self._down is not None:
+                raise self._down
+            if self._engine is None:
+                try:
+                    self._engine = await self._started()
+                except TeacherDown as down:
+                    self._down = down
+                    raise
+            return self._engine
+
+    async def _started(self) -> RunningEngine:
+        """A new engine, after several tries if need be: memory that is short now may be free in a moment."""
+        said = ""
+        gave_up = threading.Event()
+        came: list[RunningEngine] = []
+
+        def put_away() -> None:
+            with suppress(IndexError):  # there is none, or the other has it
+                came.pop().shutdown()
+
+        def start() -> RunningEngine:
+            engine = self._start()
+            came.append(engine)
+            if gave_up.is_set():
+                put_away()
+            return engine
+
+        for attempt in range(self.teacher.attempts):
+            if attempt:
+                await asyncio.sleep(min(2.0**attempt, 60.0))
+            began = time.monotonic()
+            try:
+                engine = await asyncio.wait_for(asyncio.to_thread(start), self.teacher.start_timeout_s)
+            except TimeoutError:
+                # A thread cannot be stopped: its engine is put away when it comes, or now if it just has.
+                gave_up.set()
+                put_away()
+                raise TeacherDown(
+                    f"teacher.model: the engine of {self.teacher.model!r} has not started within "
+                    f"{self.teacher.start_timeout_s:g} s; raise teacher.start_timeout_s if it needs longer"
+                ) from None
+            except Exception as error:
+                said = str(error).strip()
+                logger.warning("the engine of %s did not start: %s", self.teacher.model, said)
+                continue
+            self._last_reply = time.monotonic()
+            self._on_start(self._last_reply - began)
+            return engine
+        raise TeacherDown(
+            f"teacher.model: the engine of {self.teacher.model!r} did not start in {self.teacher.attempts} "
+            f"tries: {said}"
+        )
+
+    async def _lose(self, engine: RunningEngine, why: str) -> None:
+        """Put an engine away, once, whoever finds it lost; the next request starts another."""
+        async with self._starting:
+            if engine is not self._engine:
+                return
+            self._engine = None
+            self._losses += 1
+            logger.warning("the engine of %s is lost: %s", self.teacher.model, why)
+            await asyncio.to_thread(engine.shutdown)
+        # Two texts that kill engines can lose so many in a row: more is not the texts' doing.
+        if self._losses > 2 * self.teacher.attempts:
+            self._down = TeacherDown(
+                f"teacher.model: {self._losses} engines of {self.teacher.model!r} were lost one after the "
+                f"other without a reply, the last because {why}"
+            )
+            raise self._down

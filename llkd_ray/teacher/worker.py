@@ -1,0 +1,321 @@
+"""A teacher and all that stands around it: answers of earlier runs, the cap, the mark of what is under way.
+
+Shapes in names: M texts of a ticket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llkd_ray.config.schedule import Schedule
+from llkd_ray.config.schema import Config
+from llkd_ray.config.teacher import TeacherConfig
+from llkd_ray.corpus.cleaning import text_hash
+from llkd_ray.storage import tables
+from llkd_ray.storage.run_dir import ENGINES_DIR, LABELS_DIR, QUARANTINE_DIR, SMALL_DIR, RunStore, ticket_file
+from llkd_ray.storage.tables import Examples
+from llkd_ray.teacher.base import UNASKED, Allowance, Labeller, TeacherDown, Unlimited, Usage
+from llkd_ray.teacher.budget import RemoteAllowance
+from llkd_ray.teacher.cache import AnswerCache, register
+from llkd_ray.teacher.factory import cache_folder, make_labeller
+from llkd_ray.teacher.labels import (
+    TicketLabels,
+    in_row_order,
+    labels_table,
+    mark_file,
+    read_ticket,
+    ticket_labels,
+    write_mark,
+    write_ticket,
+)
+
+Reserve = Callable[[int, str, str, Usage], Awaitable[bool]]
+"""``reserve(ticket, attempt, teacher, usage)``: whether so much more may be used, says the selector."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What came of the texts of a ticket."""
+
+    labels: pa.Table
+    """LABELS of those with an answer, in the order of the texts."""
+    usage: Usage
+    outcome_M: Sequence[str]
+    """Of every text: empty where it has an answer, ``UNASKED``, or why it has none."""
+    mark: str | None
+    """In SENT_DIR while the answers are not in a file; None where nothing was sent."""
+
+    @property
+    def unasked(self) -> int:
+        return sum(outcome == UNASKED for outcome in self.outcome_M)
+
+
+class Asker:
+    """One teacher of a run, ``member`` of the config's; made in its actor, which prepares it meanwhile."""
+
+    def __init__(
+        self,
+        config: Config,
+        store_uri: str,
+        member: int,
+        reserve: Reserve,
+        labeller: Labeller | None = None,
+        key: str | None = None,
+    ) -> None:
+        """``key``: what its answers are found by in later runs; without one, nothing is reused."""
+        self.config, self.store_uri, self.store = config, store_uri, RunStore(store_uri)
+        self.member = member
+        self.name, self.teacher = list(config.teacher.members())[member]
+        self._reserve = reserve
+        self._labeller = labeller
+        self._key = key
+        self._cache: AnswerCache | None = None
+        maker = ThreadPoolExecutor(1, "teacher")
+        self._made = maker.submit(self._make)
+        maker.shutdown(wait=False)
+
+    async def ask(self, ticket: int, texts: pa.Table) -> Asked:
+        """Answers to ``texts`` (row, id, text), from an earlier run where there is one.
+
+        The caller puts the labels in place and then calls :meth:`forget`. Raises
+        :class:`~llkd_ray.teacher.base.TeacherDown` where the teacher has given up.
+        """
+        await asyncio.shield(asyncio.wrap_future(self._made))
+        began = time.monotonic()
+        hash_M = np.array([text_hash(text) for text in texts["text"].to_pylist()], dtype=np.uint64)
+        found_M, reused = await asyncio.to_thread(self._reuse, hash_M, texts)
+        usage = Usage(reused_texts=len(reused), reused_tokens=_tokens(reused))
+        if found_M.all():
+            return Asked(reused, usage, [""] * len(texts), None)
+        sent, sent_hash = texts.filter(pa.array(~found_M)), hash_M[~found_M]
+        mark = f"ticket-{ticket:08d}.{uuid.uuid4().hex}"
+        # The mark tells, after a kill, which texts were sent and never answered.
+        await asyncio.to_thread(write_mark, self.store, mark, len(sent), {})
+        assert self._labeller is not None
+        answers = await self._labeller.label(
+            sent["id"].to_pylist(), sent["text"].to_pylist(), self._allowance(ticket, mark, len(sent))
+        )
+        fresh = labels_table(sent, sent_hash, answers, self.member)
+        outcome_M = np.full(len(texts), "", dtype=object)
+        outcome_M[~found_M] = list(answers.outcome_N)
+        return Asked(
+            labels=in_row_order([reused, fresh], texts["row"].to_numpy()),
+            usage=usage + replace(answers.usage, seconds=time.monotonic() - began),
+            outcome_M=outcome_M.tolist(),
+            mark=mark,
+        )
+
+    async def forget(self, asked: Asked) -> None:
+        """The labels are in place, so nothing of them is under way any more."""
+        if asked.mark is not None:
+            await asyncio.to_thread(self.store.delete, mark_file(asked.mark))
+
+    def close(self) -> None:
+        """Close the teacher, as soon as it is made."""
+
+        def put_away(_: object) -> None:
+            if self._labeller is not None:
+                self._labeller.close()
+
+        self._made.add_done_callback(put_away)
+
+    def _make(self) -> None:
+        labels = self.config.labels
+        folder = cache_folder(self.config, self.teacher)
+        if folder is not None and self._key is not None:
+            own = self.store.uri(SMALL_DIR if self.name == "small" else LABELS_DIR)
+            self._cache = AnswerCache.open(folder, self._key, len(labels.names), own)
+            register(folder, self._key, own, self.member)
+        if self._labeller is None:
+            self._labeller = make_labeller(self.teacher, labels, self._note_start, begin=not self._cache)
+
+    def _reuse(self, hash_M: np.ndarray, texts: pa.Table) -> tuple[np.ndarray, pa.Table]:
+        """bool[M]: which texts have an answer of an earlier run; and LABELS of those, as this run's."""
+        if self._cache is None:
+            return np.zeros(len(texts), dtype=bool), tables.LABELS.empty_table()
+        found_M, there = self._cache.find(hash_M)
+        mine = texts.filter(pa.array(found_M))
+        columns = {name: there[name].combine_chunks() for name in tables.LABELS.names}
+        columns |= {
+            "row": mine["row"].combine_chunks(),
+            "id": mine["id"].combine_chunks(),
+            "member": pa.array(np.full(len(mine), self.member, dtype=np.int8)),
+            "reused": pa.array(np.ones(len(mine), dtype=bool)),
+        }
+        return found_M, pa.Table.from_arrays(list(columns.values()), schema=tables.LABELS)
+
+    def _allowance(self, ticket: int, mark: str, texts: int) -> Allowance:
+        if self.config.budget.cap.is_off:
+            return Unlimited()
+
+        async def ask(usage: Usage) -> bool:
+            return await self._reserve(ticket, mark, self.name, usage)
+
+        async def note(total: Usage) -> None:
+            await asyncio.to_thread(write_mark, self.store, mark, texts, {self.name: total})
+
+        return RemoteAllowance(ask, note)
+
+    def _note_start(self, seconds: float) -> None:
+        """A file for each engine that was started."""
+        facts = {"teacher": self.name, "model": self.teacher.model, "seconds_to_start": seconds}
+        where = {"host": socket.gethostname(), "pid": os.getpid()}
+        self.store.write_json(f"{ENGINES_DIR}/{uuid.uuid4().hex}.json", facts | where)
+
+
+def _tokens(labels: pa.Table) -> int:
+    return int(sum(labels[name].to_numpy().sum() for name in ("prompt_tokens", "answer_tokens")))
+
+
+_RECEIPT = pa.schema([pa.field("ticket", pa.int32()), pa.field("rows", pa.int32())])
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Stage(ABC):
+    """What stages share: one ticket at a call, and what happens when the teacher gives up."""
+
+    member = 0
+    """Which of the config's teachers the stage asks."""
+
+    def __init__(
+        self,
+        config: Config,
+        store_uri: str,
+        selector: Any,
+        labeller: Labeller | None = None,
+        key: str | None = None,
+        on_drop: Callable[[TeacherConfig], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.store = RunStore(store_uri)
+        self.selector = selector
+        self.actor = uuid.uuid4().hex
+        # No method of its own: that would keep the stage, and with it an engine, alive when it is dropped.
+        self.asker = Asker(config, store_uri, self.member, partial(_reserve, selector), labeller, key)
+        self.on_drop = on_drop
+
+    def __del__(self) -> None:
+        # Ray Data drops the stage when the stream ends; an engine that is left to die with the actor
+        # prints errors instead.
+        if asker := getattr(self, "asker", None):
+            asker.close()
+            if self.on_drop:
+                self.on_drop(asker.teacher)
+
+    async def __call__(self, leased: pa.Table) -> AsyncIterator[pa.Table]:
+        if not len(leased):
+            yield self.nothing(leased)
+            return
+        ticket = leased["ticket"][0].as_py()
+        assert leased["ticket"].unique().to_pylist() == [ticket], "a block holds one ticket"
+        try:
+            done = await self.see_to(ticket, leased)
+        except TeacherDown as down:
+            await self._give_back(ticket, str(down))
+            done = self.nothing(leased)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            await self._give_back(ticket, f"no room to write labels: {error}")
+            done = self.nothing(leased)
+        yield done
+
+    @abstractmethod
+    async def see_to(self, ticket: int, leased: pa.Table) -> pa.Table:
+        """See to it that the ticket's file is in place; returns what goes on. Raises TeacherDown."""
+
+    def nothing(self, leased: pa.Table) -> pa.Table:
+        """What goes on of a ticket that needs no more."""
+        return _RECEIPT.empty_table()
+
+    def is_review(self, ticket: int) -> bool:
+        """Whether its texts have labels, at which a cascade's large teacher is to look again."""
+        return ticket in self._reviews
+
+    @cached_property
+    def _reviews(self) -> range:
+        examples = Examples.open(self.store)
+        return Schedule.plan(self.config, examples.n_pool, examples.n_test).review_tickets
+
+    async def put(
+        self, ticket: int, leased: pa.Table, labels: pa.Table, usage: dict[str, Usage], asked: Asked
+    ) -> TicketLabels:
+        """Put a finished ticket's labels in place, and in quarantine what came to nothing; returns what the
+        selector is to be told.
+        """
+        has_label_M = pc.is_in(leased["row"], value_set=labels["row"].combine_chunks()).to_numpy(
+            zero_copy_only=False
+        )
+        outcome_M = np.array(asked.outcome_M, dtype=object)
+        failed_M = ~has_label_M & (outcome_M != "") & (outcome_M != UNASKED)
+        if failed_M.any():
+            refused = leased.filter(pa.array(failed_M))
+            self._quarantine(ticket, refused, outcome_M[failed_M].tolist())
+        unasked = int(np.count_nonzero(~has_label_M & (outcome_M == UNASKED)))
+        in_flight = self.asker.teacher.tickets_in_flight
+        await asyncio.to_thread(
+            write_ticket, self.store, LABELS_DIR, ticket, labels, usage, unasked, in_flight
+        )
+        await self.asker.forget(asked)
+        return ticket_labels(labels, usage, unasked, len(self.config.labels.names))
+
+    async def there(self, ticket: int) -> TicketLabels | None:
+        """What the ticket's file says, where an earlier attempt died before it could tell the selector."""
+        if not self.store.exists(ticket_file(LABELS_DIR, ticket)):
+            return None
+        said = await asyncio.to_thread(read_ticket, self.store, LABELS_DIR, ticket)
+        return ticket_labels(*said, len(self.config.labels.names))
+
+    async def tell(self, ticket: int, labels: TicketLabels) -> pa.Table:
+        """Tell the selector of a ticket whose file is in place; returns the receipt."""
+        await self.selector.put_labels.remote(ticket, labels)
+        return pa.table({"ticket": [ticket], "rows": [len(labels.row_M)]}, schema=_RECEIPT)
+
+    async def _give_back(self, ticket: int, reason: str) -> None:
+        """Let another actor have the ticket, and take no further one before the teaching is over."""
+        call = uuid.uuid4().hex
+        await self.selector.give_back.remote(ticket, self.asker.name, self.actor, reason, call)
+        await self.selector.wait_taught.remote()
+
+    def _quarantine(self, ticket: int, refused: pa.Table, reasons: Sequence[str]) -> None:
+        n = len(refused)
+        columns = {
+            "source": ["teacher"] * n,
+            "position": refused["row"],
+            "reason": reasons,
+            "detail": [f"ticket {ticket}"] * n,
+            "start_of_text": [text[:200] for text in refused["text"].to_pylist()],
+        }
+        table = pa.table(columns, schema=tables.QUARANTINE)
+        self.store.write_table(f"{QUARANTINE_DIR}/teacher-{ticket:08d}.parquet", table)
+
+
+async def _reserve(selector: Any, ticket: int, attempt: str, teacher: str, usage: Usage) -> bool:
+    return await selector.reserve.remote(ticket, attempt, teacher, usage.as_dict())
+
+
+class OnlyStage(Stage):
+    """The one teacher of a run."""
+
+    async def see_to(self, ticket: int, leased: pa.Table) -> pa.Table:
+        done = await self.there(ticket)
+        if done is None:
+            asked = await self.asker.ask(ticket, leased)
+            done = await self.put(ticket, leased, asked.labels, {self.asker.name: asked.usage}, asked)
+        return await self.tell(ticket, done)

@@ -1,0 +1,123 @@
+"""What spreadsheets and Label Studio get, and what is read back from them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+
+from llkd_ray.audit.files import Question, guarded, kind_of, labelling_config, plain, read, written
+from llkd_ray.config.base import ConfigError
+
+ATTACK = '=HYPERLINK("http://evil.example","click")'
+
+
+def questions() -> list[Question]:
+    return [
+        Question(7, "@seven", "random", ATTACK, "-1", 0.9, "yes", 0.8),
+        Question(9, "nine", "unsure", 'two\nlines, "quoted"; übel', "yes", 0.6, "-1", 0.5),
+    ]
+
+
+@pytest.mark.parametrize(
+    "cell", ["=1+1", "+1", "-1", "@x", "\tx", "\rx", "'=1", "'", "plain", "", "＝1", "a=b"]
+)
+def test_cells_are_guarded_and_come_back(cell):
+    assert plain(guarded(cell)) == cell
+    assert not guarded(cell).startswith(("=", "+", "-", "@", "\t", "\r", "＝"))
+
+
+def test_a_spreadsheet_gets_no_formula_and_knows_the_encoding():
+    content = written(questions(), ".csv", blind=False)
+    assert content.startswith(b"\xef\xbb\xbf")
+    rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
+    assert rows[0] == [
+        "row", "id", "why", "text", "teacher", "teacher_confidence", "student", "student_confidence", "label"
+    ]  # fmt: skip
+    assert rows[1] == ["7", "'@seven", "random", "'" + ATTACK, "'-1", "0.9000", "yes", "0.8000", ""]
+    assert rows[2][3] == 'two\nlines, "quoted"; übel'
+    assert not any(cell.startswith(("=", "+", "-", "@")) for row in rows for cell in row)
+
+
+def test_a_long_text_is_cut_for_a_cell():
+    (one, _) = questions()
+    long = Question(**{**vars(one), "text": "=" + "x" * 50_000})
+    (_, row) = csv.reader(io.StringIO(written([long], ".csv", False).decode("utf-8-sig")))
+    assert len(row[3]) < 32_767
+    assert row[3].startswith("'=")
+    assert json.loads(written([long], ".jsonl", False))["text"] == long.text
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".json"])
+def test_blind_says_nothing_of_the_models(kind):
+    content = written(questions(), kind, blind=True).decode()
+    assert "confidence" not in content
+    assert "teacher" not in content
+    assert "unsure" not in content
+    assert [one.row for one in read(content.encode(), kind, "x")] == ["7", "9"]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_csv_comes_back_from_any_language(separator):
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, delimiter=separator)
+    writer.writerows([["row", "id", "label"], ["7", "'@seven", " yes "], ["9.0", "nine", ""], ["", "", ""]])
+    answers = read(out.getvalue().encode("utf-8-sig"), ".csv", "x.csv")
+    assert [(one.row, one.id, one.label, one.where) for one in answers] == [
+        ("7", "@seven", "yes", "line 2"),
+        ("9.0", "nine", "", "line 3"),
+    ]
+
+
+def test_label_studio_tasks_and_its_exports():
+    tasks = json.loads(written(questions(), ".json", blind=False))
+    assert tasks[0]["data"]["text"] == ATTACK
+    result = tasks[0]["predictions"][0]["result"][0]
+    assert (result["from_name"], result["to_name"], result["value"]) == ("label", "text", {"choices": ["-1"]})
+
+    def said(label, cancelled=False):
+        one = result | {"value": {"choices": [label]}}
+        return {"result": [one], "was_cancelled": cancelled}
+
+    export = [
+        {"id": 1, "data": tasks[0]["data"], "annotations": [said("yes"), said("-1", cancelled=True)]},
+        {"id": 2, "data": tasks[1]["data"], "annotations": []},
+    ]
+    answers = read(json.dumps(export).encode(), ".json", "x.json")
+    assert [(one.row, one.label, one.id) for one in answers] == [("7", "yes", "@seven"), ("9", "", "nine")]
+    shortened = [{"id": 12, "row": 7, "text": "…", "label": "yes", "annotator": 1}]
+    (answer,) = read(json.dumps(shortened).encode(), ".json", "x.json")
+    assert (answer.row, answer.label, answer.id) == ("7", "yes", None)
+
+
+def test_the_interface_escapes_labels():
+    assert '<Choice value="a &quot;b&quot; &lt;c&gt;"/>' in labelling_config(['a "b" <c>']).replace(
+        "'a \"b\" &lt;c&gt;'", '"a &quot;b&quot; &lt;c&gt;"'
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "says"),
+    [
+        (b"row,labels\n1,x\n", ".csv", "has no column 'label'; its columns are row, labels"),
+        (b"", ".csv", "has no column 'row'; its columns are none"),
+        ("row;label\n1;ü\n".encode("latin-1"), ".csv", "is not UTF-8"),
+        (b'{"row": 1', ".jsonl", "cannot be read"),
+        (b'{"id": 1}\n', ".jsonl", "cannot be read (KeyError: 'row')"),
+        (b'{"a": 1}', ".json", "cannot be read"),
+        (b"7", ".json", "cannot be read"),
+    ],
+)
+def test_files_that_cannot_be_read_are_refused_in_one_line(content, kind, says):
+    with pytest.raises(ConfigError) as caught:
+        read(content, kind, "rows")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_ending_is_refused():
+    assert kind_of("a/B.CSV", "--out") == ".csv"
+    with pytest.raises(ConfigError, match=r"--out: 'rows\.xlsx' has no known ending: name it \.csv"):
+        kind_of("rows.xlsx", "--out")

@@ -1,0 +1,269 @@
+"""A comparison's settings, its trials, and the texts and labels that they share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from toys import NAMES, make_config, make_run, toy_probs, toy_texts
+
+from llkd_ray.comparison.settings import Comparison, changed, dump, entries, load_comparison
+from llkd_ray.comparison.tables import ALL, GOLD, RANDOM
+from llkd_ray.comparison.trial import gold_labels, labels_of, read_teacher, read_texts
+from llkd_ray.config.base import ConfigError
+from llkd_ray.storage.run_dir import EXAMPLES_INDEX
+from llkd_ray.storage.tables import Examples
+
+N_POOL, N_TEST, N_CLASSES = 100, 20, 3
+SETTINGS = {
+    "base": "run.yaml",
+    "teachers": {"ann": {}, "bob": {"recorded": {"uri": "bob.parquet"}}},
+    "lines": {"llkd": {"selection": {"policy": "llkd"}}, "calm": {"student": {"learning_rate": 1e-5}}},
+    "sizes": [0.05, 0.1, 0.2],
+    "report": [0.1, 0.2],
+    "seeds": [3, 4],
+}
+
+
+def make(**fields) -> Comparison:
+    return Comparison.model_validate(SETTINGS | fields)
+
+
+def write(folder: Path, **fields) -> Path:
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS | fields), encoding="utf-8")
+    return path
+
+
+class TestSettings:
+    def test_are_read(self, tmp_path):
+        comparison = load_comparison(write(tmp_path))
+        assert comparison.base == str(tmp_path / "run.yaml"), "the base lies beside the file"
+        assert comparison.sizes == (0.05, 0.1, 0.2)
+        assert comparison.reported == (0.1, 0.2)
+        assert comparison.seeds == (3, 4)
+
+    def test_overrides(self, tmp_path):
+        comparison = load_comparison(write(tmp_path), ["seeds=[7]", "lines.calm.student.epochs=2"])
+        assert comparison.seeds == (7,)
+        assert comparison.lines["calm"] == {"student": {"learning_rate": 1e-5, "epochs": 2}}
+
+    def test_all_sizes_are_reported_unless_it_says_which(self):
+        assert make(report=[]).reported == (0.05, 0.1, 0.2)
+
+    def test_come_back_from_their_dump(self):
+        assert Comparison.model_validate(yaml.safe_load(dump(make()))) == make()
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"seed": [1]}, "seed: Extra inputs are not permitted"),
+            ({"sizes": "all"}, "sizes: Input should be a valid tuple"),
+            ({"sizes": []}, "sizes: "),
+            ({"seeds": []}, "seeds: "),
+            ({"seeds": [1.5]}, "seeds.0: "),
+            ({"lines": {"llkd": {"selection": "llkd"}}}, "lines.llkd.selection: "),
+            ({"lines": {}}, "comparison: teachers and lines need one entry each at least"),
+            ({"teachers": {}}, "comparison: teachers and lines need one entry each at least"),
+            ({"sizes": [0.2, 0.1]}, "comparison: sizes is [0.2, 0.1]: give ascending shares"),
+            ({"sizes": [0.1, 0.1]}, "comparison: sizes is [0.1, 0.1]: give ascending shares"),
+            ({"sizes": [0.1, 200]}, "comparison: sizes is [0.1, 200.0]: give ascending shares"),
+            ({"sizes": [0, 0.1]}, "comparison: sizes is [0.0, 0.1]: give ascending shares"),
+            ({"report": [0.1, 0.3]}, "comparison: report holds 0.3, which is not one of sizes"),
+            ({"seeds": [1, 1]}, "comparison: seeds is [1, 1]: a seed twice"),
+            ({"lines": {GOLD: {}}}, f"comparison: lines holds '{GOLD}', which every comparison has"),
+            ({"lines": {ALL: {}}}, f"comparison: lines holds '{ALL}', which every comparison has"),
+            ({"lines": {"x": {"corpus": {}}}}, "comparison: lines.x changes corpus, which is the same"),
+        ],
+    )
+    def test_mistakes_are_named(self, tmp_path, fields, message):
+        with pytest.raises(ConfigError) as caught:
+            load_comparison(write(tmp_path, **fields))
+        assert str(caught.value).startswith(message)
+
+    def test_one_line_for_each_mistake(self, tmp_path):
+        with pytest.raises(ConfigError) as caught:
+            load_comparison(write(tmp_path, seeds=[], sizes="x", more=1))
+        assert sorted(line.split(":")[0] for line in str(caught.value).split("\n")) == [
+            "more",
+            "seeds",
+            "sizes",
+        ]
+
+    def test_a_file_that_is_not_there(self, tmp_path):
+        with pytest.raises(ConfigError, match="nowhere"):
+            load_comparison(tmp_path / "nowhere.yaml")
+
+
+class TestEntries:
+    def entries(self, tmp_path, base=None, **fields):
+        return entries(make(**fields), base or make_config(), N_POOL, tmp_path)
+
+    def test_references_are_always_there_and_gold_has_no_teacher(self, tmp_path):
+        found = [(entry.seed, entry.line, entry.teacher) for entry in self.entries(tmp_path)]
+        of_seed = [
+            (GOLD, ""),
+            *((line, teacher) for line in (ALL, RANDOM, "llkd", "calm") for teacher in ("ann", "bob")),
+        ]
+        assert found == [(seed, line, teacher) for seed in (3, 4) for line, teacher in of_seed]
+
+    def test_sizes_are_shares_of_the_pool_and_references_to_all_take_all(self, tmp_path):
+        for entry in self.entries(tmp_path):
+            whole = entry.line in (GOLD, ALL)
+            assert entry.trial.sizes == ((100,) if whole else (5, 10, 20))
+            assert entry.trial.reported == ((100,) if whole else (10, 20))
+            assert entry.trial.folder == tmp_path
+
+    def test_lines_differ_from_the_base_in_what_they_say(self, tmp_path):
+        base = make_config(
+            selection={"policy": "llkd", "options": {"order": "product"}, "quota": 0.5},
+            budget={"labels": 50},
+            student={"epochs": 4},
+        )
+        configs = {entry.line: entry.trial.config for entry in self.entries(tmp_path, base)}
+        assert configs["calm"].student.learning_rate == 1e-5
+        assert configs["calm"].student.epochs == configs["llkd"].student.epochs == 4
+        assert configs["llkd"].selection == configs["calm"].selection == base.selection
+        for name, policy in ((GOLD, "all"), (ALL, "all"), (RANDOM, "random")):
+            selection = configs[name].selection
+            assert (selection.policy, selection.options) == (policy, {})
+            assert (selection.quota, selection.prior) == ("off", "off")
+        for config in configs.values():
+            assert (config.budget.labels, config.budget.first_labels) == (None, 1.0), "all labels are there"
+
+    def test_a_line_may_have_labels_grow_and_take_randoms_place(self, tmp_path):
+        lines = {RANDOM: {"selection": {"policy": "random", "quota": 0.5}}, "few": {"budget": {"labels": 50}}}
+        configs = {entry.line: entry.trial.config for entry in self.entries(tmp_path, lines=lines)}
+        assert configs[RANDOM].selection.quota == 0.5
+        assert configs["few"].budget.labels == 50
+
+    def test_trials_have_files_of_their_own(self, tmp_path):
+        found = self.entries(tmp_path)
+        keys = {entry.trial.key(entry.teacher, 0) for entry in found}
+        assert len(keys) == len(found)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"selection": {"polcy": "llkd"}}, "selection.polcy"),
+            ({"student": {"epochs": 0}}, "student.epochs"),
+            ({"student": {"start": "warm"}}, "student.start: 'warm' cannot be compared"),
+            ({"student": {"replay": "new"}}, "student.replay: 'new' cannot be compared"),
+        ],
+    )
+    def test_changes_that_do_not_fit(self, changes, message):
+        with pytest.raises(ConfigError) as caught:
+            changed(make_config(), changes, seed=0)
+        assert str(caught.value).startswith(message)
+
+    @pytest.mark.parametrize(("n_pool", "sizes"), [(5, "[0, 1, 1]"), (12, "[1, 1, 2]")])
+    def test_a_pool_that_is_too_small(self, tmp_path, n_pool, sizes):
+        with pytest.raises(ConfigError) as caught:
+            entries(make(), make_config(), n_pool, tmp_path)
+        assert str(caught.value).startswith("sizes: ")
+        assert f"of a pool of {n_pool} texts makes {sizes}" in str(caught.value)
+
+
+@pytest.fixture
+def examples(tmp_path) -> Examples:
+    return Examples.open(make_run(tmp_path / "run", N_POOL, N_TEST, N_CLASSES))
+
+
+def write_answers(folder: Path, rows) -> str:
+    """Answers to the texts of these rows, in this order; returns the file."""
+    gold = toy_texts(N_POOL + N_TEST, N_CLASSES, seed=0)[1]
+    probs = np.concatenate(
+        [toy_probs(gold[[row]], N_CLASSES, 0.9, np.random.default_rng(row)) for row in rows]
+    )
+    table = {
+        "id": [f"toy-{row}" for row in rows],
+        "probs": list(probs),
+        "prompt_tokens": [10 + row for row in rows],
+    }
+    pq.write_table(pa.table(table), folder / "answers.parquet")
+    return str(folder / "answers.parquet")
+
+
+def of(uri: str):
+    return make_config(teacher={"recorded": {"uri": uri, "prompt_tokens": "prompt_tokens"}})
+
+
+class TestTexts:
+    def test_pool_and_test_set_with_gold(self, examples):
+        texts = read_texts(examples, NAMES[:3])
+        words, gold = toy_texts(N_POOL + N_TEST, N_CLASSES, seed=0)
+        assert texts.pool + texts.test == words
+        assert len(texts.pool) == N_POOL
+        assert texts.gold_N.tolist() + texts.gold_T.tolist() == gold.tolist()
+        assert texts.names == NAMES[:3]
+
+    def test_without_a_test_set(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"^corpus\.gold, test: a comparison needs"):
+            read_texts(Examples.open(make_run(tmp_path / "other", N_POOL, 0)), NAMES[:3])
+
+    def test_without_gold(self, examples, tmp_path):
+        store = make_run(tmp_path / "other", N_POOL, N_TEST)
+        file = store.read_json(EXAMPLES_INDEX)["pool"][0]["file"]
+        table = store.read_table(file)
+        column = table.schema.get_field_index("gold")
+        unknown = pa.array([-1, *table["gold"].to_pylist()[1:]], table.schema.field("gold").type)
+        store.write_table(file, table.set_column(column, table.schema.field("gold"), unknown))
+        with pytest.raises(ConfigError, match=r"^corpus\.gold, test: a comparison needs"):
+            read_texts(Examples.open(store), NAMES[:3])
+
+
+class TestTeacher:
+    def test_answers_are_put_in_the_order_of_the_rows(self, examples, tmp_path):
+        order = np.random.default_rng(0).permutation(N_POOL + N_TEST)
+        labels, p_TC = read_teacher(of(write_answers(tmp_path, order)), examples)
+        assert labels.p_NC.shape == (N_POOL, N_CLASSES)
+        assert p_TC.shape == (N_TEST, N_CLASSES)
+        np.testing.assert_allclose(labels.p_NC.sum(axis=1), 1)
+        np.testing.assert_allclose(p_TC.sum(axis=1), 1)
+        np.testing.assert_array_equal(labels.tokens_N, 10 + np.arange(N_POOL))
+        again, _ = read_teacher(of(write_answers(tmp_path, range(N_POOL + N_TEST))), examples)
+        np.testing.assert_array_equal(again.p_NC, labels.p_NC)
+        assert again.digest == labels.digest
+        np.testing.assert_array_equal(labels.test_label_T, p_TC.argmax(axis=1))
+
+    @pytest.mark.parametrize("missing", [[7], [N_POOL + 3], [7, 8]])
+    def test_a_missing_answer_is_refused(self, examples, tmp_path, missing):
+        uri = write_answers(tmp_path, [row for row in range(N_POOL + N_TEST) if row not in missing])
+        with pytest.raises(ConfigError) as caught:
+            read_teacher(of(uri), examples)
+        assert str(caught.value).startswith(
+            f"teacher.recorded.uri: no answer to {len(missing)} of {N_POOL + N_TEST} texts, "
+            f"'toy-{missing[0]}' for one"
+        )
+
+    def test_a_teacher_that_is_not_recorded(self, examples):
+        config = make_config(teacher={"kind": "vllm", "recorded": None, "model": "some-model"})
+        with pytest.raises(ConfigError, match=r"^teacher\.kind: a comparison needs recorded answers"):
+            read_teacher(config, examples)
+
+
+class TestLabels:
+    def test_gold_is_sure_and_right(self, examples):
+        texts = read_texts(examples, NAMES[:3])
+        labels = gold_labels(examples, texts)
+        np.testing.assert_array_equal(labels.p_NC.argmax(axis=1), texts.gold_N)
+        assert labels.test_label_T is None
+        assert set(np.unique(labels.p_NC)) == {0.0, 1.0}
+        assert labels.tokens_N.sum() == 0
+
+    def test_digest_stands_for_texts_and_distributions(self):
+        p_NC = np.array([[0.2, 0.8], [0.5, 0.5]])
+        none = np.zeros(2, dtype=int)
+        same = labels_of(["a", "b"], p_NC, none).digest
+        assert labels_of(["a", "b"], p_NC + 1e-12, none).digest == same, "a rounding error is no other label"
+        others = [
+            labels_of(["b", "a"], p_NC, none),
+            labels_of(["a", "c"], p_NC, none),
+            labels_of(["a", "b"], p_NC[::-1], none),
+            labels_of(["a", "b"], p_NC + np.array([[0.001, -0.001], [0, 0]]), none),
+        ]
+        assert len({same, *(labels.digest for labels in others)}) == 5

@@ -1,0 +1,188 @@
+"""From uri to units: which files, checked how, cut where."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schema import SourceConfig
+from llkd_ray.corpus import sources
+from llkd_ray.corpus.sources import pack, plan
+
+
+def names(*uris: str | Path) -> list[str]:
+    found = plan(SourceConfig(uri=tuple(str(uri) for uri in uris)), "corpus")
+    return [Path(unit.source).name for unit in found]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("b.txt", "a.txt", "deep/c.txt", "deep/er/d.txt", "_SUCCESS", ".hidden/e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("a text\n")
+    return tmp_path
+
+
+def test_folder_is_read_whole_without_markers(folder: Path) -> None:
+    assert names(folder) == ["a.txt", "b.txt", "c.txt", "d.txt"]
+
+
+@pytest.mark.parametrize(
+    ("glob", "files"),
+    [
+        ("*.txt", ["a.txt", "b.txt"]),
+        ("[b-z].txt", ["b.txt"]),
+        ("?.txt", ["a.txt", "b.txt"]),
+        ("*/*.txt", ["c.txt"]),
+        ("**/*.txt", ["a.txt", "b.txt", "c.txt", "d.txt"]),
+        ("d*/**", ["c.txt", "d.txt"]),
+        ("deep/**", ["c.txt", "d.txt"]),
+    ],
+)
+def test_globs(folder: Path, glob: str, files: list[str]) -> None:
+    assert names(folder / glob) == files
+    if "?" not in glob and "[" not in glob:
+        assert names(f"file://{folder}/{glob}") == files
+
+
+def test_uris_keep_their_order_and_no_file_comes_twice(folder: Path) -> None:
+    assert names(folder / "b.txt", folder / "*.txt") == ["b.txt", "a.txt"]
+
+
+def test_a_name_with_wildcards_in_it_is_a_file_if_it_is_there(tmp_path: Path) -> None:
+    (tmp_path / "a[1].txt").write_text("text\n")
+    assert names(tmp_path / "a[1].txt") == ["a[1].txt"]
+
+
+def test_relative_paths_become_absolute(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)  # workers run elsewhere
+    assert [unit.path for unit in plan(SourceConfig(uri="*.txt"), "corpus")] == [
+        str(folder / "a.txt"),
+        str(folder / "b.txt"),
+    ]
+
+
+def test_parquet_is_cut_at_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.table({"text": ["x" * 500 + str(n) for n in range(50)], "other": ["y" * 9000] * 50})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=10, use_dictionary=False)
+    source = SourceConfig(uri=str(tmp_path / "a.parquet"))
+    assert [unit.part for unit in plan(source, "corpus")] == [(0, 5)]
+    monkeypatch.setattr(sources, "TASK_BYTES", 9000)  # two groups of texts; the other column is not read
+    units = plan(source, "corpus")
+    assert [(unit.part, unit.first) for unit in units] == [((0, 2), 0), ((2, 4), 20), ((4, 5), 40)]
+
+
+def test_small_files_share_a_task(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    units = plan(SourceConfig(uri=str(folder)), "corpus")
+    assert [len(one) for one in pack(units)] == [4]
+    monkeypatch.setattr(sources, "TASK_BYTES", 14)  # a file has 7 bytes
+    assert [len(one) for one in pack(units)] == [2, 2]
+    assert [unit for one in pack(units) for unit in one] == units
+    assert pack([]) == []
+
+
+def refusal(uri: str | Path, **settings: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        plan(SourceConfig(uri=str(uri), **settings), "corpus")
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", ["none.csv", "none/*.csv", "none", "*.csv"])
+def test_nothing_matches(tmp_path: Path, name: str) -> None:
+    message = refusal(tmp_path / name)
+    assert message.startswith("corpus.uri: ")
+    assert "matches no file" in message
+    assert name in message
+
+
+def test_unknown_filesystem() -> None:
+    assert "'foo://x/y.csv' cannot be opened" in refusal("foo://x/y.csv")
+
+
+@pytest.mark.parametrize("name", ["a.xlsx", "noending", "a.parquet.gz", "a.gz"])
+def test_unknown_kind(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("x")
+    message = refusal(tmp_path)
+    assert f"the kind of {name!r} is unknown" in message
+    assert ".parquet, .jsonl" in message
+
+
+def test_mixed_kinds(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\nx\n")
+    (tmp_path / "b.txt").write_text("x\n")
+    message = refusal(tmp_path)
+    assert "a.csv" in message
+    assert "b.txt" in message
+    assert "different kinds" in message
+
+
+def write_one_row(path: Path, row: dict[str, str]) -> None:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({name: [value] for name, value in row.items()}), path)
+    elif path.suffix == ".csv":
+        path.write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n")
+    else:
+        path.write_text(json.dumps(row) + "\n")
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "jsonl"])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("text", "body"), ("gold", "y"), ("id", "key"), ("where", {"part": 1})]
+)
+def test_column_not_found(tmp_path: Path, ending: str, setting: str, value: object) -> None:
+    write_one_row(tmp_path / f"a.{ending}", {"text": "x", "label": "no"})
+    message = refusal(tmp_path / f"a.{ending}", **{setting: value})
+    assert message.startswith(f"corpus.{setting}: there is no column ")
+    assert message.endswith("its columns are text, label")
+
+
+def test_every_csv_and_parquet_file_is_checked(tmp_path: Path) -> None:
+    for ending in ("parquet", "csv"):
+        write_one_row(tmp_path / f"a.{ending}", {"text": "x"})
+        write_one_row(tmp_path / f"b.{ending}", {"body": "x"})
+        assert f"b.{ending}" in refusal(tmp_path / f"*.{ending}")
+
+
+def test_jsonl_key_may_come_late(tmp_path: Path) -> None:
+    lines = ['{"body": "x"}', "[1, 2", '{"text": "x"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert names(tmp_path / "a.jsonl") == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("text", ['[{"text": "x"}]', '[\n {"text": "x"}\n]'])
+def test_json_array(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    assert "is a JSON array: write one object a line" in refusal(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("settings", [{"gold": "y"}, {"id": "key"}, {"where": {"a": 1}}])
+def test_txt_has_no_columns(tmp_path: Path, settings: dict[str, object]) -> None:
+    (tmp_path / "a.txt").write_text("x\n")
+    assert "txt files have no columns" in refusal(tmp_path / "a.txt", **settings)
+
+
+def test_csv_without_a_header(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("")
+    assert "has no header line" in refusal(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and then something else"])
+def test_parquet_that_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.parquet").write_bytes(content)
+    message = refusal(tmp_path / "a.parquet")
+    assert "a.parquet' cannot be read (" in message
+    assert message.endswith("repair it or leave it out")
+
+
+@pytest.mark.timeout(60)
+def test_hub_mistakes(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "train.parquet")
+    assert "unknown option 'spilt'" in refusal(f"hf://{tmp_path}?spilt=train")
+    assert "cannot be read (Bad split: nope." in refusal(f"hf://{tmp_path}?split=nope")
+    assert "there is no column 'body'" in refusal(f"hf://{tmp_path}", text="body")
+    assert "cannot be read (Couldn't find any data file" in refusal(f"hf://{tmp_path}/none")

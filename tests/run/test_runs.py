@@ -1,0 +1,75 @@
+"""Where a run is, and what a finished one may be told when it is to go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from toys import make_config
+
+from llkd_ray.config import loading
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.loading import dump_config
+from llkd_ray.config.schema import Config
+from llkd_ray.display import Display
+from llkd_ray.run import loop
+from llkd_ray.storage.run_dir import CONFIG, SUMMARY, RunStore
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> RunStore:
+    """A run of three rounds, all done."""
+    store = RunStore(str(tmp_path / "run"))
+    store.write_bytes(CONFIG, dump_config(make_config(budget={"rounds": 3, "train": 60})).encode())
+    for k in range(3):
+        store.append_metrics({"round": k})
+    store.write_json(SUMMARY, {})
+    monkeypatch.setattr(loop, "distill", lambda config, uri, display: {"uri": uri})
+    return store
+
+
+def resumed(store: RunStore, *overrides: str) -> Config:
+    return loop.resume(store.root, Display(), overrides).config
+
+
+def test_a_finished_run_goes_on_with_more(store):
+    config = resumed(store, "budget.rounds=5", "budget.train=100")
+    assert (config.budget.rounds, config.budget.train) == (5, 100)
+    assert resumed(store).budget.rounds == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["student.epochs=9"], "with --resume only budget.rounds and budget.train may be raised"),
+        (["budget.labels=9"], "with --resume only budget.rounds and budget.train may be raised"),
+        (["budget.rounds=3"], "budget.rounds: 3 rounds are asked for and 3 are done"),
+        (["budget.train=100"], "budget.rounds: 3 rounds are asked for and 3 are done"),
+        (["budget.rounds=0"], "budget.rounds: "),
+    ],
+)
+def test_what_it_may_not_be_told_is_refused(store, overrides, says):
+    with pytest.raises(ConfigError) as caught:
+        resumed(store, *overrides)
+    assert says in str(caught.value)
+
+
+def test_its_rounds_come_first(store):
+    store.delete(SUMMARY)
+    with pytest.raises(ConfigError, match="3 of 3 rounds are done; finish them by --resume alone first"):
+        resumed(store, "budget.rounds=5")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"RUN: .* has no config\.yaml; give the directory of a run"):
+        loop.open_run(str(tmp_path), "RUN")
+
+
+def test_local_places_are_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert loading.absolute("a/b") == str(tmp_path / "a/b")
+    assert loading.absolute("s3://bucket/a") == loading.local_dir("s3://bucket/a") == "s3://bucket/a"
+    assert loading.local_dir("runs") == str(tmp_path / "runs")
+    Path("model").mkdir()
+    assert loading.absolute_folder("model") == str(tmp_path / "model")
+    assert loading.absolute_folder("owner/name") == "owner/name"

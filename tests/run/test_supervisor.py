@@ -1,0 +1,111 @@
+"""What a driver hears of its run's parts while it waits; the parts themselves run in tests/cluster/."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from toys import make_config
+
+from llkd_ray.cluster import Background
+from llkd_ray.run import supervisor as run_module
+from llkd_ray.run.supervisor import Run
+from llkd_ray.teacher.base import TeacherDown
+
+
+class Listener:
+    """A display."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+    def update(self, line: str, rows: Sequence[tuple[str, str]] = ()) -> None:
+        self.shown = line, dict(rows)
+
+
+@pytest.fixture
+def stats(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the selector says."""
+    monkeypatch.setattr(run_module.ray, "get", lambda answer: answer)
+    counts = {"labelled": 0, "trained": 0, "teacher_tokens": 0, "usage": {}}
+    return {"trouble": None, "put_aside": [], "damaged": [], "note": "", **counts}
+
+
+@pytest.fixture
+def run(stats: dict[str, Any]) -> Run:
+    """A run that has asked for tickets 1 and 2."""
+    schedule = SimpleNamespace(labels=10, holdout=2, train=5, rounds=4)
+    session = SimpleNamespace(check=lambda: None)
+    made: Any = Run(make_config(), None, session, schedule, Listener())  # type: ignore[arg-type]
+    made.selector = SimpleNamespace(stats=SimpleNamespace(remote=lambda: stats))
+    made.gauges = SimpleNamespace(show=lambda numbers: None)
+    made._asked = [1, 2]
+    return made
+
+
+def test_damaged_files_are_told_of_once_and_asked_again(run, stats):
+    stats |= {"put_aside": ["labels/ticket-00000001.parquet cannot be read"], "damaged": [1]}
+    run._check()
+    run._check()
+    assert run.display.said == ["labels/ticket-00000001.parquet cannot be read"]
+
+
+def test_damage_in_mid_run_ends_it_rather_than_to_wait_for_ever(run, stats):
+    """A restarted selector found it; the stream of tickets has gone past."""
+    stats |= {"put_aside": ["labels/ticket-00000000.parquet cannot be read"], "damaged": [0]}
+    with pytest.raises(TeacherDown, match="is damaged"):
+        run._check()
+    assert run.display.said == ["labels/ticket-00000000.parquet cannot be read"]
+
+
+def test_before_tickets_are_known_damage_is_what_they_are_made_from(run, stats):
+    run._asked = None
+    stats |= {"put_aside": ["labels/ticket-00000000.parquet cannot be read"], "damaged": [0]}
+    run._check()
+
+
+def test_what_the_cap_still_allows_is_shown(run, stats):
+    usage = {"texts": 4, "prompt_tokens": 90, "answer_tokens": 4}
+    run.config = make_config(budget={"cap": {"texts": 10, "tokens": 100}})
+    run.lines = [{"round": 0, "loss": 0.5, "macro_f1": 0.612, "seconds": {"train": 30.0, "idle": None}}]
+    stats |= {
+        "labelled": 4,
+        "trained": 2,
+        "teacher_tokens": 94,
+        "note": "training",
+        "usage": {"teacher": usage},
+    }
+    run._check()
+    line, rows = run.display.shown
+    assert line == (
+        "labelled 4 of 12, trained on 2 of 5; training; left: 6 texts, 6 tokens; about 1 min 30 s to go"
+    )
+    assert rows["round"] == "1 (2 of 4): training"
+    assert rows["student"].endswith("last round: loss 0.500, macro-F1 61.2 %")
+    assert rows["budget"] == "6 texts, 6 tokens left"
+
+
+def test_the_reason_is_said_and_the_stream_has_ended_before_ray_is_shut_down(run, monkeypatch):
+    """What is under way then has crashed drivers in Ray's own threads."""
+    order: list[str] = []
+    killed = threading.Event()
+    monkeypatch.setattr(run_module.ray, "kill", lambda selector: killed.set())
+    monkeypatch.setattr(run_module, "drop_all", lambda store: order.append("files dropped"))
+    monkeypatch.setattr(run.display, "say", order.append)
+
+    def stream() -> None:
+        killed.wait(10)
+        time.sleep(0.1)
+        order.append("stream ended")
+
+    run.teacher = Background("stream", stream)
+    error = TeacherDown("no room\nto write labels")
+    run.__exit__(TeacherDown, error, None)
+    assert order == ["stopping: no room to write labels", "stream ended", "files dropped"]

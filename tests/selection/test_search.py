@@ -1,0 +1,194 @@
+"""What is counted of candidates, and the best of them, come out the same however the texts are divided."""
+
+from __future__ import annotations
+
+from functools import reduce
+from itertools import pairwise
+from operator import add
+
+import numpy as np
+import pytest
+from candidate_sets import make_candidates
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llkd_ray.metrics.uncertainty import Draw
+from llkd_ray.selection import search
+from llkd_ray.selection.search import NEVER, Best, Found, Pool, Survey, best
+from llkd_ray.selection.table import UNIT
+
+SHARES = [None, np.array([2, 2]), np.array([0, 4]), np.array([4, 0])]
+
+
+def divided(n: int, borders: list[int]) -> list[slice]:
+    """``range(n)`` between borders, which may coincide."""
+    edges = sorted([0, n, *(min(border, n) for border in borders)])
+    return [slice(one, other) for one, other in pairwise(edges)]
+
+
+class TestSurvey:
+    def test_counts_and_sums(self):
+        candidates = make_candidates(500, scored=0.5)
+        survey = Survey.of([candidates], with_ranks=True)
+        known = np.nan_to_num(candidates.uncertainty_N, nan=1.0)
+        counts = np.bincount(candidates.label_N)
+        np.testing.assert_array_equal(survey.count_C, counts)
+        for sums, signal in ((survey.confidence_C, candidates.confidence_N), (survey.uncertainty_C, known)):
+            np.testing.assert_allclose(
+                sums * UNIT, np.bincount(candidates.label_N, weights=signal), rtol=1e-9
+            )
+        assert survey.n_scored == np.count_nonzero(~np.isnan(candidates.uncertainty_N))
+        np.testing.assert_array_equal(survey.grade_CK.sum(axis=1), counts)
+
+    def test_of_no_candidates(self):
+        survey = Survey.of([make_candidates(0)], with_ranks=False)
+        assert survey.count_C.tolist() == [0, 0, 0, 0]
+        assert survey.grade_CK is None
+        assert Pool(survey, Draw(0)).means == (0.0, 0.0)
+
+    @given(
+        n=st.integers(0, 80),
+        seed=st.integers(0, 99),
+        borders=st.lists(st.integers(0, 80), max_size=4),
+        order=st.randoms(use_true_random=False),
+    )
+    def test_parts_add_up_in_any_order(self, n, seed, borders, order):
+        candidates = make_candidates(n, seed, scored=0.7)
+        whole = Survey.of([candidates], with_ranks=True)
+        parts = [candidates.take(part) for part in divided(n, borders)]
+        order.shuffle(parts)
+        together = Survey.of(parts, with_ranks=True)
+        added = reduce(add, (Survey.of([part], with_ranks=True) for part in parts))
+        for one in (together, added):
+            for name, expected in vars(whole).items():
+                np.testing.assert_array_equal(getattr(one, name), expected, err_msg=name)
+
+    def test_many_classes_are_counted_in_coarser_grades(self):
+        assert Survey.empty(341, with_ranks=True).grade_CK.shape == (341, 49_153)
+        assert Survey.empty(342, with_ranks=True).grade_CK.shape == (342, 24_577)
+        candidates = make_candidates(3_000, n_classes=1_000)
+        rank = Pool(Survey.of([candidates], with_ranks=True), Draw(0)).rank(candidates)
+        for c in range(10):
+            of_class = np.flatnonzero(candidates.label_N == c)
+            by_confidence = of_class[np.argsort(candidates.confidence_N[of_class])]
+            assert (np.diff(rank[by_confidence]) >= 0).all()
+
+    def test_ranks_have_to_be_asked_for(self):
+        candidates = make_candidates(10)
+        with pytest.raises(AssertionError, match="ranks=True"):
+            Pool(Survey.of([candidates], with_ranks=False), Draw(0)).rank(candidates)
+
+
+class TestBest:
+    def test_largest_first_and_ties_by_place(self):
+        value = np.array([1.0, 3.0, 2.0, 3.0, 2.0])
+        label = np.zeros(5, dtype=int)
+        assert best(value, label, 4).tolist() == [1, 3, 2, 4]
+        assert best(value, label, 3).tolist() == [1, 3, 2]
+        assert best(value, label, 9).tolist() == [1, 3, 2, 4, 0]
+        assert best(value, label, 4, np.array([4])).tolist() == [1, 3, 2, 4]
+
+    @pytest.mark.parametrize("share", SHARES)
+    def test_never_means_never(self, share):
+        value = np.array([NEVER, 1.0, NEVER, 2.0])
+        assert best(value, np.array([0, 0, 1, 1]), 4, share).tolist() == [3, 1]
+        assert best(np.full(3, NEVER), np.zeros(3, dtype=int), 2, share).size == 0
+
+    @pytest.mark.parametrize("n", [0, -1])
+    def test_none(self, n):
+        assert best(np.ones(5), np.zeros(5, dtype=int), n).size == 0
+        assert best(np.ones(5), np.zeros(5, dtype=int), n, np.zeros(2, dtype=int)).size == 0
+
+    @given(
+        st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), max_size=40),
+        st.integers(0, 45),
+    )
+    def test_without_quota_nothing_left_is_larger(self, texts, n):
+        value = np.array([float(v) for v, _ in texts])
+        chosen = best(value, np.array([c for _, c in texts], dtype=int), n)
+        assert chosen.size == min(n, value.size)
+        assert (np.diff(value[chosen]) <= 0).all()
+        left = np.delete(value, chosen)
+        assert not chosen.size or not left.size or left.max() <= value[chosen].min()
+
+    def test_each_class_fills_its_share_with_its_best(self):
+        rng = np.random.default_rng(0)
+        value, label = rng.uniform(size=100), np.repeat([0, 1], [90, 10])
+        value[label == 1] -= 10
+        chosen = best(value, label, 10, np.array([5, 5]))
+        assert np.bincount(label[chosen]).tolist() == [5, 5]
+        for c in (0, 1):
+            of_class = np.flatnonzero(label == c)
+            assert set(chosen[label[chosen] == c]) == set(of_class[np.argsort(-value[of_class])[:5]])
+
+    def test_a_share_that_cannot_be_filled_goes_to_any_class(self):
+        value, label = np.arange(20.0), np.repeat([0, 1], [18, 2])
+        chosen = best(value, label, 10, np.array([5, 5]))
+        assert np.bincount(label[chosen]).tolist() == [8, 2]
+        value[label == 1] = NEVER
+        assert best(value, label, 10, np.array([5, 5])).tolist() == list(range(17, 7, -1))
+
+
+class TestRunningBest:
+    @given(
+        texts=st.lists(
+            st.tuples(st.sampled_from([NEVER, 0.0, 1.0, 1.5, 2.0]), st.integers(0, 2)), max_size=60
+        ),
+        n=st.integers(0, 8),
+        share=st.one_of(st.none(), st.lists(st.integers(0, 2), min_size=3, max_size=3)),
+        borders=st.lists(st.integers(0, 60), max_size=5),
+        data=st.data(),
+    )
+    def test_holds_all_that_the_best_of_all_are_taken_from(self, texts, n, share, borders, data):
+        """Several of them, each over parts of its own, hold what a choice over all texts takes."""
+        value, label = np.array([v for v, _ in texts]), np.array([c for _, c in texts], dtype=int)
+        share_C = None if share is None else np.array(share)
+        n = n if share is None else max(n, sum(share))
+        expected = best(value, label, n, share_C)
+        keepers = [Best(n, share_C) for _ in range(3)]
+        row = np.arange(value.size)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(search, "CHUNK", 16)  # so that it leaves out as soon as it can
+            for part in divided(value.size, borders):
+                keeper = keepers[data.draw(st.integers(0, 2))]
+                keeper.note(row[part], value[part], label[part])
+        parts = [keeper.found() for keeper in keepers]
+        for part in parts:
+            assert (np.diff(part.row_M) > 0).all()
+            assert len(part) <= 2 * n
+        found = Found.joined(parts)
+        found = found.take(np.argsort(found.row_M))
+        chosen = found.take(best(found.value_M, found.label_M, n, share_C))
+        np.testing.assert_array_equal(chosen.row_M, expected)
+        np.testing.assert_array_equal(chosen.value_M, value[expected])
+        np.testing.assert_array_equal(chosen.label_M, label[expected])
+
+    @pytest.mark.parametrize("order", ["as drawn", "ascending", "descending"])
+    def test_top_of_each_class_of_many(self, order, monkeypatch):
+        monkeypatch.setattr(search, "CHUNK", 320)  # so that it leaves out often
+        rng = np.random.default_rng(0)
+        value, label = rng.integers(0, 500, 4_000).astype(float), rng.integers(0, 5, 4_000)
+        if order != "as drawn":
+            value = np.sort(value)[:: 1 if order == "ascending" else -1]
+        share_C = np.array([7, 0, 7, 1, 7])
+        top = Best(0, share_C)
+        for part in divided(4_000, list(range(0, 4_000, 100))):
+            top.note(np.arange(4_000)[part], value[part], label[part])
+        expected = [
+            of_class[np.argsort(-value[of_class], kind="stable")[:share]]
+            for c, share in enumerate(share_C)
+            for of_class in [np.flatnonzero(label == c)]
+        ]
+        np.testing.assert_array_equal(top.found().row_M, np.sort(np.concatenate(expected)))
+
+    def test_a_class_that_comes_late_gets_its_share(self, monkeypatch):
+        monkeypatch.setattr(search, "CHUNK", 16)  # so that it leaves out as soon as it can
+        top = Best(1, np.array([0, 1]))
+        top.note(np.array([0]), np.array([2.0]), np.array([0]))
+        top.note(np.array([1]), np.array([1.0]), np.array([1]))
+        assert top.found().row_M.tolist() == [0, 1]
+
+    def test_weights_come_along(self):
+        top = Best(2)
+        top.note(np.arange(4), np.array([0.1, 0.9, 0.2, 0.8]), weight_N=np.array([1.0, 2.0, 3.0, 4.0]))
+        assert top.found().weight_M.tolist() == [2.0, 4.0]

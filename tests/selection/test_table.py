@@ -1,0 +1,394 @@
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llkd_ray.metrics.uncertainty import entropy
+from llkd_ray.selection import table as table_module
+from llkd_ray.selection.table import COLUMNS, ScoreTable, Unread, from_16_bits
+
+STEP = 1 / 65_534
+"""Between two uncertainties that the table tells apart."""
+
+
+@pytest.fixture
+def table() -> ScoreTable:
+    """Ten pool rows, two test rows; tickets 0 and 1 hold rows 0-3 and 4-7; row 7 is held out."""
+    table = ScoreTable(n_classes=3, n_pool=10, n_test=2)
+    table.hold_out(np.array([7]))
+    table.lease(0, np.arange(0, 4))
+    table.lease(1, np.arange(4, 8))
+    return table
+
+
+def label(table: ScoreTable, rows: list[int], labels: list[int]) -> int:
+    return table.put_labels(np.array(rows), np.array(labels), np.full(len(rows), 0.5), np.zeros(len(rows)))
+
+
+def p_of(*top: float) -> np.ndarray:
+    """Answers over three classes, each with a share of ``top`` on class 0 and the rest spread evenly."""
+    return np.array([[t, (1 - t) / 2, (1 - t) / 2] for t in top])
+
+
+def uncertainty(table: ScoreTable, *rows: int) -> np.ndarray:
+    return from_16_bits(table.uncertainty[list(rows)])
+
+
+def test_twenty_bytes_a_row_at_most(table):
+    columns = [value for value in vars(table).values() if isinstance(value, np.ndarray)]
+    per_row = [column for column in columns if column.size == len(table)]
+    assert table.nbytes == sum(column.nbytes for column in per_row) <= 20 * len(table)
+    assert sum(column.nbytes for column in columns) - table.nbytes <= 8 * table.n_classes
+
+
+def test_unread_are_pool_rows_without_a_ticket(table):
+    table.refresh(1, np.array([9]), p_of(0.6))
+    unread = table.unread()
+    assert isinstance(unread, Unread)
+    assert unread.row_N.tolist() == [8, 9]
+    np.testing.assert_allclose(unread.margin_N, [np.nan, 0.4], atol=1e-3)
+    np.testing.assert_allclose(unread.uncertainty_N, [np.nan, entropy(p_of(0.6))[0]], atol=STEP)
+    assert unread.take(np.array([1])).row_N.tolist() == [9]
+
+
+def test_a_label_stays_when_it_comes_twice(table):
+    assert label(table, [0, 1], [2, 1]) == 2
+    assert label(table, [1, 2], [0, 0]) == 1
+    assert table.label[:3].tolist() == [2, 1, 0]
+
+
+def test_candidates_are_labelled_untrained_and_not_held_out(table):
+    label(table, [0, 1, 4, 7, 10], [0, 1, 2, 0, 0])
+    table.mark_trained(0, np.array([1]))
+    assert table.candidates(tickets_below=2).row_N.tolist() == [0, 4]
+    assert table.candidates(tickets_below=1).row_N.tolist() == [0]
+
+
+def test_counts(table):
+    label(table, [0, 7, 10], [0, 1, 2])
+    table.mark_trained(0, np.array([0]))
+    table.mark_trained(1, np.array([0]))
+    assert table.count_labelled() == 2, "test rows are not counted as pool labels"
+    assert table.count_trained() == 1
+    assert table.trained[0] == 0, "the first round stays"
+
+
+def test_refresh_notes_entropy_margin_and_support_of_the_teachers_label(table):
+    label(table, [0, 1], [0, 2])
+    p = np.array([[0.7, 0.2, 0.1], [0.7, 0.2, 0.1], [1.0, 0.0, 0.0]])
+    table.refresh(1, np.array([0, 1, 2]), p)
+    np.testing.assert_allclose(uncertainty(table, 0, 1, 2), entropy(p), atol=STEP)
+    np.testing.assert_allclose(table.margin[:3], [0.5, 0.5, 1.0], atol=1e-3)
+    # Row 2 has no label that the student could support.
+    np.testing.assert_allclose(table.support[:3], [0.7, 0.1, np.nan], atol=1e-3)
+    assert np.isnan(uncertainty(table, *range(3, 12))).all(), "other rows are left alone"
+
+
+def test_support_is_noted_once_the_label_is_there_and_the_student_is_heard_again(table):
+    for round_number in (1, 1):
+        table.refresh(round_number, np.array([0]), p_of(0.8))
+        label(table, [0], [1])
+    assert table.support[0] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_refresh_of_an_older_round_changes_nothing(table):
+    table.refresh(3, np.array([0, 1]), p_of(0.3, 0.3))
+    table.refresh(2, np.array([1, 2]), p_of(0.2, 0.2))
+    np.testing.assert_allclose(uncertainty(table, 0, 1, 2), entropy(p_of(0.3, 0.3, 0.2)), atol=STEP)
+    assert table.refreshed[:3].tolist() == [3, 3, 2]
+
+
+def test_scores_come_back_as_they_were(table):
+    label(table, [0, 1], [0, 1])
+    table.refresh(1, np.array([0, 1, 8]), p_of(0.3, 0.4, 0.5))
+    table.refresh(2, np.array([8]), p_of(0.9))
+    rows, *columns = table.scores(1)
+    assert rows.tolist() == [0, 1]
+    other = ScoreTable(n_classes=3, n_pool=10, n_test=2)
+    for round_number in (1, 2):
+        other.restore_scores(round_number, *table.scores(round_number))
+    for column in ("uncertainty", "margin", "support", "refreshed"):
+        one, restored = getattr(table, column), getattr(other, column)
+        assert one.dtype == restored.dtype
+        np.testing.assert_array_equal(one, restored, err_msg=column)
+    assert [column.size for column in columns] == [2, 2, 2]
+
+
+def test_candidates_carry_every_column(table):
+    label(table, [0, 1], [2, 1])
+    table.refresh(1, np.array([1]), np.array([[0.1, 0.6, 0.3]]))
+    candidates = table.candidates(tickets_below=2)
+    assert candidates.label_N.tolist() == [2, 1]
+    assert candidates.confidence_N.tolist() == [0.5, 0.5]
+    np.testing.assert_allclose(candidates.margin_N, [np.nan, 0.3], atol=1e-3)
+    np.testing.assert_allclose(candidates.support_N, [np.nan, 0.6], atol=1e-3)
+    assert candidates.n_classes == 3
+    turned = candidates.take(np.array([1, 0]))
+    assert turned.row_N.tolist() == [1, 0]
+    assert turned.label_N.tolist() == [1, 2]
+    np.testing.assert_allclose(turned.margin_N, [0.3, np.nan], atol=1e-3)
+    np.testing.assert_array_equal(turned.by_row().support_N, candidates.support_N)
+
+
+def test_labelled_of_class_counts_the_pool_below_a_ticket(table):
+    table.lease(0, np.array([0, 1, 2]))
+    table.lease(3, np.array([3]))
+    table.put_labels(np.array([0, 1, 3]), np.array([2, 2, 0]), np.ones(3), np.zeros(3))
+    assert table.labelled_of_class(1).tolist() == [0, 0, 2]
+    assert table.labelled_of_class(4).tolist() == [1, 0, 2]
+
+
+def test_trained_of_class_counts_pseudo_labels(table):
+    assert table.trained_of_class().tolist() == [0, 0, 0]
+    label(table, [0, 1, 2, 3], [2, 2, 0, 1])
+    table.mark_trained(0, np.array([0, 1, 2]))
+    assert table.trained_of_class().tolist() == [1, 0, 2]
+
+
+def test_untrained_leaves_out_test_holdout_and_trained(table):
+    table.mark_trained(0, np.array([2, 3]))
+    assert table.untrained().tolist() == [0, 1, 4, 5, 6, 8, 9]
+
+
+def test_held_out_rows(table):
+    assert table.held_out().tolist() == [7]
+    table.mark_trained(0, np.array([6, 7]))
+    assert table.count_trained() == 1, "a held-out row is never trained on"
+    assert table.held_out().tolist() == [7]
+
+
+def test_the_last_round_label_and_ticket_there_can_be():
+    table = ScoreTable(n_classes=32_767, n_pool=2)
+    table.lease(2**31 - 1, np.array([0]))
+    label(table, [0], [32_766])
+    table.refresh(32_767, np.array([0]), np.eye(32_767)[:1])
+    table.mark_trained(32_767, np.array([0]))
+    assert (table.ticket[0], table.label[0]) == (2**31 - 1, 32_766)
+    assert (table.refreshed[0], table.trained[0]) == (32_767, 32_767)
+    assert table.scores(32_767)[0].tolist() == [0]
+    assert table.trained_of_class()[32_766] == 1
+
+
+class TestContradicted:
+    """Rows 0 to 3: what the first teacher calls 0, and the student does not."""
+
+    @pytest.fixture
+    def doubted(self, table) -> ScoreTable:
+        label(table, [0, 1, 2, 3], [0, 0, 0, 0])
+        student = np.array([[0.1, 0.9, 0.0], [0.05, 0.95, 0.0], [0.9, 0.1, 0.0], [0.2, 0.8, 0.0]])
+        table.refresh(1, np.arange(4), student)
+        return table
+
+    def test_the_largest_leads_by_row(self, doubted):
+        assert doubted.contradicted(0.5, limit=9).tolist() == [0, 1, 3]
+        assert doubted.contradicted(0.5, limit=2).tolist() == [0, 1]
+        assert doubted.contradicted(0.85, limit=9).tolist() == [1]
+
+    def test_a_better_teachers_label_is_left_alone(self, doubted):
+        rows = np.array([0])
+        assert doubted.relabel(rows, np.array([0]), np.array([0.9]), np.array([1])) == 0
+        doubted.refresh(2, rows, np.array([[0.1, 0.9, 0.0]]))
+        assert doubted.contradicted(0.5, limit=9).tolist() == [1, 3]
+        assert doubted.candidates(9).confidence_N[0] == pytest.approx(0.9), "it has no sign there"
+
+    def test_what_is_trained_on_is_left_alone(self, doubted):
+        doubted.mark_trained(0, np.array([1]))
+        assert doubted.contradicted(0.5, limit=9).tolist() == [0, 3]
+
+
+def fill(table: ScoreTable, seed: int) -> None:
+    """A run's worth of updates, in an order that a run need not have."""
+    rng = np.random.default_rng(seed)
+
+    def some() -> np.ndarray:
+        return np.flatnonzero(rng.uniform(size=len(table)) < 0.6)
+
+    table.hold_out(np.flatnonzero(rng.uniform(size=table.n_pool) < 0.1))
+    for k in range(3):
+        rows = some()
+        table.lease(k, rows[table.ticket[rows] < 0])
+        for put in (table.put_labels, table.relabel):
+            rows = some() if put == table.put_labels else np.flatnonzero(table.label >= 0)[::3]
+            labels, members = rng.integers(0, table.n_classes, rows.size), rng.integers(0, 2, rows.size)
+            put(rows, labels, rng.uniform(0.3, 1, rows.size), members)
+        rows = some()
+        table.refresh(k, rows, rng.dirichlet(np.ones(table.n_classes), rows.size))
+        table.mark_trained(k, some()[::4])
+
+
+@given(n_pool=st.integers(0, 60), n_test=st.integers(0, 20), seed=st.integers(0, 999))
+def test_counts_that_are_kept_are_those_of_the_columns(n_pool, n_test, seed):
+    table = ScoreTable(3, n_pool, n_test)
+    fill(table, seed)
+    is_trained = table.trained >= 0
+    assert table.count_labelled() == np.count_nonzero(table.label[:n_pool] >= 0)
+    assert table.count_trained() == np.count_nonzero(is_trained)
+    labels = table.label[is_trained & (table.label >= 0)]
+    assert table.trained_of_class().tolist() == np.bincount(labels, minlength=3).tolist()
+
+
+@pytest.mark.parametrize("n_pool", [0, 7, 65])
+def test_chunks_do_not_matter(n_pool, monkeypatch):
+    tables = {}
+    for chunk in (7, 1_000):
+        monkeypatch.setattr(table_module, "CHUNK", chunk)
+        tables[chunk] = table = ScoreTable(3, n_pool, 5)
+        fill(table, 0)
+        found = table.candidates(2), table.unread()
+        parts = list(table.candidate_chunks(2)), list(table.unread_chunks())
+        for whole, several in zip(found, parts, strict=True):
+            assert len(several) == max(1, -(-n_pool // chunk))
+            for name in set(vars(whole)) - {"n_classes"}:
+                joined = np.concatenate([getattr(part, name) for part in several])
+                np.testing.assert_array_equal(joined, getattr(whole, name))
+    one, other = (
+        [
+            table.untrained(),
+            table.held_out(),
+            table.contradicted(0.5, 9),
+            *table.scores(1),
+            table.labelled_of_class(2),
+            table.candidates(2).row_N,
+            table.unread().row_N,
+        ]
+        for table in tables.values()
+    )
+    for of_small, of_large in zip(one, other, strict=True):
+        np.testing.assert_array_equal(of_small, of_large)
+
+
+def test_nothing_but_the_answer_is_as_long_as_the_table():
+    n = 2_000_000
+    table = ScoreTable(4, n)
+    table.lease(0, np.arange(0, n, 2))
+    table.put_labels(np.arange(0, n, 4), np.arange(n // 4) % 4, np.full(n // 4, 0.5), np.zeros(n // 4))
+
+    def peak_of(ask) -> int:
+        tracemalloc.start()
+        try:
+            ask()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few = 8 * 2**20
+    assert peak_of(lambda: len(table.candidate_chunks(1))) < few
+    assert peak_of(lambda: len(table.unread_chunks())) < few
+    assert peak_of(lambda: table.labelled_of_class(1)) < few
+    assert peak_of(table.held_out) < few
+    assert peak_of(lambda: table.contradicted(0.5, 10)) < few
+    assert peak_of(table.untrained) < 8 * n + few
+    assert peak_of(lambda: table.scores(0)) < few
+
+
+def copy_of(table: ScoreTable) -> dict[str, np.ndarray]:
+    """All columns as they are now."""
+    columns: dict[str, np.ndarray] = {}
+    for _ in table.copy_into(columns):
+        pass
+    return columns
+
+
+class TestSnapshot:
+    @pytest.fixture
+    def filled(self) -> ScoreTable:
+        table = ScoreTable(3, 50, 5)
+        fill(table, 1)
+        return table
+
+    def test_comes_back_whole_and_goes_on(self, filled):
+        other = ScoreTable(3, 50, 5)
+        other.restore(copy_of(filled))
+        for table in (filled, other):
+            open_rows = table.untrained()[:3]
+            table.put_labels(open_rows, np.array([2, 2, 2]), np.full(3, 0.9), np.zeros(3))
+            table.mark_trained(5, open_rows)
+        for name in COLUMNS:
+            np.testing.assert_array_equal(getattr(other, name), getattr(filled, name), err_msg=name)
+            assert getattr(other, name).flags.writeable
+        assert other.count_labelled() == filled.count_labelled()
+        assert other.count_trained() == filled.count_trained()
+        assert other.trained_of_class().tolist() == filled.trained_of_class().tolist()
+
+    def test_is_of_its_moment(self, filled):
+        columns = copy_of(filled)
+        before = {name: column.copy() for name, column in columns.items()}
+        fill(filled, 2)
+        assert any((getattr(filled, name) != before[name]).any() for name in ("label", "refreshed"))
+        for name in COLUMNS:
+            np.testing.assert_array_equal(columns[name], before[name])
+
+    def test_what_came_after_it_can_be_noted_again_on_top(self):
+        """A selector takes the snapshot and then goes through all files, those that are in it, too."""
+        rows, p = np.arange(4), p_of(0.2, 0.3, 0.4, 0.5)
+        before, after = ScoreTable(3, 10), ScoreTable(3, 10)
+
+        def note(table: ScoreTable, last: bool) -> None:
+            table.lease(0, rows)
+            label(table, rows.tolist(), [0, 1, 2, 0])
+            table.refresh(1, rows, p)
+            table.mark_trained(1, rows[:2])
+            if last:
+                table.refresh(2, rows, p[::-1])
+                table.mark_trained(2, rows[1:])
+
+        note(before, last=False)
+        after.restore(copy_of(before))
+        note(after, last=True)
+        note(before, last=True)
+        for name in COLUMNS:
+            np.testing.assert_array_equal(getattr(after, name), getattr(before, name), err_msg=name)
+        assert after.count_trained() == before.count_trained() == 4
+
+    def test_what_is_noted_between_its_steps_can_be_noted_again_on_top(self, monkeypatch):
+        monkeypatch.setattr(table_module, "_ROWS_A_STEP", 10)
+        table, restored = ScoreTable(3, 45), ScoreTable(3, 45)
+
+        def update(to: ScoreTable, k: int) -> None:
+            rows = np.arange(k, 45, 3)
+            to.lease(k, rows)
+            label(to, rows.tolist(), [k] * rows.size)
+            to.refresh(k, rows, np.tile(p_of(0.2 + 0.1 * k), (rows.size, 1)))
+            to.mark_trained(k, rows[::2])
+
+        columns: dict[str, np.ndarray] = {}
+        for step, _ in enumerate(table.copy_into(columns)):
+            if step < 3:
+                update(table, step)
+        assert step == 4
+        assert 0 < np.count_nonzero(columns["label"] >= 0) < 45, "some of the updates are in it"
+        restored.restore(columns)
+        for k in range(3):
+            update(restored, k)
+        for name in COLUMNS:
+            np.testing.assert_array_equal(getattr(restored, name), getattr(table, name), err_msg=name)
+        assert restored.trained_of_class().tolist() == table.trained_of_class().tolist()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                lambda columns: columns.pop("ticket"),
+                "snapshot column ticket is missing, the table",
+            ),
+            (
+                lambda columns: columns.update(label=np.zeros(3, dtype=np.int16)),
+                r"snapshot column label is int16\[3\], the table's is int16\[55\]: leave the snapshot out",
+            ),
+            (
+                lambda columns: columns.update(trained=np.zeros(55, dtype=np.int64)),
+                r"snapshot column trained is int64\[55\]",
+            ),
+        ],
+    )
+    def test_of_another_table_is_refused_and_changes_nothing(self, filled, change, message):
+        columns = copy_of(filled)
+        before = filled.label.copy()
+        change(columns)
+        with pytest.raises(ValueError, match=message):
+            filled.restore(columns)
+        np.testing.assert_array_equal(filled.label, before)

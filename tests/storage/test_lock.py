@@ -1,0 +1,201 @@
+"""One driver at a time on a run directory, and whoever is superseded is stopped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from llkd_ray.config.base import ConfigError
+from llkd_ray.storage import lock as module
+from llkd_ray.storage.lock import Fence, Session, Superseded, at_work
+from llkd_ray.storage.run_dir import EPOCHS_DIR, SESSIONS_DIR, RunStore
+
+NOT_HERE = "other-host pid:[1]"
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunStore:
+    monkeypatch.setattr(module, "BEAT_S", 0.05)
+    monkeypatch.setattr(module, "LOOK_S", 0.5)
+    return RunStore(str(tmp_path))
+
+
+def quiet(word: str) -> None:
+    pass
+
+
+class TestFence:
+    def test_the_newest_epoch_is_in_charge(self, store):
+        old = Fence.claim(store, "a")
+        old.check()
+        new = Fence.claim(store, "a")
+        new.check()
+        with pytest.raises(Superseded, match="epoch 2 of session a"):
+            old.check()
+
+    def test_a_session_goes_on_through_its_own_epochs_and_no_others(self, store):
+        of_session = Fence(store, "a")
+        Fence.claim(store, "a")
+        Fence.claim(store, "a")
+        of_session.check()
+        Fence.claim(store, "b")
+        with pytest.raises(Superseded, match="session b"):
+            of_session.check()
+
+    def test_of_two_with_the_same_number_one_is_in_charge(self, store):
+        claims = [Fence(store, session, 1) for session in ("b", "a", "c")]
+        for claim in claims:
+            store.write_bytes(f"{EPOCHS_DIR}/000001-{claim.session}", b"")
+        standing = []
+        for claim in claims:
+            try:
+                claim.check()
+                standing.append(claim.session)
+            except Superseded:
+                pass
+        assert standing == ["c"]
+
+    def test_now_and_then_is_not_every_time(self, store, monkeypatch):
+        fence = Fence.claim(store, "a")
+        fence.check_now_and_then()
+        Fence.claim(store, "b")
+        fence.check_now_and_then()
+        monkeypatch.setattr(module, "THROTTLE_S", 0.0)
+        with pytest.raises(Superseded):
+            fence.check_now_and_then()
+
+
+class TestAtWork:
+    def test_a_second_driver_is_refused_while_the_first_lives(self, store):
+        with at_work(store, quiet):
+            words: list[str] = []
+            with (
+                pytest.raises(ConfigError, match="another driver is at work on this run"),
+                at_work(store, words.append),
+            ):
+                pytest.fail("two are at work")
+            assert "looking for" in words[0]
+        with at_work(store, quiet) as third:
+            third.check()
+        assert len(store.names(EPOCHS_DIR)) == 2, "one that is refused takes no epoch"
+
+    def test_a_driver_that_has_failed_leaves_the_run_free(self, store):
+        with pytest.raises(RuntimeError, match="broken"), at_work(store, quiet):
+            raise RuntimeError("broken")
+        words: list[str] = []
+        with at_work(store, words.append):
+            pass
+        assert not words, "nobody had to look whether it lives"
+
+    def test_the_run_of_a_killed_driver_is_free_at_once_on_its_host(self, store):
+        process = multiprocessing.get_context("spawn").Process(target=hold, args=(store.root,))
+        process.start()
+        while not store.names(EPOCHS_DIR):  # the last that it writes before it is at work
+            time.sleep(0.02)
+        with pytest.raises(ConfigError, match=f"process {process.pid} on"), at_work(store, quiet):
+            pytest.fail("two are at work")
+        process.kill()
+        process.join()
+        words: list[str] = []
+        with at_work(store, words.append):
+            pass
+        assert not words
+
+    def test_elsewhere_a_count_that_stands_still_tells(self, store):
+        begin_elsewhere(store, beat=7)
+        words: list[str] = []
+        with at_work(store, words.append) as mine:
+            mine.check()
+        assert NOT_HERE in words[0]
+
+    def test_elsewhere_a_count_that_moves_tells_too(self, store):
+        begin_elsewhere(store, beat=0)
+        stop = threading.Event()
+
+        def live() -> None:
+            beat = 0
+            while not stop.wait(0.05):
+                beat += 1
+                write_facts(store, beat=beat)
+
+        thread = threading.Thread(target=live)
+        thread.start()
+        try:
+            with pytest.raises(ConfigError, match="other-host"), at_work(store, quiet):
+                pytest.fail("two are at work")
+        finally:
+            stop.set()
+            thread.join()
+
+    def test_a_machine_that_stands_still_for_a_while_kills_nobody(self, store, monkeypatch):
+        begin_elsewhere(store, beat=0)
+        looks = []
+
+        def stand_still(seconds: float) -> None:
+            looks.append(seconds)
+            if len(looks) == module.LOOKS - 1:
+                write_facts(store, beat=1)
+
+        monkeypatch.setattr(module.time, "sleep", stand_still)
+        monkeypatch.setattr(module.time, "monotonic", lambda: 1000.0 * len(looks))
+        with pytest.raises(ConfigError, match="other-host"), at_work(store, quiet):
+            pytest.fail("two are at work")
+        assert sum(looks) <= module.LOOK_S
+
+    def test_a_clock_that_is_set_changes_nothing(self, store, monkeypatch):
+        with at_work(store, quiet):
+            monkeypatch.setattr(time, "time", lambda: 0.0)
+            with pytest.raises(ConfigError, match="at work"), at_work(store, quiet):
+                pytest.fail("two are at work")
+
+    def test_one_that_was_taken_for_dead_hears_of_it(self, store):
+        with at_work(store, quiet) as old:
+            Fence.claim(store, "newer")
+            deadline = time.monotonic() + 20
+            while old.error is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            with pytest.raises(Superseded):
+                old.check()
+
+    def test_of_two_that_begin_at_once_one_goes_on(self, store, monkeypatch):
+        monkeypatch.setattr(module, "SETTLE_S", 10.0)
+        outcomes: list[str] = []
+        start = threading.Barrier(2)
+
+        def begin() -> None:
+            session = Session(store)
+            start.wait()
+            try:
+                session.begin()
+                outcomes.append("goes on")
+                time.sleep(0.5)
+                session.end()
+            except ConfigError:
+                outcomes.append("refused")
+
+        threads = [threading.Thread(target=begin) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(outcomes) == ["goes on", "refused"]
+
+
+def hold(root: str) -> None:
+    module.BEAT_S = 0.05
+    with at_work(RunStore(root), quiet):
+        time.sleep(60)
+
+
+def begin_elsewhere(store: RunStore, beat: int) -> None:
+    Fence.claim(store, "elsewhere")
+    write_facts(store, beat)
+
+
+def write_facts(store: RunStore, beat: int) -> None:
+    facts = {"host": NOT_HERE, "pid": 1, "beat": beat, "ended": False}
+    store.write_json(f"{SESSIONS_DIR}/elsewhere.json", facts)

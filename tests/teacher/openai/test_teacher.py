@@ -1,0 +1,495 @@
+"""The teacher behind a server: what it makes of the replies, whatever the server can do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from server_teachers import LABELS, Counting, ask, make_teacher, texts_of
+from stub_server import (
+    Asked,
+    Reply,
+    StubServer,
+    likeliest,
+    next_token_probs,
+    said,
+    usage,
+    vllm_like,
+)
+from toys import NAMES, WORDS, toy_texts
+from transformers import AutoTokenizer
+
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schema import LabelsConfig
+from llkd_ray.config.teacher import TeacherConfig
+from llkd_ray.teacher.base import UNASKED, TeacherDown
+from llkd_ray.teacher.openai.teacher import ServerLabeller, check_server_teacher
+from llkd_ray.teacher.prompt import build_prompt, encode_prompts, label_sequences, shorten
+
+VOCABULARY = 800
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llm: str) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_llm)
+
+
+def with_tokens(base_url: str, tiny_llm: str, answer: str = "letters", **settings: Any) -> TeacherConfig:
+    """A teacher whose server has ``logprob_token_ids``, and which follows every branch of the labels."""
+    server = {"scores": "label_ids", "tokenizer": tiny_llm} | settings.pop("server", {})
+    prompt = {"answer": answer, "show_labels": False}
+    return make_teacher(base_url, server, prompt=prompt, unresolved=0.0, max_model_len=256, **settings)
+
+
+def expected_mass(teacher: TeacherConfig, labels: LabelsConfig, text: str, tokenizer: Any) -> np.ndarray:
+    """float[C] of the stub's model, one label after the other, for labels none of which begins another."""
+    prompt = build_prompt(teacher.prompt, labels, tokenizer)
+    [token_ids], _ = encode_prompts(prompt, [text], tokenizer, teacher.max_model_len, "tail")
+    mass = []
+    for tokens in label_sequences(prompt, labels, tokenizer):
+        steps = [
+            next_token_probs([*token_ids, *tokens[:i]], VOCABULARY)[token] for i, token in enumerate(tokens)
+        ]
+        mass.append(math.prod(steps))
+    return np.array(mass)
+
+
+# --- label_ids
+
+LETTERS = LabelsConfig(names=NAMES)
+PHRASES = LabelsConfig(names=tuple(f"{name} {word}" for name in NAMES for word in WORDS[name].split()[:3]))
+
+
+@pytest.mark.parametrize(("answer", "labels"), [("letters", LETTERS), ("names", PHRASES)])
+def test_label_ids_gives_the_mass_of_whole_labels(answer, labels, tiny_llm, tokenizer):
+    texts = toy_texts(6, 3, seed=3)[0]
+    with StubServer(vllm_like(VOCABULARY)) as server:
+        teacher = with_tokens(server.base_url, tiny_llm, answer)
+        answers = ask(ServerLabeller(teacher, labels), texts)
+        prompts = [len(asked.body["prompt"]) for asked in server.asked]
+    for text, probs_C in zip(texts, answers.probs_NC, strict=True):
+        np.testing.assert_allclose(
+            probs_C, expected_mass(teacher, labels, text, tokenizer), rtol=1e-6, atol=1e-12
+        )
+    np.testing.assert_allclose(answers.probs_NC.sum(axis=1) + answers.off_label_N, 1.0, atol=1e-9)
+    assert answers.usage.requests == len(prompts)
+    assert answers.usage.prompt_tokens == sum(prompts)
+    assert answers.usage.answer_tokens == len(prompts)
+
+
+def test_more_first_tokens_than_one_request_may_name(tiny_llm, tokenizer):
+    words = {tokenizer.decode([token]) for token in range(len(tokenizer))}
+    names = sorted({word.strip() for word in words if word.startswith(" ") and word.strip().isalpha()})[:150]
+    labels = LabelsConfig(names=tuple(names))
+    with StubServer(vllm_like(VOCABULARY)) as server:
+        teacher = with_tokens(server.base_url, tiny_llm, "names")
+        answers = ask(ServerLabeller(teacher, labels), ["one text"])
+        asked_for = [len(asked.body["logprob_token_ids"]) for asked in server.asked]
+    assert len(names) == 150
+    assert sorted(asked_for) == [22, 128], "all of them single tokens, by 128"
+    np.testing.assert_allclose(answers.probs_NC[0], expected_mass(teacher, labels, "one text", tokenizer))
+
+
+@pytest.mark.parametrize("cut", ["head", "tail", "middle"])
+def test_long_texts_are_cut_to_the_models_length(cut, tiny_llm):
+    text = " ".join(toy_texts(100, 3, seed=4)[0])
+    with StubServer(vllm_like(VOCABULARY)) as server:
+        teacher = with_tokens(server.base_url, tiny_llm)
+        teacher = teacher.model_copy(update={"prompt": teacher.prompt.model_copy(update={"cut": cut})})
+        answers = ask(ServerLabeller(teacher, LETTERS), [text, "a short one"])
+        longest = max(len(asked.body["prompt"]) for asked in server.asked)
+    assert answers.usage.cut_texts == 1
+    assert 240 <= longest <= 255, "a token is left for the answer"
+
+
+@pytest.mark.parametrize("value", [float("nan"), None, "x", 0.5, -0.1], ids=str)
+def test_what_cannot_be_probabilities_fails_the_text(value, tiny_llm, tokenizer):
+    """The last one is: each token has 0.9."""
+
+    def answer(asked: Asked) -> Reply:
+        if "zzzz" not in tokenizer.decode(asked.body["prompt"]):
+            return vllm_like(VOCABULARY)(asked)
+        top = {f"token_id:{token}": value for token in asked.body["logprob_token_ids"]}
+        return Reply({"choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}]})
+
+    with StubServer(answer) as server:
+        labeller = ServerLabeller(with_tokens(server.base_url, tiny_llm, attempts=2), LETTERS)
+        answers = ask(labeller, ["a boat", "zzzz", "a tram"])
+        assert len(server.asked) == 4
+    assert list(answers.outcome_N) == ["", "bad_answer", ""]
+
+
+def test_scores_that_are_missing_once_are_asked_for_again(tiny_llm):
+    model = vllm_like(VOCABULARY)
+    turn = iter(range(10))
+
+    def second_without(asked: Asked) -> Reply:
+        return Reply({"choices": [{"text": "x", "logprobs": None}]}) if next(turn) == 1 else model(asked)
+
+    with StubServer(second_without) as server:
+        answers = ask(ServerLabeller(with_tokens(server.base_url, tiny_llm), LETTERS), texts_of(3))
+        assert len(server.asked) == 4
+    assert answers.answered_N.all()
+
+
+def test_infinitely_unlikely_is_a_probability(tiny_llm):
+    def answer(asked: Asked) -> Reply:
+        first, *others = asked.body["logprob_token_ids"]
+        top = {f"token_id:{first}": -0.5} | {f"token_id:{token}": float("-inf") for token in others}
+        return Reply({"choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}]})
+
+    with StubServer(answer) as server:
+        answers = ask(ServerLabeller(with_tokens(server.base_url, tiny_llm), LETTERS), ["a text"])
+    assert sorted(answers.probs_NC[0]) == pytest.approx([0, 0, 0, 0, 0, math.exp(-0.5)])
+
+
+# --- top_logprobs
+
+
+def by_top(base_url: str, **settings: Any) -> TeacherConfig:
+    return make_teacher(base_url, {"scores": "top_logprobs", "top_logprobs": 5}, **settings)
+
+
+@pytest.mark.parametrize(
+    ("top", "probs"),
+    [
+        ({"B": 0.6, " B": 0.1, "A": 0.2, "The": 0.05}, [0.2, 0.7, 0.0]),
+        ({"C\n": 0.5, "b": 0.3}, [0.0, 0.0, 0.5]),
+        ({"b": 0.5, " c": 0.25, "Bc": 0.1}, [0.0, 0.5, 0.25]),
+        ({"The": 0.9, "I": 0.05}, [0.0, 0.0, 0.0]),
+    ],
+    ids=["spaces", "small letters beside capital ones", "only small letters", "no letter"],
+)
+def test_top_logprobs_adds_up_what_means_a_letter(top, probs):
+    with StubServer(lambda _: likeliest(top)) as server:
+        answers = ask(ServerLabeller(by_top(server.base_url), LABELS), ["a text"])
+        body = server.asked[0].body
+    assert answers.probs_NC[0] == pytest.approx(probs)
+    assert answers.off_label_N[0] == pytest.approx(1 - sum(probs))
+    asked_for = {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 5, "model": "stub"}
+    assert body.items() >= asked_for.items()
+
+
+@pytest.mark.parametrize(
+    "top",
+    [[], [{"token": "A", "logprob": float("nan")}], [{"token": "A"}], [{"token": "A", "logprob": 0.0}] * 2],
+    ids=["none", "nan", "missing", "more than one"],
+)
+def test_top_logprobs_that_make_no_sense_fail_the_text(top):
+    content = [{"token": "A", "logprob": -0.1, "top_logprobs": top}]
+    bad = Reply({"choices": [{"message": {"content": "A"}, "logprobs": {"content": content}}]})
+    with StubServer(lambda asked: bad if "number 1." in asked.text else likeliest({"A": 0.9})) as server:
+        labeller = ServerLabeller(by_top(server.base_url, attempts=2), LABELS)
+        answers = ask(labeller, ["number 0."], texts_of(3))
+    assert list(answers.outcome_N) == ["", "bad_answer", ""]
+
+
+# --- votes
+
+
+def by_votes(base_url: str, samples: int = 10, **settings: Any) -> TeacherConfig:
+    confidence = {"method": "votes", "samples": samples, "sampling_temperature": 0.9}
+    return make_teacher(base_url, {"scores": "auto"}, confidence=confidence, **settings)
+
+
+TEN = ["A", "A.", " a", "B", "B", "C", "no idea", None, "A boat", "C. garden"]
+
+
+def test_votes_are_shares_of_the_answers():
+    with StubServer(lambda _: said(TEN)) as server:
+        answers = ask(ServerLabeller(by_votes(server.base_url), LABELS), ["a text"])
+        assert len(server.asked) == 1, "all in one request"
+        assert server.asked[0].body.items() >= {"n": 10, "temperature": 0.9}.items()
+    assert answers.probs_NC[0].tolist() == [0.3, 0.2, 0.2]
+    assert answers.off_label_N.tolist() == [0.3]
+
+
+def test_a_server_that_gives_fewer_answers_is_asked_until_there_are_enough():
+    def four_at_most(asked: Asked) -> Reply:
+        return said(["A"] * min(4, asked.body.get("n", 1)))
+
+    with StubServer(four_at_most) as server:
+        labeller = ServerLabeller(by_votes(server.base_url), LABELS)
+        answers = ask(labeller, ["first text", "second text"])
+        wanted = [asked.body.get("n", 1) for asked in server.asked]
+    assert answers.probs_NC[:, 0].tolist() == [1.0, 1.0]
+    assert wanted == [10, 4, 2, 4, 4, 2], "once is enough to learn it"
+
+
+def test_a_server_that_refuses_several_answers_is_asked_for_one_at_a_time():
+    def one_only(asked: Asked) -> Reply:
+        return Reply({"error": "n must be 1"}, status=400) if "n" in asked.body else said(["B"])
+
+    with StubServer(one_only) as server:
+        answers = ask(ServerLabeller(by_votes(server.base_url, samples=3), LABELS), ["first", "second"])
+        wanted = [asked.body.get("n", 1) for asked in server.asked]
+    assert answers.probs_NC[:, 1].tolist() == [1.0, 1.0]
+    assert wanted == [3, 1, 1, 1, 1, 1, 1]
+
+
+# --- which way
+
+
+def no_chat_scores(asked: Asked) -> Reply:
+    return said(["B"] * asked.body.get("n", 1), usage=usage(50, 1))
+
+
+def ignores_ids(asked: Asked) -> Reply:
+    """Like most servers: the likeliest tokens, by their text, whatever else is asked for."""
+    if asked.path == "/v1/completions":
+        return Reply({"choices": [{"text": "x", "logprobs": {"top_logprobs": [{"x": -0.5, "y": -1.5}]}}]})
+    return likeliest({"A": 0.75}) if asked.body.get("logprobs") else no_chat_scores(asked)
+
+
+def refuses(status: int, message: str) -> Any:
+    def answer(asked: Asked) -> Reply:
+        if asked.path == "/v1/completions":
+            return Reply({"error": {"message": message}}, status=status)
+        return ignores_ids(asked)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ignores_ids,
+        refuses(400, "logprob_token_ids: unknown field"),
+        refuses(404, "not found"),
+        refuses(405, ""),
+    ],
+    ids=["ignored", "refused", "no completions", "not allowed"],
+)
+def test_auto_goes_on_to_top_logprobs_after_one_request(answer, tiny_llm):
+    with StubServer(answer) as server:
+        teacher = with_tokens(server.base_url, tiny_llm, server={"scores": "auto"})
+        labeller = ServerLabeller(teacher, LABELS)
+        answers = ask(labeller, texts_of(5))
+        paths = [asked.path for asked in server.asked]
+    assert answers.probs_NC[:, 0] == pytest.approx([0.75] * 5)
+    assert paths.count("/v1/completions") == 1
+    assert len(paths) == 6
+    assert labeller.way is not None
+    assert labeller.way.name == "top_logprobs"
+    assert answers.usage.requests == 6, "the one that was in vain is paid for, too"
+
+
+def test_auto_ends_with_votes():
+    with StubServer(no_chat_scores) as server:
+        teacher = make_teacher(server.base_url, {"scores": "auto"}, confidence={"samples": 4})
+        labeller = ServerLabeller(teacher, LABELS)
+        answers = ask(labeller, texts_of(3))
+        assert [asked.body.get("n") for asked in server.asked] == [None, 4, 4, 4]
+    assert answers.probs_NC.tolist() == [[0.0, 1.0, 0.0]] * 3
+
+
+def test_auto_takes_label_ids_where_they_are(tiny_llm):
+    with StubServer(vllm_like(VOCABULARY)) as server:
+        labeller = ServerLabeller(with_tokens(server.base_url, tiny_llm, server={"scores": "auto"}), LABELS)
+        ask(labeller, texts_of(3))
+        assert len(server.asked) == 3
+    assert labeller.way is not None
+    assert labeller.way.name == "label_ids"
+
+
+def test_the_first_text_may_be_a_bad_one(tiny_llm):
+    """It does not decide how the others are asked."""
+
+    def answer(asked: Asked) -> Reply:
+        bad = "zzzz" in (asked.text if "messages" in asked.body else decode(asked.body["prompt"]))
+        return Reply({"error": "?"}, status=400) if bad else vllm_like(VOCABULARY)(asked)
+
+    decode = AutoTokenizer.from_pretrained(tiny_llm).decode
+    with StubServer(answer) as server:
+        labeller = ServerLabeller(with_tokens(server.base_url, tiny_llm, server={"scores": "auto"}), LABELS)
+        answers = ask(labeller, ["zzzz", *texts_of(2)])
+    assert list(answers.outcome_N) == ["refused_http_400", "", ""]
+    assert labeller.way is not None
+    assert labeller.way.name == "label_ids"
+
+
+@pytest.mark.parametrize(
+    ("scores", "answer"),
+    [
+        ("label_ids", ignores_ids),
+        ("label_ids", refuses(400, "Unrecognized request argument: logprob_token_ids")),
+        ("top_logprobs", no_chat_scores),
+    ],
+)
+def test_a_way_that_is_asked_for_and_not_there_is_an_error(scores, answer, tiny_llm):
+    with StubServer(answer) as server:
+        labeller = ServerLabeller(with_tokens(server.base_url, tiny_llm, server={"scores": scores}), LABELS)
+        with pytest.raises(TeacherDown, match=rf"teacher\.server\.scores '{scores}'.*'auto'"):
+            ask(labeller, texts_of(4))
+        assert len(server.asked) == 1
+
+
+# --- what it uses
+
+
+class Purse(Counting):
+    """An allowance of some tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.left = tokens
+
+    async def take(self, *, texts: int = 0, prompt_tokens: int = 0, answer_tokens: int = 0) -> bool:
+        if prompt_tokens + answer_tokens > self.left:
+            return False
+        self.left -= prompt_tokens + answer_tokens
+        return True
+
+
+def billed(requests: Sequence[Asked]) -> int:
+    return sum(len(asked.body["prompt"]) + 1 for asked in requests)
+
+
+@pytest.mark.parametrize("cap", [1, 100, 1000, 3000])
+def test_a_cap_is_never_passed_even_where_the_server_stumbles(cap, tiny_llm):
+    model = vllm_like(VOCABULARY)
+    turn = iter(range(10**6))
+
+    def sometimes(asked: Asked) -> Reply:
+        return Reply(status=500) if next(turn) % 4 == 3 else model(asked)
+
+    with StubServer(sometimes) as server:
+        teacher = with_tokens(server.base_url, tiny_llm, "names")
+        answers = ask(ServerLabeller(teacher, PHRASES), toy_texts(40, 3, seed=9)[0], allowance=Purse(cap))
+        assert billed(server.asked) <= cap
+        # What was claimed and then not sent, because another request of the text met the cap, counts, too.
+        assert billed(server.asked) <= answers.usage.tokens <= cap
+    assert UNASKED in answers.outcome_N
+    assert set(answers.outcome_N) <= {"", UNASKED, "http_500"}
+    assert answers.answered_N.any() == (cap >= 1000)
+
+
+def test_without_a_tokenizer_claims_are_above_what_any_tokenizer_counts():
+    texts = ["plain words " * 20, "日本語のテキスト" * 20, "😀" * 40]
+
+    def by_bytes(asked: Asked) -> Reply:
+        tokens = len(asked.text.encode()) + 5  # a byte a token, and what a chat template adds
+        return said(["A"], usage=usage(tokens, 1, cached_tokens=10))
+
+    class Claims(Counting):
+        tokens = 0
+
+        async def take(self, *, texts: int = 0, prompt_tokens: int = 0, answer_tokens: int = 0) -> bool:
+            self.tokens += prompt_tokens + answer_tokens
+            return True
+
+    with StubServer(by_bytes) as server:
+        claims = Claims()
+        answers = ask(ServerLabeller(make_teacher(server.base_url), LABELS), texts, allowance=claims)
+        real = sum(len(asked.text.encode()) + 5 for asked in server.asked)
+    assert answers.usage.prompt_tokens == real, "as the server says"
+    assert answers.usage.answer_tokens == 3
+    assert answers.usage.cached_tokens == 30
+    assert real + 3 <= claims.tokens
+
+
+def test_a_server_that_counts_more_than_was_claimed_is_reported_once(caplog):
+    with StubServer(lambda _: said(["A"], usage=usage(100_000, 1))) as server:
+        answers = ask(ServerLabeller(make_teacher(server.base_url), LABELS), texts_of(3))
+    assert answers.usage.prompt_tokens == 300_000
+    assert len([record for record in caplog.records if "100001 tokens" in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("reported", [None, {}, {"prompt_tokens": 0}, {"prompt_tokens": "many"}, [], "x"])
+def test_usage_that_is_not_told_stays_as_claimed(reported):
+    with StubServer(lambda _: said(["A"], usage=reported)) as server:
+        answers = ask(ServerLabeller(make_teacher(server.base_url), LABELS), ["a text"])
+        size = len(server.asked[0].text.encode())
+    assert answers.usage.prompt_tokens == size + 16
+    assert answers.usage.answer_tokens == server.asked[0].body["max_tokens"]
+
+
+# --- cutting for chat
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["by characters", "by tokens"])
+@pytest.mark.parametrize(("cut", "kept"), [("head", "END"), ("tail", "BEGIN"), ("middle", "BEGIN END")])
+def test_chat_texts_are_cut_at_the_place_of_the_config(known, cut, kept, tiny_llm, tokenizer):
+    text = f"BEGIN {' '.join(toy_texts(200, 3, seed=4)[0])} END"
+    with StubServer(lambda _: said(["A"])) as server:
+        teacher = make_teacher(
+            server.base_url,
+            {"tokenizer": tiny_llm if known else None},
+            max_model_len=200,
+            prompt={"cut": cut, "instruction": "Which is it?"},
+        )
+        answers = ask(ServerLabeller(teacher, LABELS), [text, "short"])
+        long, short = sorted((asked.text for asked in server.asked), key=len, reverse=True)
+    assert answers.usage.cut_texts == 1
+    assert [word for word in ("BEGIN", "END") if word in long] == kept.split()
+    assert "Which is it?" in long
+    assert "Text: short\n" in short
+    room = 200 - server.asked[0].body["max_tokens"]
+    size = len(tokenizer(long)["input_ids"]) if known else len(long) / 4
+    assert room - 25 <= size <= room
+
+
+@given(
+    words=st.lists(st.text("abc ", min_size=1, max_size=5), min_size=2, max_size=30),
+    room=st.integers(1, 29),
+    cut=st.sampled_from(["head", "tail", "middle"]),
+)
+def test_what_is_kept_of_a_text_are_whole_pieces_of_its_ends(words, room, cut):
+    room = min(room, len(words) - 1)
+    ends = np.cumsum([len(word) for word in words]).tolist()
+    pieces = list(zip([0, *ends[:-1]], ends, strict=True))
+    kept = shorten("".join(words), pieces, room, cut)
+    begin = {"head": 0, "tail": room, "middle": (room + 1) // 2}[cut]
+    assert kept.startswith("".join(words[:begin]))
+    assert kept.endswith("".join(words[len(words) - (room - begin) :]) if room > begin else "")
+    assert len(kept.replace(" … ", "")) == len("".join(words[:begin] + words[len(words) - (room - begin) :]))
+
+
+# --- before anything is asked
+
+
+def test_facts_for_the_manifest(tiny_llm):
+    url = "http://127.0.0.1:1/v1"
+    teacher = make_teacher(url, {"scores": "auto"})
+    facts = check_server_teacher(teacher, LABELS)
+    assert facts.items() >= {"kind": "openai", "model": "stub", "base_url": url, "scores": "auto"}.items()
+    assert len(facts["prompt_hash"]) == 16
+    assert check_server_teacher(by_votes(url), LABELS)["scores"] == "votes"
+    assert check_server_teacher(with_tokens(url, tiny_llm), LABELS)["scores"] == "label_ids"
+    many = LabelsConfig(names=tuple(f"label {i}" for i in range(40)))
+    only_votes = make_teacher(url, {"scores": "auto"}, prompt={"answer": "names"})
+    assert check_server_teacher(only_votes, many)["scores"] == "votes", "names need a tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("server", "settings", "message"),
+    [
+        ({"scores": "label_ids"}, {}, r"^small\.server\.tokenizer is missing"),
+        ({"scores": "label_ids", "tokenizer": "no/such-model"}, {}, r"^small\.server\.tokenizer: .*no/such"),
+        (
+            {"scores": "top_logprobs"},
+            {"prompt": {"answer": "names"}},
+            r"^small\.server\.scores: 'top_logprobs'",
+        ),
+        ({"base_url": "http://ann:pw123@localhost/v1"}, {}, r"^small\.server\.base_url: (?!.*pw123)"),
+        ({"base_url": "http://localhost/v1?key=pw123"}, {}, r"^small\.server\.base_url: (?!.*pw123)"),
+        ({"base_url": "http://[::1/v1"}, {}, r"^small\.server\.base_url: 'http://\[::1/v1'"),
+        ({}, {"max_model_len": 40}, r"^small\.max_model_len: 40 leaves no room"),
+    ],
+)
+def test_mistakes_are_found_without_a_request(server, settings, message):
+    teacher = make_teacher("http://127.0.0.1:1/v1", server, **settings)
+    with pytest.raises(ConfigError, match=message):
+        check_server_teacher(teacher, LABELS, "small")
+
+
+def test_a_prompt_that_leaves_no_room_is_found_without_a_request(tiny_llm):
+    teacher = with_tokens("http://127.0.0.1:1/v1", tiny_llm)
+    wordy = teacher.prompt.model_copy(update={"instruction": "Which one? " * 100})
+    with pytest.raises(ConfigError, match="max_model_len"):
+        check_server_teacher(teacher.model_copy(update={"prompt": wordy}), PHRASES)

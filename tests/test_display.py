@@ -1,0 +1,107 @@
+"""What is said stays, word for word; what goes on is not repeated too often."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from llkd_ray import display as console_module
+from llkd_ray.display import LOG_EVERY_S, Display
+
+
+class Clock:
+    """Stands in for time.monotonic()."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(console_module, "time", made)
+    return made
+
+
+def display(terminal=False, width=60) -> Display:
+    return Display(
+        Console(file=io.StringIO(), force_terminal=terminal, width=width, soft_wrap=True, highlight=False)
+    )
+
+
+def shown(made: Display) -> str:
+    return made.console.file.getvalue()
+
+
+class TestLog:
+    def test_lines_carry_the_seconds_since_the_start(self, clock):
+        made = display()
+        made.say("begun")
+        clock.now += 75.4
+        made.say("done")
+        assert shown(made) == "[    0 s] begun\n[   75 s] done\n"
+
+    @pytest.mark.parametrize(
+        "line", ["[bold]x[/bold] [/]", "a path [/runs/x]", ":warning: s3://b:eye:", "x" * 200]
+    )
+    def test_lines_are_printed_as_they_are(self, clock, line):
+        made = display()
+        made.say(line)
+        assert shown(made) == f"[    0 s] {line}\n"
+
+    def test_updates_come_now_and_then(self, clock):
+        made = display()
+        with made:
+            for i in range(20):
+                clock.now += LOG_EVERY_S / 4
+                made.update(f"labelled {i}")
+        assert 4 <= len(shown(made).splitlines()) <= 5
+        assert shown(made).splitlines()[0].endswith("labelled 0")
+
+    def test_the_same_update_is_not_repeated(self, clock):
+        made = display()
+        for _ in range(5):
+            clock.now += 10 * LOG_EVERY_S
+            made.update("waiting")
+        assert len(shown(made).splitlines()) == 1
+
+    def test_first_update_comes_at_once_on_a_machine_just_started(self, clock):
+        clock.now = 1.0
+        made = display()
+        made.update("starting")
+        assert "starting" in shown(made)
+
+
+class TestTerminal:
+    @pytest.mark.parametrize("line", ["labelled 5 of 9", "sorted into [/x] and [b]"])
+    def test_update_moves_and_say_stays(self, clock, line):
+        made = display(terminal=True)
+        with made:
+            made.update(line)
+            made.say("round 0 is over")
+            assert made._status._live.is_started
+        assert line in shown(made)
+        assert "round 0 is over" in shown(made)
+        assert not made._status._live.is_started
+
+    def test_is_put_away_when_something_breaks(self):
+        made = display(terminal=True)
+        with pytest.raises(ValueError, match="broken"), made:
+            raise ValueError("broken")
+        assert not made._status._live.is_started
+
+
+def test_table_shows_every_cell_as_it_is():
+    made = display(width=80)
+    made.table("Plan [x]", ["policy", "rows [n]"], [["llkd", "1,000"], ["[/b] random", "[red]5"]])
+    lines = shown(made).splitlines()
+    assert lines[0].strip() == "Plan [x]"
+    assert "policy" in shown(made)
+    assert "rows [n]" in shown(made)
+    assert any("llkd" in line and "1,000" in line for line in lines)
+    assert any("[/b] random" in line and "[red]5" in line for line in lines)
