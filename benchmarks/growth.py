@@ -127,7 +127,7 @@ def selector_of(labels: int, rounds: int, folder: Path) -> Selector:
 
 def run_config(labels: int, rounds: int) -> Config:
     return toys.make_config(
-        teacher={"lease_rows": LEASE_ROWS},
+        teacher={"ticket_size": LEASE_ROWS},
         test=None,
         budget={"labels": labels, "rounds": rounds, "train": max(rounds, labels // 10)},
         evaluation={"holdout": 0},

@@ -41,10 +41,10 @@ from llkd_ray.teacher.prompt import build_prompt, encode_prompts, label_sequence
 from llkd_ray.teacher.vllm.backends import AsyncEngine
 from llkd_ray.teacher.vllm.engine import Engine
 from llkd_ray.teacher.vllm.requests import CPU_BLOCK_SIZE
-from llkd_ray.teacher.vllm.teacher import VllmLabeller
+from llkd_ray.teacher.vllm.teacher import VllmTeacher
 
 MODEL_LEN = 2048
-UNRESOLVED = TeacherConfig.model_fields["unresolved"].default
+UNRESOLVED = TeacherConfig.model_fields["min_branch_prob"].default
 VLLM_BLOCK_SIZE = 128  # vLLM's own default on CPU
 PAD, END = 2, 1  # tokens of quickstart's tokenizer
 PREFIXES = (
@@ -389,18 +389,18 @@ async def measure(teacher: Path, truths: Sequence[Truth], n_exact: int, block_si
         return started[-1]
 
     engine: Engine | None = None
-    for truth, (unresolved, most) in product(truths, ((UNRESOLVED, None), (0.0, n_exact))):
+    for truth, (min_branch_prob, most) in product(truths, ((UNRESOLVED, None), (0.0, n_exact))):
         asked = truth.test.texts[:most]
         if not asked:
             continue
-        labeller = labeller_of(teacher, truth.labels, unresolved, block_size)
+        labeller = labeller_of(teacher, truth.labels, min_branch_prob, block_size)
         engine = labeller.engine = engine or Engine(labeller.teacher, tell_start, start)
         await labeller.label(["warm-up"], ["x"], Unlimited())
         assert await started[0].vllm.reset_prefix_cache()
         begun = time.monotonic()
         answers = await labeller.label([str(i) for i in range(len(asked))], asked, Unlimited())
         seconds = time.monotonic() - begun
-        print(f"| {' | '.join(cells(truth, answers, unresolved, block_size, seconds))} |", flush=True)
+        print(f"| {' | '.join(cells(truth, answers, min_branch_prob, block_size, seconds))} |", flush=True)
     if engine is not None:
         engine.close()
     started.clear()
@@ -411,20 +411,20 @@ def tell_start(seconds: float) -> None:
     tell(f"engine up in {seconds:.0f} s")
 
 
-def labeller_of(teacher: Path, labels: LabelSet, unresolved: float, block_size: int) -> VllmLabeller:
+def labeller_of(teacher: Path, labels: LabelSet, min_branch_prob: float, block_size: int) -> VllmTeacher:
     settings = TeacherConfig(
         model=str(teacher),
         prompt=labels.prompt,
         max_model_len=MODEL_LEN,
         dtype="float32",
-        unresolved=unresolved,
+        min_branch_prob=min_branch_prob,
         engine={"block_size": block_size},
     )
-    return VllmLabeller(settings, LabelsConfig(names=labels.names), lambda seconds: None)
+    return VllmTeacher(settings, LabelsConfig(names=labels.names), lambda seconds: None)
 
 
 def cells(
-    truth: Truth, answers: Answers, unresolved: float, block_size: int, seconds: float
+    truth: Truth, answers: Answers, min_branch_prob: float, block_size: int, seconds: float
 ) -> tuple[str, ...]:
     assert answers.answered_N.all(), f"texts without an answer: {set(answers.outcome_N)}"
     n = len(answers.probs_NC)
@@ -432,7 +432,7 @@ def cells(
     return (
         truth.labels.title,
         str(block_size),
-        f"{unresolved:g}",
+        f"{min_branch_prob:g}",
         str(n),
         f"{np.abs(answers.probs_NC - truth.probs_NC[:n]).max():.1e}",
         f"{np.abs(off_N).max():.0e}",

@@ -29,8 +29,8 @@ WAYS: dict[str, dict[str, str]] = {
     "soft": {"loss": "soft"},
     "generalised": {"loss": "generalised"},
     "candidates": {"loss": "candidates"},
-    "in-step mask": {"in_step": "mask"},
-    "in-step weight": {"in_step": "weight"},
+    "in-step mask": {"step_thresholds": "mask"},
+    "in-step weight": {"step_thresholds": "weight"},
 }
 
 

@@ -96,7 +96,7 @@ def measure(rows: int, options: argparse.Namespace) -> list[list[object]]:
     )
     lines: list[list[object]] = []
     try:
-        config = make_config(folder, options.kind, labels, options.lease_rows)
+        config = make_config(folder, options.kind, labels, options.ticket_size)
         store = RunStore(str(folder / "run"))
         with watched() as idle:
             time.sleep(5)
@@ -142,7 +142,7 @@ def make(folder: str, rows: int, kind: str) -> None:
                     file.writelines(json.dumps({"id": id_, "text": text}) + "\n" for id_, text in pairs)
 
 
-def make_config(folder: Path, kind: str, labels: int, lease_rows: int):
+def make_config(folder: Path, kind: str, labels: int, ticket_size: int):
     """In corpus order and with no hold-out, so that it is known which answers are needed."""
     from llkd_ray.config.loading import parse_config
 
@@ -153,7 +153,7 @@ def make_config(folder: Path, kind: str, labels: int, lease_rows: int):
             "teacher": {
                 "kind": "recorded",
                 "recorded": {"uri": str(folder / "answers.parquet")},
-                "lease_rows": lease_rows,
+                "ticket_size": ticket_size,
             },
             "student": {"model": "none"},
             "acquisition": {"policy": "sequential"},

@@ -70,7 +70,7 @@ def measure(
                 "server": {"base_url": server.base_url, "tokenizer": None, "concurrency": CONCURRENCY},
                 "prompt": {"answer": "letters"},
                 "cache": None,
-                "lease_rows": 16,
+                "ticket_size": 16,
             },
             student={"model": "minilm", "workers": 1, "threads": 1, "epochs": 3},
             budget={"labels": POOL, "train": TRAIN, "rounds": n_rounds, "growth": growth},

@@ -161,7 +161,7 @@ def make_config(folder: Path, rounds: int, workers: int) -> Config:
     tree = toys.config_tree(
         corpus={"uri": str(pool)},
         test={"uri": str(test)},
-        teacher={"recorded": {"uri": str(answers)}, "lease_rows": LEASE},
+        teacher={"recorded": {"uri": str(answers)}, "ticket_size": LEASE},
         student={
             "model": toys.save_tiny_encoder(folder / "student"),
             "workers": workers,

@@ -26,7 +26,7 @@ import numpy as np
 from llkd_ray.metrics.uncertainty import Floats, Ints
 from llkd_ray.selection.policies import SELECTION
 from llkd_ray.selection.recovery import Snapshot
-from llkd_ray.selection.search import Best, class_thresholds
+from llkd_ray.selection.search import TopK, class_thresholds
 from llkd_ray.selection.table import COLUMNS, UNIT, ScoreTable, class_sums, slices
 
 Step = Callable[[], Any]
@@ -143,7 +143,7 @@ def thresholds(table: ScoreTable) -> Floats:
 
 
 def top_of_each(table: ScoreTable) -> Ints:
-    top = Best(0, np.full(N_CLASSES, OF_EACH))
+    top = TopK(0, np.full(N_CLASSES, OF_EACH))
     for part in slices(len(table)):
         top.note(np.arange(part.start, part.stop), table.confidence[part], table.label[part])
     return top.found().row_M

@@ -60,7 +60,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, run_dir: Path) -> None:
     config = make_config(options)
     store = RunStore(str(run_dir))
-    rows = options.tickets * options.lease_rows
+    rows = options.tickets * options.ticket_size
     store.write_json(EXAMPLES_INDEX, {"pool": [{"file": "examples/none.parquet", "rows": rows}], "test": []})
     selector = start_selector(config, store.root, "")
     ray.get(selector.stats.remote())
@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace, run_dir: Path) -> None:
     clients = [remote.remote(config, store.root, selector, options) for _ in range(CLIENTS)]
     latencies = ray.get([c.teach.remote(tickets[i::CLIENTS], per_client) for i, c in enumerate(clients)])
     seconds = time.monotonic() - began
-    print(f"{options.actors} teachers, {len(tickets)} tickets of {options.lease_rows} texts, {rows:,} rows")
+    print(f"{options.actors} teachers, {len(tickets)} tickets of {options.ticket_size} texts, {rows:,} rows")
     calls = 0
     for name in ("lease", "reserve", "put_labels"):
         every = np.concatenate([one[name] for one in latencies]) * 1_000
@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace, run_dir: Path) -> None:
 
 
 def make_config(options: argparse.Namespace) -> Config:
-    rows = options.tickets * options.lease_rows
+    rows = options.tickets * options.ticket_size
     return parse_config(
         {
             "corpus": {"uri": "none.parquet"},
@@ -100,7 +100,7 @@ def make_config(options: argparse.Namespace) -> Config:
             "teacher": {
                 "kind": "recorded",
                 "recorded": {"uri": "none.parquet"},
-                "lease_rows": options.lease_rows,
+                "ticket_size": options.ticket_size,
                 "actors": options.actors,
             },
             "student": {"model": "none"},
@@ -125,7 +125,7 @@ class Client:
         self.config, self.selector, self.options = config, selector, options
         self.store = RunStore(store_uri)
         self.seconds: dict[str, list[float]] = {"lease": [], "reserve": [], "put_labels": []}
-        p_MC = np.random.default_rng(0).dirichlet(np.ones(N_CLASSES), options.lease_rows)
+        p_MC = np.random.default_rng(0).dirichlet(np.ones(N_CLASSES), options.ticket_size)
         self.probs_MC = p_MC.astype(np.float32)
 
     async def teach(self, tickets: list[int], teachers: int) -> dict[str, np.ndarray]:

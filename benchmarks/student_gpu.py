@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import transformers
 from student_bench import LABELS, QUICK, Bench, Output, Plan, about, mixed_lengths, product_ceiling
-from student_variants import PACKED, SIZES, Way, in_bf16, packed_logits
+from student_variants import PACKED, SIZES, ScoringMethod, in_bf16, packed_logits
 from torch import nn
 from torch.nn.attention import SDPBackend
 from transformers import RobertaModel
@@ -41,17 +41,17 @@ from llkd_ray.student.inference import by_length, predict
 from llkd_ray.student.model import Student, build_student, lengths
 from llkd_ray.student.train import Batch, train_round
 
-AUTOCAST = Way("autocast")
-BF16 = Way("bf16 weights", bf16=True)
+AUTOCAST = ScoringMethod("autocast")
+BF16 = ScoringMethod("bf16 weights", bf16=True)
 FORWARD = [
     replace(AUTOCAST, all_budgets=True),
     replace(BF16, all_budgets=True),
-    Way("bf16 weights, padded", bf16=True, masked=True),
-    Way("autocast, padded", masked=True),
-    Way("bf16 weights, eager attention", bf16=True, attention="eager"),
-    Way("bf16 weights, flash kernel", bf16=True, kernel=SDPBackend.FLASH_ATTENTION),
-    Way("bf16 weights, cuDNN kernel", bf16=True, kernel=SDPBackend.CUDNN_ATTENTION),
-    Way("bf16 weights, memory-efficient kernel", bf16=True, kernel=SDPBackend.EFFICIENT_ATTENTION),
+    ScoringMethod("bf16 weights, padded", bf16=True, masked=True),
+    ScoringMethod("autocast, padded", masked=True),
+    ScoringMethod("bf16 weights, eager attention", bf16=True, attention="eager"),
+    ScoringMethod("bf16 weights, flash kernel", bf16=True, kernel=SDPBackend.FLASH_ATTENTION),
+    ScoringMethod("bf16 weights, cuDNN kernel", bf16=True, kernel=SDPBackend.CUDNN_ATTENTION),
+    ScoringMethod("bf16 weights, memory-efficient kernel", bf16=True, kernel=SDPBackend.EFFICIENT_ATTENTION),
 ]
 COMPILED = [replace(way, name=f"{way.name}, compiled", compiled=True) for way in FORWARD[1::-1]]
 
@@ -189,11 +189,11 @@ class StudentBench(Bench):
 
     # Scoring, the forward pass alone
 
-    def forward(self, ways: Sequence[Way]) -> None:
+    def forward(self, ways: Sequence[ScoringMethod]) -> None:
         for way in ways:
             self.attempt("way", lambda w=way: self.forward_of(w), way=way.name)
 
-    def forward_of(self, way: Way) -> dict[str, Any]:
+    def forward_of(self, way: ScoringMethod) -> dict[str, Any]:
         def measure(length: int, texts: int) -> dict[str, Any]:
             inputs = self.inputs(length, texts, masked=way.masked)
             return self.rate(np.full(texts, length), self.seconds(lambda: way.logits(model, inputs)))
@@ -215,7 +215,7 @@ class StudentBench(Bench):
         exactly = [part for index_B in nearly for part in np.split(index_B, changes(length_N[index_B]))]
         expected_NC = np.zeros((length_N.size, len(LABELS.names)), dtype=np.float32)
 
-        def run(way: Way, batches: list[np.ndarray], packed: bool = False) -> dict[str, Any]:
+        def run(way: ScoringMethod, batches: list[np.ndarray], packed: bool = False) -> dict[str, Any]:
             places = np.concatenate(batches)
             widths = [length_N[index_B].max() * (not packed) for index_B in batches]
             padded = sum(w * b.size for w, b in zip(widths, batches, strict=True)) / length_N.sum() - 1
@@ -230,7 +230,7 @@ class StudentBench(Bench):
             return self.rate(length_N, seconds) | {"padding": max(0.0, padded), "furthest": furthest}
 
         facts = {"length": "mixed", "texts": length_N.size}
-        packing = Way("", bf16=True, attention=PACKED)
+        packing = ScoringMethod("", bf16=True, attention=PACKED)
         self.attempt("padding", lambda: run(BF16, nearly), way="sorted, padded", **facts)
         self.attempt("padding", lambda: run(BF16, exactly), way="one length a batch", **facts)
         self.attempt("padding", lambda: run(packing, nearly, packed=True), way="packed", **facts)
@@ -253,11 +253,11 @@ class StudentBench(Bench):
             "max_length_q": int(length_B.max()),
         }
 
-    def profile(self, ways: Sequence[Way]) -> None:
+    def profile(self, ways: Sequence[ScoringMethod]) -> None:
         """Which kernels the time of a forward pass goes to: share of it and count."""
         length = self.plan.lengths[1]
 
-        def measure(way: Way) -> dict[str, Any]:
+        def measure(way: ScoringMethod) -> dict[str, Any]:
             inputs = self.inputs(length, self.plan.budgets[1] // length)
             kinds = [torch.profiler.ProfilerActivity.CPU]
             if self.device.type == "cuda":
@@ -306,13 +306,13 @@ class StudentBench(Bench):
             "with_tokenizing": round(n * length / whole)
         }
 
-    def steps(self, ways: Sequence[Way], fused: bool = True) -> None:
+    def steps(self, ways: Sequence[ScoringMethod], fused: bool = True) -> None:
         """A step's forward, backward, clipping and AdamW, with inputs that lie on the device."""
         for way in ways:
             name = way.name + ("" if fused else ", AdamW not fused")
             self.attempt("way", lambda w=way, n=name: self.steps_of(w, n, fused), way=name)
 
-    def steps_of(self, way: Way, name: str, fused: bool) -> dict[str, Any]:
+    def steps_of(self, way: ScoringMethod, name: str, fused: bool) -> dict[str, Any]:
         def measure(length: int, batch: int) -> dict[str, Any]:
             inputs = self.inputs(length, batch)
             label_B = torch.randint(0, 4, (batch,), device=self.device)

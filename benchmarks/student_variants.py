@@ -118,7 +118,7 @@ def in_bf16(model: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Way:
+class ScoringMethod:
     """A way to run the model."""
 
     name: str

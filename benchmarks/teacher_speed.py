@@ -306,7 +306,7 @@ def label_bare(place: Path, n: int) -> dict[str, float]:
     llm = LLM(**engine_arguments(config.teacher))
     texts = read_texts(place, n)
     ready = time.time()
-    few = config.teacher.lease_rows
+    few = config.teacher.ticket_size
     generate(llm, config, texts[:few])
     first = time.time() - began
     generate(llm, config, texts[few:])

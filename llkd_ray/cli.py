@@ -24,7 +24,7 @@ from llkd_ray.config.loading import (
     with_absolute_paths,
 )
 from llkd_ray.config.schema import Config
-from llkd_ray.display import TEACHER_DOWN, Display, status_of
+from llkd_ray.display import TEACHER_DOWN, Display, run_program
 from llkd_ray.export import export_model
 from llkd_ray.prediction.config import in_flags, predict_parser, settings_of
 from llkd_ray.report.pages import write_report
@@ -38,7 +38,7 @@ def distill_main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit status."""
     options = distill_parser().parse_args(arguments)
     try:
-        return status_of(partial(_dispatch, options))
+        return run_program(partial(_dispatch, options))
     except TeacherDown as error:
         print(f"error: {error}; what is labelled is kept: go on with --resume RUN_DIR", file=sys.stderr)
         return TEACHER_DOWN
@@ -52,7 +52,7 @@ def distill_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", nargs="?", help="a YAML file; see configs/")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
-    parser.add_argument("--plan", action="store_true", help="say what would be done, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run that was stopped")
     return parser
 
@@ -64,7 +64,7 @@ def _dispatch(options: argparse.Namespace, display: Display) -> None:
         _finish([resume(options.resume, display, options.set)], display)
     elif options.config:
         config = with_absolute_paths(load_config(options.config, options.set))
-        if options.plan:
+        if options.dry_run:
             plan(config, display)
         else:
             _finish([start(config, display)], display)
@@ -77,7 +77,7 @@ def _dispatch(options: argparse.Namespace, display: Display) -> None:
             prepare(Path(local_dir("runs")) / "quickstart-data", say=display.say), options.set
         )
         config = with_absolute_paths(parse_config(settings))
-        if options.plan:
+        if options.dry_run:
             plan(config, display)
         else:
             _finish(quickstart(config, display), display)
@@ -156,13 +156,13 @@ def audit_main(arguments: Sequence[str] | None = None) -> int:
                 absolute(options.out),
                 wanted,
                 blind=options.blind,
-                look_at=options.look_at,
+                score_sample=options.score_sample,
                 say=display.say,
             )
         else:
             bring_back(options.run, absolute(options.rows), replace=options.replace, say=display.say)
 
-    return status_of(work)
+    return run_program(work)
 
 
 def audit_parser() -> argparse.ArgumentParser:
@@ -184,7 +184,7 @@ def audit_parser() -> argparse.ArgumentParser:
         out.add_argument(f"--{name}", type=_number, default=number, metavar="N", help=f"{words} ({number})")
     out.add_argument("--blind", action="store_true", help="without the models' answers, which may sway")
     out.add_argument(
-        "--look-at",
+        "--score-sample",
         type=_number,
         default=LOOK_AT,
         metavar="N",
@@ -211,7 +211,7 @@ def compare_main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit status."""
     options = compare_parser().parse_args(arguments)
     try:
-        return status_of(partial(_compare, options))
+        return run_program(partial(_compare, options))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return STOPPED
@@ -283,7 +283,7 @@ def export_main(arguments: Sequence[str] | None = None) -> int:
         )
         display.console.print(f"model: {done.model}")
 
-    return status_of(work)
+    return run_program(work)
 
 
 def export_parser() -> argparse.ArgumentParser:
@@ -308,4 +308,4 @@ def predict_main(arguments: Sequence[str] | None = None) -> int:
         done = predict(settings_of(options), display=display)
         display.console.print(f"predictions: {done.predictions}")
 
-    return status_of(work, in_flags)
+    return run_program(work, in_flags)

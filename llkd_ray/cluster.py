@@ -14,7 +14,7 @@ import ray.data
 from ray.util.placement_group import PlacementGroup
 
 from llkd_ray.config.schema import Config
-from llkd_ray.resources import require_room
+from llkd_ray.resources import check_resources
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def check_fit(config: Config) -> None:
     Skipped where an autoscaler may still add nodes (LLKD_AUTOSCALING=1, set by cluster.yaml).
     """
     if os.environ.get("LLKD_AUTOSCALING") != "1":
-        require_room(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        check_resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
 
 def remove_left_groups(bundle: Mapping[str, float]) -> int:

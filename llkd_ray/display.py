@@ -133,7 +133,7 @@ def markdown(text: str) -> str:
 USER_MISTAKE, TEACHER_DOWN = 2, 3
 
 
-def status_of(work: Callable[[Display], int | None], in_words: Callable[[str], str] = str) -> int:
+def run_program(work: Callable[[Display], int | None], describe: Callable[[str], str] = str) -> int:
     """Do a program's work; returns its exit status, which is 0 where ``work`` returns none.
 
     A :class:`ConfigError` goes to stderr, in one line, by way of ``in_words``.
@@ -142,5 +142,5 @@ def status_of(work: Callable[[Display], int | None], in_words: Callable[[str], s
         with Display() as display:
             return work(display) or 0
     except ConfigError as error:
-        print(f"error: {in_words(str(error))}", file=sys.stderr)
+        print(f"error: {describe(str(error))}", file=sys.stderr)
         return USER_MISTAKE

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from llkd_ray.config.base import ConfigError
-from llkd_ray.evaluation.student_calibration import audited_sample, fit_student, in_words, write_calibration
+from llkd_ray.evaluation.student_calibration import audited_sample, describe, fit_student, write_calibration
 from llkd_ray.report.pages import write_pages
 from llkd_ray.run.loop import run_config
 from llkd_ray.storage.checkpoints import Checkpoint, inspect
@@ -68,7 +68,7 @@ def export_model(
     calibration = None
     if run is not None:
         calibration = _calibrated(run, checkpoint)
-        say(in_words(calibration))
+        say(describe(calibration))
         write_pages(run)
     found: list[Difference] = []
     if onnx:

@@ -26,7 +26,7 @@ _UNITS = 10_000  # Ray counts resources in ten-thousandths
 
 
 @dataclass(frozen=True)
-class Piece:
+class Bundle:
     """What must lie on one node as a whole."""
 
     what: str
@@ -36,7 +36,7 @@ class Piece:
     """Resources in ten-thousandths, so that sums are exact; none is 0."""
 
     @classmethod
-    def of(cls, what: str, field: str, needs: Resources) -> Piece:
+    def of(cls, what: str, field: str, needs: Resources) -> Bundle:
         units = ((name, _units(amount)) for name, amount in needs.items())
         return cls(what, field, tuple((name, amount) for name, amount in units if amount))
 
@@ -51,14 +51,14 @@ def of_a_rank(student: StudentConfig) -> dict[str, float]:
     return {"CPU": student.cpus, "GPU": student.gpus, **student.resources}
 
 
-def require_room(config: Config, nodes: Sequence[Resources]) -> None:
+def check_resources(config: Config, nodes: Sequence[Resources]) -> None:
     """Raises ConfigError where the run's smallest pools do not fit on nodes of so many resources each."""
-    if without_room(nodes, [Piece.of("reading task", "corpus", {"CPU": READING_CPUS})]):
+    if without_room(nodes, [Bundle.of("reading task", "corpus", {"CPU": READING_CPUS})]):
         raise ConfigError(
             f"corpus: a task that reads it needs {READING_CPUS:g} CPUs, but no node has them: "
             f"add a node, or start one with more CPUs"
         )
-    pieces = pieces_of(config, ranks_to_start(config.student, nodes))
+    pieces = bundles_of(config, ranks_to_start(config.student, nodes))
     for name in sorted({name for piece in pieces for name, _ in piece.needs}):
         if _total(pieces, name) > sum(_units(node.get(name, 0)) for node in nodes):
             raise ConfigError(_too_much(config, pieces, nodes, name))
@@ -66,13 +66,13 @@ def require_room(config: Config, nodes: Sequence[Resources]) -> None:
         raise ConfigError(_no_place(config, pieces, nodes, left))
 
 
-def pieces_of(config: Config, ranks: int) -> list[Piece]:
+def bundles_of(config: Config, ranks: int) -> list[Bundle]:
     """All that a run with so many student ranks needs at a time, its teachers' pools at their smallest."""
-    pieces = [Piece.of(LEASER, "", {"CPU": LEASER_CPUS})]
+    pieces = [Bundle.of(LEASER, "", {"CPU": LEASER_CPUS})]
     for name, teacher in config.teacher.members():
-        parts = _pieces_of_an_actor(teacher, member_field(name))
+        parts = _bundles_of_an_actor(teacher, member_field(name))
         pieces += parts * teacher.min_actors
-    return pieces + [Piece.of(STUDENT, "student", of_a_rank(config.student))] * ranks
+    return pieces + [Bundle.of(STUDENT, "student", of_a_rank(config.student))] * ranks
 
 
 def ranks_to_start(student: StudentConfig, nodes: Sequence[Resources]) -> int:
@@ -80,12 +80,12 @@ def ranks_to_start(student: StudentConfig, nodes: Sequence[Resources]) -> int:
 
     It does not see what the teachers hold of them, and would wait for ever for room for the last ones.
     """
-    rank = Piece.of(STUDENT, "student", of_a_rank(student))
+    rank = Bundle.of(STUDENT, "student", of_a_rank(student))
     held = sum(min(_units(node.get(name, 0)) // amount for name, amount in rank.needs) for node in nodes)
     return min(max(held, student.min_workers), student.max_workers)
 
 
-def without_room(nodes: Sequence[Resources], pieces: Sequence[Piece]) -> list[Piece]:
+def without_room(nodes: Sequence[Resources], pieces: Sequence[Bundle]) -> list[Bundle]:
     """The pieces for which there is no room; first fit, the largest first.
 
     A piece is as large as the largest share that it has of all there is of a resource.
@@ -94,7 +94,7 @@ def without_room(nodes: Sequence[Resources], pieces: Sequence[Piece]) -> list[Pi
     free = [{name: _units(node.get(name, 0)) for name in names} for node in nodes]
     there = {name: max(1, sum(node[name] for node in free)) for name in names}
 
-    def size(piece: Piece) -> float:
+    def size(piece: Bundle) -> float:
         return max((amount / there[name] for name, amount in piece.needs), default=0.0)
 
     left = []
@@ -108,21 +108,21 @@ def without_room(nodes: Sequence[Resources], pieces: Sequence[Piece]) -> list[Pi
     return left
 
 
-def _pieces_of_an_actor(teacher: TeacherConfig, field: str) -> list[Piece]:
+def _bundles_of_an_actor(teacher: TeacherConfig, field: str) -> list[Bundle]:
     """Parts that share the work of a layer stay on one node; the stages of a pipeline need not."""
     needs = of_one_part(teacher)
     if teacher.is_placed_in_parts and teacher.pipeline_parallel > 1:
-        return [Piece.of(f"part of a {TEACHER}", field, needs)] * teacher.parts
+        return [Bundle.of(f"part of a {TEACHER}", field, needs)] * teacher.parts
     if teacher.is_placed_in_parts:
-        return [Piece.of(TEACHER, field, {name: amount * teacher.parts for name, amount in needs.items()})]
+        return [Bundle.of(TEACHER, field, {name: amount * teacher.parts for name, amount in needs.items()})]
     # In one piece, or in several processes of one actor on CPUs.
-    return [Piece.of(TEACHER, field, needs | {"CPU": teacher.cpus * teacher.parts})]
+    return [Bundle.of(TEACHER, field, needs | {"CPU": teacher.cpus * teacher.parts})]
 
 
 # --- in words
 
 
-def _too_much(config: Config, pieces: Sequence[Piece], nodes: Sequence[Resources], name: str) -> str:
+def _too_much(config: Config, pieces: Sequence[Bundle], nodes: Sequence[Resources], name: str) -> str:
     """Why the nodes have too little of a resource in all."""
     asking = [piece for piece in pieces if name in dict(piece.needs)]
     sums = {
@@ -139,7 +139,7 @@ def _too_much(config: Config, pieces: Sequence[Piece], nodes: Sequence[Resources
 
 
 def _no_place(
-    config: Config, pieces: Sequence[Piece], nodes: Sequence[Resources], left: Sequence[Piece]
+    config: Config, pieces: Sequence[Bundle], nodes: Sequence[Resources], left: Sequence[Bundle]
 ) -> str:
     """Why the nodes have enough in all, but not where it is needed."""
     names = sorted({name for piece in pieces for name, _ in piece.needs})
@@ -164,7 +164,7 @@ def _actors(config: Config) -> str:
     return f"{sum(teacher.min_actors for _, teacher in config.teacher.members())} {TEACHER}(s)"
 
 
-def _ranks(pieces: Sequence[Piece]) -> str:
+def _ranks(pieces: Sequence[Bundle]) -> str:
     return f"{sum(piece.what == STUDENT for piece in pieces)} {STUDENT}(s)"
 
 
@@ -172,7 +172,7 @@ def _listed(things: Sequence[str]) -> str:
     return " and ".join([", ".join(things[:-1]), things[-1]] if things[1:] else things)
 
 
-def _fields(pieces: Sequence[Piece], names: Sequence[str]) -> str:
+def _fields(pieces: Sequence[Bundle], names: Sequence[str]) -> str:
     """The settings by which the pieces ask for resources."""
     asked = [(one.field, name) for one in pieces if one.field for name, _ in one.needs if name in names]
     settings = {"CPU": "cpus", "GPU": "gpus"}
@@ -183,7 +183,7 @@ def _plural(name: str) -> str:
     return f"{name}s" if name in ("CPU", "GPU") else f"of {name!r}"
 
 
-def _total(pieces: Sequence[Piece], name: str) -> int:
+def _total(pieces: Sequence[Bundle], name: str) -> int:
     return sum(dict(piece.needs).get(name, 0) for piece in pieces)
 
 

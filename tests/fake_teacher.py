@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
-from llkd_ray.teacher.base import Allowance, Answers, Meter, TextFailed, ask_each
+from llkd_ray.teacher.base import Allowance, Answers, Meter, TextFailed, label_batch
 
 BASE_TOKENS = 10
 
@@ -17,8 +17,8 @@ def numbered(number: int) -> np.ndarray:
     return np.array([number / 100, 0.1, 0.2])
 
 
-class FakeLabeller:
-    """Says ``says(number)`` to a text whose id ends in ``-number``; see ``answers.Labeller``.
+class FakeTeacher:
+    """Says ``says(number)`` to a text whose id ends in ``-number``; see ``answers.Teacher``.
 
     A text costs one request of ``BASE_TOKENS`` and its number in prompt tokens, and one answer token.
     """
@@ -53,7 +53,7 @@ class FakeLabeller:
             probs_C = self.says(numbers[i])
             return probs_C, 1.0 - probs_C.sum()
 
-        return await ask_each(len(ids), len(self.says(0)), one, allowance, cut=0)
+        return await label_batch(len(ids), len(self.says(0)), one, allowance, cut=0)
 
     def close(self) -> None:
         self.is_closed = True

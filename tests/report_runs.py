@@ -14,9 +14,9 @@ from llkd_ray.metrics.quality import quality_of
 from llkd_ray.report.pages import write_report
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import (
+    CANDIDATE_SAMPLE,
     CONFIG,
     EXAMPLES_INDEX,
-    GLANCE,
     INSIGHT,
     MANIFEST,
     QUARANTINE_DIR,
@@ -239,8 +239,10 @@ def enrich(store: RunStore, labels=LABELS, rounds=5, per_round=2_000, sure=0.9, 
             rng.random(per_round).astype(np.float16),
             np.arange(per_round) % 2 == 0,
         ]
-        arrays = [pa.array(x, field.type) for x, field in zip(columns, tables.GLANCE, strict=True)]
-        store.write_table(round_file(k, GLANCE), pa.Table.from_arrays(arrays, schema=tables.GLANCE))
+        arrays = [pa.array(x, field.type) for x, field in zip(columns, tables.CANDIDATE_SAMPLE, strict=True)]
+        store.write_table(
+            round_file(k, CANDIDATE_SAMPLE), pa.Table.from_arrays(arrays, schema=tables.CANDIDATE_SAMPLE)
+        )
         levels = {"confidence": rng.random(n_classes).tolist(), "uncertainty": rng.random(n_classes).tolist()}
         facts = {"labelled_of_class": [100 * (k + 1)] * n_classes, "prior": None}
         facts["thresholds"] = levels if k else {"confidence": levels["confidence"]}

@@ -28,7 +28,7 @@ class Bench:
     def __init__(self, folder, **sections):
         settings = {
             "budget": {"rounds": 4, "train": 60, "growth": 1.0} | sections.pop("budget", {}),
-            "teacher": {"lease_rows": 16} | sections.pop("teacher", {}),
+            "teacher": {"ticket_size": 16} | sections.pop("teacher", {}),
         }
         self.config = make_config(**settings, **sections)
         self.store = make_run(folder, N_POOL, N_TEST, N_CLASSES)

@@ -8,7 +8,7 @@ from typing import Any
 from llkd_ray.config.schema import LabelsConfig
 from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.teacher.base import Answers, Unlimited
-from llkd_ray.teacher.openai.teacher import ServerLabeller
+from llkd_ray.teacher.openai.teacher import OpenAITeacher
 
 LABELS = LabelsConfig(names=("sea", "kitchen", "garden"))
 
@@ -42,7 +42,7 @@ class Counting(Unlimited):
         return True
 
 
-def ask(labeller: ServerLabeller, *calls: list[str], allowance: Any = None) -> Answers:
+def ask(labeller: OpenAITeacher, *calls: list[str], allowance: Any = None) -> Answers:
     """Label the texts of some calls, one call after the other; gives the last one's answers."""
 
     async def run() -> Answers:

@@ -10,7 +10,7 @@ import os
 import sys
 from multiprocessing.connection import Connection
 
-from llkd_ray.teacher.vllm.requests import Reply
+from llkd_ray.teacher.vllm.requests import EngineResponse
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
         elif token_ids[0] >= 10_000:
             kept_back.add(number)
         else:
-            connection.send([(number, Reply(token_ids[0], probs=(1.0, 2.0), answers=told))])
+            connection.send([(number, EngineResponse(token_ids[0], probs=(1.0, 2.0), answers=told))])
 
 
 if __name__ == "__main__":

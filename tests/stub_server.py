@@ -19,7 +19,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Asked:
+class TicketAnswers:
     """A request as it came."""
 
     path: str
@@ -37,7 +37,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Reply:
+class EngineResponse:
     content: Any = b""
     """Bytes as they are; anything else as JSON."""
     status: int = 200
@@ -49,7 +49,7 @@ class Reply:
     """How many more bytes the Content-Length promises than come."""
 
 
-Answer = Callable[[Asked], Reply]
+Answer = Callable[[TicketAnswers], EngineResponse]
 
 
 class StubServer:
@@ -57,7 +57,7 @@ class StubServer:
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
-        self.asked: list[Asked] = []
+        self.asked: list[TicketAnswers] = []
         self.most_at_once = 0
         self._now = 0
         self._lock = threading.Lock()
@@ -90,7 +90,9 @@ class StubServer:
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-        asked = Asked(handler.path, dict(handler.headers), body, time.monotonic(), handler.client_address[1])
+        asked = TicketAnswers(
+            handler.path, dict(handler.headers), body, time.monotonic(), handler.client_address[1]
+        )
         with self._lock:
             self.asked.append(asked)
             self._now += 1
@@ -115,7 +117,7 @@ class StubServer:
         handler.close_connection |= reply.promise_bytes > 0
 
 
-def in_turn(first: Iterable[Reply], then: Answer) -> Answer:
+def in_turn(first: Iterable[EngineResponse], then: Answer) -> Answer:
     """The given replies, whatever is asked, and then what ``then`` says."""
     waiting = list(first)
     return lambda asked: waiting.pop(0) if waiting else then(asked)
@@ -137,23 +139,23 @@ def usage(prompt_tokens: int, answer_tokens: int, cached_tokens: int | None = No
     return total | {"total_tokens": prompt_tokens + answer_tokens, "prompt_tokens_details": details}
 
 
-def said(answers: Sequence[str | None], **further: Any) -> Reply:
+def said(answers: Sequence[str | None], **further: Any) -> EngineResponse:
     """Answers of the chat endpoint."""
-    return Reply({"choices": [{"message": {"content": answer}} for answer in answers]} | further)
+    return EngineResponse({"choices": [{"message": {"content": answer}} for answer in answers]} | further)
 
 
-def likeliest(probs: Mapping[str, float], **further: Any) -> Reply:
+def likeliest(probs: Mapping[str, float], **further: Any) -> EngineResponse:
     """A reply of the chat endpoint with top_logprobs."""
     top = [{"token": token, "logprob": math.log(p)} for token, p in probs.items()]
     content = [{**top[0], "top_logprobs": top}]
     choice = {"message": {"content": top[0]["token"]}, "logprobs": {"content": content}}
-    return Reply({"choices": [choice]} | further)
+    return EngineResponse({"choices": [choice]} | further)
 
 
-def scored(probs: Mapping[int, float], **further: Any) -> Reply:
+def scored(probs: Mapping[int, float], **further: Any) -> EngineResponse:
     """A reply of vLLM's completions endpoint to logprob_token_ids."""
     said = {f"token_id:{token}": math.log(p) for token, p in probs.items()}
-    return Reply({"choices": [{"text": "x", "logprobs": {"top_logprobs": [said]}}]} | further)
+    return EngineResponse({"choices": [{"text": "x", "logprobs": {"top_logprobs": [said]}}]} | further)
 
 
 def next_token_probs(token_ids: Sequence[int], vocabulary: int) -> np.ndarray:
@@ -166,10 +168,12 @@ def next_token_probs(token_ids: Sequence[int], vocabulary: int) -> np.ndarray:
 def vllm_like(vocabulary: int) -> Answer:
     """A server with ``logprob_token_ids``, over :func:`next_token_probs`."""
 
-    def answer(asked: Asked) -> Reply:
+    def answer(asked: TicketAnswers) -> EngineResponse:
         prompt, tokens = asked.body["prompt"], asked.body["logprob_token_ids"]
         if len(tokens) > 128 or asked.body["logprobs"] is None or asked.path != "/v1/completions":
-            return Reply({"error": {"message": "logprob_token_ids: too many, or no logprobs"}}, status=400)
+            return EngineResponse(
+                {"error": {"message": "logprob_token_ids: too many, or no logprobs"}}, status=400
+            )
         probs = next_token_probs(prompt, vocabulary)
         likeliest = int(probs.argmax())  # the token that is sampled is always there
         return scored({t: probs[t] for t in [likeliest, *tokens]}, usage=usage(len(prompt), 1))

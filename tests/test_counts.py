@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from fake_selector import FakeSelector, pass_through
-from fake_teacher import FakeLabeller, leased
+from fake_teacher import FakeTeacher, leased
 from toys import make_config, make_run
 
 from llkd_ray.config.schedule import Schedule
@@ -112,7 +112,7 @@ class TestTicket:
 
     def label(self, tmp_path, rows, opened, **sections):
         store = make_run(tmp_path / "run", 200, 30)
-        selector, labeller = FakeSelector(), FakeLabeller()
+        selector, labeller = FakeSelector(), FakeTeacher()
         stage = OnlyStage(make_config(**sections), store.root, selector, labeller)
         opened.clear()
         pass_through(stage, leased(3, list(range(rows))))
@@ -143,7 +143,7 @@ class TestSelector:
         """They were at every ticket that came in."""
         n_tickets = 50
         store = make_run(tmp_path / "run", 4 * n_tickets)
-        teacher = {"lease_rows": 4, "confidence": {"method": "batch"}}
+        teacher = {"ticket_size": 4, "confidence": {"method": "batch"}}
         sections = {"teacher": teacher, "evaluation": {"holdout": 0}, "test": None}
         selector = Selector(make_config(**sections, budget={"rounds": 1, "train": 10}), store.root)
         fitted_on = CountedRange(n_tickets)
@@ -158,7 +158,7 @@ class TestSelector:
 
     def test_the_round_of_a_ticket_is_found_in_few_looks(self, monkeypatch):
         rounds, looks = 256, Counter()
-        config = make_config(teacher={"lease_rows": 1}, budget={"rounds": rounds, "train": rounds})
+        config = make_config(teacher={"ticket_size": 1}, budget={"rounds": rounds, "train": rounds})
         schedule = Schedule.plan(config, 2_000, 0)
         tickets_before = Schedule.tickets_before
 

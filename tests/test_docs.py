@@ -86,7 +86,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
-    assert "teacher.lease_rows" in (tmp_path / "site/reference/config/index.html").read_text()
+    assert "teacher.ticket_size" in (tmp_path / "site/reference/config/index.html").read_text()
 
 
 class TestOwnCsv:
@@ -124,7 +124,7 @@ class TestOwnCsv:
         assert "0 problem(s)" in job("doctor.py")
 
     def test_plan(self, job):
-        said = job("distill.py", "--plan")
+        said = job("distill.py", "--dry-run")
         assert "What is the customer's message about?" in said
         assert "parcels on their way, late or lost" in said
 

@@ -14,10 +14,10 @@ from llkd_ray.config.schema import Config
 from llkd_ray.resources import (
     READING_CPUS,
     STUDENT,
-    Piece,
-    pieces_of,
+    Bundle,
+    bundles_of,
+    check_resources,
     ranks_to_start,
-    require_room,
     without_room,
 )
 
@@ -33,11 +33,11 @@ def on_gpus(actors: int, tensor: int = 1, pipeline: int = 1) -> Config:
 
 amounts = st.integers(1, 30).map(lambda tenths: tenths / 10)
 some_needs = st.dictionaries(st.sampled_from(["CPU", "GPU", "teacher"]), amounts, min_size=1)
-some_pieces = st.lists(some_needs.map(lambda needs: Piece.of("piece", "here", needs)), max_size=8)
+some_pieces = st.lists(some_needs.map(lambda needs: Bundle.of("piece", "here", needs)), max_size=8)
 some_nodes = st.lists(st.dictionaries(st.sampled_from(["CPU", "GPU", "teacher"]), amounts), max_size=4)
 
 
-def can_be_placed(free: list[dict[str, int]], pieces: list[Piece]) -> bool:
+def can_be_placed(free: list[dict[str, int]], pieces: list[Bundle]) -> bool:
     """By trying everything."""
     if not pieces:
         return True
@@ -79,11 +79,11 @@ class TestPacking:
 
     def test_the_largest_goes_first(self):
         """One by one, in this order, the small ones would take the room of the last."""
-        pieces = [Piece.of(what, "", {"CPU": cpus}) for what, cpus in (("a", 0.5), ("b", 0.5), ("c", 1.0))]
+        pieces = [Bundle.of(what, "", {"CPU": cpus}) for what, cpus in (("a", 0.5), ("b", 0.5), ("c", 1.0))]
         assert without_room([{"CPU": 1.0}, {"CPU": 1.0}], pieces) == []
 
     def test_tenths_add_up(self):
-        tenth = Piece.of("tenth", "", {"CPU": 0.1})
+        tenth = Bundle.of("tenth", "", {"CPU": 0.1})
         assert without_room([{"CPU": 1.0}], [tenth] * 10) == []
         assert without_room([{"CPU": 1.0}], [tenth] * 11) == [tenth]
 
@@ -98,11 +98,11 @@ class TestRequireRoom:
     )
     def test_a_refusal_has_its_reason(self, nodes, actors, ranks, of_actor, of_rank):
         run = config({"actors": actors, "cpus": of_actor}, {"workers": ranks, "cpus": of_rank})
-        pieces = pieces_of(run, ranks)
+        pieces = bundles_of(run, ranks)
         needed = sum(amount for piece in pieces for _, amount in piece.needs)
         there = sum(node["CPU"] for node in in_units(nodes))
         try:
-            require_room(run, nodes)
+            check_resources(run, nodes)
         except ConfigError as error:
             if "but the cluster has" in str(error):
                 assert needed > there
@@ -118,12 +118,12 @@ class TestRequireRoom:
 
     def test_a_run_that_just_fits(self):
         run = config({"actors": 2, "cpus": 0.5}, {"workers": 2, "cpus": 0.45})
-        require_room(run, [{"CPU": 1.0}, {"CPU": 1.0}])
+        check_resources(run, [{"CPU": 1.0}, {"CPU": 1.0}])
 
     def test_a_little_too_much_is_refused_with_the_sum(self):
         run = config({"actors": 2, "cpus": 0.5}, {"workers": 2, "cpus": 0.48})
         with pytest.raises(ConfigError) as caught:
-            require_room(run, [{"CPU": 1.0}, {"CPU": 1.0}])
+            check_resources(run, [{"CPU": 1.0}, {"CPU": 1.0}])
         assert str(caught.value) == (
             "teacher.cpus, student.cpus: 2 teacher actor(s), the reader of tickets and 2 student rank(s) "
             "need 1 + 0.05 + 0.96 = 2.01 CPUs, but the cluster has 2 on 2 node(s); lower teacher.actors, "
@@ -132,7 +132,7 @@ class TestRequireRoom:
 
     def test_enough_in_all_is_not_enough(self):
         with pytest.raises(ConfigError) as caught:
-            require_room(on_gpus(1, tensor=8), [{"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 4}])
+            check_resources(on_gpus(1, tensor=8), [{"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 4}])
         assert str(caught.value) == (
             "teacher.cpus, teacher.gpus: 1 teacher actor(s), 1 student rank(s) and the reader of tickets "
             "need no more than the cluster has, but each must lie on one node, and packed on 2 node(s) of "
@@ -141,37 +141,37 @@ class TestRequireRoom:
         )
 
     def test_the_stages_of_a_pipeline_may_lie_on_several_nodes(self):
-        require_room(on_gpus(1, pipeline=8), [{"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 4}])
+        check_resources(on_gpus(1, pipeline=8), [{"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 4}])
 
     def test_parts_on_cpus_lie_on_one_node(self):
         run = config({"cpus": 1.0, "tensor_parallel": 2}, {"cpus": 0.5})
-        require_room(run, [{"CPU": 2.0}, {"CPU": 1.0}])
+        check_resources(run, [{"CPU": 2.0}, {"CPU": 1.0}])
         with pytest.raises(ConfigError, match=r"1 teacher actor\(s\) of CPU 2"):
-            require_room(run, [{"CPU": 1.5}, {"CPU": 1.5}])
+            check_resources(run, [{"CPU": 1.5}, {"CPU": 1.5}])
 
     def test_a_pool_that_may_grow_needs_room_for_its_smallest(self):
         run = config({"actors": (1, 50), "cpus": 0.5}, {"cpus": 0.4})
-        require_room(run, [{"CPU": 1.0}])
+        check_resources(run, [{"CPU": 1.0}])
 
     def test_each_teacher_of_a_cascade_is_counted(self):
         recorded = {"kind": "recorded", "recorded": {"uri": "answers.parquet"}}
         members = {"small": recorded | {"actors": 2}, "large": recorded | {"gpus": 1}}
         run = config({"kind": "cascade", "cascade": members}, {"cpus": 0.5})
-        require_room(run, [{"CPU": 2.5, "GPU": 1}])
+        check_resources(run, [{"CPU": 2.5, "GPU": 1}])
         with pytest.raises(ConfigError, match=r"teacher\.cascade\.large\.gpus: 3 teacher actor\(s\) need"):
-            require_room(run, [{"CPU": 2.5}])
+            check_resources(run, [{"CPU": 2.5}])
 
     def test_custom_resources_are_counted(self):
         run = config({"resources": {"teacher": 1.0}, "actors": 2}, {"resources": {"student": 1.0}})
-        require_room(run, [{"CPU": 4, "teacher": 2}, {"CPU": 4, "student": 1}])
+        check_resources(run, [{"CPU": 4, "teacher": 2}, {"CPU": 4, "student": 1}])
         with pytest.raises(
             ConfigError, match=r"teacher\.resources: .* need 2 = 2 of 'teacher', but .* has 1"
         ):
-            require_room(run, [{"CPU": 4, "teacher": 1}, {"CPU": 4, "student": 1}])
+            check_resources(run, [{"CPU": 4, "teacher": 1}, {"CPU": 4, "student": 1}])
 
     def test_without_a_place_for_reading(self):
         with pytest.raises(ConfigError, match=r"corpus: a task that reads it needs 0\.5 CPUs"):
-            require_room(config({"cpus": 0.1}, {"cpus": 0.1}), [{"CPU": 0.4}, {"CPU": 0.4}])
+            check_resources(config({"cpus": 0.1}, {"cpus": 0.1}), [{"CPU": 0.4}, {"CPU": 0.4}])
 
 
 class TestRanksToStart:
@@ -184,8 +184,8 @@ class TestRanksToStart:
         nodes = [{"CPU": 1.0}, {"CPU": 1.0}]
         assert ranks_to_start(run.student, nodes) == 4
         with pytest.raises(ConfigError, match=r"4 student rank\(s\)"):
-            require_room(run, nodes)
-        require_room(config({"cpus": 0.6}, {"workers": (1, 2), "cpus": 0.45}), nodes)
+            check_resources(run, nodes)
+        check_resources(config({"cpus": 0.6}, {"workers": (1, 2), "cpus": 0.45}), nodes)
 
     def test_never_below_the_minimum(self):
         assert ranks_to_start(config(student={"workers": (2, 9)}).student, [{"CPU": 0.1}]) == 2
@@ -194,5 +194,5 @@ class TestRanksToStart:
         run = config({"cpus": 0.6}, {"workers": (1, 9), "cpus": 0.3, "resources": {"student": 1.0}})
         nodes = [{"CPU": 1.0}, {"CPU": 1.0, "student": 1.0}]
         assert ranks_to_start(run.student, nodes) == 1
-        assert sum(piece.what == STUDENT for piece in pieces_of(run, 1)) == 1
-        require_room(run, nodes)
+        assert sum(piece.what == STUDENT for piece in bundles_of(run, 1)) == 1
+        check_resources(run, nodes)

@@ -94,7 +94,7 @@ def config_tree(**sections: Mapping[str, Any] | None) -> dict[str, Any]:
         "teacher": {
             "kind": "recorded",
             "recorded": {"uri": "answers.parquet", "prompt_tokens": "prompt_tokens"},
-            "lease_rows": 16,
+            "ticket_size": 16,
         },
         "student": {"model": "student", "workers": 1, "max_tokens": 32, "precision": "float32"},
         "evaluation": {"holdout": 20},

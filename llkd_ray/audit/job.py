@@ -76,7 +76,7 @@ def export(
     wanted: Wanted,
     *,
     blind: bool = False,
-    look_at: int = LOOK_AT,
+    score_sample: int = LOOK_AT,
     say: Say = print,
 ) -> int:
     """Write the rows that a person should look at into the new file ``out``; returns how many.
@@ -93,7 +93,7 @@ def export(
     config = run_config(store)
     examples, labelled = Examples.open(store), _labelled(store, config)
     number = len(labelled.row_N)
-    seen = _drawn(labelled, min(look_at, number), wanted, config.run.seed)
+    seen = _drawn(labelled, min(score_sample, number), wanted, config.run.seed)
     say(f"the student looks at {len(seen.row_N):,} of {number:,} labelled texts")
     texts = examples.read(seen.row_N, ["id", "text"])
     p_student_NC = _asked_of_student(store, config, texts["text"].to_pylist())
@@ -170,7 +170,7 @@ def bring_back(run_dir: str, rows: str, *, replace: bool = False, say: Say = pri
     )
     found = estimated(store, config)
     store.write_json(ESTIMATE, found)
-    for line in in_words(found):
+    for line in describe(found):
         say(line)
     if store.exists(SUMMARY) and store.exists(CARD):
         write_pages(store)
@@ -406,10 +406,10 @@ def estimate(
     }
 
 
-def in_words(found: Mapping[str, Any]) -> list[str]:
+def describe(found: Mapping[str, Any]) -> list[str]:
     """Lines for people."""
     lines = [
-        f"pseudo-labels: {_share_in_words(found['pseudo_labels'])}, by the random sample alone, which stands "
+        f"pseudo-labels: {_describe_share(found['pseudo_labels'])}, by the random sample alone, which stands "
         f"for all {found['labelled']:,} labelled texts without bias; the other texts were chosen for being "
         "doubtful and count nothing here"
     ]
@@ -419,13 +419,13 @@ def in_words(found: Mapping[str, Any]) -> list[str]:
             "if those are the hard ones, the labels are worse than this"
         )
     if found["trained_on"]["texts"]:
-        lines.append(f"pseudo-labels that the student was trained on: {_share_in_words(found['trained_on'])}")
+        lines.append(f"pseudo-labels that the student was trained on: {_describe_share(found['trained_on'])}")
     if found["student"]["texts"]:
-        lines.append(f"student, on texts it was not trained on: {_share_in_words(found['student'])}")
+        lines.append(f"student, on texts it was not trained on: {_describe_share(found['student'])}")
     return lines
 
 
-def _share_in_words(one: Mapping[str, Any]) -> str:
+def _describe_share(one: Mapping[str, Any]) -> str:
     if not one["texts"]:
         return "unknown, for none is answered"
     low, high = one["interval"]

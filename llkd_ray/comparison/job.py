@@ -264,7 +264,7 @@ class Progress:
     began: float = field(default_factory=time.monotonic)
     new: int = 0
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         said = f"{self.done} of {self.total} trials" + (f", {self.failed} failed" if self.failed else "")
         left = self.total - self.done - self.failed
         if self.new and left:
@@ -278,7 +278,7 @@ def _run(work: Work, display: Display) -> dict[str, str]:
     wanted = [job for job in work.jobs if job.wanted]
     todo = [job for job in wanted if not job.is_finished]
     progress = Progress(len(wanted), len(wanted) - len(todo))
-    display.say(f"{progress.in_words()} are finished already")
+    display.say(f"{progress.describe()} are finished already")
     errors: dict[str, str] = {}
     with _handed_out(todo, work) as running:
         while running:
@@ -290,14 +290,14 @@ def _run(work: Work, display: Display) -> dict[str, str]:
                 except RayError as error:
                     errors[job.name] = _reason(error)
                     progress.failed += 1
-                    display.say(f"[{progress.in_words()}] {job.name} failed: {errors[job.name]}")
+                    display.say(f"[{progress.describe()}] {job.name} failed: {errors[job.name]}")
                 else:
                     progress.done, progress.new = progress.done + 1, progress.new + 1
-                    display.say(f"[{progress.done}/{progress.total}] {job.name}: {_in_words(figures)}")
+                    display.say(f"[{progress.done}/{progress.total}] {job.name}: {_describe(figures)}")
                 if running and all(other.entry.seed != job.entry.seed for other in running.values()):
                     display.say(f"all trials of seed {job.entry.seed} are through: writing the report")
                     _report(work, display)
-            display.update(progress.in_words())
+            display.update(progress.describe())
     return errors
 
 
@@ -335,7 +335,7 @@ def _reason(error: RayError) -> str:
     return f"{type(cause).__name__}: {text}"
 
 
-def _in_words(figures: Sequence[dict[str, Any]]) -> str:
+def _describe(figures: Sequence[dict[str, Any]]) -> str:
     return ", ".join(
         f"{one['trained']:,} texts: accuracy {one['accuracy']:.3f}, macro-F1 {one['macro_f1']:.3f}"
         for one in figures

@@ -31,10 +31,10 @@ from llkd_ray.comparison.tables import (
     Tables,
     class_table,
     cost_table,
+    describe_size,
     difference_table,
     points,
     score_table,
-    size_in_words,
 )
 from llkd_ray.config.base import ConfigError
 from llkd_ray.display import count, markdown, percent
@@ -75,12 +75,12 @@ def write_comparison(
         "agreement": score_table(tables, "agreement") if "agreement" in curves else None,
         "costs": cost_table(tables),
         "classes": [(teacher, *class_table(tables, teacher)) for teacher in tables.teachers],
-        "largest": size_in_words(tables.sizes[-1], tables.n_pool),
+        "largest": describe_size(tables.sizes[-1], tables.n_pool),
         "seeds": f"{tables.n_seeds} seed{'s' if tables.n_seeds != 1 else ''}",
     }
     store.write_bytes(MARKDOWN, _in_markdown(facts).encode())
     drawn = {
-        measure: svg_element(learning_curve(tables, measure), file, in_words(tables, measure))
+        measure: svg_element(learning_curve(tables, measure), file, describe(tables, measure))
         for measure, file in curves.items()
     }
     page = page_environment().get_template("compare.html.j2")
@@ -97,7 +97,7 @@ def conclusion(tables: Tables) -> str:
     best = max(found, key=lambda line: found[line].figures["macro_f1"].mean)
     whose = "on the mean over teachers" if teacher == OVER_TEACHERS else f"with {teacher}'s labels"
     said = (
-        f"At {size_in_words(size, tables.n_pool)}, {best} has the highest macro-F1 {whose}: "
+        f"At {describe_size(size, tables.n_pool)}, {best} has the highest macro-F1 {whose}: "
         f"{percent(found[best].figures['macro_f1'].mean)}."
     )
     for reference in BASELINES:
@@ -367,7 +367,7 @@ def _colours(lines: Sequence[str]) -> dict[str, str]:
     return {line: RANDOM_COLOUR if line == RANDOM else next(colours) for line in lines}
 
 
-def in_words(tables: Tables, measure: str = "macro_f1") -> str:
+def describe(tables: Tables, measure: str = "macro_f1") -> str:
     """The figure in words, for who cannot see it."""
     size, teacher = tables.sizes[-1], tables.teachers[-1]
     cells = ((line, tables.cell(teacher, line, size)) for line in tables.lines)
@@ -376,6 +376,6 @@ def in_words(tables: Tables, measure: str = "macro_f1") -> str:
         for line, cell in cells
         if cell and measure in cell.figures
     )
-    where = size_in_words(size, tables.n_pool)
+    where = describe_size(size, tables.n_pool)
     name = AXES[measure][0].upper() + AXES[measure][1:]
     return f"{name} against texts trained on, a panel a teacher. {teacher}, at {where}: {ends}."

@@ -241,7 +241,7 @@ class Group(NamedTuple):
     rows: list[tuple[str, list[Shown]]]
 
 
-def size_in_words(size: int, n_pool: int) -> str:
+def describe_size(size: int, n_pool: int) -> str:
     return f"{size:,} texts ({round(100 * size / n_pool, 1):g}\u202f%)"  # A narrow space that does not break.
 
 
@@ -260,7 +260,7 @@ def score_table(tables: Tables, measure: str) -> tuple[list[str], list[Group]]:
 
     Agreement is with the teacher, so the teacher itself and *gold*, which has none, are left out of its rows.
     """
-    header = [*(size_in_words(size, tables.n_pool) for size in tables.sizes), "no budget"]
+    header = [*(describe_size(size, tables.n_pool) for size in tables.sizes), "no budget"]
     groups = []
     for teacher in tables.teachers:
         best = {size: _best(tables, teacher, size, measure) for size in tables.sizes}
@@ -296,7 +296,7 @@ def _best(tables: Tables, teacher: str, size: int, measure: str) -> str | None:
 def difference_table(tables: Tables, measure: str) -> tuple[list[str], list[Group]]:
     """How far the lines are above *random* at the same budget and above all pseudo-labels."""
     header = [
-        f"{size_in_words(size, tables.n_pool)}, over {IN_WORDS.get(reference, reference)}"
+        f"{describe_size(size, tables.n_pool)}, over {IN_WORDS.get(reference, reference)}"
         for size in tables.sizes
         for reference in BASELINES
     ]
@@ -333,7 +333,7 @@ def cost_table(tables: Tables) -> tuple[list[str], list[Group]]:
                 counts = [f"{figures[name].mean:,.0f}" for name in ("trained", "labelled", "teacher_tokens")]
                 share = f"{100 * figures['trained_share'].mean:.1f} %"
                 right = points(figures["pseudo_label_accuracy"], tables.n_seeds)
-                texts = (size_in_words(size, tables.n_pool), counts[0], share, *counts[1:], right)
+                texts = (describe_size(size, tables.n_pool), counts[0], share, *counts[1:], right)
                 rows.append((IN_WORDS.get(line, line), [Shown(text) for text in texts]))
         groups.append(Group(teacher, rows))
     return header, groups

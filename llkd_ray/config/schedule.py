@@ -19,7 +19,7 @@ class Schedule:
     reviews, of which every round after the first has one where a cascade's large teacher reviews.
     """
 
-    lease_rows: int
+    ticket_size: int
     """Texts a ticket stands for."""
     rounds: int
     holdout: int
@@ -54,7 +54,7 @@ class Schedule:
                 f"leave {train} for {budget.rounds} rounds; raise budget.labels or lower budget.rounds"
             )
         return cls(
-            lease_rows=config.teacher.lease_rows,
+            ticket_size=config.teacher.ticket_size,
             rounds=budget.rounds,
             holdout=holdout,
             labels=labels - holdout,
@@ -67,17 +67,17 @@ class Schedule:
 
     @property
     def holdout_tickets(self) -> range:
-        return range(ceil(self.holdout / self.lease_rows))
+        return range(ceil(self.holdout / self.ticket_size))
 
     @property
     def pool_tickets(self) -> range:
         start = self.holdout_tickets.stop
-        return range(start, start + ceil(self.labels / self.lease_rows))
+        return range(start, start + ceil(self.labels / self.ticket_size))
 
     @property
     def test_tickets(self) -> range:
         start = self.pool_tickets.stop
-        return range(start, start + ceil(self.test / self.lease_rows))
+        return range(start, start + ceil(self.test / self.ticket_size))
 
     @property
     def review_tickets(self) -> range:
@@ -130,14 +130,14 @@ class Schedule:
         return bisect_right(range(self.rounds), ticket, key=self.tickets_before)
 
     def ticket_rows(self, ticket: int) -> int:
-        """Texts of a ticket that is no review: ``lease_rows``, fewer for the last of its kind."""
+        """Texts of a ticket that is no review: ``ticket_size``, fewer for the last of its kind."""
         for tickets, rows in (
             (self.holdout_tickets, self.holdout),
             (self.pool_tickets, self.labels),
             (self.test_tickets, self.test),
         ):
             if ticket in tickets:
-                return min(self.lease_rows, rows - (ticket - tickets.start) * self.lease_rows)
+                return min(self.ticket_size, rows - (ticket - tickets.start) * self.ticket_size)
         raise AssertionError(f"ticket {ticket} of {self.n_tickets}")
 
     def train_target(self, round_number: int) -> int:

@@ -129,7 +129,7 @@ class StudentConfig(Section):
         "distribution; generalised: cross-entropy that gives up on what never fits (arXiv 1805.07836); "
         "candidates: any of the likeliest labels where the teacher is unsure (after arXiv 2506.03857).",
     )
-    in_step: Literal["none", "mask", "weight"] = Field(
+    step_thresholds: Literal["none", "mask", "weight"] = Field(
         "none",
         description="LLKD's moving thresholds inside a step, from the forward pass itself: mask: only texts "
         "over both thresholds count; weight: texts count by confidence × uncertainty; none: all count.",

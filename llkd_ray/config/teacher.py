@@ -155,10 +155,10 @@ class CascadeConfig(Section):
 
     small: TeacherConfig
     large: TeacherConfig
-    unsure_below: float = Field(
+    escalate_below: float = Field(
         0.6, ge=0, le=1, description="The large one is asked where the small one's confidence is below this."
     )
-    contradicted_above: float | None = Field(
+    review_margin: float | None = Field(
         0.8,
         ge=0.5,
         le=1,
@@ -211,21 +211,21 @@ class TeacherConfig(Section):
         default_factory=dict, description="Any further vLLM engine argument, passed on as it is."
     )
     kv_cache_gib: float = Field(1.0, gt=0, description="GiB of key-value cache, on CPU only.")
-    unresolved: float = Field(
+    min_branch_prob: float = Field(
         5e-4,
         ge=0,
         lt=0.1,
         description="Probability of a branch of the label names that is not worth a request: its names share "
         "it as they are. No name is further off than that, but for one that others go on from.",
     )
-    lease_rows: int = Field(128, ge=1, description="Texts a ticket stands for: the unit of labelling.")
+    ticket_size: int = Field(128, ge=1, description="Texts a ticket stands for: the unit of labelling.")
     tickets_in_flight: int = Field(
         2, ge=1, description="Tickets one teacher actor works on at a time; 2 keep the engine busy."
     )
     attempts: int = Field(3, ge=1, description="Times that a text is tried before it goes to quarantine.")
     timeout_s: float = Field(300.0, gt=0, description="Seconds that an engine or a server has for an answer.")
     start_timeout_s: float = Field(1800.0, gt=0, description="Seconds that an engine has to start.")
-    stall_s: float = Field(
+    no_progress_timeout_s: float = Field(
         3600.0, gt=0, description="Seconds without any progress of the teachers after which a run is stopped."
     )
     cache: str | None = Field(
@@ -236,7 +236,7 @@ class TeacherConfig(Section):
     tokens_per_s: float | None = Field(
         None,
         gt=0,
-        description="Prompt tokens that one actor takes in a second, for --plan; null: as earlier runs "
+        description="Prompt tokens that one actor takes in a second, for --dry-run; null: as earlier runs "
         "measured, or a rough guess.",
     )
 
@@ -302,11 +302,7 @@ class TeacherConfig(Section):
     @property
     def reviews(self) -> bool:
         """Whether a large teacher looks again at labels that a confident student contradicts."""
-        return (
-            self.kind == "cascade"
-            and self.cascade is not None
-            and self.cascade.contradicted_above is not None
-        )
+        return self.kind == "cascade" and self.cascade is not None and self.cascade.review_margin is not None
 
     @property
     def parts(self) -> int:

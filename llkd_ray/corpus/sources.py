@@ -207,7 +207,7 @@ def _check_columns(columns: Sequence[str], unit: Unit, source: SourceConfig, fie
         if name is not None and name not in columns:
             raise ConfigError(
                 f"{field}.{setting}: there is no column {name!r} in {unit.source!r}; "
-                f"its columns are {_in_words(columns)}"
+                f"its columns are {_describe(columns)}"
             )
         if name is not None and columns.count(name) > 1:
             raise ConfigError(
@@ -215,7 +215,7 @@ def _check_columns(columns: Sequence[str], unit: Unit, source: SourceConfig, fie
             )
 
 
-def _in_words(columns: Sequence[str]) -> str:
+def _describe(columns: Sequence[str]) -> str:
     """In one line, whatever stands where the names of columns should be."""
     shown = [name if name.isprintable() else repr(name) for name in (one[:NAME_CHARS] for one in columns)]
     more = ["…"] if len(shown) > NAMES_SHOWN else []

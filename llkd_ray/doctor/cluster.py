@@ -24,7 +24,7 @@ from typing import Any
 from llkd_ray.config.base import ConfigError, member_field
 from llkd_ray.config.schema import Config
 from llkd_ray.doctor.findings import Check, Finding, ok, problem, warning
-from llkd_ray.resources import require_room
+from llkd_ray.resources import check_resources
 
 CONNECT_S = 5.0
 """For a connection to the head's port: it is answered at once or never."""
@@ -136,10 +136,10 @@ def check_ray(address: str | None, setting: str, look: Callable[[], View]) -> Fi
     where = "no cluster is named, so a run starts Ray on this machine, with"
     if address is not None:
         where = f"{setting} {address!r} answers:"
-    return ok("ray", f"{where} {in_words(view)} (Ray {view.version})")
+    return ok("ray", f"{where} {describe(view)} (Ray {view.version})")
 
 
-def in_words(view: View) -> str:
+def describe(view: View) -> str:
     """The nodes, and what they have in all."""
     names = sorted({name for node in view.nodes for name in node if _is_asked_for(name)})
     sums = (f"{sum(node.get(name, 0) for node in view.nodes):g} {name}" for name in ("CPU", *names))
@@ -244,10 +244,10 @@ def check_room(config: Config, environ: Mapping[str, str], look: Callable[[], Vi
     if environ.get("LLKD_AUTOSCALING") == "1":
         return ok("room", "LLKD_AUTOSCALING is 1: nodes may still come, so nothing is summed up")
     try:
-        require_room(config, list(view.nodes))
+        check_resources(config, list(view.nodes))
     except ConfigError as error:
         return problem("room", str(error))
-    return ok("room", f"teachers at their smallest and student ranks fit on {in_words(view)}")
+    return ok("room", f"teachers at their smallest and student ranks fit on {describe(view)}")
 
 
 def check_shared(config: Config, look: Callable[[], View]) -> Finding | None:

@@ -121,14 +121,14 @@ def show_as_they_come(first: Sequence[Finding], checks: Sequence[Check]) -> list
     with Display() as display:
         plain = not display.console.is_terminal
         for one in first if plain else ():
-            display.console.print(Text(in_words(one)))
+            display.console.print(Text(describe(one)))
         for check in checks:
             if not plain:
                 display.update(f"checking: {check.name}")
             for one in carry_out([check]):
                 findings.append(one)
                 if plain:
-                    display.console.print(Text(in_words(one)))
+                    display.console.print(Text(describe(one)))
     if not plain:
         rows = [(one.state, one.check, one.found, one.remedy) for one in findings]
         display.table("Doctor", ("", "check", "found", "what to do"), rows)
@@ -137,7 +137,7 @@ def show_as_they_come(first: Sequence[Finding], checks: Sequence[Check]) -> list
     return findings
 
 
-def in_words(finding: Finding) -> str:
+def describe(finding: Finding) -> str:
     """One line."""
     remedy = f"; to do: {finding.remedy}" if finding.remedy else ""
     return f"{finding.state:<7}  {finding.check}: {finding.found}{remedy}"

@@ -45,7 +45,7 @@ def storage_checks(config: Config) -> list[Check]:
 
 
 def check_source(config: Config, source: SourceConfig, field: str) -> Finding:
-    """What ``--plan`` finds: the files, their columns, and a sample of rows; of gold, what is known."""
+    """What ``--dry-run`` finds: the files, their columns, and a sample of rows; of gold, what is known."""
     from llkd_ray.run.plan import look_at
 
     lines: list[str] = []
@@ -224,7 +224,7 @@ def check_the_student(config: Config) -> Finding:
     from llkd_ray.student.model import check_student, resolve_model
 
     model = config.student.model
-    if trouble := hub_trouble("student", "student.model", model, None):
+    if trouble := hub_failure("student", "student.model", model, None):
         return trouble
     check_student(config.student)
     return of_weights("student", "student.model", model, resolve_model(model))
@@ -234,7 +234,7 @@ def check_model(teacher: TeacherConfig, field: str) -> Finding:
     """Whether a teacher for our own engine is here, or can be had."""
     assert teacher.model is not None
     name = field.rpartition(".")[2]
-    if trouble := hub_trouble(name, f"{field}.model", teacher.model, teacher.revision):
+    if trouble := hub_failure(name, f"{field}.model", teacher.model, teacher.revision):
         return trouble
     load_tokenizer(teacher.model, teacher.revision, f"{field}.model")
     return of_weights(name, f"{field}.model", teacher.model, teacher.model)
@@ -263,7 +263,7 @@ def is_on_the_hub(model: str) -> bool:
     return model != "minilm" and not is_path
 
 
-def hub_trouble(check: str, setting: str, model: str, revision: str | None) -> Finding | None:
+def hub_failure(check: str, setting: str, model: str, revision: str | None) -> Finding | None:
     """What keeps us from a model of the hub; None where nothing does, or where it is none.
 
     Asked before anything is loaded, as the libraries try for half a minute and then say little.
@@ -392,7 +392,7 @@ def check_labels(config: Config) -> Finding | None:
 
     for name, teacher in config.teacher.members():
         if teacher.kind == "vllm" and teacher.model is not None:
-            if hub_trouble(name, "", teacher.model, teacher.revision):
+            if hub_failure(name, "", teacher.model, teacher.revision):
                 return None  # said by the check of the teacher
             try:
                 load_tokenizer(teacher.model, teacher.revision, f"{member_field(name)}.model")

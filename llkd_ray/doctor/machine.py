@@ -16,7 +16,7 @@ from pathlib import Path
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import Config
 from llkd_ray.doctor.findings import Check, Finding, ok, problem, readable, warning
-from llkd_ray.resources import pieces_of
+from llkd_ray.resources import bundles_of
 from llkd_ray.storage.checkpoints import size_on_disk
 
 PROJECT = "llkd-ray"
@@ -162,7 +162,7 @@ class Gpus:
 
 def gpus_asked_for(config: Config) -> float:
     """By teachers and student ranks together, their pools at their smallest."""
-    pieces = pieces_of(config, config.student.min_workers)
+    pieces = bundles_of(config, config.student.min_workers)
     return sum(dict(piece.needs).get("GPU", 0) for piece in pieces) / 10_000
 
 

@@ -28,7 +28,7 @@ from llkd_ray.metrics.quality import (
     reliability,
 )
 from llkd_ray.metrics.uncertainty import Floats, Ints, confidence
-from llkd_ray.storage.run_dir import BATCH, GLANCE, INSIGHT, TRAINED, RunStore, round_file
+from llkd_ray.storage.run_dir import BATCH, CANDIDATE_SAMPLE, INSIGHT, TRAINED, RunStore, round_file
 from llkd_ray.storage.tables import Examples, matrix_of, read_calibrator, read_labels, read_predictions
 
 
@@ -220,7 +220,7 @@ def _disagreements(measure: Measure, row_N: Ints, p_NC: Floats) -> list[dict[str
 
 def _looked_at(store: RunStore, measure: Measure, last: int) -> dict[str, list[dict[str, Any]]]:
     """Of what rounds chose from, at a glance: where both signals were high, and where both sides doubted."""
-    files = [file for k in range(last + 1) if store.exists(file := round_file(k, GLANCE))]
+    files = [file for k in range(last + 1) if store.exists(file := round_file(k, CANDIDATE_SAMPLE))]
     glances = [store.read_table(file) for file in files]
     if not glances:  # a run of an older version
         return {"useful": [], "doubtful": []}

@@ -2,7 +2,7 @@
 
 Runs of older versions lack some of these files; what they would tell is empty then.
 
-Legend: N texts of a glance, C classes.
+Legend: N texts of a candidate_sample, C classes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,17 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from llkd_ray.evaluation.run_record import RunFacts
+from llkd_ray.evaluation.run_record import RunRecord
 from llkd_ray.metrics.uncertainty import Floats, Ints
-from llkd_ray.storage.run_dir import CONFIG, GLANCE, INSIGHT, QUARANTINE_DIR, SELECTED, RunStore, round_file
+from llkd_ray.storage.run_dir import (
+    CANDIDATE_SAMPLE,
+    CONFIG,
+    INSIGHT,
+    QUARANTINE_DIR,
+    SELECTED,
+    RunStore,
+    round_file,
+)
 
 POINTS = 1_600
 """Texts that the page draws, over all rounds."""
@@ -28,7 +36,7 @@ QUARANTINE_FILES = 20
 """Files of quarantine that are looked into."""
 
 
-class Glance(NamedTuple):
+class CandidateSample(NamedTuple):
     """Some of what a round could choose from."""
 
     round_number: int
@@ -50,10 +58,10 @@ class Balance(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RoundFacts:
+class RoundRecords:
     """All that the page says of single rounds, classes and texts."""
 
-    glances: list[Glance]
+    glances: list[CandidateSample]
     thresholds: list[tuple[int, dict[str, list[float]]]]
     """Round, and by signal the threshold of each class."""
     balance: list[Balance]
@@ -75,13 +83,13 @@ class RoundFacts:
         return [(int(g), int(a), int(wrong_CC[g, a])) for g, a in pairs if wrong_CC[g, a]]
 
 
-def read_round_facts(store: RunStore, run: RunFacts) -> RoundFacts:
+def read_round_records(store: RunStore, run: RunRecord) -> RoundRecords:
     """Read glances, selections, INSIGHT and quarantine of a run."""
     done = [line["round"] for line in run.rounds]
     selections = [(k, store.read_json(file)) for k in done if store.exists(file := round_file(k, SELECTED))]
     insight = store.read_json(INSIGHT) if store.exists(INSIGHT) else {}
-    return RoundFacts(
-        glances=_glances(store, done),
+    return RoundRecords(
+        glances=_candidate_samples(store, done),
         thresholds=[(k, facts["thresholds"]) for k, facts in selections if facts.get("thresholds")],
         balance=_balance(run, selections[-1][1] if selections else {}, insight),
         confusion_CC=_confusion(insight.get("confusion"), len(run.labels)),
@@ -93,13 +101,16 @@ def read_round_facts(store: RunStore, run: RunFacts) -> RoundFacts:
     )
 
 
-def _glances(store: RunStore, rounds: list[int]) -> list[Glance]:
-    there = [k for k in rounds if store.exists(round_file(k, GLANCE))]
+def _candidate_samples(store: RunStore, rounds: list[int]) -> list[CandidateSample]:
+    there = [k for k in rounds if store.exists(round_file(k, CANDIDATE_SAMPLE))]
     spread = np.unique(np.linspace(0, len(there) - 1, min(PANELS, len(there))).round().astype(int))
-    return [_thinned(k, store.read_table(round_file(k, GLANCE))) for k in np.array(there, dtype=int)[spread]]
+    return [
+        _thinned(k, store.read_table(round_file(k, CANDIDATE_SAMPLE)))
+        for k in np.array(there, dtype=int)[spread]
+    ]
 
 
-def _thinned(round_number: int, table: pa.Table) -> Glance:
+def _thinned(round_number: int, table: pa.Table) -> CandidateSample:
     """Half of a panel's points are for what was selected, which comes last and so on top."""
     selected_N = table["selected"].to_numpy()
     kept = []
@@ -108,10 +119,10 @@ def _thinned(round_number: int, table: pa.Table) -> Glance:
         kept.append(part[np.linspace(0, part.size - 1, n).round().astype(int)])
     slim = table.take(pa.array(np.concatenate(kept)))
     columns = (slim[name].to_numpy() for name in ("label", "confidence", "uncertainty", "selected"))
-    return Glance(int(round_number), *columns)
+    return CandidateSample(int(round_number), *columns)
 
 
-def _balance(run: RunFacts, selection: dict[str, Any], insight: dict[str, Any]) -> list[Balance]:
+def _balance(run: RunRecord, selection: dict[str, Any], insight: dict[str, Any]) -> list[Balance]:
     counts = (
         insight.get("pool_gold"),
         selection.get("labelled_of_class"),

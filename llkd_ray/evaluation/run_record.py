@@ -86,7 +86,7 @@ class Spent(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class RunRecord:
     """All that report and card say, read once. Shares are in [0, 1]; None stands for unknown."""
 
     name: str
@@ -155,7 +155,7 @@ class RunFacts:
         }
 
 
-def read_facts(store: RunStore) -> RunFacts:
+def read_run_record(store: RunStore) -> RunRecord:
     """Read config, manifest, metrics, summary, the index of the examples and the rounds' batches."""
     if not store.exists(CONFIG):
         raise ValueError(f"{store.root!r} has no {CONFIG}: give the directory of a run")
@@ -165,7 +165,7 @@ def read_facts(store: RunStore) -> RunFacts:
     summary = _without_nan(store.read_json(SUMMARY)) if store.exists(SUMMARY) else {}
     last = rounds[-1] if rounds else {}
     total_seconds = sum(sum(phase_seconds(line).values()) for line in rounds) if rounds else None
-    return RunFacts(
+    return RunRecord(
         name=store.root.rpartition("/")[2],
         config_text=config_text,
         config=config,

@@ -116,7 +116,7 @@ def write_calibration(store: RunStore, found: dict[str, Any]) -> None:
     store.write_bytes(CONFIG_FILE, (json.dumps(tree | {CALIBRATION_KEY: found}, indent=2) + "\n").encode())
 
 
-def in_words(found: dict[str, Any]) -> str:
+def describe(found: dict[str, Any]) -> str:
     """One line for people."""
     if found["temperature"] is None:
         return f"the student's confidence stays as it is: {found['reason']}"

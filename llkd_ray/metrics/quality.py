@@ -143,7 +143,7 @@ def agreement(p_student_NC: np.ndarray, p_teacher_NC: np.ndarray) -> float:
     return float((p_student_NC.argmax(axis=1) == p_teacher_NC.argmax(axis=1)).mean())
 
 
-def has_flattened(value_K: Sequence[float], patience: int, min_gain: float) -> bool:
+def has_plateaued(value_K: Sequence[float], patience: int, min_gain: float) -> bool:
     """Whether none of the last ``patience`` values is ``min_gain`` above the best of those before them."""
     before, last = value_K[:-patience], value_K[-patience:]
     return bool(before) and max(last) < max(before) + min_gain

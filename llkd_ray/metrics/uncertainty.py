@@ -75,14 +75,14 @@ def support(p_NC: Floats, label_N: Ints) -> Floats:
 
 
 @dataclass(frozen=True)
-class Draw:
+class RowRandom:
     """Uniform random numbers, one for each row."""
 
     key: int
     """In [0, 2**64)."""
 
     @classmethod
-    def from_rng(cls, rng: np.random.Generator) -> Draw:
+    def from_rng(cls, rng: np.random.Generator) -> RowRandom:
         """Another one at each call."""
         return cls(int(rng.integers(2**63)))
 

@@ -21,11 +21,13 @@ class PredictConfig(Section):
     corpus: SourceConfig
     out: str = Field(description="Folder for the results, local or on an object store.")
     gold: SourceConfig | None = Field(None, description="Gold-labelled texts that thresholds are fitted on.")
-    precision: float | None = Field(None, gt=0, le=1, description="Share of accepted answers to be right.")
+    target_precision: float | None = Field(
+        None, gt=0, le=1, description="Share of accepted answers to be right."
+    )
     thresholds: dict[str, Share] = Field(
         default_factory=dict, description="Confidence from which on a label is accepted, by label."
     )
-    at_least: str | None = Field(
+    min_grade: str | None = Field(
         None,
         description="Labels are grades, lowest first: accept a text that is of this one or a higher one.",
     )
@@ -50,24 +52,26 @@ class PredictConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> PredictConfig:
-        if self.precision is not None and self.gold is None:
+        if self.target_precision is not None and self.gold is None:
             raise ValueError(
-                f"--precision: {self.precision:g} is wanted, but there is no gold: add --gold URI and --label"
+                f"--target-precision: {self.target_precision:g} is wanted, but there is no gold: add --gold URI "
+                "and --label"
             )
         if self.gold is not None and self.gold.gold is None:
             raise ValueError(f"--gold: {self.gold.uri!r} has no column of true labels: name it with --label")
-        if self.gold is not None and self.precision is None and not self.thresholds:
+        if self.gold is not None and self.target_precision is None and not self.thresholds:
             raise ValueError(
-                f"--gold: {self.gold.uri!r} is given for nothing: add --precision, or --threshold LABEL=VALUE"
+                f"--gold: {self.gold.uri!r} is given for nothing: add --target-precision, or "
+                "--threshold LABEL=VALUE"
             )
-        if self.at_least is not None and self.precision is None and not self.thresholds:
+        if self.min_grade is not None and self.target_precision is None and not self.thresholds:
             raise ValueError(
-                f"--at-least: {self.at_least!r} needs a threshold: add --threshold {self.at_least}=0.5, or "
-                "--precision and --gold"
+                f"--min-grade: {self.min_grade!r} needs a threshold: add --threshold {self.min_grade}=0.5, "
+                "or --target-precision and --gold"
             )
-        if self.at_least is not None and (others := sorted(set(self.thresholds) - {self.at_least})):
+        if self.min_grade is not None and (others := sorted(set(self.thresholds) - {self.min_grade})):
             raise ValueError(
-                f"--threshold: {others[0]!r} has no meaning beside --at-least {self.at_least}: leave it out"
+                f"--threshold: {others[0]!r} has no meaning beside --min-grade {self.min_grade}: leave it out"
             )
         if self.workers is not None and not 1 <= self.workers[0] <= self.workers[1]:
             raise ValueError(f"--workers: {self.workers[0]},{self.workers[1]} is no range: 1 <= MIN <= MAX")
@@ -137,7 +141,9 @@ def predict_parser() -> argparse.ArgumentParser:
     rows.add_argument("--with-text", action="store_true", help="put the text into the results, too")
 
     limits = parser.add_argument_group("what is accepted")
-    limits.add_argument("--precision", type=float, metavar="SHARE", help="of accepted answers to be right")
+    limits.add_argument(
+        "--target-precision", type=float, metavar="SHARE", help="of accepted answers to be right"
+    )
     limits.add_argument("--gold", metavar="URI", help="gold-labelled texts to fit thresholds on")
     limits.add_argument("--label", metavar="COLUMN", help="column of the true label in --gold")
     limits.add_argument("--gold-text", metavar="COLUMN", help="column of the text in --gold; default: --text")
@@ -149,7 +155,7 @@ def predict_parser() -> argparse.ArgumentParser:
         help="confidence to be accepted from",
     )
     limits.add_argument(
-        "--at-least", metavar="LABEL", help="labels are grades: accept texts of this one or a higher one"
+        "--min-grade", metavar="LABEL", help="labels are grades: accept texts of this one or a higher one"
     )
 
     speed = parser.add_argument_group("model and machine")

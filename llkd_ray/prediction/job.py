@@ -40,7 +40,7 @@ from llkd_ray.prediction.pieces import (
     write_tasks,
 )
 from llkd_ray.prediction.results import Thresholds
-from llkd_ray.resources import READING_CPUS, Piece, without_room
+from llkd_ray.resources import READING_CPUS, Bundle, without_room
 from llkd_ray.storage.checkpoints import Checkpoint, inspect
 from llkd_ray.storage.run_dir import RunStore
 from llkd_ray.student.inference import load, score
@@ -87,14 +87,14 @@ def predict(config: PredictConfig, say: Say = print) -> dict[str, Any]:
 
 def _given_thresholds(config: PredictConfig, checkpoint: Checkpoint) -> Thresholds:
     for field, name in [
-        ("--at-least", config.at_least),
+        ("--min-grade", config.min_grade),
         *(("--threshold", one) for one in config.thresholds),
     ]:
         if name is not None and name not in checkpoint.labels:
             raise ConfigError(
                 f"{field}: {name!r} is no label of the model: take {', '.join(checkpoint.labels)}"
             )
-    return Thresholds.given(checkpoint.labels, config.thresholds, config.at_least)
+    return Thresholds.given(checkpoint.labels, config.thresholds, config.min_grade)
 
 
 # Room
@@ -113,8 +113,8 @@ def _workers(config: PredictConfig) -> dict[str, Any]:
         fewest = most = max(1, sum(int(number) for number in each))
     else:
         fewest, most = config.workers
-    pieces = [Piece.of("predictor", "", booked)] * fewest
-    if left := without_room(nodes, [*pieces, Piece.of("reading task", "", {"CPU": READING_CPUS})]):
+    pieces = [Bundle.of("predictor", "", booked)] * fewest
+    if left := without_room(nodes, [*pieces, Bundle.of("reading task", "", {"CPU": READING_CPUS})]):
         has = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}s" for name in ("CPU", "GPU"))
         raise ConfigError(
             f"--workers: {fewest} actors of {booked['CPU']:g} CPUs and {gpus:g} GPUs and a reading task of "
@@ -309,11 +309,13 @@ def _fit(config: PredictConfig, given: Thresholds, store: RunStore, say: Say) ->
             f"--gold: {config.gold.uri if config.gold else ''!r} has no usable text with a true label: check "
             f"--gold-text and --label, and look into quarantine/ of {config.out}"
         )
-    fitted, measured = limits.fit(given, p_NC, gold_N, config.precision, tuple(config.thresholds))
-    store.write_json(output.THRESHOLDS, limits.as_dict(fitted, measured, config.precision, int(gold_N.size)))
+    fitted, measured = limits.fit(given, p_NC, gold_N, config.target_precision, tuple(config.thresholds))
+    store.write_json(
+        output.THRESHOLDS, limits.as_dict(fitted, measured, config.target_precision, int(gold_N.size))
+    )
     say(f"thresholds on {gold_N.size:,} gold texts:")
     for label, one in measured.items():
-        say(f"  {limits.in_words(label, one, config.precision)}")
+        say(f"  {limits.describe(label, one, config.target_precision)}")
     return fitted
 
 

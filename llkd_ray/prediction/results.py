@@ -9,7 +9,7 @@
 
 Shapes in names: N texts, C classes.
 
-An answer is a label and its confidence. With ``at_least`` the labels are grades, in the model's order, and
+An answer is a label and its confidence. With ``min_grade`` the labels are grades, in the model's order, and
 there is one question only: is the text of this grade or a higher one? Its confidence is the probability of
 those grades together.
 
@@ -41,7 +41,7 @@ from llkd_ray.storage.tables import list_column, matrix_of
 MANIFEST = "predict.json"
 SUMMARY = "summary.json"
 THRESHOLDS = "thresholds.json"
-# ``probs`` are in the order of ``labels`` in the schema's metadata. ``p_at_least`` (with ``at_least``) and
+# ``probs`` are in the order of ``labels`` in the schema's metadata. ``p_min_grade`` (with ``min_grade``) and
 # ``text`` (if it is asked for) come behind.
 PREDICTIONS = pa.schema(
     [
@@ -103,9 +103,9 @@ def decides(
         "--gold (its files)": _files_hash(units[GOLD]) if gold else None,
         "--gold-text": gold.text if gold else None,
         "--label": gold.gold if gold else None,
-        "--precision": config.precision,
+        "--target-precision": config.target_precision,
         "--threshold": config.thresholds,
-        "--at-least": config.at_least,
+        "--min-grade": config.min_grade,
         "--max-tokens": checkpoint.max_tokens,
         "--dtype": config.dtype,
         "--piece-rows": config.piece_rows,
@@ -152,9 +152,9 @@ def predictions(texts: pa.Table, p_NC: np.ndarray, thresholds: Thresholds, with_
         "probs": list_column(p_NC),
     }
     fields = list(PREDICTIONS)
-    if thresholds.at_least is not None:
-        columns["p_at_least"] = pa.array(grade_confidence(p_NC, thresholds.at_least), pa.float32())
-        fields.append(pa.field("p_at_least", pa.float32(), nullable=False))
+    if thresholds.min_grade is not None:
+        columns["p_min_grade"] = pa.array(grade_confidence(p_NC, thresholds.min_grade), pa.float32())
+        fields.append(pa.field("p_min_grade", pa.float32(), nullable=False))
     for name, is_wanted in (("text", with_text), ("gold", bool((texts["gold"].to_numpy() >= 0).any()))):
         if is_wanted:
             columns[name] = texts[name]
@@ -189,7 +189,7 @@ class Measured:
     gold_texts: int
     """Texts with this label in gold."""
     answered: int
-    """Texts that the model answers with this label; all texts, with ``at_least``."""
+    """Texts that the model answers with this label; all texts, with ``min_grade``."""
     accepted: int
     right: int
     """Of those accepted."""
@@ -212,22 +212,22 @@ class Thresholds:
 
     labels: tuple[str, ...]
     threshold_C: tuple[float, ...]
-    """ALWAYS and NEVER among them; with ``at_least`` the one for it is all that counts."""
-    at_least: int | None = None
+    """ALWAYS and NEVER among them; with ``min_grade`` the one for it is all that counts."""
+    min_grade: int | None = None
     """Index of the lowest grade that is wanted."""
 
     @classmethod
     def given(
-        cls, labels: Sequence[str], by_label: Mapping[str, float], at_least: str | None = None
+        cls, labels: Sequence[str], by_label: Mapping[str, float], min_grade: str | None = None
     ) -> Thresholds:
         """From thresholds by label; a label without one is always accepted."""
-        grade = None if at_least is None else list(labels).index(at_least)
+        grade = None if min_grade is None else list(labels).index(min_grade)
         return cls(tuple(labels), tuple(by_label.get(name, ALWAYS) for name in labels), grade)
 
     def accept(self, p_NC: Floats) -> np.ndarray:
         """bool[N]: whether each answer is accepted."""
-        if self.at_least is not None:
-            return grade_confidence(p_NC, self.at_least) >= self.threshold_C[self.at_least]
+        if self.min_grade is not None:
+            return grade_confidence(p_NC, self.min_grade) >= self.threshold_C[self.min_grade]
         return confidence(p_NC) >= np.array(self.threshold_C)[p_NC.argmax(axis=1)]
 
 
@@ -248,7 +248,7 @@ def fit(
     if not gold_N.size:
         raise ValueError("gold holds no text: there is nothing to fit thresholds to")
     labels, found_C, measured = thresholds.labels, list(thresholds.threshold_C), {}
-    grade = thresholds.at_least
+    grade = thresholds.min_grade
     for c in range(len(labels)) if grade is None else [grade]:
         answered_N = p_NC.argmax(axis=1) == c if grade is None else np.ones(gold_N.size, dtype=bool)
         is_gold_N = gold_N == c if grade is None else gold_N >= c
@@ -260,7 +260,7 @@ def fit(
             assert wanted is not None
             found_C[c] = lowest_threshold(confidence_M, is_right_M, wanted)
         measured[labels[c]] = measure(found_C[c], confidence_M, is_right_M, n_gold, is_given)
-    return Thresholds(labels, tuple(found_C), thresholds.at_least), measured
+    return Thresholds(labels, tuple(found_C), thresholds.min_grade), measured
 
 
 def lowest_threshold(confidence_M: Floats, is_right_M: np.ndarray, wanted: float) -> float:
@@ -307,17 +307,17 @@ def as_dict(
     thresholds: Thresholds, measured: Mapping[str, Measured], wanted: float | None, n_gold: int
 ) -> dict[str, Any]:
     """For thresholds.json."""
-    at_least = None if thresholds.at_least is None else thresholds.labels[thresholds.at_least]
+    min_grade = None if thresholds.min_grade is None else thresholds.labels[thresholds.min_grade]
     return {
         "wanted_precision": wanted,
-        "at_least": at_least,
+        "min_grade": min_grade,
         "gold_texts": n_gold,
         "interval": INTERVAL,
         "labels": {label: asdict(one) for label, one in measured.items()},
     }
 
 
-def in_words(label: str, one: Measured, wanted: float | None) -> str:
+def describe(label: str, one: Measured, wanted: float | None) -> str:
     """One line for people."""
     known = f"{one.answered:,} gold texts answered so, {one.gold_texts:,} are"
     if one.threshold is None:

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from llkd_ray.display import NARROW, count, duration, percent
 from llkd_ray.evaluation.round_records import Reference
-from llkd_ray.evaluation.run_record import PHASES, RunFacts, phase_seconds
+from llkd_ray.evaluation.run_record import PHASES, RunRecord, phase_seconds
 
 # Okabe & Ito's colours, which people with any common colour blindness can tell apart.
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = (
@@ -112,7 +112,7 @@ def _curve(
     return f"{name}: {start}{percent(last)} after {count(last_x)} texts."
 
 
-def _finish_curve(figure: Figure, axes: Axes, run: RunFacts, prefix: str, said: Sequence[str]) -> Markup:
+def _finish_curve(figure: Figure, axes: Axes, run: RunRecord, prefix: str, said: Sequence[str]) -> Markup:
     axes.set_xlabel("texts trained on")
     axes.yaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 4):g}{NARROW}%")
     axes.xaxis.set_major_formatter(lambda value, _: count(value))
@@ -122,7 +122,7 @@ def _finish_curve(figure: Figure, axes: Axes, run: RunFacts, prefix: str, said: 
     return svg_element(figure, prefix, " ".join(part for part in said if part))
 
 
-def tick_at(axes: Axes, run: RunFacts, key: str, at_most: int) -> None:
+def tick_at(axes: Axes, run: RunRecord, key: str, at_most: int) -> None:
     """Ticks where the rounds are, or at round numbers where they are too many."""
     places = [line[key] for line in run.rounds if line.get(key) is not None]
     if len(places) <= at_most:
@@ -131,7 +131,7 @@ def tick_at(axes: Axes, run: RunFacts, key: str, at_most: int) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=at_most, integer=True))
 
 
-def learning_curve(run: RunFacts, reference: Reference | None = None) -> Markup | None:
+def learning_curve(run: RunRecord, reference: Reference | None = None) -> Markup | None:
     """Accuracy and macro-F1 on gold; dashed the teacher's, dotted those of a run by random selection."""
     figure = new_figure()
     axes = add_axes(figure)
@@ -151,7 +151,7 @@ def learning_curve(run: RunFacts, reference: Reference | None = None) -> Markup 
     return _finish_curve(figure, axes, run, "curve", said) if any(said) else None
 
 
-def agreement_curve(run: RunFacts, reference: Reference | None = None) -> Markup | None:
+def agreement_curve(run: RunRecord, reference: Reference | None = None) -> Markup | None:
     """Agreement with the teacher on the hold-out."""
     figure = new_figure()
     axes = add_axes(figure)
@@ -163,7 +163,7 @@ def agreement_curve(run: RunFacts, reference: Reference | None = None) -> Markup
     return _finish_curve(figure, axes, run, "agreement", said) if said[0] else None
 
 
-def time_bars(run: RunFacts) -> Markup | None:
+def time_bars(run: RunRecord) -> Markup | None:
     """Seconds of each phase, round by round."""
     spent = [phase_seconds(line) for line in run.rounds]
     if not any(sum(one.values()) for one in spent):
@@ -186,7 +186,7 @@ def time_bars(run: RunFacts) -> Markup | None:
     return svg_element(figure, "time", f"Time of each phase, over all rounds: {totals}.")
 
 
-def reliability_diagram(run: RunFacts) -> Markup | None:
+def reliability_diagram(run: RunRecord) -> Markup | None:
     """The teacher's answers as they are given and as they are used."""
     quality = run.teacher["quality"]
     if not quality:
@@ -230,6 +230,6 @@ def _reliability(series: Sequence[tuple[str, Sequence[dict[str, Any]], str, str]
     return svg_element(figure, prefix, words)
 
 
-def is_changed(run: RunFacts) -> bool:
+def is_changed(run: RunRecord) -> bool:
     """Whether the teacher's answers are used otherwise than they were given."""
     return run.teacher["quality"]["method"] not in ("raw", "votes")

@@ -21,8 +21,8 @@ from llkd_ray.display import (
     percent_range,
     shorten,
 )
-from llkd_ray.evaluation.round_records import find_reference, read_round_facts
-from llkd_ray.evaluation.run_record import RunFacts, phase_seconds, read_facts
+from llkd_ray.evaluation.round_records import find_reference, read_round_records
+from llkd_ray.evaluation.run_record import RunRecord, phase_seconds, read_run_record
 from llkd_ray.report.figures import (
     agreement_curve,
     learning_curve,
@@ -30,7 +30,7 @@ from llkd_ray.report.figures import (
     student_reliability,
     time_bars,
 )
-from llkd_ray.report.round_figures import selected_figure, shares_in_words, thresholds_figure, timeline_figure
+from llkd_ray.report.round_figures import describe_shares, selected_figure, thresholds_figure, timeline_figure
 from llkd_ray.storage.run_dir import CARD, REPORT, RunStore
 
 MATRIX_CLASSES = 16
@@ -70,8 +70,8 @@ def write_report(store: RunStore) -> str:
     Works at any time of a run: rounds, summary, test set and true labels may be missing. Raises
     ValueError where the directory holds no run.
     """
-    facts = read_facts(store)
-    details, reference = read_round_facts(store, facts), find_reference(store, facts.config)
+    facts = read_run_record(store)
+    details, reference = read_round_records(store, facts), find_reference(store, facts.config)
     page = (
         page_environment()
         .get_template("report.html.j2")
@@ -88,13 +88,13 @@ def write_report(store: RunStore) -> str:
             details=details,
             scatter=selected_figure(facts, details),
             thresholds=thresholds_figure(facts, details),
-            leaning=shares_in_words(details),
+            leaning=describe_shares(details),
             student_reliability=student_reliability(details.reliability),
             mistakes=details.mistakes(MISTAKES),
             matrix_classes=MATRIX_CLASSES,
             method_words=METHOD_WORDS,
-            calibration=calibration_in_words(facts),
-            audit=audit_in_words(facts),
+            calibration=describe_calibration(facts),
+            audit=describe_audit(facts),
             costs=COSTS,
             caps=caps(facts),
             manifest_text=json.dumps(facts.manifest, indent=2, ensure_ascii=False),
@@ -108,7 +108,7 @@ def write_report(store: RunStore) -> str:
 
 def model_card(store: RunStore) -> str:
     """Markdown for model/README.md: what the model is, how it was made, how good it is, its limits."""
-    facts = read_facts(store)
+    facts = read_run_record(store)
     return (
         page_environment()
         .get_template("model_card.md.j2")
@@ -117,14 +117,14 @@ def model_card(store: RunStore) -> str:
             conclusion=conclusion(facts),
             held_out=held_out(facts),
             method_words=METHOD_WORDS,
-            calibration=calibration_in_words(facts),
-            audit=audit_in_words(facts),
+            calibration=describe_calibration(facts),
+            audit=describe_audit(facts),
             caps=caps(facts),
         )
     )
 
 
-def caps(run: RunFacts) -> str:
+def caps(run: RunRecord) -> str:
     """The limits that the budget set, in words; '' where it set none."""
     limits = run.spent.cap or {}
     said = [f"{count(limits[unit])} {unit}" for unit in ("texts", "tokens") if limits.get(unit) is not None]
@@ -133,7 +133,7 @@ def caps(run: RunFacts) -> str:
     return " or ".join(said)
 
 
-def calibration_in_words(run: RunFacts) -> str:
+def describe_calibration(run: RunRecord) -> str:
     """The student's temperature and what it does, or why there is none; '' before the end of the run."""
     found = run.calibration
     if not found:
@@ -148,7 +148,7 @@ def calibration_in_words(run: RunFacts) -> str:
     )
 
 
-def audit_in_words(run: RunFacts) -> list[str]:
+def describe_audit(run: RunRecord) -> list[str]:
     """Sentences on what people who looked at labels have found; none where nobody did."""
     if not run.audit or not run.audit["pseudo_labels"]["texts"]:
         return []
@@ -168,7 +168,7 @@ def audit_in_words(run: RunFacts) -> list[str]:
     return found
 
 
-def conclusion(run: RunFacts) -> str:
+def conclusion(run: RunRecord) -> str:
     """The outcome in plain sentences."""
     if not run.rounds:
         return "No round has finished yet, so there is nothing to conclude."
@@ -179,7 +179,7 @@ def conclusion(run: RunFacts) -> str:
     )
 
 
-def _agreement_only(run: RunFacts) -> str:
+def _agreement_only(run: RunRecord) -> str:
     said = "How accurate the student is remains unknown: there were no test texts with true labels."
     agreement = run.student["teacher_agreement"]
     if agreement is None:
@@ -190,13 +190,13 @@ def _agreement_only(run: RunFacts) -> str:
     )
 
 
-def held_out(run: RunFacts) -> str:
+def held_out(run: RunRecord) -> str:
     """The texts on which student and teacher are compared."""
     number = run.manifest.get("rows", {}).get("holdout")
     return f"{count(number)} held-out texts" if number else "held-out texts"
 
 
-def _accuracy(run: RunFacts) -> str:
+def _accuracy(run: RunRecord) -> str:
     student, teacher = run.student["accuracy"], run.teacher["accuracy"]
     interval = run.student["accuracy_interval"]
     sure = f" (95{NARROW}% interval {percent_range(interval)})" if interval else ""
@@ -227,7 +227,7 @@ def page_environment() -> Environment:
     return environment
 
 
-def _round_columns(run: RunFacts) -> list[tuple[str, list[str]]]:
+def _round_columns(run: RunRecord) -> list[tuple[str, list[str]]]:
     """Heading and cells of each column of the table of rounds; columns that know nothing are left out."""
     kinds = [
         ("Round", "round", count),

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from llkd_ray.display import count, decimals, duration, percent
-from llkd_ray.evaluation.round_records import Glance, RoundFacts
-from llkd_ray.evaluation.run_record import PHASES, RunFacts, phase_seconds
+from llkd_ray.evaluation.round_records import CandidateSample, RoundRecords
+from llkd_ray.evaluation.run_record import PHASES, RunRecord, phase_seconds
 from llkd_ray.metrics.uncertainty import Floats
 from llkd_ray.report.figures import (
     BLUE,
@@ -40,7 +40,7 @@ MOST_NINES = 6
 LABELLED_BINS = 60
 
 
-def selected_figure(run: RunFacts, details: RoundFacts) -> Markup | None:
+def selected_figure(run: RunRecord, details: RoundRecords) -> Markup | None:
     """The teacher's confidence against the student's uncertainty, a panel a round."""
     glances = details.glances
     if not glances:
@@ -50,24 +50,24 @@ def selected_figure(run: RunFacts, details: RoundFacts) -> Markup | None:
     figure = new_figure(4.8, 0.75 + 2.05 * rows)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     is_crowded, low = _set_scales(panels[0], glances)
-    for axes, glance in zip(panels, glances, strict=False):
-        _panel(axes, glance, len(run.labels), is_crowded, low)
+    for axes, candidate_sample in zip(panels, glances, strict=False):
+        _panel(axes, candidate_sample, len(run.labels), is_crowded, low)
     for axes in panels[len(glances) :]:
         axes.set_visible(False)
     figure.supxlabel("teacher's confidence", fontsize=10)
     figure.supylabel("student's uncertainty", fontsize=10)
     figure.legend(handles=_class_legend(run.labels), loc="outside upper left", ncols=3, **LEGEND)
-    said = "; ".join(_in_words(glance) for glance in glances)
+    said = "; ".join(_describe(candidate_sample) for candidate_sample in glances)
     words = f"The teacher's confidence against the student's uncertainty of a sample of texts. {said}."
     return svg_element(figure, "scatter", words)
 
 
-def _set_scales(axes: Axes, glances: Sequence[Glance]) -> tuple[bool, float]:
+def _set_scales(axes: Axes, glances: Sequence[CandidateSample]) -> tuple[bool, float]:
     """Limits and ticks for all panels: what is used of the height, and of the confidence what tells apart.
 
     Returns whether the confidence is in nines, and the lowest height.
     """
-    sure = np.concatenate([glance.confidence_N for glance in glances])
+    sure = np.concatenate([candidate_sample.confidence_N for candidate_sample in glances])
     if _is_crowded(sure):
         last = max(4, int(np.ceil(_nines(sure).max())))
         ticks = (0, 2, 4)  # more would not fit under a panel
@@ -76,7 +76,7 @@ def _set_scales(axes: Axes, glances: Sequence[Glance]) -> tuple[bool, float]:
     else:
         low = np.floor(10 * sure.min()) / 10 if sure.size else 0.0
         axes.set_xlim(low - 0.03 * (1 - low), 1 + 0.03 * (1 - low))
-    unsure = np.concatenate([glance.uncertainty_N for glance in glances])
+    unsure = np.concatenate([candidate_sample.uncertainty_N for candidate_sample in glances])
     seen = unsure[~np.isnan(unsure)]
     low = float(np.floor(10 * seen.min()) / 10) if seen.size else 0.0
     low = min(low, 0.9)
@@ -105,15 +105,17 @@ def _unseen_height(low: float) -> float:
     return low - 0.16 * (1 - low)
 
 
-def _panel(axes: Axes, glance: Glance, n_classes: int, is_crowded: bool, low: float) -> None:
+def _panel(
+    axes: Axes, candidate_sample: CandidateSample, n_classes: int, is_crowded: bool, low: float
+) -> None:
     plain(axes)
-    axes.set_title(f"round {glance.round_number}", loc="left", fontsize=9)
-    unseen_N = np.isnan(glance.uncertainty_N)
+    axes.set_title(f"round {candidate_sample.round_number}", loc="left", fontsize=9)
+    unseen_N = np.isnan(candidate_sample.uncertainty_N)
     # Spread a little, by the golden ratio, so that texts without an opinion do not hide each other.
     spread_N = 0.12 * (1 - low) * ((np.arange(unseen_N.size) * 0.618) % 1 - 0.5)
-    height_N = np.where(unseen_N, _unseen_height(low) + spread_N, glance.uncertainty_N)
-    sure_N = _nines(glance.confidence_N) if is_crowded else glance.confidence_N
-    others = ~glance.selected_N
+    height_N = np.where(unseen_N, _unseen_height(low) + spread_N, candidate_sample.uncertainty_N)
+    sure_N = _nines(candidate_sample.confidence_N) if is_crowded else candidate_sample.confidence_N
+    others = ~candidate_sample.selected_N
     axes.plot(
         sure_N[others],
         height_N[others],
@@ -125,7 +127,9 @@ def _panel(axes: Axes, glance: Glance, n_classes: int, is_crowded: bool, low: fl
         markeredgewidth=0,
     )
     for label, (colour, marker) in enumerate(_looks(n_classes)):
-        these = glance.selected_N & ((glance.label_N == label) | (n_classes > len(CLASS_LOOKS)))
+        these = candidate_sample.selected_N & (
+            (candidate_sample.label_N == label) | (n_classes > len(CLASS_LOOKS))
+        )
         axes.plot(
             sure_N[these],
             height_N[these],
@@ -157,20 +161,23 @@ def _short(label: str, at_most: int = 18) -> str:
     return label if len(label) <= at_most else label[: at_most - 1] + "…"
 
 
-def _in_words(glance: Glance) -> str:
+def _describe(candidate_sample: CandidateSample) -> str:
     parts = []
-    for name, is_it_N in (("selected", glance.selected_N), ("others", ~glance.selected_N)):
+    for name, is_it_N in (
+        ("selected", candidate_sample.selected_N),
+        ("others", ~candidate_sample.selected_N),
+    ):
         if not is_it_N.any():
             continue
-        uncertainty_N = glance.uncertainty_N[is_it_N]
+        uncertainty_N = candidate_sample.uncertainty_N[is_it_N]
         seen_N = uncertainty_N[~np.isnan(uncertainty_N)]
         unsure = f"uncertainty {decimals(float(seen_N.mean()), 2)}" if seen_N.size else "not looked at"
-        sure = decimals(float(glance.confidence_N[is_it_N].mean()), 2)
+        sure = decimals(float(candidate_sample.confidence_N[is_it_N].mean()), 2)
         parts.append(f"{name}: mean confidence {sure}, {unsure}")
-    return f"Round {glance.round_number}: {', '.join(parts)}"
+    return f"Round {candidate_sample.round_number}: {', '.join(parts)}"
 
 
-def thresholds_figure(run: RunFacts, details: RoundFacts) -> Markup | None:
+def thresholds_figure(run: RunRecord, details: RoundRecords) -> Markup | None:
     """What a text of each class had to reach, round by round; a panel a signal."""
     if not details.thresholds:
         return None
@@ -216,7 +223,7 @@ def _threshold_lines(axes: Axes, points: Sequence[tuple[int, list[float]]], n_cl
     axes.margins(x=0.12)
 
 
-def timeline_figure(run: RunFacts) -> Markup | None:
+def timeline_figure(run: RunRecord) -> Markup | None:
     """Labels as they came in above, what the student did below, on one line of time."""
     if not any(line.get("pace") for line in run.rounds):
         return None
@@ -290,7 +297,7 @@ def _mark_rounds(panels: Sequence[Axes], rounds: Sequence[dict[str, Any]], scale
                 axes.axvline(end / scale, color=GRID, linewidth=0.9, zorder=0.5)
 
 
-def shares_in_words(details: RoundFacts) -> str:
+def describe_shares(details: RoundRecords) -> str:
     """The class that training leans to most, against what is labelled; '' where that is not known."""
     known = [(one.trained / one.labelled, one) for one in details.balance if one.trained and one.labelled]
     if not known:

@@ -20,16 +20,16 @@ from llkd_ray.config.schema import Config
 from llkd_ray.corpus.ingest import ingest
 from llkd_ray.display import Display
 from llkd_ray.evaluation.measure import Measure, write_insight
+from llkd_ray.evaluation.student_calibration import describe as describe_calibration
 from llkd_ray.evaluation.student_calibration import fit_student, write_calibration
-from llkd_ray.evaluation.student_calibration import in_words as calibration_in_words
-from llkd_ray.metrics.quality import has_flattened
+from llkd_ray.metrics.quality import has_plateaued
 from llkd_ray.report.pages import write_pages
 from llkd_ray.run.supervisor import Run
 from llkd_ray.run.trackers import Trackers, check_trackers
 from llkd_ray.selection.acquisition import ACQUISITION
 from llkd_ray.selection.policies import SELECTION
 from llkd_ray.selection.tickets import draw_holdout
-from llkd_ray.storage.lock import at_work
+from llkd_ray.storage.lock import hold_lock
 from llkd_ray.storage.run_dir import (
     CONFIG,
     ENGINES_DIR,
@@ -58,7 +58,7 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
     config = self_contained(config)
     teacher_facts = check(config)
     trackers = Trackers(config, store, display.say)
-    with at_work(store, display.say) as session, connect(config.run.address), trackers:
+    with hold_lock(store, display.say) as session, connect(config.run.address), trackers:
         store.write_bytes(CONFIG, dump_config(config).encode())
         check_fit(config)
         examples = ingest(config, store, display.say)
@@ -74,7 +74,7 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
                 store.append_metrics(line)
                 lines.append(line)
                 trackers.log_round(line)
-                display.say(in_words(line))
+                display.say(describe(line))
             if len(lines) < schedule.rounds:
                 display.say(f"agreement has flattened: {len(lines)} of {schedule.rounds} rounds were enough")
             run.finish()
@@ -82,7 +82,7 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
         display.update("measuring the result and writing the report")
         summary = conclude(config, store, measure, len(lines) - 1, totals, time.monotonic() - began)
         trackers.log_summary(summary, len(lines) - 1)
-        display.say(calibration_in_words(summary["calibration"]))
+        display.say(describe_calibration(summary["calibration"]))
         return summary
 
 
@@ -92,7 +92,7 @@ def is_over(config: Config, lines: Sequence[dict[str, Any]]) -> bool:
     if len(lines) == budget.rounds:
         return True
     agreement = [line["teacher_agreement"] for line in lines]
-    return budget.patience is not None and has_flattened(agreement, budget.patience, budget.min_gain)
+    return budget.patience is not None and has_plateaued(agreement, budget.patience, budget.min_gain)
 
 
 def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def manifest(
     }
 
 
-def in_words(line: dict[str, Any]) -> str:
+def describe(line: dict[str, Any]) -> str:
     """A round's line of metrics as a person reads it."""
     seconds = sum(line["seconds"].values())
     parts = [f"round {line['round']}: {line['labelled']} labelled, {line['trained']} trained on"]

@@ -83,7 +83,7 @@ def _say_totals(config: Config, plans: Sequence[TeacherPlan], display: Display) 
     whole = reduce(add, bills)
     *_, (_, last) = config.teacher.members()
     if len(bills) > 1:
-        display.say(f"both teachers: {totals_in_words(whole, last)}")
+        display.say(f"both teachers: {describe_totals(whole, last)}")
     for line in what_caps_do(config.budget.cap, whole, last.price.currency):
         display.say(f"cap: {line}")
 
@@ -175,7 +175,7 @@ def plan_teacher(config: Config, field: str, teacher: TeacherConfig, parts: Sequ
     if field.endswith(".large"):
         lines.append("which texts it is asked is unknown before the small one has answered: from none to all")
         need = need.from_none_up()
-    lines.append(f"{need.bill.texts.words()} texts, {totals_in_words(need.bill, teacher)}")
+    lines.append(f"{need.bill.texts.words()} texts, {describe_totals(need.bill, teacher)}")
     if any(one.any() for one in found):
         without = _needed(teacher, parts, sizes, [np.zeros_like(one) for one in found])
         lines.append(_saved(need.bill, without.bill, teacher))
@@ -222,7 +222,7 @@ def _needed(
 # --- in words
 
 
-def totals_in_words(whole: Bill, teacher: TeacherConfig) -> str:
+def describe_totals(whole: Bill, teacher: TeacherConfig) -> str:
     """Tokens and cost; ``teacher`` has the currency."""
     digits = 2 if whole.cost.high >= 1 else 4
     cost = f"{whole.cost.words(digits)} {teacher.price.currency}" if whole.cost.high else "free of charge"

@@ -21,7 +21,7 @@ BAR = 24
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunStatus:
     """A moment of a run. None stands for what is not known, or not limited."""
 
     labelled: int
@@ -152,7 +152,7 @@ POINTS = 64
 """Moments of a round that are kept, of which there are half as many at least once the round is long."""
 
 
-class Pace:
+class ThroughputMeter:
     """Moments at which something was looked at: seconds, labelled texts, tokens. Times are the caller's."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
 from llkd_ray.display import Display
-from llkd_ray.run.progress import Gauges, Pace, Standing, budget_left, seconds_left
+from llkd_ray.run.progress import Gauges, RunStatus, ThroughputMeter, budget_left, seconds_left
 from llkd_ray.selection.recovery import drop_all
 from llkd_ray.selection.selector import start_selector
 from llkd_ray.storage.lock import Session
@@ -50,7 +50,7 @@ class Run:
         self.teacher: Background | None = None
         self.student: Background | None = None
         self.lines = lines
-        self.pace = Pace()
+        self.pace = ThroughputMeter()
         self.gauges = Gauges(store.root.rpartition("/")[2] if store else "")
         self._asked: list[int] | None = None
         self._said: set[str] = set()
@@ -124,7 +124,7 @@ class Run:
         self.pace.note(now, stats["labelled"], stats["teacher_tokens"])
         labels_a_second, tokens_a_second = self.pace.rates()
         rounds = self.schedule.rounds
-        standing = Standing(
+        standing = RunStatus(
             labelled=stats["labelled"],
             to_label=self.schedule.labels + self.schedule.holdout,
             trained=stats["trained"],

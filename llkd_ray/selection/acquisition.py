@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llkd_ray.metrics.uncertainty import Draw, Floats, Ints, hash_uniform
-from llkd_ray.selection.search import Best, Found, best
+from llkd_ray.metrics.uncertainty import Floats, Ints, RowRandom, hash_uniform
+from llkd_ray.selection.search import Found, TopK, best
 from llkd_ray.selection.table import Chunked, Unread, slices
 
-AcquisitionRule = Callable[[Unread, int, Draw], Floats]
+AcquisitionRule = Callable[[Unread, int, RowRandom], Floats]
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Reading:
     rule: AcquisitionRule
     n: int
     seed: int
-    draw: Draw
+    draw: RowRandom
     explore: float
-    explorer: Draw
+    explorer: RowRandom
     """Its numbers say which texts are explored: those of the largest."""
 
     def find(self, chunks: Iterable[Unread]) -> FoundUnread:
         """Of one shard's texts, all that may be read."""
-        wanted, explored, count = Best(self.n), Best(self.n), 0
+        wanted, explored, count = TopK(self.n), TopK(self.n), 0
         for unread in chunks:
             count += len(unread)
             wanted.note(unread.row_N, self.rule(unread, self.seed, self.draw))
@@ -90,7 +90,7 @@ class AcquisitionPolicy:
 
     def reading(self, n: int, rng: np.random.Generator, *, seed: int = 0, explore: float = 0.0) -> Reading:
         """What to look for, as in :meth:`choose`."""
-        draw, explorer = Draw.from_rng(rng), Draw.from_rng(rng)
+        draw, explorer = RowRandom.from_rng(rng), RowRandom.from_rng(rng)
         return Reading(self.rule, n, seed, draw, explore if self.explores else 0.0, explorer)
 
 
@@ -113,31 +113,31 @@ def acquisition_policy(
 
 
 @acquisition_policy("sequential", uses_student=False, explores=False)
-def value_sequential(unread: Unread, seed: int, draw: Draw) -> Floats:
+def value_sequential(unread: Unread, seed: int, draw: RowRandom) -> Floats:
     """In corpus order, all of it: ``acquisition.explore`` does not apply."""
     return -unread.row_N.astype(np.float64)
 
 
 @acquisition_policy("random", uses_student=False)
-def value_random(unread: Unread, seed: int, draw: Draw) -> Floats:
+def value_random(unread: Unread, seed: int, draw: RowRandom) -> Floats:
     """Uniformly at random."""
     return draw(unread.row_N)
 
 
 @acquisition_policy("entropy", uses_student=True)
-def value_entropy(unread: Unread, seed: int, draw: Draw) -> Floats:
+def value_entropy(unread: Unread, seed: int, draw: RowRandom) -> Floats:
     """Where the student's entropy is largest; what it never scored comes first, at random."""
     return _known(unread.uncertainty_N, unread, draw)
 
 
 @acquisition_policy("margin", uses_student=True)
-def value_margin(unread: Unread, seed: int, draw: Draw) -> Floats:
+def value_margin(unread: Unread, seed: int, draw: RowRandom) -> Floats:
     """Where the student's two best labels are closest; what it never scored comes first, at random."""
     return _known(1.0 - unread.margin_N.astype(np.float64), unread, draw)
 
 
 @acquisition_policy("m_raru", uses_student=True)
-def value_m_raru(unread: Unread, seed: int, draw: Draw) -> Floats:
+def value_m_raru(unread: Unread, seed: int, draw: RowRandom) -> Floats:
     """Randomised accept or reject by normalised uncertainty (M-RARU, arXiv 2511.11574).
 
     A text is accepted with a probability equal to its entropy over log C. The random number is a hash of
@@ -156,6 +156,6 @@ def _largest_rows(parts: Sequence[Found], n: int) -> Ints:
     return found.row_M[best(found.value_M, found.label_M, n)]
 
 
-def _known(signal_N: Floats, unread: Unread, draw: Draw) -> Floats:
+def _known(signal_N: Floats, unread: Unread, draw: RowRandom) -> Floats:
     """The student's signal, and for what it never scored a random number above all of them."""
     return np.where(np.isnan(signal_N), 1.0 + draw(unread.row_N), signal_N)

@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from llkd_ray.metrics.uncertainty import Draw, Floats, Ints
-from llkd_ray.selection.search import NEVER, Best, Found, Pool, Survey, best, known
+from llkd_ray.metrics.uncertainty import Floats, Ints, RowRandom
+from llkd_ray.selection.search import NEVER, Found, Pool, PoolStats, TopK, best, known
 from llkd_ray.selection.table import Candidates, Chunked, slices
 
 
@@ -92,7 +92,7 @@ class SelectionPolicy:
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise ValueError(f"{name} is {value!r}: use a {_KINDS[kind]} like {self.options[name]}")
         # The rule itself knows its values; it refuses them here and not after hours of labelling.
-        self.rule(_NO_CANDIDATES, Pool(Survey.empty(2, self.ranks), Draw(0)), **options)
+        self.rule(_NO_CANDIDATES, Pool(PoolStats.empty(2, self.ranks), RowRandom(0)), **options)
 
     def choose(
         self,
@@ -115,13 +115,13 @@ class SelectionPolicy:
             return chosen
         return replace(chosen, thresholds=self.thresholds(search.pool, search.options))
 
-    def survey(self, chunks: Iterable[Candidates]) -> Survey:
+    def survey(self, chunks: Iterable[Candidates]) -> PoolStats:
         """What is counted of all candidates before any is judged; there is one chunk at least."""
-        return Survey.of(chunks, self.ranks)
+        return PoolStats.of(chunks, self.ranks)
 
     def search(
         self,
-        survey: Survey,
+        survey: PoolStats,
         n: int,
         rng: np.random.Generator,
         *,
@@ -132,7 +132,7 @@ class SelectionPolicy:
         """What to look for, from the surveys of all shards added up; the rest is as in :meth:`choose`."""
         exponent = effective(quota, self.quota)
         share_C = None if exponent is None else class_quotas(survey.count_C, n, exponent, trained_C)
-        return Search(self.rule, dict(options or {}), Pool(survey, Draw.from_rng(rng)), n, share_C)
+        return Search(self.rule, dict(options or {}), Pool(survey, RowRandom.from_rng(rng)), n, share_C)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Search:
 
     def find(self, chunks: Iterable[Candidates]) -> Found:
         """Of one shard's candidates, by row, all that may be chosen: at most twice ``n``."""
-        found = Best(self.n, self.share_C)
+        found = TopK(self.n, self.share_C)
         for chunk in chunks:
             judgement = self.rule(chunk, self.pool, **self.options)
             found.note(chunk.row_N, judgement.value_N, chunk.label_N, judgement.weight_N)

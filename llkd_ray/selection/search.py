@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from llkd_ray.metrics.uncertainty import Draw, Floats, Ints
+from llkd_ray.metrics.uncertainty import Floats, Ints, RowRandom
 from llkd_ray.selection.table import CHUNK, UNIT, Candidates, class_sums
 
 NEVER = -np.inf
@@ -29,7 +29,7 @@ def known(signal_N: Floats) -> Floats:
 
 
 @dataclass
-class Survey:
+class PoolStats:
     """Whole numbers about the candidates of a chunk, a shard or all shards."""
 
     count_C: NDArray[np.int64]
@@ -43,14 +43,14 @@ class Survey:
     """Texts by class and grade of confidence (``signals.confidence_grade``), where ranks are asked for."""
 
     @classmethod
-    def empty(cls, n_classes: int, with_ranks: bool) -> Survey:
+    def empty(cls, n_classes: int, with_ranks: bool) -> PoolStats:
         count_C, confidence_C, uncertainty_C = np.zeros((3, n_classes), dtype=np.int64)
         n_grades = (RANK_KEYS - 1) // rank_step(n_classes) + 1
         grade_CK = np.zeros((n_classes, n_grades), dtype=np.int64) if with_ranks else None
         return cls(count_C, confidence_C, uncertainty_C, 0, grade_CK)
 
     @classmethod
-    def of(cls, chunks: Iterable[Candidates], with_ranks: bool) -> Survey:
+    def of(cls, chunks: Iterable[Candidates], with_ranks: bool) -> PoolStats:
         """Of all candidates of at least one chunk."""
         survey = None
         for candidates in chunks:
@@ -76,12 +76,12 @@ class Survey:
         grade_N = confidence_grade(candidates.confidence_N) // rank_step(candidates.n_classes)
         return candidates.label_N.astype(np.int64) * self.grade_CK.shape[1] + grade_N
 
-    def __add__(self, other: Survey) -> Survey:
+    def __add__(self, other: PoolStats) -> PoolStats:
         """Both together."""
         grade_CK = None
         if self.grade_CK is not None and other.grade_CK is not None:
             grade_CK = self.grade_CK + other.grade_CK
-        return Survey(
+        return PoolStats(
             self.count_C + other.count_C,
             self.confidence_C + other.confidence_C,
             self.uncertainty_C + other.uncertainty_C,
@@ -94,8 +94,8 @@ class Survey:
 class Pool:
     """All candidates together, for a policy that judges a chunk of them; and its chance."""
 
-    survey: Survey
-    draw: Draw
+    survey: PoolStats
+    draw: RowRandom
 
     @property
     def is_scored(self) -> bool:
@@ -161,7 +161,7 @@ class Found:
 NOTHING = Found(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0), np.empty(0))
 
 
-class Best:
+class TopK:
     """The ``n`` texts of largest value, and the ``share_C[c]`` of largest value of each class.
 
     They go by in ascending row order, and ties go to the lower row. What cannot be among the best any more is

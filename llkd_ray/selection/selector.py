@@ -26,11 +26,19 @@ from llkd_ray.metrics.uncertainty import Floats, Ints
 from llkd_ray.selection.acquisition import ACQUISITION
 from llkd_ray.selection.policies import SELECTION, target_prior
 from llkd_ray.selection.recovery import Progress, Snapshot, apply_human_labels, keep, kept
-from llkd_ray.selection.rounds import RoundSelection, batch_of, take_glance
+from llkd_ray.selection.rounds import RoundSelection, batch_of, sample_candidates
 from llkd_ray.selection.table import ScoreTable
-from llkd_ray.selection.tickets import Intake, Leases, TeacherWatch
+from llkd_ray.selection.tickets import LabelIngest, Leases, TeacherWatch
 from llkd_ray.storage.lock import Fence
-from llkd_ray.storage.run_dir import BATCH, GLANCE, LABELS_DIR, LOST_DIR, SMALL_DIR, RunStore, round_file
+from llkd_ray.storage.run_dir import (
+    BATCH,
+    CANDIDATE_SAMPLE,
+    LABELS_DIR,
+    LOST_DIR,
+    SMALL_DIR,
+    RunStore,
+    round_file,
+)
 from llkd_ray.storage.tables import AuditAnswers, Examples
 from llkd_ray.teacher.base import Usage
 from llkd_ray.teacher.budget import Ledger
@@ -71,7 +79,7 @@ class Selector:
             self.table.restore(snapshot.columns)
         self.keeping: asyncio.Task[None] | None = None
         """The last snapshot as it is written."""
-        self.intake = Intake(config, self.store, self.examples, self.schedule, self.table)
+        self.intake = LabelIngest(config, self.store, self.examples, self.schedule, self.table)
         self.teachers = TeacherWatch(config)
         self.ledger = Ledger(config.budget.cap, {name: one.price for name, one in config.teacher.members()})
         self.leases = Leases(config, self.store, self.examples, self.schedule, self.table)
@@ -210,7 +218,7 @@ class Selector:
         prior = self.state.selected[round_number].get("prior")  # none in a run begun by an older version
         return None if prior is None else np.array(prior)
 
-    async def require_charge(self) -> None:
+    async def assert_owner(self) -> None:
         """Raises Superseded where another driver, or a newer selector, has taken over the run."""
         self.fence.check()
 
@@ -270,8 +278,8 @@ class Selector:
                 "thresholds": chosen.thresholds and {k: v.tolist() for k, v in chosen.thresholds.items()},
                 "seconds": time.monotonic() - began,
             }
-            glance = take_glance(self.table, before, chosen.candidates, chosen.row_M)
-            self.store.write_table(round_file(round_number, GLANCE), glance)
+            candidate_sample = sample_candidates(self.table, before, chosen.candidates, chosen.row_M)
+            self.store.write_table(round_file(round_number, CANDIDATE_SAMPLE), candidate_sample)
             self.state.note_selected(round_number, batch, facts)
             await self._notify()
         return self.state.selected[round_number]
@@ -298,7 +306,7 @@ class Selector:
             "cap_reached": self.ledger.reached,
             "rounds_trained": len(self.state.trained),
             "note": self.state.note,
-            "trouble": self.teachers.trouble(),
+            "trouble": self.teachers.failure_reason(),
             "put_aside": self.put_aside,
             "damaged": sorted(self.damaged),
         }

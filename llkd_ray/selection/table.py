@@ -223,7 +223,7 @@ class ScoreTable:
         may_be_chosen = self._may_be_chosen(tickets_below)
         return Chunked(lambda: map(self._candidates, self._chunks(may_be_chosen, self.n_pool)))
 
-    def glance(self, tickets_below: int, step: int) -> Candidates:
+    def candidate_sample(self, tickets_below: int, step: int) -> Candidates:
         """Those of :meth:`candidates` that are among every ``step``-th row of the pool."""
         row_N = np.arange(0, self.n_pool, step)
         labelled_N = (self.label[row_N] != NONE) & (self.ticket[row_N] < tickets_below)

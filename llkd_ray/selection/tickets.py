@@ -88,8 +88,8 @@ class Leases:
         """Choose the labelled rows that a review looks at again."""
         cascade = self.config.teacher.cascade
         assert cascade is not None
-        assert cascade.contradicted_above is not None
-        row_M = self.table.contradicted(cascade.contradicted_above, cascade.review)
+        assert cascade.review_margin is not None
+        row_M = self.table.contradicted(cascade.review_margin, cascade.review)
         ticket_M = np.full(row_M.size, ticket, dtype=np.int32)
         self._write(f"{_REVIEW}{self.schedule.round_of(ticket):04d}", ticket_M, row_M)
         self.rows[ticket] = row_M
@@ -130,7 +130,7 @@ class Leases:
 _HOLDOUT_SEED = 1
 
 
-class Intake:
+class LabelIngest:
     """Tickets that are done, what they have used, and the calibrator between them and the score table."""
 
     def __init__(
@@ -261,7 +261,7 @@ class TeacherWatch:
         """
         return any(len(self._lost[name]) >= one.max_actors for name, one in self.members.items())
 
-    def trouble(self) -> str | None:
+    def failure_reason(self) -> str | None:
         """Why teaching cannot go on, in a sentence for the user, or None."""
         for name, teacher in self.members.items():
             lost = self._lost[name]
@@ -269,12 +269,12 @@ class TeacherWatch:
                 who = "the teacher" if name == "teacher" else f"the {name} teacher"
                 return f"{who} has given up, all {teacher.max_actors} actor(s): {_reasons(lost)}"
         quiet = time.monotonic() - self._last_sign
-        patience = max(teacher.stall_s for teacher in self.members.values())
+        patience = max(teacher.no_progress_timeout_s for teacher in self.members.values())
         waiting = len(self._under_way) + len(self.given_back)
         if waiting and quiet > patience:
             return (
                 f"the teachers have made no progress for {quiet:.0f} s with {waiting} ticket(s) "
-                "under way (teacher.stall_s): an actor waits for resources, or its node is lost"
+                "under way (teacher.no_progress_timeout_s): an actor waits for resources, or its node is lost"
                 + "".join(f"; {len(lost)} gave up: {_reasons(lost)}" for lost in self._lost.values() if lost)
             )
         return None

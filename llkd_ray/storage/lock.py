@@ -124,7 +124,7 @@ class Session:
 
 
 @contextmanager
-def at_work(store: RunStore, say: Callable[[str], None] = print) -> Iterator[Session]:
+def hold_lock(store: RunStore, say: Callable[[str], None] = print) -> Iterator[Session]:
     """Hold the run directory. Raises ConfigError where another driver that lives holds it."""
     require_free(store, say)
     session = Session(store)

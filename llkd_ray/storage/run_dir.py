@@ -237,7 +237,7 @@ INSIGHT = "insight.json"
 """What a finished run shows of single classes and texts."""
 
 
-GLANCE = "glance.parquet"
+CANDIDATE_SAMPLE = "candidate_sample.parquet"
 """In a round's folder."""
 
 

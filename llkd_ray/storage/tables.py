@@ -98,7 +98,7 @@ SCORES = pa.schema(
 )
 # Some of what a round could choose from, to be looked at: as it was just before the choice, with whether it
 # was chosen. ``confidence`` is the teacher's; the student's signals are nan where it had not looked.
-GLANCE = pa.schema(
+CANDIDATE_SAMPLE = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
         pa.field("label", pa.int16(), nullable=False),

@@ -106,7 +106,7 @@ def _build_trainer(config: Config, store: RunStore, selector: Any) -> TorchTrain
 
 def train_loop(settings: dict[str, Any]) -> None:
     """What every rank does, round after round."""
-    rank = Rank(**settings)
+    rank = StudentWorker(**settings)
     for k in range(rank.ask("next_round"), rank.config.budget.rounds):
         rank.score(k)
         files = rank.ask("batch_files", k)
@@ -117,7 +117,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         rank.report(k)
 
 
-class Rank:
+class StudentWorker:
     """One rank of the student: its model, its share of the texts and its line to the selector."""
 
     def __init__(self, config: Config, store_uri: str, selector: Any) -> None:
@@ -196,7 +196,7 @@ class Rank:
         self._say(f"round {k}: evaluating")
         columns = [pa.array(mine), list_column(self._predict(mine))]
         table = pa.Table.from_arrays(columns, schema=tables.PREDICTIONS)
-        self.ask("require_charge")
+        self.ask("assert_owner")
         self.store.write_table(predictions_file(k, self.rank, self.world), table)
         self.seconds["evaluate"] = time.monotonic() - began
 

@@ -113,7 +113,7 @@ TIE = 1e-6
 signal, the threshold comes to equal it, and rounding must not decide."""
 
 
-class InStep:
+class StepThresholds:
     """What the texts of each step of one round count; every round starts a new one.
 
     ``kind``: ``none``: all the same. ``mask``: LLKD's selection (arXiv 2411.08028): a text counts where the
@@ -310,7 +310,7 @@ def train_round(
     seed: int = 0,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
 ) -> dict[str, float]:
-    """Train on a round's texts and return mean loss, step count and, with ``in_step: mask``, ``masked``.
+    """Train on a round's texts; returns mean loss, step count and, with ``step_thresholds: mask``, ``masked``.
 
     The loss of a step is the mean over its global batch of weight × what the text counts in the step ×
     ``config.loss``, on logits shifted from ``batch.prior_C`` to the texts' own class shares. AdamW, linear
@@ -322,14 +322,14 @@ def train_round(
     length_N = lengths(tokens_N)
     epochs, steps = count_steps(length_N.size, config)
     optimizer, schedule = _optimizer_and_schedule(student.model, config, steps)
-    in_step = InStep(config.in_step, batch.p_NC.shape[1], world)
+    step_thresholds = StepThresholds(config.step_thresholds, batch.p_NC.shape[1], world)
     shift_C = student.tensor(batch.logit_shift())
     loss_sum = torch.zeros((), device=student.device)
     student.model.train()
     done = 0
     for _ in range(epochs):
         for step in plan_steps(length_N, config, rank, world, rng):
-            loss = _step_loss(student, tokens_N, batch, step, config, in_step, shift_C)
+            loss = _step_loss(student, tokens_N, batch, step, config, step_thresholds, shift_C)
             loss.backward()
             nn.utils.clip_grad_norm_(student.model.parameters(), 1.0)
             optimizer.step()
@@ -338,7 +338,7 @@ def train_round(
             loss_sum += loss.detach()
             done += 1
             on_step(done, steps)
-    return {"steps": done, "loss": float(loss_sum) / max(1, done)} | in_step.facts()
+    return {"steps": done, "loss": float(loss_sum) / max(1, done)} | step_thresholds.facts()
 
 
 def count_steps(n: int, config: StudentConfig) -> tuple[int, int]:
@@ -354,7 +354,7 @@ def _step_loss(
     batch: Batch,
     step: Step,
     config: StudentConfig,
-    in_step: InStep,
+    step_thresholds: StepThresholds,
     shift_C: torch.Tensor,
 ) -> torch.Tensor:
     """A rank's part of a step's loss, scaled so that the mean over ranks is the loss of the global batch."""
@@ -364,7 +364,7 @@ def _step_loss(
     p_BC = batch.p_NC[step.index_B]
     loss_B = LOSSES[config.loss](logits_BC + shift_C, label_B, student.tensor(p_BC))
     confidence_B = student.tensor(confidence(p_BC), torch.float64)
-    counts_B = in_step.weigh(logits_BC, label_B, confidence_B, step.scale > 0)
+    counts_B = step_thresholds.weigh(logits_BC, label_B, confidence_B, step.scale > 0)
     return (weight_B * counts_B * loss_B).sum() * step.scale
 
 

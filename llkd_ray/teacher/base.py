@@ -102,7 +102,7 @@ class Unlimited:
         return True
 
 
-class Labeller(Protocol):
+class Teacher(Protocol):
     """One teacher, as a stage of the stream holds it: an engine, a client of a server, a file of answers."""
 
     async def label(self, ids: Sequence[str], texts: Sequence[str], allowance: Allowance) -> Answers:
@@ -130,7 +130,7 @@ class TeacherDown(Exception):
 T = TypeVar("T")
 
 
-async def together(tasks: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+async def gather_or_cancel(tasks: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Like asyncio.gather, but what fails ends the others, and its exception comes alone."""
     try:
         async with asyncio.TaskGroup() as group:
@@ -173,7 +173,9 @@ AskOne = Callable[[int, Meter], Awaitable[tuple[Any, float]]]
 """``ask_one(i, meter)`` gives float[C] and the off-label mass of text ``i``, or raises TextFailed."""
 
 
-async def ask_each(n_texts: int, n_classes: int, ask_one: AskOne, allowance: Allowance, cut: int) -> Answers:
+async def label_batch(
+    n_texts: int, n_classes: int, ask_one: AskOne, allowance: Allowance, cut: int
+) -> Answers:
     """Ask for every text at once and gather what comes; ``cut`` texts are cut.
 
     A :class:`~llkd_ray.teacher.base.TeacherDown` of one text ends the call: the others are cancelled.
@@ -191,7 +193,7 @@ async def ask_each(n_texts: int, n_classes: int, ask_one: AskOne, allowance: All
         except CapReached:
             outcome_N[i] = UNASKED
 
-    await together(one(i) for i in range(n_texts))
+    await gather_or_cancel(one(i) for i in range(n_texts))
     names = ("requests", "prompt_tokens", "cached_tokens", "answer_tokens")
     used = {name: np.array([getattr(meter, name) for meter in meters], dtype=np.int64) for name in names}
     return Answers(

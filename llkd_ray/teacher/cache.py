@@ -69,7 +69,7 @@ def answer_key(teacher: TeacherConfig, names: Sequence[str], prompt_hash: str) -
         "max_model_len": teacher.max_model_len,
         "cut": teacher.prompt.cut,
         "engine": {k: v for k, v in teacher.engine.items() if k not in _HARMLESS_ENGINE_ARGUMENTS},
-        "unresolved": teacher.unresolved,
+        "min_branch_prob": teacher.min_branch_prob,
         "labels": list(names),
         "prompt": prompt_hash,
         "votes": None,

@@ -21,10 +21,10 @@ from llkd_ray.teacher.worker import Stage
 class SmallStage(Stage):
     """A cascade's small teacher: reads all but what is under review, and passes everything on."""
 
-    def nothing(self, leased: pa.Table) -> pa.Table:
+    def empty(self, leased: pa.Table) -> pa.Table:
         return leased.slice(0, 0)
 
-    async def see_to(self, ticket: int, leased: pa.Table) -> pa.Table:
+    async def process(self, ticket: int, leased: pa.Table) -> pa.Table:
         is_done = any(self.store.exists(ticket_file(folder, ticket)) for folder in (SMALL_DIR, LABELS_DIR))
         if not is_done and not self.is_review(ticket):
             asked = await self.asker.ask(ticket, leased)
@@ -42,8 +42,8 @@ class LargeStage(Stage):
 
     member = 1
 
-    async def see_to(self, ticket: int, leased: pa.Table) -> pa.Table:
-        done = await self.there(ticket)
+    async def process(self, ticket: int, leased: pa.Table) -> pa.Table:
+        done = await self.existing(ticket)
         if done is None:
             small, usage = await asyncio.to_thread(self._small_answers, ticket)
             doubtful = leased.filter(pa.array(~np.isin(leased["row"].to_numpy(), self._sure_rows(small))))
@@ -54,8 +54,8 @@ class LargeStage(Stage):
             if self.is_review(ticket):
                 # A review without an answer leaves a text with the label that it has.
                 asked = replace(asked, outcome_M=[""] * len(doubtful))
-            done = await self.put(ticket, doubtful, labels, usage | {self.asker.name: asked.usage}, asked)
-        return await self.tell(ticket, done)
+            done = await self.commit(ticket, doubtful, labels, usage | {self.asker.name: asked.usage}, asked)
+        return await self.notify(ticket, done)
 
     def _small_answers(self, ticket: int) -> tuple[pa.Table, dict[str, Usage]]:
         if not self.store.exists(ticket_file(SMALL_DIR, ticket)):  # a review
@@ -68,4 +68,4 @@ class LargeStage(Stage):
         cascade = self.config.teacher.cascade
         assert cascade is not None
         p_MC = normalise(matrix_of(small["probs"], len(self.config.labels.names)))
-        return small["row"].to_numpy()[confidence(p_MC) >= cascade.unsure_below]
+        return small["row"].to_numpy()[confidence(p_MC) >= cascade.escalate_below]

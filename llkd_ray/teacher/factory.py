@@ -18,31 +18,31 @@ from llkd_ray.corpus import sources
 from llkd_ray.corpus.cleaning import NO_GOLD, Cleaner, Refusal
 from llkd_ray.corpus.readers import read_rows
 from llkd_ray.storage.run_dir import join_uri
-from llkd_ray.teacher.base import Labeller
+from llkd_ray.teacher.base import Teacher
 from llkd_ray.teacher.cache import answer_key
-from llkd_ray.teacher.openai.teacher import ServerLabeller, check_server_teacher, possible_ways
+from llkd_ray.teacher.openai.teacher import OpenAITeacher, check_server_teacher, possible_methods
 from llkd_ray.teacher.prompt import inline_template
-from llkd_ray.teacher.recorded import RecordedLabeller, read_recorded
-from llkd_ray.teacher.vllm.teacher import VllmLabeller, check_vllm_teacher, prepare
+from llkd_ray.teacher.recorded import RecordedTeacher, read_recorded
+from llkd_ray.teacher.vllm.teacher import VllmTeacher, check_vllm_teacher, prepare
 
 CACHE_DIR = "teacher-cache"
 
 
-def make_labeller(
+def make_teacher(
     teacher: TeacherConfig, labels: LabelsConfig, on_start: Callable[[float], None], begin: bool = False
-) -> Labeller:
+) -> Teacher:
     """The teacher that the settings describe; ``on_start`` hears how long an engine took to start.
 
     ``begin``: an engine will be needed soon, so begin with what can be done ahead.
     """
     match teacher.kind:
         case "vllm":
-            return VllmLabeller(teacher, labels, on_start, begin)
+            return VllmTeacher(teacher, labels, on_start, begin)
         case "openai":
-            return ServerLabeller(teacher, labels)
+            return OpenAITeacher(teacher, labels)
         case "recorded":
             assert teacher.recorded is not None
-            return RecordedLabeller(teacher.recorded, len(labels.names))
+            return RecordedTeacher(teacher.recorded, len(labels.names))
         case _:
             raise AssertionError(f"a teacher of kind {teacher.kind} is asked by its members")
 
@@ -81,7 +81,7 @@ def cache_key(config: Config, teacher: TeacherConfig) -> str | None:
     if cache_folder(config, teacher) is None:
         return None
     if teacher.kind == "openai":
-        prompt = possible_ways(teacher, config.labels, "teacher")[1]
+        prompt = possible_methods(teacher, config.labels, "teacher")[1]
     else:
         prompt = prepare(teacher, config.labels, "teacher")[1]
     return answer_key(teacher, config.labels.names, prompt.hash)

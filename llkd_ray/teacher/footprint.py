@@ -15,8 +15,8 @@ import numpy as np
 from llkd_ray.config.schema import LabelsConfig
 from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.teacher.label_trie import LabelTrie
-from llkd_ray.teacher.openai.scoring import CHARS_PER_TOKEN, ByLabelIds, ByTopLogprobs, ByVotes, Way
-from llkd_ray.teacher.openai.teacher import possible_ways
+from llkd_ray.teacher.openai.scoring import CHARS_PER_TOKEN, ByLabelIds, ByTopLogprobs, ByVotes, ScoringMethod
+from llkd_ray.teacher.openai.teacher import possible_methods
 from llkd_ray.teacher.prompt import encode_prompts
 from llkd_ray.teacher.vllm.teacher import prepare, room_for_prompt
 
@@ -56,7 +56,7 @@ def prompt_sizes(
 
 
 def _of_server(teacher: TeacherConfig, labels: LabelsConfig, texts: Sequence[str], field: str) -> PromptSizes:
-    ways, _ = possible_ways(teacher, labels, field)
+    ways, _ = possible_methods(teacher, labels, field)
     asking = reduce(or_, map(_asking, ways))
     names = tuple(way.name for way in ways)
     best = ways[0]
@@ -78,7 +78,7 @@ def _of_server(teacher: TeacherConfig, labels: LabelsConfig, texts: Sequence[str
     return PromptSizes(tokens_N, cut_N, asking, 0, counted, "\n\n".join(contents[0]), names)
 
 
-def _asking(way: Way) -> Asking:
+def _asking(way: ScoringMethod) -> Asking:
     match way:
         case ByLabelIds():
             return by_trie(way.trie)

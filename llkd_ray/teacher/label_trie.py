@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llkd_ray.teacher.base import together
+from llkd_ray.teacher.base import gather_or_cancel
 
 MAX_TOKENS = 128
 """Tokens that one request may ask for: vLLM's limit of ``logprob_token_ids``."""
@@ -36,7 +36,7 @@ class Mass:
     probs_C: np.ndarray
     """float64[C]"""
     off_label: float
-    unresolved: float
+    min_branch_prob: float
     """Of branches that were not followed: so much, in all, may stand at another label, or off-label."""
     requests: int
 
@@ -115,32 +115,32 @@ class LabelTrie:
             yield len(node.after), node.requests
             nodes += [child for child in node.children.values() if child.children]
 
-    async def mass(self, ask: NextTokens, unresolved: float) -> Mass:
-        """Share out the answers to one text; a branch of no more mass than ``unresolved`` is not followed.
+    async def mass(self, ask: NextTokens, min_branch_prob: float) -> Mass:
+        """Share out the answers to one text; branches up to a mass of ``min_branch_prob`` are not followed.
 
         The walk goes level by level, and asks for all branches of a level that matter at the same time. The
         mass of a branch that is not followed goes in equal parts to the labels that its answers can come to:
-        those below it and the longest that it begins with. So a label is no further than ``unresolved`` from
-        its true mass; one that begins others, no further than its branches that were not followed hold
-        together. That is told of all of them in ``Mass.unresolved``.
+        those below it and the longest that it begins with. So a label is no further than ``min_branch_prob``
+        from its true mass; one that begins others, no further than its branches that were not followed hold
+        together. That is told of all of them in ``Mass.min_branch_prob``.
 
         Each node is asked for once. Exceptions of ``ask`` come through as they are, and end the other
-        questions. Raises ValueError where ``unresolved`` is not in [0, 1), or where ``ask`` gives what
+        questions. Raises ValueError where ``min_branch_prob`` is not in [0, 1), or where ``ask`` gives what
         cannot be probabilities.
         """
-        if not 0 <= unresolved < 1:
-            raise ValueError(f"unresolved is {unresolved}: give a probability from 0 to less than 1")
+        if not 0 <= min_branch_prob < 1:
+            raise ValueError(f"min_branch_prob is {min_branch_prob}: give a probability below 1")
         mass_S = np.zeros(self.n_labels + 1)  # of each label and, at index -1, off-label
         level: list[_Branch] = [_Branch(1.0, self._root)]
         requests, left = 0, 0.0
         while level:
-            needed = [branch for branch in level if branch.mass > unresolved]
+            needed = [branch for branch in level if branch.mass > min_branch_prob]
             for branch in level:
-                if branch.mass <= unresolved:
+                if branch.mass <= min_branch_prob:
                     mass_S[branch.node.claimants] += branch.mass / len(branch.node.claimants)
                     left += branch.mass
             level = []
-            answers = await together([_ask_all(ask, branch.node) for branch in needed])
+            answers = await gather_or_cancel([_ask_all(ask, branch.node) for branch in needed])
             for branch, p_K in zip(needed, answers, strict=True):
                 requests += branch.node.requests
                 mass_S[branch.node.owner] += branch.mass * max(0.0, 1.0 - p_K.sum())
@@ -149,7 +149,7 @@ class LabelTrie:
                         level.append(_Branch(branch.mass * p, child))
                     else:
                         mass_S[child.owner] += branch.mass * p
-        return Mass(mass_S[:-1], off_label=float(mass_S[-1]), unresolved=left, requests=requests)
+        return Mass(mass_S[:-1], off_label=float(mass_S[-1]), min_branch_prob=left, requests=requests)
 
 
 async def _ask_all(ask: NextTokens, node: _Node) -> np.ndarray:
@@ -158,7 +158,7 @@ async def _ask_all(ask: NextTokens, node: _Node) -> np.ndarray:
     chunks = [tokens[start : start + MAX_TOKENS] for start in range(0, len(tokens), MAX_TOKENS)]
     # The first one alone: an engine's prefix cache then knows the prompt when the others come.
     answers = [await ask(node.after, chunks[0])]
-    answers += await together([_ask_one(ask, node.after, chunk) for chunk in chunks[1:]])
+    answers += await gather_or_cancel([_ask_one(ask, node.after, chunk) for chunk in chunks[1:]])
     for chunk, answer in zip(chunks, answers, strict=True):
         if len(answer) != len(chunk):
             raise ValueError(f"{len(answer)} probabilities came back for {len(chunk)} tokens")

@@ -15,7 +15,7 @@ from llkd_ray.config.teacher import RecordedConfig
 from llkd_ray.corpus.sources import expand
 from llkd_ray.storage.run_dir import open_filesystem
 from llkd_ray.storage.tables import matrix_of
-from llkd_ray.teacher.base import Allowance, Answers, Meter, TextFailed, ask_each
+from llkd_ray.teacher.base import Allowance, Answers, Meter, TextFailed, label_batch
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Recorded:
         return len(self.prompt_tokens_R)
 
 
-class RecordedLabeller:
-    """A teacher that says what it once said; see ``answers.Labeller``. For benchmarks, mostly."""
+class RecordedTeacher:
+    """A teacher that says what it once said; see ``answers.Teacher``. For benchmarks, mostly."""
 
     def __init__(self, config: RecordedConfig, n_classes: int) -> None:
         self.recorded = read_recorded(config, n_classes)
@@ -49,7 +49,7 @@ class RecordedLabeller:
             probs_C = self.recorded.probs_RC[place]
             return probs_C, float(np.clip(1.0 - probs_C.sum(), 0.0, 1.0))
 
-        return await ask_each(len(ids), self.recorded.probs_RC.shape[1], one, allowance, cut=0)
+        return await label_batch(len(ids), self.recorded.probs_RC.shape[1], one, allowance, cut=0)
 
     def close(self) -> None:
         """It holds nothing but memory."""

@@ -29,10 +29,10 @@ from llkd_ray.corpus.cleaning import text_hash
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import ENGINES_DIR, LABELS_DIR, QUARANTINE_DIR, SMALL_DIR, RunStore, ticket_file
 from llkd_ray.storage.tables import Examples
-from llkd_ray.teacher.base import UNASKED, Allowance, Labeller, TeacherDown, Unlimited, Usage
+from llkd_ray.teacher.base import UNASKED, Allowance, Teacher, TeacherDown, Unlimited, Usage
 from llkd_ray.teacher.budget import RemoteAllowance
 from llkd_ray.teacher.cache import AnswerCache, register
-from llkd_ray.teacher.factory import cache_folder, make_labeller
+from llkd_ray.teacher.factory import cache_folder, make_teacher
 from llkd_ray.teacher.labels import (
     TicketLabels,
     in_row_order,
@@ -49,7 +49,7 @@ Reserve = Callable[[int, str, str, Usage], Awaitable[bool]]
 
 
 @dataclass(frozen=True)
-class Asked:
+class TicketAnswers:
     """What came of the texts of a ticket."""
 
     labels: pa.Table
@@ -65,7 +65,7 @@ class Asked:
         return sum(outcome == UNASKED for outcome in self.outcome_M)
 
 
-class Asker:
+class TeacherWorker:
     """One teacher of a run, ``member`` of the config's; made in its actor, which prepares it meanwhile."""
 
     def __init__(
@@ -74,7 +74,7 @@ class Asker:
         store_uri: str,
         member: int,
         reserve: Reserve,
-        labeller: Labeller | None = None,
+        labeller: Teacher | None = None,
         key: str | None = None,
     ) -> None:
         """``key``: what its answers are found by in later runs; without one, nothing is reused."""
@@ -89,7 +89,7 @@ class Asker:
         self._made = maker.submit(self._make)
         maker.shutdown(wait=False)
 
-    async def ask(self, ticket: int, texts: pa.Table) -> Asked:
+    async def ask(self, ticket: int, texts: pa.Table) -> TicketAnswers:
         """Answers to ``texts`` (row, id, text), from an earlier run where there is one.
 
         The caller puts the labels in place and then calls :meth:`forget`. Raises
@@ -101,7 +101,7 @@ class Asker:
         found_M, reused = await asyncio.to_thread(self._reuse, hash_M, texts)
         usage = Usage(reused_texts=len(reused), reused_tokens=_tokens(reused))
         if found_M.all():
-            return Asked(reused, usage, [""] * len(texts), None)
+            return TicketAnswers(reused, usage, [""] * len(texts), None)
         sent, sent_hash = texts.filter(pa.array(~found_M)), hash_M[~found_M]
         mark = f"ticket-{ticket:08d}.{uuid.uuid4().hex}"
         # The mark tells, after a kill, which texts were sent and never answered.
@@ -113,14 +113,14 @@ class Asker:
         fresh = labels_table(sent, sent_hash, answers, self.member)
         outcome_M = np.full(len(texts), "", dtype=object)
         outcome_M[~found_M] = list(answers.outcome_N)
-        return Asked(
+        return TicketAnswers(
             labels=in_row_order([reused, fresh], texts["row"].to_numpy()),
             usage=usage + replace(answers.usage, seconds=time.monotonic() - began),
             outcome_M=outcome_M.tolist(),
             mark=mark,
         )
 
-    async def forget(self, asked: Asked) -> None:
+    async def forget(self, asked: TicketAnswers) -> None:
         """The labels are in place, so nothing of them is under way any more."""
         if asked.mark is not None:
             await asyncio.to_thread(self.store.delete, mark_file(asked.mark))
@@ -142,7 +142,7 @@ class Asker:
             self._cache = AnswerCache.open(folder, self._key, len(labels.names), own)
             register(folder, self._key, own, self.member)
         if self._labeller is None:
-            self._labeller = make_labeller(self.teacher, labels, self._note_start, begin=not self._cache)
+            self._labeller = make_teacher(self.teacher, labels, self._note_start, begin=not self._cache)
 
     def _reuse(self, hash_M: np.ndarray, texts: pa.Table) -> tuple[np.ndarray, pa.Table]:
         """bool[M]: which texts have an answer of an earlier run; and LABELS of those, as this run's."""
@@ -198,7 +198,7 @@ class Stage(ABC):
         config: Config,
         store_uri: str,
         selector: Any,
-        labeller: Labeller | None = None,
+        labeller: Teacher | None = None,
         key: str | None = None,
         on_drop: Callable[[TeacherConfig], None] | None = None,
     ) -> None:
@@ -207,7 +207,7 @@ class Stage(ABC):
         self.selector = selector
         self.actor = uuid.uuid4().hex
         # No method of its own: that would keep the stage, and with it an engine, alive when it is dropped.
-        self.asker = Asker(config, store_uri, self.member, partial(_reserve, selector), labeller, key)
+        self.asker = TeacherWorker(config, store_uri, self.member, partial(_reserve, selector), labeller, key)
         self.on_drop = on_drop
 
     def __del__(self) -> None:
@@ -220,27 +220,27 @@ class Stage(ABC):
 
     async def __call__(self, leased: pa.Table) -> AsyncIterator[pa.Table]:
         if not len(leased):
-            yield self.nothing(leased)
+            yield self.empty(leased)
             return
         ticket = leased["ticket"][0].as_py()
         assert leased["ticket"].unique().to_pylist() == [ticket], "a block holds one ticket"
         try:
-            done = await self.see_to(ticket, leased)
+            done = await self.process(ticket, leased)
         except TeacherDown as down:
             await self._give_back(ticket, str(down))
-            done = self.nothing(leased)
+            done = self.empty(leased)
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise
             await self._give_back(ticket, f"no room to write labels: {error}")
-            done = self.nothing(leased)
+            done = self.empty(leased)
         yield done
 
     @abstractmethod
-    async def see_to(self, ticket: int, leased: pa.Table) -> pa.Table:
+    async def process(self, ticket: int, leased: pa.Table) -> pa.Table:
         """See to it that the ticket's file is in place; returns what goes on. Raises TeacherDown."""
 
-    def nothing(self, leased: pa.Table) -> pa.Table:
+    def empty(self, leased: pa.Table) -> pa.Table:
         """What goes on of a ticket that needs no more."""
         return _RECEIPT.empty_table()
 
@@ -253,8 +253,8 @@ class Stage(ABC):
         examples = Examples.open(self.store)
         return Schedule.plan(self.config, examples.n_pool, examples.n_test).review_tickets
 
-    async def put(
-        self, ticket: int, leased: pa.Table, labels: pa.Table, usage: dict[str, Usage], asked: Asked
+    async def commit(
+        self, ticket: int, leased: pa.Table, labels: pa.Table, usage: dict[str, Usage], asked: TicketAnswers
     ) -> TicketLabels:
         """Put a finished ticket's labels in place, and in quarantine what came to nothing; returns what the
         selector is to be told.
@@ -275,14 +275,14 @@ class Stage(ABC):
         await self.asker.forget(asked)
         return ticket_labels(labels, usage, unasked, len(self.config.labels.names))
 
-    async def there(self, ticket: int) -> TicketLabels | None:
+    async def existing(self, ticket: int) -> TicketLabels | None:
         """What the ticket's file says, where an earlier attempt died before it could tell the selector."""
         if not self.store.exists(ticket_file(LABELS_DIR, ticket)):
             return None
         said = await asyncio.to_thread(read_ticket, self.store, LABELS_DIR, ticket)
         return ticket_labels(*said, len(self.config.labels.names))
 
-    async def tell(self, ticket: int, labels: TicketLabels) -> pa.Table:
+    async def notify(self, ticket: int, labels: TicketLabels) -> pa.Table:
         """Tell the selector of a ticket whose file is in place; returns the receipt."""
         await self.selector.put_labels.remote(ticket, labels)
         return pa.table({"ticket": [ticket], "rows": [len(labels.row_M)]}, schema=_RECEIPT)
@@ -313,9 +313,9 @@ async def _reserve(selector: Any, ticket: int, attempt: str, teacher: str, usage
 class OnlyStage(Stage):
     """The one teacher of a run."""
 
-    async def see_to(self, ticket: int, leased: pa.Table) -> pa.Table:
-        done = await self.there(ticket)
+    async def process(self, ticket: int, leased: pa.Table) -> pa.Table:
+        done = await self.existing(ticket)
         if done is None:
             asked = await self.asker.ask(ticket, leased)
-            done = await self.put(ticket, leased, asked.labels, {self.asker.name: asked.usage}, asked)
-        return await self.tell(ticket, done)
+            done = await self.commit(ticket, leased, asked.labels, {self.asker.name: asked.usage}, asked)
+        return await self.notify(ticket, done)

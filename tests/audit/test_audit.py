@@ -11,8 +11,8 @@ from llkd_ray.audit.job import (
     UNSURE,
     Wanted,
     choose,
+    describe,
     estimate,
-    in_words,
     random_order,
     share,
 )
@@ -88,7 +88,7 @@ def test_only_the_random_sample_counts():
     assert (found["student"]["right"], found["student"]["texts"]) == (2, 2)
     assert found["asked_for"][DISAGREE] == {"texts": 2, "right": 0}
     assert (found["answered"], found["unanswered_in_sample"], found["sample"]) == (5, 1, 4)
-    said = "\n".join(in_words(found))
+    said = "\n".join(describe(found))
     assert "2 of 3 right" in said
     assert "all 900 labelled texts without bias" in said
     assert "1 of the random sample's 4 texts have no answer" in said

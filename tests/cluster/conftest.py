@@ -31,7 +31,7 @@ def toy_settings(tmp_path: Path, tiny_encoder: str) -> dict:
     return toy_config_tree(
         corpus={"uri": str(pool), "id": "id", "gold": "label"},
         test={"uri": str(test), "id": "id", "gold": "label"},
-        teacher={"kind": "recorded", "recorded": {"uri": str(answers)}, "lease_rows": 32},
+        teacher={"kind": "recorded", "recorded": {"uri": str(answers)}, "ticket_size": 32},
         student={
             "model": tiny_encoder,
             "epochs": 20,

@@ -33,7 +33,7 @@ def vllm(settings: dict, model: str, **prompt: object) -> dict:
     return settings | {"teacher": {"kind": "vllm", "model": model, "prompt": prompt}}
 
 
-@pytest.mark.parametrize("flags", [(), ("--plan",)], ids=["run", "plan"])
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)], ids=["run", "plan"])
 class TestOneLine:
     """The same message from a run and from its plan; neither starts anything before."""
 

@@ -78,9 +78,9 @@ def test_a_run_from_corpus_to_model(toy_settings, tmp_path):
     )
     assert right >= 10
     # What is there to be looked at agrees with what was done.
-    glances = [pq.read_table(file) for file in sorted(run_dir.glob("rounds/*/glance.parquet"))]
-    for batch, glance in zip(batches, glances, strict=True):
-        chosen = glance["row"].to_numpy()[glance["selected"].to_numpy()]
+    glances = [pq.read_table(file) for file in sorted(run_dir.glob("rounds/*/candidate_sample.parquet"))]
+    for batch, candidate_sample in zip(batches, glances, strict=True):
+        chosen = candidate_sample["row"].to_numpy()[candidate_sample["selected"].to_numpy()]
         assert set(chosen) == set(batch["row"].to_pylist())
     assert np.isnan(glances[0]["uncertainty"].to_numpy()).all()
     assert not np.isnan(glances[2]["uncertainty"].to_numpy()).any()

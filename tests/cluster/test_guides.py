@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from pages import ROOT, blocks, commands, flags_of, job_of
-from stub_server import Asked, Reply, StubServer, likeliest, usage
+from stub_server import EngineResponse, StubServer, TicketAnswers, likeliest, usage
 from toys import NAMES, WORDS, toy_texts
 
 from llkd_ray import distill
@@ -24,7 +24,7 @@ def guide(name: str) -> str:
     return (ROOT / f"docs/guides/{name}.md").read_text(encoding="utf-8")
 
 
-def answer(asked: Asked) -> Reply:
+def answer(asked: TicketAnswers) -> EngineResponse:
     """A letter by the length of the text, mostly."""
     best = "ABC"[len(asked.text.rpartition("Text: ")[2].split()) % 3]
     return likeliest({letter: 0.9 if letter == best else 0.03 for letter in "ABC"}, usage=usage(50, 1))
@@ -53,7 +53,7 @@ def test_an_api_call_is_replaced(tiny_encoder, tmp_path: Path):
     assert Path(found.report).exists()
 
 
-def grade(asked: Asked) -> Reply:
+def grade(asked: TicketAnswers) -> EngineResponse:
     """A page's grade by its words: 0 for the first toy class to 5 for the last."""
     words = set(asked.text.rpartition("Text: ")[2].split())
     hits = [len(words & set(WORDS[name].split())) for name in NAMES]
@@ -100,7 +100,7 @@ def test_pages_are_graded_and_the_better_ones_kept(tiny_encoder, tmp_path: Path,
         assert predict_main([here.get(word, word) for word in flags_of(words)]) == 0
     kept = pq.read_table("by_hand/predictions").filter(pc.field("accepted"))
     assert len(kept) > 0
-    assert min(kept["p_at_least"].to_pylist()) >= 0.8
+    assert min(kept["p_min_grade"].to_pylist()) >= 0.8
     gold = dict(zip(texts, grades, strict=True))
     right = [gold[text] >= 3 for text in kept["text"].to_pylist()]
     assert sum(right) / len(right) > 0.7

@@ -77,7 +77,7 @@ def new_run(folder: Path, tiny_encoder: str) -> Callable[..., ToyRun]:
                 "kind": "openai",
                 "model": "some-llm",
                 "server": server,
-                "lease_rows": LEASE_ROWS,
+                "ticket_size": LEASE_ROWS,
                 "tickets_in_flight": TICKETS_IN_FLIGHT,
                 "cache": None,  # runs must not learn from each other
                 **BOOKED["teacher"],

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from ray.cluster_utils import Cluster
-from stub_server import Asked, Reply, StubServer, likeliest, usage
+from stub_server import EngineResponse, StubServer, TicketAnswers, likeliest, usage
 from toys import NAMES, WORDS
 
 from llkd_ray.storage.run_dir import predictions_file
@@ -65,7 +65,7 @@ class Gate:
         self.open = self._open.set
         self.close = self._open.clear
 
-    def __call__(self, asked: Asked) -> Reply:
+    def __call__(self, asked: TicketAnswers) -> EngineResponse:
         self._open.wait(PATIENCE_S)
         words = set(asked.text.rpartition("Text: ")[2].split())
         best = max(range(3), key=lambda i: len(words & set(WORDS[NAMES[i]].split())))

@@ -102,7 +102,7 @@ class TestThresholds:
     def test_what_is_fitted_on_gold_is_what_accepts(self, local_ray, tiny_classifier, corpora, tmp_path):
         pool, gold = corpora
         out = tmp_path / "out"
-        flags = ["--precision", "0.5", "--gold", str(gold), "--label", "label", "--out", str(out)]
+        flags = ["--target-precision", "0.5", "--gold", str(gold), "--label", "label", "--out", str(out)]
         assert predict_main([tiny_classifier, str(pool), *flags, "--dtype", "float32"]) == 0
         facts = json.loads((out / "thresholds.json").read_text())
         assert facts["gold_texts"] == 90
@@ -125,11 +125,11 @@ class TestThresholds:
         texts = pq.read_table(pool)["text"].to_pylist()
         expected_NC = score(load(inspect(model), "float32", torch.device("cpu")), texts, 128, None)
         middle = float(np.median(expected_NC[:, 2:].sum(axis=1)))
-        flags = ["--at-least", "2", "--threshold", f"2={middle}", "--dtype", "float32", "--out", str(out)]
+        flags = ["--min-grade", "2", "--threshold", f"2={middle}", "--dtype", "float32", "--out", str(out)]
         assert predict_main([model, str(pool), *flags]) == 0
         found = results(out)
         p_N = np.array(found["probs"].to_pylist())[:, 2:].sum(axis=1)
-        np.testing.assert_allclose(found["p_at_least"].to_numpy(), p_N, atol=1e-6)
+        np.testing.assert_allclose(found["p_min_grade"].to_numpy(), p_N, atol=1e-6)
         assert found["accepted"].to_pylist() == (p_N >= middle).tolist()
         assert len(set(found["accepted"].to_pylist())) == 2
 
@@ -259,27 +259,30 @@ class TestMistakes:
             (["--batch-tokens", "0"], "--batch-tokens: 0: input should be greater than or equal to 1"),
             (["--workers", "3,2"], "--workers: 3,2 is no range: 1 <= MIN <= MAX"),
             (["--workers", "many"], "--workers: 'many' is no range"),
-            (["--precision", "0.9"], "--precision: 0.9 is wanted, but there is no gold"),
-            (["--precision", "90"], "--precision: 90.0: input should be less than or equal to 1"),
+            (["--target-precision", "0.9"], "--target-precision: 0.9 is wanted, but there is no gold"),
+            (
+                ["--target-precision", "90"],
+                "--target-precision: 90.0: input should be less than or equal to 1",
+            ),
             (["--label", "label"], "--label: 'label' is a column of --gold, which is not given"),
             (["--threshold", "sea"], "--threshold: 'sea' is no pair"),
             (["--threshold", "sea=high"], "--threshold: 'high' of 'sea=high' is no number"),
             (["--threshold", "sea=7"], "--threshold: 7.0: input should be less than or equal to 1"),
             (["--threshold", "moon=0.5"], "--threshold: 'moon' is no label of the model: take sea, kitchen"),
             (
-                ["--at-least", "moon", "--threshold", "moon=0.5"],
-                "--at-least: 'moon' is no label of the model",
+                ["--min-grade", "moon", "--threshold", "moon=0.5"],
+                "--min-grade: 'moon' is no label of the model",
             ),
-            (["--at-least", "sea"], "--at-least: 'sea' needs a threshold"),
+            (["--min-grade", "sea"], "--min-grade: 'sea' needs a threshold"),
             (
-                ["--at-least", "sea", "--threshold", "kitchen=1"],
+                ["--min-grade", "sea", "--threshold", "kitchen=1"],
                 "--threshold: 'kitchen' has no meaning beside",
             ),
             (
-                ["--gold", "no.parquet", "--precision", "0.9"],
+                ["--gold", "no.parquet", "--target-precision", "0.9"],
                 "has no column of true labels: name it with --label",
             ),
-            (["--gold", "no.parquet", "--label", "x", "--precision", "0.9"], "--gold: "),
+            (["--gold", "no.parquet", "--label", "x", "--target-precision", "0.9"], "--gold: "),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
     )
@@ -331,5 +334,5 @@ def test_gold_without_a_usable_label_is_refused(local_ray, tiny_classifier, tmp_
     corpus = write_corpus(tmp_path / "pool.parquet", 10)
     gold = tmp_path / "gold.jsonl"
     gold.write_text('{"text": "a", "label": "moon"}\n')
-    flags = ["--gold", gold, "--label", "label", "--precision", "0.9", "--out", tmp_path / "out"]
+    flags = ["--gold", gold, "--label", "label", "--target-precision", "0.9", "--out", tmp_path / "out"]
     assert "has no usable text with a true label" in refused(tiny_classifier, corpus, *flags)

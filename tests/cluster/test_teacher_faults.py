@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from stub_server import Asked, Reply, StubServer, free_port, likeliest, usage
+from stub_server import EngineResponse, StubServer, TicketAnswers, free_port, likeliest, usage
 from toys import NAMES, WORDS, write_answers
 
 from llkd_ray.cluster import Background
@@ -22,7 +22,7 @@ from llkd_ray.corpus.ingest import ingest
 from llkd_ray.display import Display
 from llkd_ray.run.loop import distill, lost_teachers, spending
 from llkd_ray.run.supervisor import Run
-from llkd_ray.storage.lock import at_work
+from llkd_ray.storage.lock import hold_lock
 from llkd_ray.storage.run_dir import RunStore
 from llkd_ray.teacher.base import TeacherDown
 
@@ -55,7 +55,7 @@ def teach(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict, Path], dict]:
         schedule = Schedule.plan(config, examples.n_pool, examples.n_test)
         with (
             Display() as display,
-            at_work(store, display.say) as session,
+            hold_lock(store, display.say) as session,
             Run(config, store, session, schedule, display) as parts,
         ):
             for k in range(parts.call("next_round"), schedule.rounds):
@@ -80,7 +80,7 @@ def quarantined(run_dir: Path) -> Counter:
     return Counter(reason for table in tables for reason in table["reason"].to_pylist())
 
 
-def right_answer(asked: Asked) -> Reply:
+def right_answer(asked: TicketAnswers) -> EngineResponse:
     """The letter of the class whose words are in the text, mostly."""
     words = set(asked.text.rpartition("Text: ")[2].split())
     best = max(range(3), key=lambda i: len(words & set(WORDS[NAMES[i]].split())))
@@ -92,7 +92,7 @@ def server_settings(settings: dict, base_url: str, **teacher: Any) -> dict:
     """One round on a server's labels."""
     server = {"base_url": base_url, "back_off_s": 0.01, "scores": "top_logprobs", "concurrency": 4}
     server |= teacher.pop("server", {})
-    of_server = {"kind": "openai", "model": "some-llm", "server": server, "lease_rows": 32, "attempts": 2}
+    of_server = {"kind": "openai", "model": "some-llm", "server": server, "ticket_size": 32, "attempts": 2}
     return settings | {
         "teacher": of_server | teacher,
         "budget": {"rounds": 1, "train": 60, "labels": 500},
@@ -107,8 +107,8 @@ class TestServer:
     ):
         poisoned = pq.read_table(toy_settings["test"]["uri"])["text"].to_pylist()[5]
 
-        def answer(asked: Asked) -> Reply:
-            return Reply(b"no", status=500) if poisoned in asked.text else right_answer(asked)
+        def answer(asked: TicketAnswers) -> EngineResponse:
+            return EngineResponse(b"no", status=500) if poisoned in asked.text else right_answer(asked)
 
         with StubServer(answer) as server:
             summary = teach(server_settings(toy_settings, server.base_url), tmp_path / "run")
@@ -124,11 +124,11 @@ class TestServer:
     ):
         bad: list[int] = []
 
-        def answer(asked: Asked) -> Reply:
+        def answer(asked: TicketAnswers) -> EngineResponse:
             if not bad:
                 bad.append(asked.connection)
             if asked.connection in bad:
-                return Reply({"error": {"message": "no such key"}}, status=401)
+                return EngineResponse({"error": {"message": "no such key"}}, status=401)
             return right_answer(asked)
 
         with StubServer(answer) as server:
@@ -154,12 +154,12 @@ class TestServer:
 
         answers = 0
 
-        def dies_after_a_while(asked: Asked) -> Reply:
+        def dies_after_a_while(asked: TicketAnswers) -> EngineResponse:
             nonlocal answers
             answers += 1
             # In the middle of a ticket, whichever of two comes first: a text that is the last of its ticket,
             # and the only one that fails, would be taken for a bad one.
-            return right_answer(asked) if answers <= 208 else Reply(b"", status=503)
+            return right_answer(asked) if answers <= 208 else EngineResponse(b"", status=503)
 
         with StubServer(dies_after_a_while) as server:
             settings["teacher"]["server"] |= {"base_url": server.base_url}
@@ -181,7 +181,7 @@ class TestCap:
     @pytest.mark.parametrize("tokens", [1, 1_000, 10_000])
     def test_tokens_never_exceed_it_and_the_run_ends_cleanly(self, toy_settings, tmp_path, tokens, teach):
         budget = {"rounds": 2, "train": 60, "labels": 500, "cap": {"tokens": tokens}}
-        teacher = toy_settings["teacher"] | {"lease_rows": 16, "actors": 2, "cpus": 0.2}
+        teacher = toy_settings["teacher"] | {"ticket_size": 16, "actors": 2, "cpus": 0.2}
         answers = teacher["recorded"] | {"prompt_tokens": "prompt_tokens"}
         settings = toy_settings | {"budget": budget, "teacher": teacher | {"recorded": answers}}
         run_dir = tmp_path / "run"
@@ -203,7 +203,7 @@ class TestCap:
         """The cap leaves 30 texts or so, of which the hold-out, which is read first, takes few."""
         budget = {"rounds": 2, "train": 60, "labels": 500, "cap": {"tokens": 1_000}}
         answers = toy_settings["teacher"]["recorded"] | {"prompt_tokens": "prompt_tokens"}
-        teacher = toy_settings["teacher"] | {"lease_rows": 16, "recorded": answers}
+        teacher = toy_settings["teacher"] | {"ticket_size": 16, "recorded": answers}
         changed = {"budget": budget, "teacher": teacher, "student": quick(toy_settings)}
         changed["evaluation"] = {"holdout": 8}
         summary = run(toy_settings | changed, tmp_path / "run")
@@ -217,7 +217,7 @@ class TestCap:
         price = {"input": 0.2, "output": 10.0, "currency": "EUR"}
         with StubServer(right_answer) as server:
             # Claims are upper bounds in bytes here; what is left of them is given back by the ticket.
-            settings = server_settings(toy_settings, server.base_url, price=price, lease_rows=8)
+            settings = server_settings(toy_settings, server.base_url, price=price, ticket_size=8)
             settings["budget"] |= {"cap": cap}
             summary = teach(settings, tmp_path / "run")
             asked = len(server.asked)
@@ -243,7 +243,7 @@ class TestCascade:
                 "price": {"input": price},
                 "cpus": 0.2,
             }
-        teacher = {"kind": "cascade", "cascade": {**members, **cascade}, "lease_rows": 32}
+        teacher = {"kind": "cascade", "cascade": {**members, **cascade}, "ticket_size": 32}
         return toy_settings | {
             "teacher": teacher,
             "student": quick(toy_settings) | {"epochs": 8},
@@ -251,7 +251,7 @@ class TestCascade:
         }
 
     def test_the_large_one_reads_only_what_is_in_doubt(self, toy_settings, tmp_path, teach):
-        settings = self.settings(toy_settings, tmp_path, unsure_below=0.75, contradicted_above=None)
+        settings = self.settings(toy_settings, tmp_path, escalate_below=0.75, review_margin=None)
         summary = teach(settings, tmp_path / "run")
         labels = labels_of(tmp_path / "run")
         assert len(set(labels["row"])) == ROWS
@@ -269,7 +269,7 @@ class TestCascade:
         assert np.mean(right) > 0.75, "better than the small one alone"
 
     def test_a_confident_student_sends_labels_to_review(self, toy_settings, tmp_path):
-        settings = self.settings(toy_settings, tmp_path, unsure_below=0.0, contradicted_above=0.5, review=40)
+        settings = self.settings(toy_settings, tmp_path, escalate_below=0.0, review_margin=0.5, review=40)
         # Enough in the first round for a student that is sure of itself when the second review is planned.
         settings["budget"] |= {"train": 360}
         settings["student"] |= {"epochs": 16}

@@ -28,7 +28,7 @@ from llkd_ray.display import Display
 from llkd_ray.run.loop import distill
 from llkd_ray.teacher.base import Answers, TeacherDown, Unlimited
 from llkd_ray.teacher.prompt import build_prompt, encode_prompts, label_sequences
-from llkd_ray.teacher.vllm.teacher import VllmLabeller
+from llkd_ray.teacher.vllm.teacher import VllmTeacher
 
 pytest.importorskip("vllm", reason="no vLLM for this machine is installed")
 pytestmark = pytest.mark.timeout(600)
@@ -49,15 +49,16 @@ MANY = tuple(
 
 
 @pytest.fixture(scope="module")
-def engine_of(tiny_llm: str) -> Iterator[Callable[..., VllmLabeller]]:
+def engine_of(tiny_llm: str) -> Iterator[Callable[..., VllmTeacher]]:
     """Teachers that share one engine."""
-    made: list[VllmLabeller] = []
+    made: list[VllmTeacher] = []
 
-    def make(names: Sequence[str], **settings) -> VllmLabeller:
+    def make(names: Sequence[str], **settings) -> VllmTeacher:
         teacher = TeacherConfig.model_validate(
-            {"model": tiny_llm, "dtype": "float32", "max_model_len": MODEL_LEN, "unresolved": 0.0} | settings
+            {"model": tiny_llm, "dtype": "float32", "max_model_len": MODEL_LEN, "min_branch_prob": 0.0}
+            | settings
         )
-        labeller = VllmLabeller(teacher, LabelsConfig(names=tuple(names)), lambda seconds: None)
+        labeller = VllmTeacher(teacher, LabelsConfig(names=tuple(names)), lambda seconds: None)
         if made:
             labeller.engine = made[0].engine
         made.append(labeller)
@@ -66,7 +67,7 @@ def engine_of(tiny_llm: str) -> Iterator[Callable[..., VllmLabeller]]:
     # One loop for all, as an engine belongs to the loop that it was first used in.
     loop = asyncio.new_event_loop()
 
-    def make_and_ask(names: Sequence[str], texts: Sequence[str], **settings) -> tuple[VllmLabeller, Answers]:
+    def make_and_ask(names: Sequence[str], texts: Sequence[str], **settings) -> tuple[VllmTeacher, Answers]:
         labeller = make(names, **settings)
         ids = [str(i) for i in range(len(texts))]
         return labeller, loop.run_until_complete(labeller.label(ids, texts, Unlimited()))
@@ -141,7 +142,7 @@ def test_only_names_that_matter_are_followed(engine_of):
     # Longer than a block of the cache, so that there is something to be found in it.
     prompt = {"answer": "names", "show_labels": False, "instruction": 12 * "Which? "}
     _, exact = engine_of(MANY, texts, prompt=prompt)
-    _, answers = engine_of(MANY, texts, prompt=prompt, unresolved=5e-4)
+    _, answers = engine_of(MANY, texts, prompt=prompt, min_branch_prob=5e-4)
     assert np.abs(answers.probs_NC - exact.probs_NC).max() < 5e-4
     np.testing.assert_allclose(answers.probs_NC.sum(axis=1) + answers.off_label_N, 1.0, atol=1e-6)
     assert answers.usage.requests < 0.75 * exact.usage.requests
@@ -164,7 +165,7 @@ def vllm_settings(toy_settings: dict, tiny_llm: str) -> dict:
         "model": tiny_llm,
         "dtype": "float32",
         "max_model_len": 128,
-        "lease_rows": 16,
+        "ticket_size": 16,
         "prompt": {"instruction": "Which?", "show_labels": False},
     }
     return toy_settings | {"teacher": teacher}

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llkd_ray.config.schema import LabelsConfig
 from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.teacher.base import Answers, TeacherDown, Unlimited
-from llkd_ray.teacher.openai.teacher import ServerLabeller
+from llkd_ray.teacher.openai.teacher import OpenAITeacher
 from llkd_ray.teacher.prompt import build_prompt, encode_prompts, label_sequences
 
 pytest.importorskip("vllm", reason="no vLLM for this machine is installed")
@@ -103,7 +103,7 @@ def make_teacher(base_url: str, answer: str, server: dict[str, Any], **settings:
             "server": {"base_url": base_url, "api_key_env": "NO_SUCH_KEY", "back_off_s": 0.1} | server,
             "prompt": {"instruction": "Which?", "answer": answer, "show_labels": False},
             "max_model_len": 256,
-            "unresolved": 0.0,
+            "min_branch_prob": 0.0,
         }
         | settings
     )
@@ -111,7 +111,7 @@ def make_teacher(base_url: str, answer: str, server: dict[str, Any], **settings:
 
 def ask(teacher: TeacherConfig, labels: LabelsConfig, texts: list[str]) -> tuple[Answers, str]:
     """The answers, and the name of the way they were had."""
-    labeller = ServerLabeller(teacher, labels)
+    labeller = OpenAITeacher(teacher, labels)
     try:
         answers = asyncio.run(labeller.label([""] * len(texts), texts, Unlimited()))
     finally:

@@ -13,10 +13,10 @@ from llkd_ray.config.schedule import Schedule
 
 
 def plan(
-    n_pool: int, n_test: int = 0, *, lease_rows: int = 16, holdout: int = 20, on_test: bool = True, **budget
+    n_pool: int, n_test: int = 0, *, ticket_size: int = 16, holdout: int = 20, on_test: bool = True, **budget
 ) -> Schedule:
     config = make_config(
-        teacher={"lease_rows": lease_rows},
+        teacher={"ticket_size": ticket_size},
         evaluation={"holdout": holdout, "teacher_on_test": on_test},
         budget=budget,
     )
@@ -30,7 +30,7 @@ def schedules(draw) -> tuple[Schedule, int, int]:
         schedule = plan(
             n_pool,
             n_test,
-            lease_rows=draw(st.integers(1, 200)),
+            ticket_size=draw(st.integers(1, 200)),
             holdout=draw(st.integers(0, 300)),
             on_test=draw(st.booleans()),
             rounds=draw(st.integers(1, 12)),
@@ -58,8 +58,8 @@ def test_tickets_make_up_the_budgets(drawn):
     for tickets, rows in kinds:
         sizes = [schedule.ticket_rows(ticket) for ticket in tickets]
         assert sum(sizes) == rows
-        assert all(size == schedule.lease_rows for size in sizes[:-1])
-        assert all(1 <= size <= schedule.lease_rows for size in sizes)
+        assert all(size == schedule.ticket_size for size in sizes[:-1])
+        assert all(1 <= size <= schedule.ticket_size for size in sizes)
     assert schedule.labels + schedule.holdout <= n_pool
     assert schedule.test in (0, n_test)
     assert schedule.rounds <= schedule.train <= schedule.labels
@@ -102,7 +102,7 @@ def test_train_target_grows_to_the_budget(drawn):
 
 class TestBudgets:
     def test_by_hand(self):
-        schedule = plan(1000, 50, lease_rows=100, holdout=30, rounds=4, labels=430, train=200)
+        schedule = plan(1000, 50, ticket_size=100, holdout=30, rounds=4, labels=430, train=200)
         assert (schedule.holdout, schedule.labels, schedule.test, schedule.train) == (30, 400, 50, 200)
         assert list(schedule.holdout_tickets) == [0]
         assert list(schedule.pool_tickets) == [1, 2, 3, 4]

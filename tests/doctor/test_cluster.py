@@ -17,7 +17,7 @@ from llkd_ray.doctor.cluster import (
     check_room,
     check_shared,
     check_token,
-    in_words,
+    describe,
     look_at,
     named_address,
 )
@@ -198,7 +198,7 @@ def test_nodes_in_words():
         {"CPU": 2.0, "node:10.0.0.1": 1.0, "memory": 1e9, "object_store_memory": 1e9},
         {"CPU": 4.0, "GPU": 1.0},
     )
-    assert in_words(View("2.60.0", nodes)) == "2 node(s), 6 CPU, 1 GPU"
+    assert describe(View("2.60.0", nodes)) == "2 node(s), 6 CPU, 1 GPU"
 
 
 def test_folders_of_one_machine_on_a_cluster_of_several(tmp_path):

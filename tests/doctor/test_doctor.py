@@ -20,7 +20,7 @@ from toys import config_tree, write_answers, write_corpus
 
 from llkd_ray.display import Display
 from llkd_ray.doctor import doctor as module
-from llkd_ray.doctor.doctor import all_checks, doctor_main, in_json, in_words, load, show_as_they_come
+from llkd_ray.doctor.doctor import all_checks, describe, doctor_main, in_json, load, show_as_they_come
 from llkd_ray.doctor.findings import Check, Finding, ok, problem, warning
 
 ROOT = Path(__file__).parents[2]
@@ -236,7 +236,7 @@ def test_json_holds_every_finding(some):
 
 @given(findings)
 def test_a_line_holds_all_that_a_finding_says(finding):
-    line = in_words(finding)
+    line = describe(finding)
     assert line.startswith(finding.state)
     assert finding.check in line
     assert finding.found in line

@@ -14,7 +14,7 @@ from toys import make_config, toy_texts, write_corpus
 from llkd_ray.doctor.findings import Finding, carry_out
 from llkd_ray.doctor.inputs import check_disk, check_runs, check_storage, data_checks, storage_checks
 from llkd_ray.storage import lock
-from llkd_ray.storage.lock import at_work
+from llkd_ray.storage.lock import hold_lock
 from llkd_ray.storage.run_dir import CONFIG, REPORT, RunStore
 
 # --- what is read
@@ -184,7 +184,7 @@ def test_a_driver_at_work(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "LOOK_S", 5.0)
     store = begin(tmp_path)
     config = of_run(tmp_path)
-    with at_work(store):
+    with hold_lock(store):
         (finding,) = [one for one in carry_out(storage_checks(config)) if one.check == "runs"]
     assert finding.state == "problem"
     assert "another driver is at work on this run" in finding.found

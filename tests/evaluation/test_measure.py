@@ -14,8 +14,8 @@ from llkd_ray.evaluation.measure import Measure, write_insight
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import (
     BATCH,
+    CANDIDATE_SAMPLE,
     EXAMPLES_INDEX,
-    GLANCE,
     INSIGHT,
     TRAINED,
     RunStore,
@@ -265,8 +265,12 @@ class TestInsight:
         for k, unsure in ((0, [np.nan] * 4), (1, [0.9, 0.1, 0.8, 0.2])):
             columns = [[10, 11, 12, 13], [0, 1, 0, 1], [0.9, 0.8, 0.3, 0.2], unsure, [0.5] * 4]
             columns.append([True, True, False, True])
-            arrays = [pa.array(x, field.type) for x, field in zip(columns, tables.GLANCE, strict=True)]
-            run.store.write_table(round_file(k, GLANCE), pa.Table.from_arrays(arrays, schema=tables.GLANCE))
+            arrays = [
+                pa.array(x, field.type) for x, field in zip(columns, tables.CANDIDATE_SAMPLE, strict=True)
+            ]
+            run.store.write_table(
+                round_file(k, CANDIDATE_SAMPLE), pa.Table.from_arrays(arrays, schema=tables.CANDIDATE_SAMPLE)
+            )
         run.store.write_bytes(round_file(1, TRAINED), run.store.read_bytes(round_file(0, TRAINED)))
         write_insight(run.store, run.measure(), last=0)
         first = run.store.read_json(INSIGHT)

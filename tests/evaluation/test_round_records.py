@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from report_runs import ATTACK, Page, enrich, make_run, render
 
-from llkd_ray.evaluation.round_records import POINTS, find_reference, read_round_facts
-from llkd_ray.evaluation.run_record import read_facts
+from llkd_ray.evaluation.round_records import POINTS, find_reference, read_round_records
+from llkd_ray.evaluation.run_record import read_run_record
 from llkd_ray.report.pages import write_report
-from llkd_ray.report.round_figures import shares_in_words
-from llkd_ray.storage.run_dir import GLANCE, INSIGHT, QUARANTINE_DIR, SELECTED, RunStore, round_file
+from llkd_ray.report.round_figures import describe_shares
+from llkd_ray.storage.run_dir import CANDIDATE_SAMPLE, INSIGHT, QUARANTINE_DIR, SELECTED, RunStore, round_file
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_texts_to_read_are_all_escaped_and_carry_labels(page, store):
 
 
 def test_mistakes_are_counted(store, page):
-    details = read_round_facts(store, read_facts(store))
+    details = read_round_records(store, read_run_record(store))
     assert details.mistakes(5) == [(0, 1, 30), (1, 0, 10)]
     assert details.mistakes(1) == [(0, 1, 30)]
     matrix = next(row for row in page.rows if row[:2] == ["billing", "120"])
@@ -63,18 +63,18 @@ def test_mistakes_are_counted(store, page):
 
 
 def test_classes_are_held_against_the_pool(store, page):
-    details = read_round_facts(store, read_facts(store))
+    details = read_round_records(store, read_run_record(store))
     assert [one.pool for one in details.balance] == [0.2] * 5
     assert [one.labelled for one in details.balance] == [0.2] * 5
     assert sum(one.trained for one in details.balance) == pytest.approx(1)
-    assert shares_in_words(details).startswith("“billing” is ")
+    assert describe_shares(details).startswith("“billing” is ")
 
 
 def test_points_are_few_however_many_there_are(store):
-    details = read_round_facts(store, read_facts(store))
-    assert sum(len(glance.label_N) for glance in details.glances) <= POINTS
-    assert [glance.round_number for glance in details.glances] == [0, 1, 2, 3, 4]
-    assert all(0 < glance.selected_N.mean() < 1 for glance in details.glances)
+    details = read_round_records(store, read_run_record(store))
+    assert sum(len(candidate_sample.label_N) for candidate_sample in details.glances) <= POINTS
+    assert [candidate_sample.round_number for candidate_sample in details.glances] == [0, 1, 2, 3, 4]
+    assert all(0 < candidate_sample.selected_N.mean() < 1 for candidate_sample in details.glances)
 
 
 def test_labels_that_an_earlier_driver_brought_are_no_work_of_the_next(tmp_path):
@@ -92,8 +92,8 @@ def test_many_rounds_and_classes_keep_the_page_small(tmp_path, sure):
     labels = tuple(f"intent {number:02d}" for number in range(77))
     store = enrich(make_run(tmp_path / "run", labels=labels, rounds=30), labels, rounds=30, sure=sure)
     page = render(store)
-    glances = read_round_facts(store, read_facts(store)).glances
-    assert [glance.round_number for glance in glances] == [0, 6, 12, 17, 23, 29]
+    glances = read_round_records(store, read_run_record(store)).glances
+    assert [candidate_sample.round_number for candidate_sample in glances] == [0, 6, 12, 17, 23, 29]
     assert len(store.read_bytes("report.html")) < 1_000_000
     assert not any(row[:1] == ["True class"] and "intent 05" in row for row in page.rows), "no 77 × 77 table"
     assert page.row("intent 00")[1]
@@ -103,7 +103,7 @@ def test_many_rounds_and_classes_keep_the_page_small(tmp_path, sure):
 def test_any_part_may_be_missing(tmp_path, missing):
     store = enrich(make_run(tmp_path / "run", rounds=2), rounds=2, per_round=40)
     files = {
-        "glance": [round_file(k, GLANCE) for k in range(2)],
+        "glance": [round_file(k, CANDIDATE_SAMPLE) for k in range(2)],
         "insight": [INSIGHT],
         "selected": [round_file(k, SELECTED) for k in range(2)],
         "quarantine": [f"{QUARANTINE_DIR}/pool-00000001.parquet"],
@@ -153,13 +153,13 @@ class TestReference:
         config = RunStore(str(tmp_path / "other")).read_bytes("config.yaml")
         later.write_bytes("config.yaml", config.replace(b"seed: 0", b"seed: 4"))
         later.append_metrics({"round": 0, "trained": 1})
-        assert find_reference(store, read_facts(store).config).name == "other"
+        assert find_reference(store, read_run_record(store).config).name == "other"
 
     def test_what_else_lies_there_does_no_harm(self, tmp_path):
         store = self.pair(tmp_path)
         (tmp_path / "quickstart-data").mkdir()
         (tmp_path / "notes.txt").write_text("policy: random")
-        assert find_reference(store, read_facts(store).config).name == "other"
+        assert find_reference(store, read_run_record(store).config).name == "other"
 
 
 def test_same_files_give_the_same_page(store):

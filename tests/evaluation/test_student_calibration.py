@@ -12,7 +12,7 @@ from toys import NAMES, make_config, make_run, put_label_file, toy_probs
 
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schedule import Schedule
-from llkd_ray.evaluation.student_calibration import audited_sample, fit_student, in_words, write_calibration
+from llkd_ray.evaluation.student_calibration import audited_sample, describe, fit_student, write_calibration
 from llkd_ray.metrics.calibration import cross_fitted, fit_temperature
 from llkd_ray.metrics.uncertainty import confidence, normalise
 from llkd_ray.selection.tickets import draw_holdout
@@ -81,7 +81,7 @@ def test_the_holdouts_gold_decides_and_the_test_set_judges(run):
     assert found["measured_on"] == "gold of the test set"
     assert found["ece_before"] > 0.15
     assert found["ece_after"] < 0.5 * found["ece_before"]
-    assert f"{found['ece_before']:.3f} before, {found['ece_after']:.3f} after" in in_words(found)
+    assert f"{found['ece_before']:.3f} before, {found['ece_after']:.3f} after" in describe(found)
 
 
 def test_with_a_test_set_alone_no_text_judges_itself(run):
@@ -140,7 +140,7 @@ def test_too_few_texts_and_no_mistakes_leave_confidence_alone(run):
     store.write_table(predictions_file(0, 0, 1), pa.Table.from_arrays(columns, schema=tables.PREDICTIONS))
     found = fit_student(store, config, 0)
     assert found["temperature"] is None
-    assert "are right" in in_words(found)
+    assert "are right" in describe(found)
     without_gold(store, "test", "pool")
     assert "fewer than 20 texts" in fit_student(store, config, 0)["reason"]
 

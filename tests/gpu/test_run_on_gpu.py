@@ -35,7 +35,7 @@ def test_a_run_from_corpus_to_model(tiny_llm, tiny_encoder, tmp_path: Path):
             "dtype": "bfloat16",
             "gpus": 0.5,
             "max_model_len": 160,
-            "lease_rows": 32,
+            "ticket_size": 32,
             "engine": {"gpu_memory_utilization": 0.2, "enforce_eager": True},
         },
         student={"model": tiny_encoder, "gpus": 0.5, "cpus": 0.4, "precision": "bfloat16", "min_steps": 10},

@@ -18,7 +18,7 @@ from llkd_ray.config.schema import LabelsConfig
 from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.teacher.base import Answers, Unlimited
 from llkd_ray.teacher.prompt import encode_prompts, label_sequences
-from llkd_ray.teacher.vllm.teacher import VllmLabeller
+from llkd_ray.teacher.vllm.teacher import VllmTeacher
 
 pytest.importorskip("vllm", reason="no vLLM for this machine is installed")
 pytestmark = [
@@ -44,7 +44,7 @@ class Bench:
             }
         )
         self.starts: list[float] = []
-        self.labeller = VllmLabeller(teacher, LABELS, self.starts.append)
+        self.labeller = VllmTeacher(teacher, LABELS, self.starts.append)
         self._loop = asyncio.new_event_loop()
 
     def ask(self, texts: list[str]) -> Answers:

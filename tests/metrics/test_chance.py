@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llkd_ray.metrics.uncertainty import Draw, hash_uniform
+from llkd_ray.metrics.uncertainty import RowRandom, hash_uniform
 
 
 def test_a_generator_gives_another_draw_each_time():
     rng = np.random.default_rng(0)
-    one, other = Draw.from_rng(rng), Draw.from_rng(rng)
+    one, other = RowRandom.from_rng(rng), RowRandom.from_rng(rng)
     rows = np.arange(5)
     assert not np.array_equal(one(rows), other(rows))
-    np.testing.assert_array_equal(Draw.from_rng(np.random.default_rng(0))(rows), one(rows))
+    np.testing.assert_array_equal(RowRandom.from_rng(np.random.default_rng(0))(rows), one(rows))
     np.testing.assert_array_equal(one(rows[3:]), one(rows)[3:])
 
 

@@ -8,7 +8,7 @@ from llkd_ray.metrics.quality import (
     bootstrap_interval,
     classification,
     expected_calibration_error,
-    has_flattened,
+    has_plateaued,
 )
 
 
@@ -188,4 +188,4 @@ def test_mistakes_are_named(call, message):
     ],
 )
 def test_a_curve_has_flattened_when_none_of_the_last_beats_the_best_before(curve, flat):
-    assert has_flattened(curve, patience=2, min_gain=0.005) is flat
+    assert has_plateaued(curve, patience=2, min_gain=0.005) is flat

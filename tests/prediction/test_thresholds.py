@@ -13,9 +13,9 @@ from llkd_ray.prediction.results import (
     NEVER,
     Thresholds,
     as_dict,
+    describe,
     fit,
     grade_confidence,
-    in_words,
     lowest_threshold,
     measure,
 )
@@ -107,18 +107,18 @@ def test_an_unreachable_precision_is_said_with_how_many_gold_texts_there_were():
     thresholds, measured = fit(ALL, p_NC, np.array([1, 0, 0]), 0.9, ())
     assert not thresholds.accept(p_NC).any()
     assert measured["low"].best_precision == pytest.approx(2 / 3)
-    said = in_words("low", measured["low"], 0.9)
+    said = describe("low", measured["low"], 0.9)
     assert "cannot be reached" in said
     assert "0.667" in said
     assert "3 gold texts answered so, 2 are" in said
-    assert "never answers it" in in_words("high", measured["high"], 0.9)
+    assert "never answers it" in describe("high", measured["high"], 0.9)
 
 
 def test_a_reached_precision_is_said_with_interval_and_coverage():
     # Seven of eight right; Clopper and Pearson's interval by the beta distribution: 0.473 to 0.997.
     one = measure(0.5, np.full(8, 0.5), np.arange(8) > 0, 7, False)
     assert (one.precision_low, one.precision_high) == pytest.approx((0.47349, 0.99684), abs=1e-4)
-    assert "precision 0.875 [0.473, 0.997], coverage 100.0%" in in_words("x", one, 0.8)
+    assert "precision 0.875 [0.473, 0.997], coverage 100.0%" in describe("x", one, 0.8)
 
 
 def test_it_goes_into_json_with_null_for_what_cannot_be_reached():

@@ -8,7 +8,7 @@ from report_runs import ATTACK, LABELS, WARM, add_teacher, make_run, render
 
 from llkd_ray.audit.job import estimate
 from llkd_ray.display import count, duration, money, percent, shorten
-from llkd_ray.evaluation.run_record import read_facts
+from llkd_ray.evaluation.run_record import read_run_record
 from llkd_ray.metrics.calibration import Calibrator
 from llkd_ray.metrics.quality import quality_of
 from llkd_ray.report.pages import model_card, write_report
@@ -233,9 +233,9 @@ def test_selected_texts_are_counted_by_class_and_shown_with_weight(tmp_path):
 
 def test_a_text_selected_in_two_rounds_counts_once(tmp_path):
     store = make_run(tmp_path / "run", rounds=2)
-    before = read_facts(store).selected
+    before = read_run_record(store).selected
     store.write_bytes(round_file(2, "batch.parquet"), store.read_bytes(round_file(0, "batch.parquet")))
-    assert read_facts(store).selected == before
+    assert read_run_record(store).selected == before
 
 
 def test_texts_and_names_are_escaped(tmp_path):

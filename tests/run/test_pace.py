@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from llkd_ray.run.progress import POINTS, WINDOW_S, Pace
+from llkd_ray.run.progress import POINTS, WINDOW_S, ThroughputMeter
 
 
 def test_a_round_keeps_when_labels_came():
-    pace = Pace()
+    pace = ThroughputMeter()
     pace.note(99.0, 40, 0)
     pace.begin_round(100.0)
     for now, labelled in ((101.0, 50), (102.0, 70), (103.0, 70), (104.0, 70), (105.0, 70), (106.0, 90)):
@@ -15,7 +15,7 @@ def test_a_round_keeps_when_labels_came():
 
 
 def test_a_long_round_keeps_no_more_and_never_loses_its_end():
-    pace = Pace()
+    pace = ThroughputMeter()
     pace.begin_round(0.0)
     for second in range(1, 10_001):
         pace.note(float(second), 3 * second, 0)
@@ -27,7 +27,7 @@ def test_a_long_round_keeps_no_more_and_never_loses_its_end():
 
 
 def test_a_new_round_begins_anew():
-    pace = Pace()
+    pace = ThroughputMeter()
     pace.begin_round(0.0)
     pace.note(5.0, 10, 0)
     pace.begin_round(8.0)
@@ -37,7 +37,7 @@ def test_a_new_round_begins_anew():
 
 
 def test_rates_are_those_of_the_last_while():
-    pace = Pace()
+    pace = ThroughputMeter()
     assert pace.rates() == (0.0, 0.0)
     pace.note(0.0, 0, 0)
     assert pace.rates() == (0.0, 0.0)
@@ -49,7 +49,7 @@ def test_rates_are_those_of_the_last_while():
 
 
 def test_before_any_round_there_is_nothing():
-    pace = Pace()
+    pace = ThroughputMeter()
     pace.note(1.0, 5, 5)
     assert pace.points() == []
     assert pace.in_round(2.0) == 0.0

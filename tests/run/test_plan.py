@@ -1,4 +1,4 @@
-"""What --plan says: of texts, tokens, cost and hours, before anything starts."""
+"""What --dry-run says: of texts, tokens, cost and hours, before anything starts."""
 
 from __future__ import annotations
 

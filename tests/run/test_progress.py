@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llkd_ray.run.progress import Standing, budget_left, seconds_left
+from llkd_ray.run.progress import RunStatus, budget_left, seconds_left
 
-START = Standing(
+START = RunStatus(
     labelled=0,
     to_label=8000,
     trained=0,

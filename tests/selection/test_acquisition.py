@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llkd_ray.metrics.uncertainty import Draw
+from llkd_ray.metrics.uncertainty import RowRandom
 from llkd_ray.selection import table
 from llkd_ray.selection.acquisition import ACQUISITION
 from llkd_ray.selection.table import Chunked, Unread
@@ -70,7 +70,9 @@ class TestContract:
     def test_a_text_is_valued_by_itself(self, name, scored):
         unread, rule = make_unread(60, scored=scored), ACQUISITION[name].rule
         order = np.random.default_rng(1).permutation(60)
-        np.testing.assert_array_equal(rule(unread.take(order), 5, Draw(7)), rule(unread, 5, Draw(7))[order])
+        np.testing.assert_array_equal(
+            rule(unread.take(order), 5, RowRandom(7)), rule(unread, 5, RowRandom(7))[order]
+        )
 
     def test_input_is_left_alone(self, name, scored):
         unread = make_unread(50, scored=scored)
@@ -143,7 +145,7 @@ class TestExploration:
 
 class TestMRaru:
     def value(self, unread, seed=5):
-        return ACQUISITION["m_raru"].rule(unread, seed, Draw(99))
+        return ACQUISITION["m_raru"].rule(unread, seed, RowRandom(99))
 
     def test_a_texts_value_does_not_depend_on_the_others(self):
         unread = make_unread(500)
@@ -155,7 +157,7 @@ class TestMRaru:
 
     def test_nothing_is_drawn(self):
         unread = make_unread(50)
-        one, other = (ACQUISITION["m_raru"].rule(unread, 5, Draw(s)) for s in (1, 2))
+        one, other = (ACQUISITION["m_raru"].rule(unread, 5, RowRandom(s)) for s in (1, 2))
         np.testing.assert_array_equal(one, other)
         assert not np.array_equal(self.value(unread, seed=6), one), "the run's seed counts"
 

@@ -12,9 +12,9 @@ from candidate_sets import make_candidates
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llkd_ray.metrics.uncertainty import Draw
+from llkd_ray.metrics.uncertainty import RowRandom
 from llkd_ray.selection import search
-from llkd_ray.selection.search import NEVER, Best, Found, Pool, Survey, best
+from llkd_ray.selection.search import NEVER, Found, Pool, PoolStats, TopK, best
 from llkd_ray.selection.table import UNIT
 
 SHARES = [None, np.array([2, 2]), np.array([0, 4]), np.array([4, 0])]
@@ -29,7 +29,7 @@ def divided(n: int, borders: list[int]) -> list[slice]:
 class TestSurvey:
     def test_counts_and_sums(self):
         candidates = make_candidates(500, scored=0.5)
-        survey = Survey.of([candidates], with_ranks=True)
+        survey = PoolStats.of([candidates], with_ranks=True)
         known = np.nan_to_num(candidates.uncertainty_N, nan=1.0)
         counts = np.bincount(candidates.label_N)
         np.testing.assert_array_equal(survey.count_C, counts)
@@ -41,10 +41,10 @@ class TestSurvey:
         np.testing.assert_array_equal(survey.grade_CK.sum(axis=1), counts)
 
     def test_of_no_candidates(self):
-        survey = Survey.of([make_candidates(0)], with_ranks=False)
+        survey = PoolStats.of([make_candidates(0)], with_ranks=False)
         assert survey.count_C.tolist() == [0, 0, 0, 0]
         assert survey.grade_CK is None
-        assert Pool(survey, Draw(0)).means == (0.0, 0.0)
+        assert Pool(survey, RowRandom(0)).means == (0.0, 0.0)
 
     @given(
         n=st.integers(0, 80),
@@ -54,20 +54,20 @@ class TestSurvey:
     )
     def test_parts_add_up_in_any_order(self, n, seed, borders, order):
         candidates = make_candidates(n, seed, scored=0.7)
-        whole = Survey.of([candidates], with_ranks=True)
+        whole = PoolStats.of([candidates], with_ranks=True)
         parts = [candidates.take(part) for part in divided(n, borders)]
         order.shuffle(parts)
-        together = Survey.of(parts, with_ranks=True)
-        added = reduce(add, (Survey.of([part], with_ranks=True) for part in parts))
+        together = PoolStats.of(parts, with_ranks=True)
+        added = reduce(add, (PoolStats.of([part], with_ranks=True) for part in parts))
         for one in (together, added):
             for name, expected in vars(whole).items():
                 np.testing.assert_array_equal(getattr(one, name), expected, err_msg=name)
 
     def test_many_classes_are_counted_in_coarser_grades(self):
-        assert Survey.empty(341, with_ranks=True).grade_CK.shape == (341, 49_153)
-        assert Survey.empty(342, with_ranks=True).grade_CK.shape == (342, 24_577)
+        assert PoolStats.empty(341, with_ranks=True).grade_CK.shape == (341, 49_153)
+        assert PoolStats.empty(342, with_ranks=True).grade_CK.shape == (342, 24_577)
         candidates = make_candidates(3_000, n_classes=1_000)
-        rank = Pool(Survey.of([candidates], with_ranks=True), Draw(0)).rank(candidates)
+        rank = Pool(PoolStats.of([candidates], with_ranks=True), RowRandom(0)).rank(candidates)
         for c in range(10):
             of_class = np.flatnonzero(candidates.label_N == c)
             by_confidence = of_class[np.argsort(candidates.confidence_N[of_class])]
@@ -76,7 +76,7 @@ class TestSurvey:
     def test_ranks_have_to_be_asked_for(self):
         candidates = make_candidates(10)
         with pytest.raises(AssertionError, match="ranks=True"):
-            Pool(Survey.of([candidates], with_ranks=False), Draw(0)).rank(candidates)
+            Pool(PoolStats.of([candidates], with_ranks=False), RowRandom(0)).rank(candidates)
 
 
 class TestBest:
@@ -145,7 +145,7 @@ class TestRunningBest:
         share_C = None if share is None else np.array(share)
         n = n if share is None else max(n, sum(share))
         expected = best(value, label, n, share_C)
-        keepers = [Best(n, share_C) for _ in range(3)]
+        keepers = [TopK(n, share_C) for _ in range(3)]
         row = np.arange(value.size)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(search, "CHUNK", 16)  # so that it leaves out as soon as it can
@@ -171,7 +171,7 @@ class TestRunningBest:
         if order != "as drawn":
             value = np.sort(value)[:: 1 if order == "ascending" else -1]
         share_C = np.array([7, 0, 7, 1, 7])
-        top = Best(0, share_C)
+        top = TopK(0, share_C)
         for part in divided(4_000, list(range(0, 4_000, 100))):
             top.note(np.arange(4_000)[part], value[part], label[part])
         expected = [
@@ -183,12 +183,12 @@ class TestRunningBest:
 
     def test_a_class_that_comes_late_gets_its_share(self, monkeypatch):
         monkeypatch.setattr(search, "CHUNK", 16)  # so that it leaves out as soon as it can
-        top = Best(1, np.array([0, 1]))
+        top = TopK(1, np.array([0, 1]))
         top.note(np.array([0]), np.array([2.0]), np.array([0]))
         top.note(np.array([1]), np.array([1.0]), np.array([1]))
         assert top.found().row_M.tolist() == [0, 1]
 
     def test_weights_come_along(self):
-        top = Best(2)
+        top = TopK(2)
         top.note(np.arange(4), np.array([0.1, 0.9, 0.2, 0.8]), weight_N=np.array([1.0, 2.0, 3.0, 4.0]))
         assert top.found().weight_M.tolist() == [2.0, 4.0]

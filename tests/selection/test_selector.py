@@ -115,7 +115,7 @@ class TestLease:
         assert run(lease(Bench(tmp_path / "b"), (1, 0))) == in_order
 
     def test_more_rounds_than_tickets(self, tmp_path):
-        bench = Bench(tmp_path / "run", teacher={"lease_rows": 150}, budget={"rounds": 6, "train": 60})
+        bench = Bench(tmp_path / "run", teacher={"ticket_size": 150}, budget={"rounds": 6, "train": 60})
         assert len(bench.schedule.pool_tickets) == 2
 
         async def script():

@@ -96,10 +96,10 @@ class TestAllLost:
         watch.lost(3, "teacher", "actor-a", "out of memory", "call with 3")
         watch.lost(4, "teacher", "actor-a", "out of memory", "call with 4")
         assert not watch.all_lost()
-        assert watch.trouble() is None
+        assert watch.failure_reason() is None
         watch.lost(5, "teacher", "actor-b", "the server is gone", "call with 5")
         assert watch.all_lost()
-        assert watch.trouble() == (
+        assert watch.failure_reason() == (
             "the teacher has given up, all 2 actor(s): out of memory; the server is gone"
         )
 
@@ -107,20 +107,20 @@ class TestAllLost:
         watch = one_teacher(actors=2)
         for actor in ("actor-a", "actor-b"):
             watch.lost(3, "teacher", actor, "the server is gone", f"call of {actor}")
-        assert watch.trouble() == "the teacher has given up, all 2 actor(s): the server is gone"
+        assert watch.failure_reason() == "the teacher has given up, all 2 actor(s): the server is gone"
 
     def test_a_pool_that_may_grow_replaces_who_gives_up(self, clock):
-        watch = one_teacher(actors=(1, 2), stall_s=60.0)
+        watch = one_teacher(actors=(1, 2), no_progress_timeout_s=60.0)
         watch.leased(3)
         watch.lost(3, "teacher", "actor-a", "out of memory", "call with 3")
         assert not watch.all_lost()
-        assert watch.trouble() is None
+        assert watch.failure_reason() is None
         clock.now += 61
-        trouble = watch.trouble()
-        assert trouble is not None
-        assert trouble.endswith("or its node is lost; 1 gave up: out of memory")
+        failure_reason = watch.failure_reason()
+        assert failure_reason is not None
+        assert failure_reason.endswith("or its node is lost; 1 gave up: out of memory")
         watch.lost(4, "teacher", "actor-b", "out of memory", "call with 4")
-        assert watch.trouble() == "the teacher has given up, all 2 actor(s): out of memory"
+        assert watch.failure_reason() == "the teacher has given up, all 2 actor(s): out of memory"
 
     def test_either_teacher_of_a_cascade_is_needed(self):
         watch = cascade(small_actors=2, large_actors=1)
@@ -128,20 +128,23 @@ class TestAllLost:
         assert not watch.all_lost()
         watch.lost(3, "large", "actor-b", "no credit is left", "call with 3")
         assert watch.all_lost()
-        assert watch.trouble() == "the large teacher has given up, all 1 actor(s): no credit is left"
+        assert watch.failure_reason() == "the large teacher has given up, all 1 actor(s): no credit is left"
 
 
 class TestStall:
     def test_no_progress_for_too_long(self, clock):
-        watch = one_teacher(stall_s=60.0)
+        watch = one_teacher(no_progress_timeout_s=60.0)
         watch.leased(3)
         watch.leased(4)
         clock.now += 59
-        assert watch.trouble() is None
+        assert watch.failure_reason() is None
         clock.now += 2
-        trouble = watch.trouble()
-        assert trouble is not None
-        assert "no progress for 61 s with 2 ticket(s) under way (teacher.stall_s)" in trouble
+        failure_reason = watch.failure_reason()
+        assert failure_reason is not None
+        assert (
+            "no progress for 61 s with 2 ticket(s) under way (teacher.no_progress_timeout_s)"
+            in failure_reason
+        )
         assert not watch.all_lost(), "the teachers may still be there"
 
     @pytest.mark.parametrize(
@@ -153,37 +156,39 @@ class TestStall:
         ],
     )
     def test_whatever_moves_is_progress(self, clock, sign):
-        watch = one_teacher(actors=2, stall_s=60.0)
+        watch = one_teacher(actors=2, no_progress_timeout_s=60.0)
         watch.leased(3)
         watch.leased(4)
         clock.now += 50
         sign(watch)
         clock.now += 50
-        assert watch.trouble() is None
+        assert watch.failure_reason() is None
         clock.now += 11
-        assert watch.trouble() is not None
+        assert watch.failure_reason() is not None
 
     def test_who_has_nothing_to_do_may_be_quiet(self, clock):
-        watch = one_teacher(stall_s=60.0)
+        watch = one_teacher(no_progress_timeout_s=60.0)
         clock.now += 1000
-        assert watch.trouble() is None, "no ticket is out yet: an engine may start, a student may train"
+        assert watch.failure_reason() is None, (
+            "no ticket is out yet: an engine may start, a student may train"
+        )
         watch.leased(3)
         watch.finished(3)
         clock.now += 1000
-        assert watch.trouble() is None
+        assert watch.failure_reason() is None
 
     def test_the_more_patient_teacher_of_a_cascade_decides(self, clock):
-        watch = cascade(1, 1, stall_s=10_000.0)
+        watch = cascade(1, 1, no_progress_timeout_s=10_000.0)
         watch.leased(3)
         clock.now += 9_000
-        assert watch.trouble() is None
+        assert watch.failure_reason() is None
         clock.now += 2_000
-        assert watch.trouble() is not None
+        assert watch.failure_reason() is not None
 
     def test_a_ticket_that_waits_for_another_actor_is_waited_for(self, clock):
         """Nobody takes it: a run that needs it would wait for ever."""
-        watch = one_teacher(actors=2, stall_s=60.0)
+        watch = one_teacher(actors=2, no_progress_timeout_s=60.0)
         watch.leased(3)
         watch.lost(3, "teacher", "actor-a", "gone", "call with 3")
         clock.now += 61
-        assert watch.trouble() is not None
+        assert watch.failure_reason() is not None

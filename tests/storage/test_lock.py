@@ -11,7 +11,7 @@ import pytest
 
 from llkd_ray.config.base import ConfigError
 from llkd_ray.storage import lock as module
-from llkd_ray.storage.lock import Fence, Session, Superseded, at_work
+from llkd_ray.storage.lock import Fence, Session, Superseded, hold_lock
 from llkd_ray.storage.run_dir import EPOCHS_DIR, SESSIONS_DIR, RunStore
 
 NOT_HERE = "other-host pid:[1]"
@@ -71,23 +71,23 @@ class TestFence:
 
 class TestAtWork:
     def test_a_second_driver_is_refused_while_the_first_lives(self, store):
-        with at_work(store, quiet):
+        with hold_lock(store, quiet):
             words: list[str] = []
             with (
                 pytest.raises(ConfigError, match="another driver is at work on this run"),
-                at_work(store, words.append),
+                hold_lock(store, words.append),
             ):
                 pytest.fail("two are at work")
             assert "looking for" in words[0]
-        with at_work(store, quiet) as third:
+        with hold_lock(store, quiet) as third:
             third.check()
         assert len(store.names(EPOCHS_DIR)) == 2, "one that is refused takes no epoch"
 
     def test_a_driver_that_has_failed_leaves_the_run_free(self, store):
-        with pytest.raises(RuntimeError, match="broken"), at_work(store, quiet):
+        with pytest.raises(RuntimeError, match="broken"), hold_lock(store, quiet):
             raise RuntimeError("broken")
         words: list[str] = []
-        with at_work(store, words.append):
+        with hold_lock(store, words.append):
             pass
         assert not words, "nobody had to look whether it lives"
 
@@ -96,19 +96,19 @@ class TestAtWork:
         process.start()
         while not store.names(EPOCHS_DIR):  # the last that it writes before it is at work
             time.sleep(0.02)
-        with pytest.raises(ConfigError, match=f"process {process.pid} on"), at_work(store, quiet):
+        with pytest.raises(ConfigError, match=f"process {process.pid} on"), hold_lock(store, quiet):
             pytest.fail("two are at work")
         process.kill()
         process.join()
         words: list[str] = []
-        with at_work(store, words.append):
+        with hold_lock(store, words.append):
             pass
         assert not words
 
     def test_elsewhere_a_count_that_stands_still_tells(self, store):
         begin_elsewhere(store, beat=7)
         words: list[str] = []
-        with at_work(store, words.append) as mine:
+        with hold_lock(store, words.append) as mine:
             mine.check()
         assert NOT_HERE in words[0]
 
@@ -125,7 +125,7 @@ class TestAtWork:
         thread = threading.Thread(target=live)
         thread.start()
         try:
-            with pytest.raises(ConfigError, match="other-host"), at_work(store, quiet):
+            with pytest.raises(ConfigError, match="other-host"), hold_lock(store, quiet):
                 pytest.fail("two are at work")
         finally:
             stop.set()
@@ -142,18 +142,18 @@ class TestAtWork:
 
         monkeypatch.setattr(module.time, "sleep", stand_still)
         monkeypatch.setattr(module.time, "monotonic", lambda: 1000.0 * len(looks))
-        with pytest.raises(ConfigError, match="other-host"), at_work(store, quiet):
+        with pytest.raises(ConfigError, match="other-host"), hold_lock(store, quiet):
             pytest.fail("two are at work")
         assert sum(looks) <= module.LOOK_S
 
     def test_a_clock_that_is_set_changes_nothing(self, store, monkeypatch):
-        with at_work(store, quiet):
+        with hold_lock(store, quiet):
             monkeypatch.setattr(time, "time", lambda: 0.0)
-            with pytest.raises(ConfigError, match="at work"), at_work(store, quiet):
+            with pytest.raises(ConfigError, match="at work"), hold_lock(store, quiet):
                 pytest.fail("two are at work")
 
     def test_one_that_was_taken_for_dead_hears_of_it(self, store):
-        with at_work(store, quiet) as old:
+        with hold_lock(store, quiet) as old:
             Fence.claim(store, "newer")
             deadline = time.monotonic() + 20
             while old.error is None and time.monotonic() < deadline:
@@ -187,7 +187,7 @@ class TestAtWork:
 
 def hold(root: str) -> None:
     module.BEAT_S = 0.05
-    with at_work(RunStore(root), quiet):
+    with hold_lock(RunStore(root), quiet):
         time.sleep(60)
 
 

@@ -371,7 +371,7 @@ class TestInStep:
 
     def test_mask_is_training_on_what_passes(self, tiny_encoder, monkeypatch):
         """The teacher is in doubt about every third text; a student that knows nothing, about all."""
-        config = make_config(tiny_encoder, epochs=1, in_step="mask")
+        config = make_config(tiny_encoder, epochs=1, step_thresholds="mask")
         batch = toy_batch(15)
         unsure_N = np.arange(15) % 3 == 0
         doubted_NC = normalise(np.full((15, 3), 0.33) + 0.01 * np.eye(3)[batch.label_N])
@@ -393,7 +393,7 @@ class TestInStep:
         assert facts["loss"] == pytest.approx(plain_facts["loss"], rel=1e-5)
 
     def test_weight_is_training_with_those_weights(self, tiny_encoder, monkeypatch):
-        config = make_config(tiny_encoder, epochs=1, in_step="weight")
+        config = make_config(tiny_encoder, epochs=1, step_thresholds="weight")
         batch = replace(toy_batch(15), weight_N=np.random.default_rng(0).uniform(0.5, 2, 15))
         own, facts, learner = self.one_step(monkeypatch, config, batch)
         assert "masked" not in facts
@@ -405,7 +405,7 @@ class TestInStep:
 
     def test_nothing_passes(self, tiny_encoder, monkeypatch):
         """The steps are made all the same, as on other ranks, and leave no trace but the weight decay."""
-        config = make_config(tiny_encoder, epochs=1, in_step="mask", batch_size=4, weight_decay=0.0)
+        config = make_config(tiny_encoder, epochs=1, step_thresholds="mask", batch_size=4, weight_decay=0.0)
         learner = build_student(config, LABELS, 0, CPU)
         before = weights(learner)
         monkeypatch.setattr(InStep, "_passes", lambda self, label_B, *_: torch.zeros_like(label_B))
@@ -413,9 +413,9 @@ class TestInStep:
         assert facts == {"steps": 3, "loss": 0.0, "masked": 1.0}
         assert same(weights(learner), before)
 
-    @pytest.mark.parametrize("in_step", ["mask", "weight"])
+    @pytest.mark.parametrize("step_thresholds", ["mask", "weight"])
     def test_learns(self, tiny_encoder, in_step):
-        config = make_config(tiny_encoder, epochs=20, in_step=in_step)
+        config = make_config(tiny_encoder, epochs=20, step_thresholds=in_step)
         learner, unseen = build_student(config, LABELS, 0, CPU), toy_batch(150, seed=1)
         train_round(learner, toy_batch(240), config)
         assert (predict(learner, unseen.texts, config).argmax(axis=1) == unseen.label_N).mean() > 0.6

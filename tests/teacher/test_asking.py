@@ -21,7 +21,7 @@ from llkd_ray.teacher.base import (
     TextFailed,
     Unlimited,
     Usage,
-    ask_each,
+    label_batch,
 )
 
 C = 3
@@ -46,7 +46,7 @@ class Purse:
 
 
 def ask(n_texts: int, ask_one: AskOne, allowance: Any = None, cut: int = 0) -> Answers:
-    return asyncio.run(ask_each(n_texts, C, ask_one, allowance or Unlimited(), cut))
+    return asyncio.run(label_batch(n_texts, C, ask_one, allowance or Unlimited(), cut))
 
 
 class TestMeter:
@@ -110,7 +110,7 @@ class TestOutcomes:
                 await everybody.wait()
                 return SURE, 0.0
 
-            return await asyncio.wait_for(ask_each(5, C, one, Unlimited(), 0), 5)
+            return await asyncio.wait_for(label_batch(5, C, one, Unlimited(), 0), 5)
 
         assert asyncio.run(script()).answered_N.all()
 
@@ -219,7 +219,7 @@ class TestErrors:
             raise AssertionError("nobody sets the event")
 
         async def script():
-            await asyncio.wait_for(ask_each(3, C, one, Unlimited(), 0), 0.01)
+            await asyncio.wait_for(label_batch(3, C, one, Unlimited(), 0), 0.01)
 
         with pytest.raises(TimeoutError):
             asyncio.run(script())

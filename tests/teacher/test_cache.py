@@ -255,7 +255,7 @@ class TestKey:
             {"max_model_len": 1024},
             {"prompt": {"cut": "head"}},
             {"engine": {"hf_overrides": {"rope_theta": 5}}},
-            {"unresolved": 0.0},
+            {"min_branch_prob": 0.0},
             {"confidence": {"method": "votes"}},
         ],
         ids=lambda changes: next(iter(changes)),
@@ -267,7 +267,7 @@ class TestKey:
         "changes",
         [
             {"actors": 4, "gpus": 1, "cpus": 2, "tensor_parallel": 2, "pipeline_parallel": 2},
-            {"lease_rows": 8, "tickets_in_flight": 5, "attempts": 9, "timeout_s": 1},
+            {"ticket_size": 8, "tickets_in_flight": 5, "attempts": 9, "timeout_s": 1},
             {"engine": {"gpu_memory_utilization": 0.5, "max_num_seqs": 8, "enforce_eager": True, "seed": 3}},
             {"price": {"input": 3.0}, "tokens_per_s": 100, "cache": None},
             {"confidence": {"method": "batch", "samples": 3}},

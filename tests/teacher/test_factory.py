@@ -13,10 +13,10 @@ from transformers import AutoConfig
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import Config
 from llkd_ray.config.teacher import TeacherConfig
-from llkd_ray.teacher.factory import cache_folder, cache_key, check_teacher, make_labeller, self_contained
-from llkd_ray.teacher.openai.teacher import ServerLabeller
-from llkd_ray.teacher.recorded import RecordedLabeller
-from llkd_ray.teacher.vllm.teacher import VllmLabeller
+from llkd_ray.teacher.factory import cache_folder, cache_key, check_teacher, make_teacher, self_contained
+from llkd_ray.teacher.openai.teacher import OpenAITeacher
+from llkd_ray.teacher.recorded import RecordedTeacher
+from llkd_ray.teacher.vllm.teacher import VllmTeacher
 
 SERVER = {"base_url": "http://127.0.0.1:9/v1"}
 
@@ -47,23 +47,23 @@ class TestMake:
     def test_each_kind(self, tiny_llm, recorded):
         labels = make_config().labels
         for tree, kind in (
-            (vllm(tiny_llm), VllmLabeller),
-            (openai(), ServerLabeller),
-            (recorded, RecordedLabeller),
+            (vllm(tiny_llm), VllmTeacher),
+            (openai(), OpenAITeacher),
+            (recorded, RecordedTeacher),
         ):
-            labeller = make_labeller(teacher_of(tree), labels, lambda seconds: None)
+            labeller = make_teacher(teacher_of(tree), labels, lambda seconds: None)
             assert type(labeller) is kind
             labeller.close()
 
     def test_an_engine_is_not_started_before_it_is_asked(self, tiny_llm):
         started: list[float] = []
-        make_labeller(teacher_of(vllm(tiny_llm)), make_config().labels, started.append).close()
+        make_teacher(teacher_of(vllm(tiny_llm)), make_config().labels, started.append).close()
         assert started == []
 
     def test_a_cascade_is_its_members(self, recorded):
         teacher = teacher_of(cascade(recorded, recorded))
         with pytest.raises(AssertionError, match="asked by its members"):
-            make_labeller(teacher, make_config().labels, lambda seconds: None)
+            make_teacher(teacher, make_config().labels, lambda seconds: None)
 
 
 class TestCheck:

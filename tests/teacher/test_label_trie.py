@@ -52,8 +52,8 @@ class Fixed:
         return [self.table[after].get(token, 0.0) for token in tokens]
 
 
-def walk(labels: Sequence[Sequence[int]], model, unresolved: float = 0.0) -> Mass:
-    return asyncio.run(LabelTrie.of(labels).mass(model, unresolved))
+def walk(labels: Sequence[Sequence[int]], model, min_branch_prob: float = 0.0) -> Mass:
+    return asyncio.run(LabelTrie.of(labels).mass(model, min_branch_prob))
 
 
 def brute_force(labels: Sequence[Tokens], model: Model) -> np.ndarray:
@@ -79,20 +79,21 @@ def test_is_exact_where_everything_is_followed(labels, seed):
     model = Model(seed)
     mass = walk(labels, model)
     np.testing.assert_allclose([*mass.probs_C, mass.off_label], brute_force(labels, model), atol=1e-12)
-    assert mass.unresolved == 0
+    assert mass.min_branch_prob == 0
 
 
 @settings(max_examples=60, deadline=None)
-@given(labels=label_sets, seed=st.integers(0, 1000), unresolved=st.floats(1e-4, 0.5))
-@example(labels=[(0,), (0, 1), (0, 2), (0, 3), (0, 0, 0)], seed=334, unresolved=0.5)
-def test_is_as_near_as_it_says(labels, seed, unresolved):
+@given(labels=label_sets, seed=st.integers(0, 1000), min_branch_prob=st.floats(1e-4, 0.5))
+@example(labels=[(0,), (0, 1), (0, 2), (0, 3), (0, 0, 0)], seed=334, min_branch_prob=0.5)
+def test_is_as_near_as_it_says(labels, seed, min_branch_prob):
     model = Model(seed)
-    mass = walk(labels, model, unresolved)
+    mass = walk(labels, model, min_branch_prob)
     found_S = np.array([*mass.probs_C, mass.off_label])
     apart_S = found_S - brute_force(labels, model)
-    assert abs(apart_S).sum() / 2 <= mass.unresolved + 1e-12, "total variation: of any set of labels"
+    assert abs(apart_S).sum() / 2 <= mass.min_branch_prob + 1e-12, "total variation: of any set of labels"
     begins_another_C = [any(other[: len(own)] == own != other for other in labels) for own in labels]
-    assert (abs(apart_S[:-1])[np.logical_not(begins_another_C)] <= unresolved + 1e-12).all(), "of any label"
+    apart_of_others_S = abs(apart_S[:-1])[np.logical_not(begins_another_C)]
+    assert (apart_of_others_S <= min_branch_prob + 1e-12).all(), "of any label"
     assert found_S.sum() == pytest.approx(1, abs=1e-12)
     assert found_S.min() >= 0
     has_mass_C = brute_force(labels, model)[:-1] > 1e-12  # longer labels may leave nothing to a shorter one
@@ -100,14 +101,14 @@ def test_is_as_near_as_it_says(labels, seed, unresolved):
 
 
 @settings(max_examples=60, deadline=None)
-@given(labels=label_sets, seed=st.integers(0, 1000), unresolved=st.sampled_from([0.0, 0.01, 0.1, 0.3]))
-def test_asks_for_every_branch_that_matters_and_for_no_other(labels, seed, unresolved):
+@given(labels=label_sets, seed=st.integers(0, 1000), min_branch_prob=st.sampled_from([0.0, 0.01, 0.1, 0.3]))
+def test_asks_for_every_branch_that_matters_and_for_no_other(labels, seed, min_branch_prob):
     model = Model(seed)
-    mass = walk(labels, model, unresolved)
+    mass = walk(labels, model, min_branch_prob)
     places = [after for after, _ in model.asked]
     assert mass.requests == len(places) == len(set(places)), "each place once"
     inner = {label[:i] for label in labels for i in range(len(label))}
-    assert set(places) == {place for place in inner if model.sequence(place) > unresolved}
+    assert set(places) == {place for place in inner if model.sequence(place) > min_branch_prob}
 
 
 def test_single_tokens_are_one_request():
@@ -143,7 +144,7 @@ def test_a_label_that_is_left_open_shares_with_those_that_extend_it():
     assert model.asked == [()]
     np.testing.assert_allclose(mass.probs_C, [0.9, 0.01, 0.01, 0.01])
     assert mass.off_label == pytest.approx(0.07)
-    assert mass.unresolved == pytest.approx(0.03)
+    assert mass.min_branch_prob == pytest.approx(0.03)
 
 
 def test_a_chain_is_followed_only_as_far_as_it_matters():
@@ -225,10 +226,10 @@ class TestProbabilitiesThatAreNot:
         with pytest.raises(ValueError, match="1 probabilities came back for 2 tokens"):
             walk([(1,), (2,)], ask)
 
-    @pytest.mark.parametrize("unresolved", [-0.1, 1.0, float("nan")])
-    def test_unresolved_is_a_probability(self, unresolved):
-        with pytest.raises(ValueError, match="unresolved is"):
-            walk([(1,)], Model(), unresolved)
+    @pytest.mark.parametrize("min_branch_prob", [-0.1, 1.0, float("nan")])
+    def test_unresolved_is_a_probability(self, min_branch_prob):
+        with pytest.raises(ValueError, match="min_branch_prob is"):
+            walk([(1,)], Model(), min_branch_prob)
 
 
 def test_a_question_that_fails_ends_the_others_and_comes_alone():

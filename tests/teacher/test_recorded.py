@@ -15,7 +15,7 @@ from llkd_ray.config.base import ConfigError
 from llkd_ray.config.teacher import RecordedConfig
 from llkd_ray.storage.run_dir import LABELS_DIR, RunStore
 from llkd_ray.teacher.base import UNASKED, Allowance, Answers, Unlimited, Usage
-from llkd_ray.teacher.recorded import RecordedLabeller, read_recorded
+from llkd_ray.teacher.recorded import RecordedTeacher, read_recorded
 
 
 def write(tmp_path, **columns) -> str:
@@ -130,7 +130,7 @@ class Purse:
         return fits
 
 
-def ask(labeller: RecordedLabeller, ids: Sequence[str], allowance: Allowance | None = None) -> Answers:
+def ask(labeller: RecordedTeacher, ids: Sequence[str], allowance: Allowance | None = None) -> Answers:
     return asyncio.run(labeller.label(ids, ["whatever it says"] * len(ids), allowance or Unlimited()))
 
 
@@ -140,8 +140,8 @@ class TestLabeller:
         corpus = write_corpus(tmp_path / "pool.parquet", 30)
         return str(write_answers(tmp_path / "answers.parquet", [corpus]))
 
-    def labeller(self, uri: str) -> RecordedLabeller:
-        return RecordedLabeller(RecordedConfig(uri=uri, prompt_tokens="prompt_tokens"), 3)
+    def labeller(self, uri: str) -> RecordedTeacher:
+        return RecordedTeacher(RecordedConfig(uri=uri, prompt_tokens="prompt_tokens"), 3)
 
     def test_answers_by_id(self, answers):
         recorded = pq.read_table(answers).take([17, 3, 29])
@@ -163,7 +163,7 @@ class TestLabeller:
 
     def test_mass_above_one_leaves_nothing_off_label(self, tmp_path):
         uri = write(tmp_path, id=["a"], probs=[[0.6, 0.5]])
-        said = ask(RecordedLabeller(RecordedConfig(uri=uri), 2), ["a"])
+        said = ask(RecordedTeacher(RecordedConfig(uri=uri), 2), ["a"])
         assert said.off_label_N.tolist() == [0.0]
 
     def test_the_cap_counts_the_tokens_that_the_answers_once_cost(self, answers):

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from fake_selector import FakeSelector, go, pass_through
-from fake_teacher import FakeLabeller, cost_of, leased, numbered
+from fake_teacher import FakeTeacher, cost_of, leased, numbered
 from toys import make_config, make_run
 
 from llkd_ray.config.base import ConfigError
@@ -42,9 +42,9 @@ def store(tmp_path) -> RunStore:
 
 
 def only_stage(
-    store: RunStore, selector: FakeSelector, labeller: FakeLabeller | None = None, **sections: Any
+    store: RunStore, selector: FakeSelector, labeller: FakeTeacher | None = None, **sections: Any
 ) -> OnlyStage:
-    return OnlyStage(make_config(**sections), store.root, selector, labeller or FakeLabeller())
+    return OnlyStage(make_config(**sections), store.root, selector, labeller or FakeTeacher())
 
 
 def quarantined(store: RunStore, ticket: int) -> list[tuple[int, str]]:
@@ -58,7 +58,7 @@ def quarantined(store: RunStore, ticket: int) -> list[tuple[int, str]]:
 class TestOnlyStage:
     def test_file_first_then_the_selector(self, store):
         selector = FakeSelector()
-        labeller = FakeLabeller(before_call=lambda: pytest.fail("early") if store.names(LABELS_DIR) else None)
+        labeller = FakeTeacher(before_call=lambda: pytest.fail("early") if store.names(LABELS_DIR) else None)
         assert pass_through(only_stage(store, selector, labeller), leased(3, [5, 2, 9])) == [
             {"ticket": 3, "rows": 3}
         ]
@@ -79,12 +79,12 @@ class TestOnlyStage:
 
     def test_label_file_that_is_there_is_not_answered_again(self, store):
         """The first attempt dies between its file and its word to the selector."""
-        selector, labeller = FakeSelector(fails=1), FakeLabeller()
+        selector, labeller = FakeSelector(fails=1), FakeTeacher()
         with pytest.raises(ConnectionError):
             pass_through(only_stage(store, selector, labeller), leased(3, [5, 2]))
         assert labeller.asked == [[5, 2]]
         assert read_ticket(store, LABELS_DIR, 3)[0]["row"].to_pylist() == [5, 2]
-        again = FakeLabeller()
+        again = FakeTeacher()
         assert pass_through(only_stage(store, selector, again), leased(3, [5, 2])) == [
             {"ticket": 3, "rows": 2}
         ]
@@ -96,7 +96,7 @@ class TestOnlyStage:
 
     def test_mark_is_there_while_the_teacher_reads_and_gone_after(self, store):
         marks: list[str] = []
-        labeller = FakeLabeller(before_call=lambda: marks.extend(store.names(SENT_DIR)))
+        labeller = FakeTeacher(before_call=lambda: marks.extend(store.names(SENT_DIR)))
         pass_through(only_stage(store, FakeSelector(), labeller), leased(7, [1, 2]))
         (mark,) = marks
         assert mark.startswith("ticket-00000007.")
@@ -105,7 +105,7 @@ class TestOnlyStage:
     def test_mark_of_texts_that_were_never_answered_stays(self, store):
         selector = FakeSelector()
         marks: list[list[str]] = []
-        labeller = FakeLabeller(
+        labeller = FakeTeacher(
             errors=[RuntimeError("engine trouble")], before_call=lambda: marks.append(store.names(SENT_DIR))
         )
         stage = only_stage(store, selector, labeller)
@@ -123,7 +123,7 @@ class TestOnlyStage:
 
     def test_texts_without_an_answer_go_to_quarantine(self, store):
         selector = FakeSelector()
-        labeller = FakeLabeller(failing={2: "too_odd", 9: "did_not_say"})
+        labeller = FakeTeacher(failing={2: "too_odd", 9: "did_not_say"})
         assert pass_through(only_stage(store, selector, labeller), leased(3, [5, 2, 9])) == [
             {"ticket": 3, "rows": 1}
         ]
@@ -146,14 +146,14 @@ class TestOnlyStage:
 
     def test_ticket_without_any_answer_is_done_all_the_same(self, store):
         selector = FakeSelector()
-        stage = only_stage(store, selector, FakeLabeller(failing={2: "too_odd"}))
+        stage = only_stage(store, selector, FakeTeacher(failing={2: "too_odd"}))
         assert pass_through(stage, leased(3, [2])) == [{"ticket": 3, "rows": 0}]
         assert len(read_ticket(store, LABELS_DIR, 3)[0]) == 0
         ((ticket, told),) = selector.told("put_labels")
         assert (ticket, told.row_M.tolist(), told.probs_MC.shape) == (3, [], (0, 3))
 
     def test_empty_lease_is_nobodys_business(self, store):
-        selector, labeller = FakeSelector(), FakeLabeller()
+        selector, labeller = FakeSelector(), FakeTeacher()
         assert pass_through(only_stage(store, selector, labeller), leased(3, [])) == []
         assert (labeller.asked, selector.calls) == ([], [])
         assert store.names(LABELS_DIR) == store.names(SENT_DIR) == []
@@ -180,7 +180,7 @@ class TestOnlyStage:
             assert claim == Usage(**claim).as_dict(), "plain numbers go to the actor"
 
     def test_the_teacher_is_closed_with_its_stage(self, store):
-        labeller = FakeLabeller()
+        labeller = FakeTeacher()
         stage = only_stage(store, FakeSelector(), labeller)
         del stage
         assert labeller.is_closed
@@ -206,14 +206,14 @@ def large_says(number: int) -> np.ndarray:
 def cascade_config(**sections: Any) -> Config:
     """A cascade in doubt below 0.6; the members' own kind does not matter, their labellers are fakes."""
     member = {"kind": "recorded", "recorded": {"uri": "answers.parquet"}}
-    cascade = {"small": member, "large": member | {"tickets_in_flight": 3}, "unsure_below": 0.6}
+    cascade = {"small": member, "large": member | {"tickets_in_flight": 3}, "escalate_below": 0.6}
     return make_config(teacher={"kind": "cascade", "cascade": cascade}, **sections)
 
 
 class Cascade:
     """Both stages on one run."""
 
-    def __init__(self, store: RunStore, small: FakeLabeller, large: FakeLabeller, **sections: Any) -> None:
+    def __init__(self, store: RunStore, small: FakeTeacher, large: FakeTeacher, **sections: Any) -> None:
         self.store, self.small_labeller, self.large_labeller = store, small, large
         self.config = cascade_config(**sections)
         self.selector = FakeSelector()
@@ -235,7 +235,7 @@ class Cascade:
 
 class TestSmallStage:
     def test_its_file_comes_first_and_everything_goes_on(self, store):
-        cascade = Cascade(store, FakeLabeller(failing={2: "too_odd"}), FakeLabeller())
+        cascade = Cascade(store, FakeTeacher(failing={2: "too_odd"}), FakeTeacher())
         block = leased(3, [5, 2, 9])
         assert asyncio.run(go(cascade.small, block)).equals(block)
         labels, usage, unasked = read_ticket(store, SMALL_DIR, 3)
@@ -251,13 +251,13 @@ class TestSmallStage:
     @pytest.mark.parametrize("folder", [SMALL_DIR, LABELS_DIR])
     def test_what_is_done_goes_on_as_it_is(self, store, folder):
         store.write_table(ticket_file(folder, 3), tables.LABELS.empty_table())
-        cascade = Cascade(store, FakeLabeller(), FakeLabeller())
+        cascade = Cascade(store, FakeTeacher(), FakeTeacher())
         block = leased(3, [5, 2])
         assert asyncio.run(go(cascade.small, block)).equals(block)
         assert cascade.small_labeller.asked == []
 
     def test_reviews_are_not_its_business(self, store):
-        cascade = Cascade(store, FakeLabeller(), FakeLabeller())
+        cascade = Cascade(store, FakeTeacher(), FakeTeacher())
         block = leased(cascade.reviews[0], [5, 2])
         assert asyncio.run(go(cascade.small, block)).equals(block)
         assert cascade.small_labeller.asked == []
@@ -265,7 +265,7 @@ class TestSmallStage:
         assert cascade.selector.calls == []
 
     def test_empty_lease(self, store):
-        cascade = Cascade(store, FakeLabeller(), FakeLabeller())
+        cascade = Cascade(store, FakeTeacher(), FakeTeacher())
         assert cascade.run(3, []) == []
         assert cascade.selector.calls == []
         assert store.names(SMALL_DIR) == store.names(LABELS_DIR) == []
@@ -273,8 +273,8 @@ class TestSmallStage:
 
 class TestLargeStage:
     def test_it_reads_what_is_unsure_or_unanswered(self, store):
-        small = FakeLabeller(surety({4: 0.59, 5: 0.61, 6: 0.4}), failing={7: "too_odd"})
-        cascade = Cascade(store, small, FakeLabeller(large_says))
+        small = FakeTeacher(surety({4: 0.59, 5: 0.61, 6: 0.4}), failing={7: "too_odd"})
+        cascade = Cascade(store, small, FakeTeacher(large_says))
         rows = [9, 4, 7, 5, 6, 8]
         assert cascade.run(3, rows) == [{"ticket": 3, "rows": 6}]
         assert small.asked == [rows]
@@ -296,7 +296,7 @@ class TestLargeStage:
         assert metadata[b"tickets_in_flight"] == b"3", "the speed of the large one is measured on its file"
 
     def test_where_nothing_is_in_doubt_it_is_not_asked(self, store):
-        cascade = Cascade(store, FakeLabeller(surety({})), FakeLabeller())
+        cascade = Cascade(store, FakeTeacher(surety({})), FakeTeacher())
         assert cascade.run(3, [5, 2]) == [{"ticket": 3, "rows": 2}]
         assert cascade.large_labeller.asked == []
         labels, usage, _ = read_ticket(store, LABELS_DIR, 3)
@@ -304,8 +304,8 @@ class TestLargeStage:
         assert usage["large"] == Usage()
 
     def test_a_small_answer_is_kept_where_the_large_one_has_none(self, store):
-        small = FakeLabeller(surety({4: 0.4, 5: 0.4}), failing={6: "too_odd", 7: "too_odd"})
-        large = FakeLabeller(large_says, failing={5: "too_long", 7: "too_long"})
+        small = FakeTeacher(surety({4: 0.4, 5: 0.4}), failing={6: "too_odd", 7: "too_odd"})
+        large = FakeTeacher(large_says, failing={5: "too_long", 7: "too_long"})
         cascade = Cascade(store, small, large)
         assert cascade.run(3, [4, 5, 6, 7]) == [{"ticket": 3, "rows": 3}]
         labels, usage, _ = read_ticket(store, LABELS_DIR, 3)
@@ -319,8 +319,8 @@ class TestLargeStage:
         assert usage["large"].tokens == cost_of([4, 5, 6, 7])
 
     def test_the_cap_counts_as_unasked_only_what_has_no_label(self, store):
-        small = FakeLabeller(surety({4: 0.4, 5: 0.9}), failing={6: "too_odd"})
-        cascade = Cascade(store, small, FakeLabeller(large_says), budget={"cap": {"tokens": 10**6}})
+        small = FakeTeacher(surety({4: 0.4, 5: 0.9}), failing={6: "too_odd"})
+        cascade = Cascade(store, small, FakeTeacher(large_says), budget={"cap": {"tokens": 10**6}})
 
         async def script():
             block = await go(cascade.small, leased(3, [4, 5, 6]))
@@ -336,7 +336,7 @@ class TestLargeStage:
         assert {one[2] for one in cascade.selector.told("reserve")} == {"small", "large"}
 
     def test_a_review_reads_all_of_its_rows(self, store):
-        cascade = Cascade(store, FakeLabeller(), FakeLabeller(large_says))
+        cascade = Cascade(store, FakeTeacher(), FakeTeacher(large_says))
         review = cascade.reviews[-1]
         assert cascade.run(review, [8, 1, 3]) == [{"ticket": review, "rows": 3}]
         assert cascade.large_labeller.asked == [[8, 1, 3]]
@@ -346,7 +346,7 @@ class TestLargeStage:
         assert usage.keys() == {"large"}
 
     def test_label_file_that_is_there_is_not_answered_again(self, store):
-        small, large = FakeLabeller(surety({4: 0.4})), FakeLabeller(large_says)
+        small, large = FakeTeacher(surety({4: 0.4})), FakeTeacher(large_says)
         cascade = Cascade(store, small, large)
         cascade.selector.fails = 1
         with pytest.raises(ConnectionError):
@@ -355,8 +355,8 @@ class TestLargeStage:
         assert (small.asked, large.asked) == ([[4, 5]], [[4]])
 
     def test_large_one_that_breaks_costs_no_small_answer(self, store):
-        small = FakeLabeller(surety({4: 0.4}))
-        large = FakeLabeller(large_says, errors=[RuntimeError("engine trouble")])
+        small = FakeTeacher(surety({4: 0.4}))
+        large = FakeTeacher(large_says, errors=[RuntimeError("engine trouble")])
         cascade = Cascade(store, small, large)
         with pytest.raises(RuntimeError):
             cascade.run(3, [4, 5])
@@ -372,7 +372,7 @@ class TestLargeStage:
 class TestTeacherDown:
     def stage(self, kind: type[Stage], store: RunStore, selector: FakeSelector, *downs: str) -> Stage:
         config = make_config() if kind is OnlyStage else cascade_config()
-        return kind(config, store.root, selector, FakeLabeller(errors=[TeacherDown(down) for down in downs]))
+        return kind(config, store.root, selector, FakeTeacher(errors=[TeacherDown(down) for down in downs]))
 
     @pytest.mark.parametrize(
         ("kind", "name"), [(OnlyStage, "teacher"), (SmallStage, "small"), (LargeStage, "large")]
@@ -438,7 +438,7 @@ class TestTeacherDown:
         selector.is_taught = True
         config = make_config(budget={"cap": {"tokens": 10**6}})
 
-        class HalfWay(FakeLabeller):
+        class HalfWay(FakeTeacher):
             async def label(self, ids, texts, allowance):
                 await allowance.take(texts=1, prompt_tokens=15, answer_tokens=1)
                 raise TeacherDown("gone")
@@ -460,7 +460,7 @@ class Handle:
         return SimpleNamespace(remote=getattr(self.selector, name))
 
 
-class DownAfter(FakeLabeller):
+class DownAfter(FakeTeacher):
     """Gives up after some calls."""
 
     def __init__(self, calls: int) -> None:
@@ -479,10 +479,10 @@ class TestAnActorThatIsLost:
 
     ROUNDS = 4
 
-    async def teach(self, store: RunStore, labellers: Sequence[FakeLabeller]) -> Selector:
+    async def teach(self, store: RunStore, labellers: Sequence[FakeTeacher]) -> Selector:
         """Teach as far as it goes, with a student that learns in no time."""
         config = make_config(
-            teacher={"lease_rows": 4, "actors": len(labellers)},
+            teacher={"ticket_size": 4, "actors": len(labellers)},
             budget={"rounds": self.ROUNDS, "train": 60},
             selection={"policy": "random"},
         )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from fake_teacher import FakeLabeller, cost_of, leased, numbered
+from fake_teacher import FakeTeacher, cost_of, leased, numbered
 from toys import make_config
 
 from llkd_ray.config.schema import Config
@@ -23,7 +23,7 @@ from llkd_ray.teacher import worker as asker_module
 from llkd_ray.teacher.base import UNASKED, TeacherDown, Usage
 from llkd_ray.teacher.factory import CACHE_DIR, cache_key
 from llkd_ray.teacher.labels import mark_file, write_ticket
-from llkd_ray.teacher.worker import Asked, Asker
+from llkd_ray.teacher.worker import TeacherWorker, TicketAnswers
 
 
 class Selector:
@@ -64,16 +64,20 @@ class Bench:
     def asker(
         self,
         run: str,
-        labeller: FakeLabeller,
+        labeller: FakeTeacher,
         config: Config | None = None,
         member: int = 0,
         selector: Selector | None = None,
-    ) -> Asker:
+    ) -> TeacherWorker:
         reserve, config = (selector or Selector()).reserve, config or self.config()
         _, teacher = list(config.teacher.members())[member]
-        return Asker(config, self.store(run).root, member, reserve, labeller, cache_key(config, teacher))
+        return TeacherWorker(
+            config, self.store(run).root, member, reserve, labeller, cache_key(config, teacher)
+        )
 
-    def answer(self, asker: Asker, ticket: int, texts: pa.Table, folder: str = LABELS_DIR) -> Asked:
+    def answer(
+        self, asker: TeacherWorker, ticket: int, texts: pa.Table, folder: str = LABELS_DIR
+    ) -> TicketAnswers:
         """Ask and put the labels in place, as a stage does."""
 
         async def script():
@@ -104,7 +108,7 @@ def numbers_of(labels: pa.Table) -> list[int]:
 
 class TestFresh:
     def test_labels_are_the_texts_own_and_in_their_order(self, bench):
-        labeller = FakeLabeller()
+        labeller = FakeTeacher()
         asked = bench.answer(bench.asker("first", labeller), 3, leased(3, [5, 2, 9]))
         assert asked.labels.schema == tables.LABELS
         assert asked.labels["row"].to_pylist() == [5, 2, 9]
@@ -120,7 +124,7 @@ class TestFresh:
         assert asked.usage.seconds > 0
 
     def test_a_text_without_an_answer_says_why_and_costs(self, bench):
-        labeller = FakeLabeller(failing={2: "too_odd"})
+        labeller = FakeTeacher(failing={2: "too_odd"})
         asked = bench.answer(bench.asker("first", labeller), 3, leased(3, [5, 2, 9]))
         assert asked.labels["row"].to_pylist() == [5, 9]
         assert asked.outcome_M == ["", "too_odd", ""]
@@ -128,7 +132,7 @@ class TestFresh:
         assert asked.usage.tokens == cost_of([5, 2, 9])
 
     def test_no_texts(self, bench):
-        labeller = FakeLabeller()
+        labeller = FakeTeacher()
         asked = bench.answer(bench.asker("first", labeller), 3, leased(3, []))
         assert asked.labels.schema == tables.LABELS
         assert (len(asked.labels), asked.usage, asked.outcome_M, asked.mark) == (0, Usage(), [], None)
@@ -137,8 +141,8 @@ class TestFresh:
 
 class TestReuse:
     def test_a_second_run_asks_nothing(self, bench):
-        first = bench.answer(bench.asker("first", FakeLabeller()), 0, leased(0, [5, 2, 9]))
-        labeller = FakeLabeller(errors=[AssertionError("nobody is to be asked")])
+        first = bench.answer(bench.asker("first", FakeTeacher()), 0, leased(0, [5, 2, 9]))
+        labeller = FakeTeacher(errors=[AssertionError("nobody is to be asked")])
         # Its rows, ids and tickets are others; its texts are the same.
         texts = leased(7, [40, 41, 42], prefix="mine").set_column(
             3, "text", pa.array(["text 9", "text 5", "text 2"])
@@ -163,10 +167,10 @@ class TestReuse:
         rows = rng.permutation(20).tolist()
         there = [row for row in rows if rng.random() < 0.5]
         new = [row for row in rows if row not in there]
-        bench.answer(bench.asker("first", FakeLabeller()), 0, leased(0, sorted(there)))
+        bench.answer(bench.asker("first", FakeTeacher()), 0, leased(0, sorted(there)))
         marks = []
         store = bench.store("second")
-        labeller = FakeLabeller(
+        labeller = FakeTeacher(
             failing={new[0]: "too_odd"},
             before_call=lambda: marks.extend(
                 store.read_json(f"{SENT_DIR}/{name}") for name in store.names(SENT_DIR)
@@ -183,8 +187,8 @@ class TestReuse:
         assert (asked.usage.reused_texts, asked.usage.reused_tokens) == (len(there), cost_of(there))
 
     def test_a_text_that_has_changed_is_asked_whatever_its_id(self, bench):
-        bench.answer(bench.asker("first", FakeLabeller()), 0, leased(0, [5, 2]))
-        labeller = FakeLabeller()
+        bench.answer(bench.asker("first", FakeTeacher()), 0, leased(0, [5, 2]))
+        labeller = FakeTeacher()
         asked = bench.answer(bench.asker("second", labeller), 0, leased(0, [5, 2], words="other text"))
         assert labeller.asked == [[5, 2]]
         assert asked.usage.reused_texts == 0
@@ -198,16 +202,18 @@ class TestReuse:
         ],
     )
     def test_a_teacher_that_would_answer_otherwise_is_asked(self, bench, changed):
-        bench.answer(bench.asker("first", FakeLabeller()), 0, leased(0, [5, 2]))
-        labeller = FakeLabeller()
+        bench.answer(bench.asker("first", FakeTeacher()), 0, leased(0, [5, 2]))
+        labeller = FakeTeacher()
         other = bench.config(bench.one(**changed))
         bench.answer(bench.asker("second", labeller, other), 0, leased(0, [5, 2]))
         assert labeller.asked == [[5, 2]]
 
     def test_a_teacher_is_the_same_however_it_is_spread_out_and_paid(self, bench):
-        bench.answer(bench.asker("first", FakeLabeller()), 0, leased(0, [5, 2]))
-        labeller = FakeLabeller()
-        same = bench.one(actors=3, gpus=1, lease_rows=4, price={"input": 1.0}, confidence={"method": "batch"})
+        bench.answer(bench.asker("first", FakeTeacher()), 0, leased(0, [5, 2]))
+        labeller = FakeTeacher()
+        same = bench.one(
+            actors=3, gpus=1, ticket_size=4, price={"input": 1.0}, confidence={"method": "batch"}
+        )
         sections = {"run": {"dir": str(bench.folder), "seed": 5}, "selection": {"policy": "random"}}
         config = make_config(teacher=same, **sections)
         asked = bench.answer(bench.asker("second", labeller, config), 0, leased(0, [5, 2]))
@@ -217,7 +223,7 @@ class TestReuse:
     def test_without_a_cache_nothing_is_found_and_nothing_told(self, bench):
         config = bench.config(bench.one(cache=None))
         for run in ("first", "second"):
-            labeller = FakeLabeller()
+            labeller = FakeTeacher()
             bench.answer(bench.asker(run, labeller, config), 0, leased(0, [5, 2]))
             assert labeller.asked == [[5, 2]]
         assert not (bench.folder / CACHE_DIR).exists()
@@ -225,8 +231,8 @@ class TestReuse:
     def test_a_folder_of_the_users_choice(self, bench):
         folder = bench.folder / "elsewhere" / "answers"
         config = bench.config(bench.one(cache=str(folder)))
-        bench.answer(bench.asker("first", FakeLabeller(), config), 0, leased(0, [5]))
-        labeller = FakeLabeller()
+        bench.answer(bench.asker("first", FakeTeacher(), config), 0, leased(0, [5]))
+        labeller = FakeTeacher()
         bench.answer(bench.asker("second", labeller, config), 0, leased(0, [5]))
         assert labeller.asked == []
         assert folder.exists()
@@ -234,10 +240,10 @@ class TestReuse:
 
     def test_what_a_cascade_was_told_serves_a_run_of_either_teacher(self, bench):
         cascade = bench.cascade()
-        bench.answer(bench.asker("cascade", FakeLabeller(), cascade, 0), 0, leased(0, [1, 2, 3]), SMALL_DIR)
-        bench.answer(bench.asker("cascade", FakeLabeller(), cascade, 1), 0, leased(0, [3, 4]))
+        bench.answer(bench.asker("cascade", FakeTeacher(), cascade, 0), 0, leased(0, [1, 2, 3]), SMALL_DIR)
+        bench.answer(bench.asker("cascade", FakeTeacher(), cascade, 1), 0, leased(0, [3, 4]))
         for config, there in ((bench.config(), [3, 4]), (bench.config(cascade_small(cascade)), [1, 2, 3])):
-            labeller = FakeLabeller()
+            labeller = FakeTeacher()
             asked = bench.answer(
                 bench.asker(f"alone-{len(there)}", labeller, config), 0, leased(0, [1, 2, 3, 4])
             )
@@ -245,8 +251,8 @@ class TestReuse:
             assert asked.labels["member"].to_pylist() == [0] * 4
 
     def test_an_only_teacher_serves_a_cascade_under_the_cascades_number(self, bench):
-        bench.answer(bench.asker("alone", FakeLabeller()), 0, leased(0, [1, 2]))
-        labeller = FakeLabeller()
+        bench.answer(bench.asker("alone", FakeTeacher()), 0, leased(0, [1, 2]))
+        labeller = FakeTeacher()
         asked = bench.answer(bench.asker("cascade", labeller, bench.cascade(), 1), 0, leased(0, [2, 3]))
         assert labeller.asked == [[3]]
         assert asked.labels["member"].to_pylist() == [1, 1]
@@ -274,7 +280,7 @@ class TestCap:
             assert mark["usage"]["teacher"]["texts"] >= len(written)
             assert mark["texts"] == 6
 
-        labeller, selector = FakeLabeller(after_request=after_request), Selector()
+        labeller, selector = FakeTeacher(after_request=after_request), Selector()
         asker = bench.asker("first", labeller, self.cap(bench, 10**6), selector=selector)
         bench.answer(asker, 3, leased(3, range(6)))
         assert len(written) == 6
@@ -285,7 +291,7 @@ class TestCap:
 
     def test_nothing_is_used_that_is_not_granted(self, bench):
         tokens = cost_of([0, 1, 2]) + 5
-        labeller, selector = FakeLabeller(), Selector(tokens)
+        labeller, selector = FakeTeacher(), Selector(tokens)
         asker = bench.asker("first", labeller, self.cap(bench, tokens), selector=selector)
         asked = bench.answer(asker, 3, leased(3, range(6)))
         assert asked.usage.tokens <= tokens - selector.left
@@ -294,9 +300,9 @@ class TestCap:
         assert asked.usage.texts == len(asked.labels)
 
     def test_answers_that_are_there_need_no_grant(self, bench):
-        bench.answer(bench.asker("first", FakeLabeller()), 0, leased(0, [5, 2]))
+        bench.answer(bench.asker("first", FakeTeacher()), 0, leased(0, [5, 2]))
         selector = Selector(tokens=0)
-        asker = bench.asker("second", FakeLabeller(), self.cap(bench, 1), selector=selector)
+        asker = bench.asker("second", FakeTeacher(), self.cap(bench, 1), selector=selector)
         asked = bench.answer(asker, 0, leased(0, [5, 2, 7]))
         assert asked.labels["row"].to_pylist() == [5, 2]
         assert asked.outcome_M == ["", "", UNASKED]
@@ -304,13 +310,13 @@ class TestCap:
 
     def test_without_a_cap_nobody_is_asked_for_leave(self, bench):
         selector = Selector(tokens=0)
-        asked = bench.answer(bench.asker("first", FakeLabeller(), selector=selector), 0, leased(0, [5, 2]))
+        asked = bench.answer(bench.asker("first", FakeTeacher(), selector=selector), 0, leased(0, [5, 2]))
         assert selector.asked == []
         assert asked.unasked == 0
 
     def test_each_attempt_has_a_name_of_its_own(self, bench):
         selector = Selector()
-        labeller = FakeLabeller(errors=[TeacherDown("gone")])
+        labeller = FakeTeacher(errors=[TeacherDown("gone")])
         asker = bench.asker("first", labeller, self.cap(bench, 10**6), selector=selector)
         with pytest.raises(TeacherDown):
             asyncio.run(asker.ask(3, leased(3, [1])))
@@ -322,7 +328,7 @@ class TestCap:
 
 class TestMark:
     def test_it_goes_when_the_labels_are_in_place(self, bench):
-        asker = bench.asker("first", FakeLabeller())
+        asker = bench.asker("first", FakeTeacher())
         asked = asyncio.run(asker.ask(12, leased(12, [1, 2])))
         assert asked.mark is not None
         assert asked.mark.startswith("ticket-00000012.")
@@ -333,7 +339,7 @@ class TestMark:
 
     @pytest.mark.parametrize("error", [TeacherDown("all gone"), RuntimeError("a mistake of ours")])
     def test_it_stays_where_the_teacher_breaks(self, bench, error):
-        asker = bench.asker("first", FakeLabeller(errors=[error]))
+        asker = bench.asker("first", FakeTeacher(errors=[error]))
         with pytest.raises(type(error), match=str(error)):
             asyncio.run(asker.ask(3, leased(3, [1, 2, 4])))
         (name,) = asker.store.names(SENT_DIR)
@@ -347,16 +353,16 @@ class TestTeacher:
         made = []
 
         def make(teacher, labels, on_start, begin):
-            made.append((teacher, labels, begin, FakeLabeller()))
+            made.append((teacher, labels, begin, FakeTeacher()))
             on_start(12.5)
             return made[-1][3]
 
-        monkeypatch.setattr(asker_module, "make_labeller", make)
+        monkeypatch.setattr(asker_module, "make_teacher", make)
         return made
 
     def test_it_is_made_once_and_before_it_is_needed(self, bench, made):
         cascade = bench.cascade()
-        asker = Asker(cascade, bench.store("first").root, 1, Selector().reserve)
+        asker = TeacherWorker(cascade, bench.store("first").root, 1, Selector().reserve)
         wait_until(lambda: made)
 
         async def script():
@@ -372,23 +378,23 @@ class TestTeacher:
         assert labeller.is_closed
 
     def test_one_that_may_not_be_needed_does_not_begin(self, bench, made):
-        bench.answer(bench.asker("first", FakeLabeller()), 0, leased(0, [0]))
+        bench.answer(bench.asker("first", FakeTeacher()), 0, leased(0, [0]))
         config = bench.config()
         key = cache_key(config, config.teacher)
-        asker = Asker(config, bench.store("second").root, 0, Selector().reserve, key=key)
+        asker = TeacherWorker(config, bench.store("second").root, 0, Selector().reserve, key=key)
         asyncio.run(asker.ask(0, leased(0, [0])))
         assert [begin for _, _, begin, _ in made] == [False]
 
     def test_one_that_was_never_needed_is_closed_all_the_same(self, bench, made):
-        Asker(bench.config(), bench.store("first").root, 0, Selector().reserve).close()
+        TeacherWorker(bench.config(), bench.store("first").root, 0, Selector().reserve).close()
         wait_until(lambda: made and made[0][3].is_closed)
 
     def test_what_keeps_it_from_being_made_is_told_to_all_who_ask(self, bench, monkeypatch):
         def make(*arguments, **more):
             raise OSError("the tokenizer is gone")
 
-        monkeypatch.setattr(asker_module, "make_labeller", make)
-        asker = Asker(bench.config(), bench.store("first").root, 0, Selector().reserve)
+        monkeypatch.setattr(asker_module, "make_teacher", make)
+        asker = TeacherWorker(bench.config(), bench.store("first").root, 0, Selector().reserve)
         for ticket in range(2):
             with pytest.raises(OSError, match="the tokenizer is gone"):
                 asyncio.run(asker.ask(ticket, leased(ticket, [0])))
@@ -396,7 +402,7 @@ class TestTeacher:
 
     def test_each_engine_that_starts_leaves_a_file(self, bench, made):
         store = bench.store("first")
-        asker = Asker(bench.cascade(), store.root, 0, Selector().reserve)
+        asker = TeacherWorker(bench.cascade(), store.root, 0, Selector().reserve)
         asyncio.run(asker.ask(0, leased(0, [1])))
         (name,) = store.names(ENGINES_DIR, ".json")
         facts = store.read_json(f"{ENGINES_DIR}/{name}")

@@ -190,7 +190,11 @@ class ServerClient:
         async with self._judging:
             silent_s = time.monotonic() - self._quiet_since
             in_doubt = is_last and self.has_answered and self._failed_in_a_row >= A_FEW
-            if self._failed_in_a_row < many and silent_s < self.teacher.stall_s and not in_doubt:
+            if (
+                self._failed_in_a_row < many
+                and silent_s < self.teacher.no_progress_timeout_s
+                and not in_doubt
+            ):
                 return
             if self._known_good is not None:
                 self._not_judging.clear()  # no further text is sent before it is known
@@ -330,11 +334,12 @@ class ServerClient:
         wait_s = busy.retry_after_s or self._back_off_s(refusals)
         now = time.monotonic()
         silent_s = now + wait_s - self._quiet_since
-        if silent_s > self.teacher.stall_s:
+        if silent_s > self.teacher.no_progress_timeout_s:
             raise TeacherDown(
-                f"teacher.stall_s {self.teacher.stall_s:g}: {self.server.base_url!r} takes no request "
-                f"({busy}, to be tried again in {wait_s:.0f} s) and has answered none for so long; see the "
-                f"quota of {self.teacher.model!r}, set teacher.server.requests_per_minute, or raise stall_s"
+                f"teacher.no_progress_timeout_s {self.teacher.no_progress_timeout_s:g}: "
+                f"{self.server.base_url!r} takes no request ({busy}, to be tried again in {wait_s:.0f} s) and has answered none for so long; see the "
+                f"quota of {self.teacher.model!r}, set teacher.server.requests_per_minute, or raise "
+                "no_progress_timeout_s"
             ) from None
         self._resume_at = max(self._resume_at, now + wait_s)
 

@@ -39,7 +39,7 @@ class Scored:
     """Whether a part of the text was left out."""
 
 
-class Way(Protocol):
+class ScoringMethod(Protocol):
     """A way to the labels' probabilities for one text."""
 
     name: str
@@ -85,7 +85,7 @@ class ByLabelIds:
             return probs_K.tolist()
 
         try:
-            mass = await self.trie.mass(next_tokens, self.teacher.unresolved)
+            mass = await self.trie.mass(next_tokens, self.teacher.min_branch_prob)
         except ValueError as error:  # several replies that make sense, but not together
             raise TextFailed("bad_answer", str(error)) from None
         return Scored(mass.probs_C, mass.off_label, bool(cut))

@@ -22,23 +22,23 @@ from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import LabelsConfig
 from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.storage.checkpoints import load_tokenizer
-from llkd_ray.teacher.base import UNASKED, Allowance, Answers, Meter, TeacherDown, TextFailed, ask_each
+from llkd_ray.teacher.base import UNASKED, Allowance, Answers, Meter, TeacherDown, TextFailed, label_batch
 from llkd_ray.teacher.openai.client import NoScores, NotServed, Refused, ServerClient
-from llkd_ray.teacher.openai.scoring import ByLabelIds, ByTopLogprobs, ByVotes, Chat, Scored, Way
+from llkd_ray.teacher.openai.scoring import ByLabelIds, ByTopLogprobs, ByVotes, Chat, Scored, ScoringMethod
 from llkd_ray.teacher.prompt import Prompt, build_prompt, label_sequences
 
 logger = logging.getLogger(__name__)
 
 
-class ServerLabeller:
-    """A client of a server; see ``answers.Labeller``. Its connections live in one event loop."""
+class OpenAITeacher:
+    """A client of a server; see ``answers.Teacher``. Its connections live in one event loop."""
 
     def __init__(self, teacher: TeacherConfig, labels: LabelsConfig) -> None:
         self.teacher = teacher
         self.n_classes = len(labels.names)
         self.client = ServerClient(teacher)
-        self.ways, _ = possible_ways(teacher, labels, "teacher")
-        self.way: Way | None = None
+        self.ways, _ = possible_methods(teacher, labels, "teacher")
+        self.way: ScoringMethod | None = None
         """None until a first reply has shown what the server can do."""
         self._deciding = asyncio.Lock()
 
@@ -62,7 +62,7 @@ class ServerLabeller:
             return scored.probs_C, scored.off_label
 
         with self.client.at_work():
-            answers = await ask_each(len(texts), self.n_classes, ask_one, allowance, cut=0)
+            answers = await label_batch(len(texts), self.n_classes, ask_one, allowance, cut=0)
         if last and not self.client.has_answered:
             failed = sum(outcome not in ("", UNASKED) for outcome in answers.outcome_N)
             raise self.client.down(f"all {failed} texts asked first have failed", last[0])
@@ -80,7 +80,7 @@ class ServerLabeller:
                     return scored
         return await self.way.ask(text, partial(self.client.post, meter=meter))
 
-    async def _first_scored(self, text: str, meter: Meter) -> tuple[Way, Scored]:
+    async def _first_scored(self, text: str, meter: Meter) -> tuple[ScoringMethod, Scored]:
         """Find the first way that the server knows, with the answer to this text."""
         post = partial(self.client.post, meter=meter, probing=True)
         for way in self.ways[:-1]:
@@ -123,7 +123,7 @@ def check_server_teacher(
             f"{field}.server.base_url: more than an address goes with {str(shown)!r}, a user, a password or "
             "a query; leave it out, and put the key into the variable that server.api_key_env names"
         )
-    ways, prompt = possible_ways(teacher, labels, field)
+    ways, prompt = possible_methods(teacher, labels, field)
     return {
         "kind": "openai",
         "model": teacher.model,
@@ -133,7 +133,9 @@ def check_server_teacher(
     }
 
 
-def possible_ways(teacher: TeacherConfig, labels: LabelsConfig, field: str) -> tuple[list[Way], Prompt]:
+def possible_methods(
+    teacher: TeacherConfig, labels: LabelsConfig, field: str
+) -> tuple[list[ScoringMethod], Prompt]:
     """The ways to be tried, best first, and the prompt of the best; raises :class:`ConfigError`."""
     server = teacher.server
     assert server is not None
@@ -141,7 +143,7 @@ def possible_ways(teacher: TeacherConfig, labels: LabelsConfig, field: str) -> t
     tokenizer = None
     if server.tokenizer is not None:
         tokenizer = load_tokenizer(server.tokenizer, teacher.revision, f"{field}.server.tokenizer")
-    ways: list[Way] = []
+    ways: list[ScoringMethod] = []
     if scores == "label_ids" and tokenizer is None:
         raise ConfigError(
             f"{field}.server.tokenizer is missing: server.scores 'label_ids' needs the served model's "

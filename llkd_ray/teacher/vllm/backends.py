@@ -27,9 +27,9 @@ from llkd_ray.teacher.base import TextFailed
 from llkd_ray.teacher.vllm.requests import (
     EngineDied,
     EngineLost,
-    Reply,
+    EngineRequest,
+    EngineResponse,
     RunningEngine,
-    Wish,
     engine_arguments,
     is_one_process,
     prompt_of,
@@ -91,7 +91,7 @@ class ChildEngine:
             )
         self._numbers = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting: dict[int, asyncio.Future[Reply | str]] = {}
+        self._waiting: dict[int, asyncio.Future[EngineResponse | str]] = {}
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._is_dead = False
 
@@ -112,7 +112,7 @@ class ChildEngine:
         for work in (self._send, self._receive):
             threading.Thread(target=work, name="engine", daemon=True).start()
 
-    async def reply(self, token_ids: Sequence[int], wish: Wish) -> Reply:
+    async def reply(self, token_ids: Sequence[int], wish: EngineRequest) -> EngineResponse:
         self._loop = asyncio.get_running_loop()
         if self._is_dead:
             raise EngineDied
@@ -154,7 +154,7 @@ class ChildEngine:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(what, *arguments)
 
-    def _settle(self, replies: Sequence[tuple[int, Reply | str]]) -> None:
+    def _settle(self, replies: Sequence[tuple[int, EngineResponse | str]]) -> None:
         for number, said in replies:
             future = self._waiting.pop(number, None)
             if future is not None and not future.done():
@@ -209,7 +209,7 @@ class AsyncEngine:
             except Exception as error:
                 raise RuntimeError(root_cause(log) or f"{type(error).__name__}: {error}") from error
 
-    async def reply(self, token_ids: Sequence[int], wish: Wish) -> Reply:
+    async def reply(self, token_ids: Sequence[int], wish: EngineRequest) -> EngineResponse:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         request, sampling = prompt_of(token_ids), sampling_of(wish)

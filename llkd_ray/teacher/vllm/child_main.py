@@ -19,8 +19,8 @@ from typing import Any
 
 from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.teacher.vllm.requests import (
-    Reply,
-    Wish,
+    EngineRequest,
+    EngineResponse,
     engine_arguments,
     prompt_of,
     refusals,
@@ -28,7 +28,7 @@ from llkd_ray.teacher.vllm.requests import (
     sampling_of,
 )
 
-Request = tuple[int, list[int] | None, Wish | None]
+Request = tuple[int, list[int] | None, EngineRequest | None]
 
 
 def main() -> None:
@@ -72,9 +72,9 @@ def _start(teacher: TeacherConfig) -> Any:
 
 
 def _serve(engine: Any, inbox: queue.SimpleQueue[Request], connection: Connection) -> None:
-    wishes: dict[int, Wish] = {}
+    wishes: dict[int, EngineRequest] = {}
     while True:
-        replies: list[tuple[int, Reply | str]] = []
+        replies: list[tuple[int, EngineResponse | str]] = []
         for number, token_ids, wish in _arrived(inbox, wait=not engine.has_unfinished_requests()):
             if token_ids is None or wish is None:
                 if wishes.pop(number, None):

@@ -16,7 +16,13 @@ from typing import TypeVar
 
 from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.teacher.base import TeacherDown, TextFailed
-from llkd_ray.teacher.vllm.requests import EngineDied, EngineLost, Reply, RunningEngine, Wish
+from llkd_ray.teacher.vllm.requests import (
+    EngineDied,
+    EngineLost,
+    EngineRequest,
+    EngineResponse,
+    RunningEngine,
+)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -32,7 +38,7 @@ class Gate:
         self._empty.set()
 
     @asynccontextmanager
-    async def together(self) -> AsyncIterator[None]:
+    async def shared(self) -> AsyncIterator[None]:
         async with self._door:
             self._inside += 1
             self._empty.clear()
@@ -44,7 +50,7 @@ class Gate:
                 self._empty.set()
 
     @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
+    async def exclusive(self) -> AsyncIterator[None]:
         async with self._door:
             await self._empty.wait()
             yield
@@ -73,7 +79,7 @@ class Engine:
         """Engines lost since the last reply."""
         self._down: TeacherDown | None = None
 
-    async def steadily(self, ask: Callable[[], Awaitable[T]]) -> T:
+    async def with_retries(self, ask: Callable[[], Awaitable[T]]) -> T:
         """What ``ask``, all requests for one text, comes to; tried again where the engine is lost under it.
 
         From its second try on a text is asked with nothing else under way: then a lost engine is its doing,
@@ -84,13 +90,13 @@ class Engine:
         reason = ""
         for attempt in range(self.teacher.attempts):
             try:
-                async with self._gate.alone() if attempt else self._gate.together():
+                async with self._gate.exclusive() if attempt else self._gate.shared():
                     return await ask()
             except EngineLost as lost:
                 reason = str(lost)
         raise TextFailed(reason)
 
-    async def ask(self, token_ids: Sequence[int], wish: Wish) -> Reply:
+    async def ask(self, token_ids: Sequence[int], wish: EngineRequest) -> EngineResponse:
         """The engine's reply to one request.
 
         Raises :class:`EngineLost` where the engine is gone or has given nobody a reply for

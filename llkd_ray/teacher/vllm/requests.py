@@ -35,11 +35,11 @@ class Samples:
     temperature: float
 
 
-Wish = NextToken | Samples
+EngineRequest = NextToken | Samples
 
 
 @dataclass(frozen=True)
-class Reply:
+class EngineResponse:
     """What came of one request."""
 
     cached_tokens: int
@@ -66,7 +66,7 @@ class EngineDied(EngineLost):
 class RunningEngine(Protocol):
     """An engine that has started. Belongs to the event loop that first asks it."""
 
-    async def reply(self, token_ids: Sequence[int], wish: Wish) -> Reply:
+    async def reply(self, token_ids: Sequence[int], wish: EngineRequest) -> EngineResponse:
         """Raises :class:`EngineLost`, and ``TextFailed`` where it refuses the request.
 
         Whoever stops waiting takes the request out of the engine.
@@ -91,7 +91,7 @@ def prompt_of(token_ids: Sequence[int]) -> Any:
 
 
 @cache
-def sampling_of(wish: Wish) -> Any:
+def sampling_of(wish: EngineRequest) -> Any:
     """vLLM's sampling parameters. Kept, because making them was a fifth of what a request cost."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -112,13 +112,15 @@ def sampling_of(wish: Wish) -> Any:
     )
 
 
-def reply_of(wish: Wish, output: Any) -> Reply:
+def reply_of(wish: EngineRequest, output: Any) -> EngineResponse:
     """What a finished RequestOutput says."""
     cached = output.num_cached_tokens or 0
     if isinstance(wish, NextToken):
         logprobs = output.outputs[0].logprobs[0]
-        return Reply(cached, probs=tuple(float(np.exp(logprobs[token].logprob)) for token in wish.tokens))
-    return Reply(
+        return EngineResponse(
+            cached, probs=tuple(float(np.exp(logprobs[token].logprob)) for token in wish.tokens)
+        )
+    return EngineResponse(
         cached,
         answers=tuple(one.text for one in output.outputs),
         answer_tokens=sum(len(one.token_ids) for one in output.outputs),

@@ -15,7 +15,7 @@ import numpy as np
 from llkd_ray.config.schema import LabelsConfig
 from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.storage.checkpoints import load_tokenizer
-from llkd_ray.teacher.base import Allowance, Answers, Meter, TextFailed, ask_each
+from llkd_ray.teacher.base import Allowance, Answers, Meter, TextFailed, label_batch
 from llkd_ray.teacher.label_trie import LabelTrie
 from llkd_ray.teacher.prompt import (
     Prompt,
@@ -30,8 +30,8 @@ from llkd_ray.teacher.vllm.engine import Engine
 from llkd_ray.teacher.vllm.requests import NextToken, Samples
 
 
-class VllmLabeller:
-    """An engine in this process's care; see ``answers.Labeller``."""
+class VllmTeacher:
+    """An engine in this process's care; see ``answers.Teacher``."""
 
     def __init__(
         self,
@@ -61,9 +61,9 @@ class VllmLabeller:
         how = self._by_votes if votes else self._by_probabilities
 
         def one(i: int, meter: Meter) -> Any:
-            return self.engine.steadily(partial(how, encoded[i], meter))
+            return self.engine.with_retries(partial(how, encoded[i], meter))
 
-        return await ask_each(len(texts), self.trie.n_labels, one, allowance, int(cut_N.sum()))
+        return await label_batch(len(texts), self.trie.n_labels, one, allowance, int(cut_N.sum()))
 
     def close(self) -> None:
         self.engine.close()
@@ -79,7 +79,7 @@ class VllmLabeller:
             return list(reply.probs)
 
         try:
-            mass = await self.trie.mass(next_tokens, self.teacher.unresolved)
+            mass = await self.trie.mass(next_tokens, self.teacher.min_branch_prob)
         except ValueError as error:  # not a number, or not a distribution
             raise TextFailed("bad_answer", str(error)) from None
         return mass.probs_C, mass.off_label

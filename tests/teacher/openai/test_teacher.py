@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from server_teachers import LABELS, Counting, ask, make_teacher, texts_of
 from stub_server import (
-    Asked,
-    Reply,
+    EngineResponse,
     StubServer,
+    TicketAnswers,
     likeliest,
     next_token_probs,
     said,
@@ -28,7 +28,7 @@ from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import LabelsConfig
 from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.teacher.base import UNASKED, TeacherDown
-from llkd_ray.teacher.openai.teacher import ServerLabeller, check_server_teacher
+from llkd_ray.teacher.openai.teacher import OpenAITeacher, check_server_teacher
 from llkd_ray.teacher.prompt import build_prompt, encode_prompts, label_sequences, shorten
 
 VOCABULARY = 800
@@ -43,7 +43,7 @@ def with_tokens(base_url: str, tiny_llm: str, answer: str = "letters", **setting
     """A teacher whose server has ``logprob_token_ids``, and which follows every branch of the labels."""
     server = {"scores": "label_ids", "tokenizer": tiny_llm} | settings.pop("server", {})
     prompt = {"answer": answer, "show_labels": False}
-    return make_teacher(base_url, server, prompt=prompt, unresolved=0.0, max_model_len=256, **settings)
+    return make_teacher(base_url, server, prompt=prompt, min_branch_prob=0.0, max_model_len=256, **settings)
 
 
 def expected_mass(teacher: TeacherConfig, labels: LabelsConfig, text: str, tokenizer: Any) -> np.ndarray:
@@ -70,7 +70,7 @@ def test_label_ids_gives_the_mass_of_whole_labels(answer, labels, tiny_llm, toke
     texts = toy_texts(6, 3, seed=3)[0]
     with StubServer(vllm_like(VOCABULARY)) as server:
         teacher = with_tokens(server.base_url, tiny_llm, answer)
-        answers = ask(ServerLabeller(teacher, labels), texts)
+        answers = ask(OpenAITeacher(teacher, labels), texts)
         prompts = [len(asked.body["prompt"]) for asked in server.asked]
     for text, probs_C in zip(texts, answers.probs_NC, strict=True):
         np.testing.assert_allclose(
@@ -88,7 +88,7 @@ def test_more_first_tokens_than_one_request_may_name(tiny_llm, tokenizer):
     labels = LabelsConfig(names=tuple(names))
     with StubServer(vllm_like(VOCABULARY)) as server:
         teacher = with_tokens(server.base_url, tiny_llm, "names")
-        answers = ask(ServerLabeller(teacher, labels), ["one text"])
+        answers = ask(OpenAITeacher(teacher, labels), ["one text"])
         asked_for = [len(asked.body["logprob_token_ids"]) for asked in server.asked]
     assert len(names) == 150
     assert sorted(asked_for) == [22, 128], "all of them single tokens, by 128"
@@ -101,7 +101,7 @@ def test_long_texts_are_cut_to_the_models_length(cut, tiny_llm):
     with StubServer(vllm_like(VOCABULARY)) as server:
         teacher = with_tokens(server.base_url, tiny_llm)
         teacher = teacher.model_copy(update={"prompt": teacher.prompt.model_copy(update={"cut": cut})})
-        answers = ask(ServerLabeller(teacher, LETTERS), [text, "a short one"])
+        answers = ask(OpenAITeacher(teacher, LETTERS), [text, "a short one"])
         longest = max(len(asked.body["prompt"]) for asked in server.asked)
     assert answers.usage.cut_texts == 1
     assert 240 <= longest <= 255, "a token is left for the answer"
@@ -111,14 +111,14 @@ def test_long_texts_are_cut_to_the_models_length(cut, tiny_llm):
 def test_what_cannot_be_probabilities_fails_the_text(value, tiny_llm, tokenizer):
     """The last one is: each token has 0.9."""
 
-    def answer(asked: Asked) -> Reply:
+    def answer(asked: TicketAnswers) -> EngineResponse:
         if "zzzz" not in tokenizer.decode(asked.body["prompt"]):
             return vllm_like(VOCABULARY)(asked)
         top = {f"token_id:{token}": value for token in asked.body["logprob_token_ids"]}
-        return Reply({"choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}]})
+        return EngineResponse({"choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}]})
 
     with StubServer(answer) as server:
-        labeller = ServerLabeller(with_tokens(server.base_url, tiny_llm, attempts=2), LETTERS)
+        labeller = OpenAITeacher(with_tokens(server.base_url, tiny_llm, attempts=2), LETTERS)
         answers = ask(labeller, ["a boat", "zzzz", "a tram"])
         assert len(server.asked) == 4
     assert list(answers.outcome_N) == ["", "bad_answer", ""]
@@ -128,23 +128,27 @@ def test_scores_that_are_missing_once_are_asked_for_again(tiny_llm):
     model = vllm_like(VOCABULARY)
     turn = iter(range(10))
 
-    def second_without(asked: Asked) -> Reply:
-        return Reply({"choices": [{"text": "x", "logprobs": None}]}) if next(turn) == 1 else model(asked)
+    def second_without(asked: TicketAnswers) -> EngineResponse:
+        return (
+            EngineResponse({"choices": [{"text": "x", "logprobs": None}]})
+            if next(turn) == 1
+            else model(asked)
+        )
 
     with StubServer(second_without) as server:
-        answers = ask(ServerLabeller(with_tokens(server.base_url, tiny_llm), LETTERS), texts_of(3))
+        answers = ask(OpenAITeacher(with_tokens(server.base_url, tiny_llm), LETTERS), texts_of(3))
         assert len(server.asked) == 4
     assert answers.answered_N.all()
 
 
 def test_infinitely_unlikely_is_a_probability(tiny_llm):
-    def answer(asked: Asked) -> Reply:
+    def answer(asked: TicketAnswers) -> EngineResponse:
         first, *others = asked.body["logprob_token_ids"]
         top = {f"token_id:{first}": -0.5} | {f"token_id:{token}": float("-inf") for token in others}
-        return Reply({"choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}]})
+        return EngineResponse({"choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}]})
 
     with StubServer(answer) as server:
-        answers = ask(ServerLabeller(with_tokens(server.base_url, tiny_llm), LETTERS), ["a text"])
+        answers = ask(OpenAITeacher(with_tokens(server.base_url, tiny_llm), LETTERS), ["a text"])
     assert sorted(answers.probs_NC[0]) == pytest.approx([0, 0, 0, 0, 0, math.exp(-0.5)])
 
 
@@ -167,7 +171,7 @@ def by_top(base_url: str, **settings: Any) -> TeacherConfig:
 )
 def test_top_logprobs_adds_up_what_means_a_letter(top, probs):
     with StubServer(lambda _: likeliest(top)) as server:
-        answers = ask(ServerLabeller(by_top(server.base_url), LABELS), ["a text"])
+        answers = ask(OpenAITeacher(by_top(server.base_url), LABELS), ["a text"])
         body = server.asked[0].body
     assert answers.probs_NC[0] == pytest.approx(probs)
     assert answers.off_label_N[0] == pytest.approx(1 - sum(probs))
@@ -182,9 +186,9 @@ def test_top_logprobs_adds_up_what_means_a_letter(top, probs):
 )
 def test_top_logprobs_that_make_no_sense_fail_the_text(top):
     content = [{"token": "A", "logprob": -0.1, "top_logprobs": top}]
-    bad = Reply({"choices": [{"message": {"content": "A"}, "logprobs": {"content": content}}]})
+    bad = EngineResponse({"choices": [{"message": {"content": "A"}, "logprobs": {"content": content}}]})
     with StubServer(lambda asked: bad if "number 1." in asked.text else likeliest({"A": 0.9})) as server:
-        labeller = ServerLabeller(by_top(server.base_url, attempts=2), LABELS)
+        labeller = OpenAITeacher(by_top(server.base_url, attempts=2), LABELS)
         answers = ask(labeller, ["number 0."], texts_of(3))
     assert list(answers.outcome_N) == ["", "bad_answer", ""]
 
@@ -202,7 +206,7 @@ TEN = ["A", "A.", " a", "B", "B", "C", "no idea", None, "A boat", "C. garden"]
 
 def test_votes_are_shares_of_the_answers():
     with StubServer(lambda _: said(TEN)) as server:
-        answers = ask(ServerLabeller(by_votes(server.base_url), LABELS), ["a text"])
+        answers = ask(OpenAITeacher(by_votes(server.base_url), LABELS), ["a text"])
         assert len(server.asked) == 1, "all in one request"
         assert server.asked[0].body.items() >= {"n": 10, "temperature": 0.9}.items()
     assert answers.probs_NC[0].tolist() == [0.3, 0.2, 0.2]
@@ -210,11 +214,11 @@ def test_votes_are_shares_of_the_answers():
 
 
 def test_a_server_that_gives_fewer_answers_is_asked_until_there_are_enough():
-    def four_at_most(asked: Asked) -> Reply:
+    def four_at_most(asked: TicketAnswers) -> EngineResponse:
         return said(["A"] * min(4, asked.body.get("n", 1)))
 
     with StubServer(four_at_most) as server:
-        labeller = ServerLabeller(by_votes(server.base_url), LABELS)
+        labeller = OpenAITeacher(by_votes(server.base_url), LABELS)
         answers = ask(labeller, ["first text", "second text"])
         wanted = [asked.body.get("n", 1) for asked in server.asked]
     assert answers.probs_NC[:, 0].tolist() == [1.0, 1.0]
@@ -222,11 +226,11 @@ def test_a_server_that_gives_fewer_answers_is_asked_until_there_are_enough():
 
 
 def test_a_server_that_refuses_several_answers_is_asked_for_one_at_a_time():
-    def one_only(asked: Asked) -> Reply:
-        return Reply({"error": "n must be 1"}, status=400) if "n" in asked.body else said(["B"])
+    def one_only(asked: TicketAnswers) -> EngineResponse:
+        return EngineResponse({"error": "n must be 1"}, status=400) if "n" in asked.body else said(["B"])
 
     with StubServer(one_only) as server:
-        answers = ask(ServerLabeller(by_votes(server.base_url, samples=3), LABELS), ["first", "second"])
+        answers = ask(OpenAITeacher(by_votes(server.base_url, samples=3), LABELS), ["first", "second"])
         wanted = [asked.body.get("n", 1) for asked in server.asked]
     assert answers.probs_NC[:, 1].tolist() == [1.0, 1.0]
     assert wanted == [3, 1, 1, 1, 1, 1, 1]
@@ -235,21 +239,23 @@ def test_a_server_that_refuses_several_answers_is_asked_for_one_at_a_time():
 # --- which way
 
 
-def no_chat_scores(asked: Asked) -> Reply:
+def no_chat_scores(asked: TicketAnswers) -> EngineResponse:
     return said(["B"] * asked.body.get("n", 1), usage=usage(50, 1))
 
 
-def ignores_ids(asked: Asked) -> Reply:
+def ignores_ids(asked: TicketAnswers) -> EngineResponse:
     """Like most servers: the likeliest tokens, by their text, whatever else is asked for."""
     if asked.path == "/v1/completions":
-        return Reply({"choices": [{"text": "x", "logprobs": {"top_logprobs": [{"x": -0.5, "y": -1.5}]}}]})
+        return EngineResponse(
+            {"choices": [{"text": "x", "logprobs": {"top_logprobs": [{"x": -0.5, "y": -1.5}]}}]}
+        )
     return likeliest({"A": 0.75}) if asked.body.get("logprobs") else no_chat_scores(asked)
 
 
 def refuses(status: int, message: str) -> Any:
-    def answer(asked: Asked) -> Reply:
+    def answer(asked: TicketAnswers) -> EngineResponse:
         if asked.path == "/v1/completions":
-            return Reply({"error": {"message": message}}, status=status)
+            return EngineResponse({"error": {"message": message}}, status=status)
         return ignores_ids(asked)
 
     return answer
@@ -268,7 +274,7 @@ def refuses(status: int, message: str) -> Any:
 def test_auto_goes_on_to_top_logprobs_after_one_request(answer, tiny_llm):
     with StubServer(answer) as server:
         teacher = with_tokens(server.base_url, tiny_llm, server={"scores": "auto"})
-        labeller = ServerLabeller(teacher, LABELS)
+        labeller = OpenAITeacher(teacher, LABELS)
         answers = ask(labeller, texts_of(5))
         paths = [asked.path for asked in server.asked]
     assert answers.probs_NC[:, 0] == pytest.approx([0.75] * 5)
@@ -282,7 +288,7 @@ def test_auto_goes_on_to_top_logprobs_after_one_request(answer, tiny_llm):
 def test_auto_ends_with_votes():
     with StubServer(no_chat_scores) as server:
         teacher = make_teacher(server.base_url, {"scores": "auto"}, confidence={"samples": 4})
-        labeller = ServerLabeller(teacher, LABELS)
+        labeller = OpenAITeacher(teacher, LABELS)
         answers = ask(labeller, texts_of(3))
         assert [asked.body.get("n") for asked in server.asked] == [None, 4, 4, 4]
     assert answers.probs_NC.tolist() == [[0.0, 1.0, 0.0]] * 3
@@ -290,7 +296,7 @@ def test_auto_ends_with_votes():
 
 def test_auto_takes_label_ids_where_they_are(tiny_llm):
     with StubServer(vllm_like(VOCABULARY)) as server:
-        labeller = ServerLabeller(with_tokens(server.base_url, tiny_llm, server={"scores": "auto"}), LABELS)
+        labeller = OpenAITeacher(with_tokens(server.base_url, tiny_llm, server={"scores": "auto"}), LABELS)
         ask(labeller, texts_of(3))
         assert len(server.asked) == 3
     assert labeller.way is not None
@@ -300,13 +306,13 @@ def test_auto_takes_label_ids_where_they_are(tiny_llm):
 def test_the_first_text_may_be_a_bad_one(tiny_llm):
     """It does not decide how the others are asked."""
 
-    def answer(asked: Asked) -> Reply:
+    def answer(asked: TicketAnswers) -> EngineResponse:
         bad = "zzzz" in (asked.text if "messages" in asked.body else decode(asked.body["prompt"]))
-        return Reply({"error": "?"}, status=400) if bad else vllm_like(VOCABULARY)(asked)
+        return EngineResponse({"error": "?"}, status=400) if bad else vllm_like(VOCABULARY)(asked)
 
     decode = AutoTokenizer.from_pretrained(tiny_llm).decode
     with StubServer(answer) as server:
-        labeller = ServerLabeller(with_tokens(server.base_url, tiny_llm, server={"scores": "auto"}), LABELS)
+        labeller = OpenAITeacher(with_tokens(server.base_url, tiny_llm, server={"scores": "auto"}), LABELS)
         answers = ask(labeller, ["zzzz", *texts_of(2)])
     assert list(answers.outcome_N) == ["refused_http_400", "", ""]
     assert labeller.way is not None
@@ -323,7 +329,7 @@ def test_the_first_text_may_be_a_bad_one(tiny_llm):
 )
 def test_a_way_that_is_asked_for_and_not_there_is_an_error(scores, answer, tiny_llm):
     with StubServer(answer) as server:
-        labeller = ServerLabeller(with_tokens(server.base_url, tiny_llm, server={"scores": scores}), LABELS)
+        labeller = OpenAITeacher(with_tokens(server.base_url, tiny_llm, server={"scores": scores}), LABELS)
         with pytest.raises(TeacherDown, match=rf"teacher\.server\.scores '{scores}'.*'auto'"):
             ask(labeller, texts_of(4))
         assert len(server.asked) == 1
@@ -346,7 +352,7 @@ class Purse(Counting):
         return True
 
 
-def billed(requests: Sequence[Asked]) -> int:
+def billed(requests: Sequence[TicketAnswers]) -> int:
     return sum(len(asked.body["prompt"]) + 1 for asked in requests)
 
 
@@ -355,12 +361,12 @@ def test_a_cap_is_never_passed_even_where_the_server_stumbles(cap, tiny_llm):
     model = vllm_like(VOCABULARY)
     turn = iter(range(10**6))
 
-    def sometimes(asked: Asked) -> Reply:
-        return Reply(status=500) if next(turn) % 4 == 3 else model(asked)
+    def sometimes(asked: TicketAnswers) -> EngineResponse:
+        return EngineResponse(status=500) if next(turn) % 4 == 3 else model(asked)
 
     with StubServer(sometimes) as server:
         teacher = with_tokens(server.base_url, tiny_llm, "names")
-        answers = ask(ServerLabeller(teacher, PHRASES), toy_texts(40, 3, seed=9)[0], allowance=Purse(cap))
+        answers = ask(OpenAITeacher(teacher, PHRASES), toy_texts(40, 3, seed=9)[0], allowance=Purse(cap))
         assert billed(server.asked) <= cap
         # What was claimed and then not sent, because another request of the text met the cap, counts, too.
         assert billed(server.asked) <= answers.usage.tokens <= cap
@@ -372,7 +378,7 @@ def test_a_cap_is_never_passed_even_where_the_server_stumbles(cap, tiny_llm):
 def test_without_a_tokenizer_claims_are_above_what_any_tokenizer_counts():
     texts = ["plain words " * 20, "日本語のテキスト" * 20, "😀" * 40]
 
-    def by_bytes(asked: Asked) -> Reply:
+    def by_bytes(asked: TicketAnswers) -> EngineResponse:
         tokens = len(asked.text.encode()) + 5  # a byte a token, and what a chat template adds
         return said(["A"], usage=usage(tokens, 1, cached_tokens=10))
 
@@ -385,7 +391,7 @@ def test_without_a_tokenizer_claims_are_above_what_any_tokenizer_counts():
 
     with StubServer(by_bytes) as server:
         claims = Claims()
-        answers = ask(ServerLabeller(make_teacher(server.base_url), LABELS), texts, allowance=claims)
+        answers = ask(OpenAITeacher(make_teacher(server.base_url), LABELS), texts, allowance=claims)
         real = sum(len(asked.text.encode()) + 5 for asked in server.asked)
     assert answers.usage.prompt_tokens == real, "as the server says"
     assert answers.usage.answer_tokens == 3
@@ -395,7 +401,7 @@ def test_without_a_tokenizer_claims_are_above_what_any_tokenizer_counts():
 
 def test_a_server_that_counts_more_than_was_claimed_is_reported_once(caplog):
     with StubServer(lambda _: said(["A"], usage=usage(100_000, 1))) as server:
-        answers = ask(ServerLabeller(make_teacher(server.base_url), LABELS), texts_of(3))
+        answers = ask(OpenAITeacher(make_teacher(server.base_url), LABELS), texts_of(3))
     assert answers.usage.prompt_tokens == 300_000
     assert len([record for record in caplog.records if "100001 tokens" in record.getMessage()]) == 1
 
@@ -403,7 +409,7 @@ def test_a_server_that_counts_more_than_was_claimed_is_reported_once(caplog):
 @pytest.mark.parametrize("reported", [None, {}, {"prompt_tokens": 0}, {"prompt_tokens": "many"}, [], "x"])
 def test_usage_that_is_not_told_stays_as_claimed(reported):
     with StubServer(lambda _: said(["A"], usage=reported)) as server:
-        answers = ask(ServerLabeller(make_teacher(server.base_url), LABELS), ["a text"])
+        answers = ask(OpenAITeacher(make_teacher(server.base_url), LABELS), ["a text"])
         size = len(server.asked[0].text.encode())
     assert answers.usage.prompt_tokens == size + 16
     assert answers.usage.answer_tokens == server.asked[0].body["max_tokens"]
@@ -423,7 +429,7 @@ def test_chat_texts_are_cut_at_the_place_of_the_config(known, cut, kept, tiny_ll
             max_model_len=200,
             prompt={"cut": cut, "instruction": "Which is it?"},
         )
-        answers = ask(ServerLabeller(teacher, LABELS), [text, "short"])
+        answers = ask(OpenAITeacher(teacher, LABELS), [text, "short"])
         long, short = sorted((asked.text for asked in server.asked), key=len, reverse=True)
     assert answers.usage.cut_texts == 1
     assert [word for word in ("BEGIN", "END") if word in long] == kept.split()

@@ -16,7 +16,7 @@ from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.teacher.base import TextFailed
 from llkd_ray.teacher.vllm import backends as child_engine_module
 from llkd_ray.teacher.vllm.backends import ChildEngine
-from llkd_ray.teacher.vllm.requests import EngineDied, NextToken, Reply, threads_of
+from llkd_ray.teacher.vllm.requests import EngineDied, EngineResponse, NextToken, threads_of
 
 STUB = Path(__file__).parents[2] / "stub_child.py"
 WISH = NextToken((1, 2))
@@ -89,7 +89,7 @@ class TestReplies:
         async def script():
             return await asyncio.gather(*(engine.reply([number], WISH) for number in range(200)))
 
-        assert asyncio.run(script()) == [Reply(number, probs=(1.0, 2.0)) for number in range(200)]
+        assert asyncio.run(script()) == [EngineResponse(number, probs=(1.0, 2.0)) for number in range(200)]
 
     def test_a_refusal_is_of_one_text(self, engine):
         async def script():

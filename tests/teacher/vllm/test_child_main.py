@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llkd_ray.teacher.vllm import child_main
-from llkd_ray.teacher.vllm.requests import NextToken, Reply, Samples, sampling_of
+from llkd_ray.teacher.vllm.requests import EngineResponse, NextToken, Samples, sampling_of
 
 pytest.importorskip("vllm")
 
@@ -81,7 +81,7 @@ class Inbox(queue.SimpleQueue):
         return self.get(block=False)
 
 
-def serve(engine: FakeEngine, *requests: Any) -> list[list[tuple[int, Reply | str]]]:
+def serve(engine: FakeEngine, *requests: Any) -> list[list[tuple[int, EngineResponse | str]]]:
     """What goes back, message by message, until there is no more work."""
     ours, theirs = Pipe()
     with ours, theirs:
@@ -101,7 +101,7 @@ class TestServe:
         (_, first), (_, second), (_, third) = (reply for message in sent for reply in message)
         assert (first.cached_tokens, third.cached_tokens) == (40, 42)
         assert first.probs == pytest.approx((0.049787068, 0.00091188197))
-        assert second == Reply(41, answers=("sea",), answer_tokens=2)
+        assert second == EngineResponse(41, answers=("sea",), answer_tokens=2)
         assert engine.steps == 3
 
     def test_all_that_are_there_are_in_the_first_step(self):

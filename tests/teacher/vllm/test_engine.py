@@ -21,7 +21,7 @@ from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.teacher.base import TeacherDown, TextFailed
 from llkd_ray.teacher.vllm import engine as engine_module
 from llkd_ray.teacher.vllm.engine import Engine, Gate
-from llkd_ray.teacher.vllm.requests import EngineDied, EngineLost, NextToken, Reply
+from llkd_ray.teacher.vllm.requests import EngineDied, EngineLost, EngineResponse, NextToken
 
 WISH = NextToken((1, 2))
 REPLY_S = 0.01
@@ -51,7 +51,7 @@ class FakeEngine:
             if self.is_dead:
                 raise EngineDied
             self.maker.replied_at = time.monotonic()
-            return Reply(text)
+            return EngineResponse(text)
         finally:
             self.under_way.remove(text)
 
@@ -110,7 +110,7 @@ def make_engine(maker: Maker, **settings: Any) -> Engine:
 
 
 def ask(engine: Engine, text: int) -> Awaitable[Any]:
-    return engine.steadily(lambda: engine.ask([text], WISH))
+    return engine.with_retries(lambda: engine.ask([text], WISH))
 
 
 async def ask_all(engine: Engine, texts: Sequence[int]) -> list[Any]:
@@ -118,8 +118,8 @@ async def ask_all(engine: Engine, texts: Sequence[int]) -> list[Any]:
     return await asyncio.gather(*(ask(engine, text) for text in texts), return_exceptions=True)
 
 
-def replies(texts: Sequence[int]) -> list[Reply]:
-    return [Reply(text) for text in texts]
+def replies(texts: Sequence[int]) -> list[EngineResponse]:
+    return [EngineResponse(text) for text in texts]
 
 
 @pytest.fixture(autouse=True)
@@ -236,7 +236,7 @@ class TestDeath:
     def test_one_text_that_kills_every_engine_fails_alone(self, attempts):
         maker = Maker(killed_by(5))
         outcomes = asyncio.run(ask_all(make_engine(maker, attempts=attempts), range(12)))
-        (poison,) = [outcome for outcome in outcomes if not isinstance(outcome, Reply)]
+        (poison,) = [outcome for outcome in outcomes if not isinstance(outcome, EngineResponse)]
         assert isinstance(poison, TextFailed)
         assert poison.reason == "engine_died"
         assert outcomes[:5] + outcomes[6:] == replies([*range(5), *range(6, 12)])
@@ -265,7 +265,7 @@ class TestDeath:
                 assert isinstance(outcome, TextFailed)
                 assert (outcome.reason, maker.tries[text]) == ("engine_died", 4)
             else:
-                assert outcome == Reply(text)
+                assert outcome == EngineResponse(text)
                 assert maker.tries[text] <= 2
         assert maker.starts == len(maker.engines)
         assert sum(one.closed_at is None for one in maker.engines) <= 1, "only the last one is kept"
@@ -293,7 +293,7 @@ class TestDeath:
             return [await ask_all(engine, [text]) for text in (1, 2, 3)]
 
         (first,), (second,), (third,) = asyncio.run(script())
-        assert [type(first), type(second), third] == [TextFailed, TextFailed, Reply(3)]
+        assert [type(first), type(second), third] == [TextFailed, TextFailed, EngineResponse(3)]
         assert maker.starts == 7
 
     def test_losses_with_replies_between_them_are_no_reason_to_give_up(self):
@@ -458,7 +458,7 @@ class TestGate:
             async def visit(number, alone, arrival, stay, end):
                 for _ in range(arrival):
                     await asyncio.sleep(0)
-                async with gate.alone() if alone else gate.together():
+                async with gate.exclusive() if alone else gate.shared():
                     inside.append((number, alone))
                     entered.append(number)
                     try:
@@ -500,9 +500,9 @@ class TestGate:
             free.set()
             tasks = []
             for name, way, until in (
-                ("first", gate.together, leave),
-                ("alone", gate.alone, free),
-                ("late", gate.together, free),
+                ("first", gate.shared, leave),
+                ("alone", gate.exclusive, free),
+                ("late", gate.shared, free),
             ):
                 tasks.append(asyncio.create_task(visit(name, way, until)))
                 await asyncio.sleep(0.001)

@@ -13,7 +13,7 @@ import pytest
 from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.teacher.base import TextFailed
 from llkd_ray.teacher.vllm.backends import AsyncEngine
-from llkd_ray.teacher.vllm.requests import EngineDied, EngineLost, NextToken, Reply, Samples
+from llkd_ray.teacher.vllm.requests import EngineDied, EngineLost, EngineResponse, NextToken, Samples
 
 pytest.importorskip("vllm")
 from vllm.exceptions import VLLMValidationError
@@ -49,7 +49,7 @@ def next_token(**logprobs: float) -> Any:
 
 
 class TestReply:
-    def ask(self, vllm: FakeVllm, wish: Any, times: int = 1) -> list[Reply]:
+    def ask(self, vllm: FakeVllm, wish: Any, times: int = 1) -> list[EngineResponse]:
         engine = AsyncEngine(vllm)
 
         async def script():
@@ -71,7 +71,7 @@ class TestReply:
         completions = [SimpleNamespace(text="sea", token_ids=[1, 2]), SimpleNamespace(text="", token_ids=[1])]
         vllm = FakeVllm(output(*completions))
         (reply,) = self.ask(vllm, Samples(2, longest=3, temperature=0.7))
-        assert reply == Reply(0, answers=("sea", ""), answer_tokens=3)
+        assert reply == EngineResponse(0, answers=("sea", ""), answer_tokens=3)
         ((_, sampling, _),) = vllm.requests
         assert (sampling.n, sampling.max_tokens, sampling.temperature) == (2, 3, 0.7)
 

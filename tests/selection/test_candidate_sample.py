@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llkd_ray.selection.rounds import AT_MOST, take_glance
+from llkd_ray.selection.rounds import AT_MOST, sample_candidates
 from llkd_ray.selection.table import ScoreTable
 from llkd_ray.storage import tables
 
@@ -26,21 +26,21 @@ def test_a_glance_is_small_whatever_the_pool(n):
     table = table_of(n, rng)
     candidates = len(table.candidates(1))
     chosen_M = rng.permutation(table.candidates(1).row_N)[: n // 2]
-    glance = take_glance(table, 1, candidates, chosen_M)
-    assert glance.schema == tables.GLANCE
-    selected_N, row_N = glance["selected"].to_numpy(), glance["row"].to_numpy()
+    candidate_sample = sample_candidates(table, 1, candidates, chosen_M)
+    assert candidate_sample.schema == tables.CANDIDATE_SAMPLE
+    selected_N, row_N = candidate_sample["selected"].to_numpy(), candidate_sample["row"].to_numpy()
     assert selected_N.sum() == min(AT_MOST, chosen_M.size)
     assert (~selected_N).sum() <= 2 * AT_MOST
     assert set(row_N[selected_N]) <= set(chosen_M)
     assert not set(row_N[~selected_N]) & set(chosen_M)
     assert np.unique(row_N).size == row_N.size
-    np.testing.assert_array_equal(glance["label"].to_numpy(), table.label[row_N])
-    np.testing.assert_allclose(glance["confidence"].to_numpy(), table.confidence[row_N])
+    np.testing.assert_array_equal(candidate_sample["label"].to_numpy(), table.label[row_N])
+    np.testing.assert_allclose(candidate_sample["confidence"].to_numpy(), table.confidence[row_N])
 
 
 def test_nothing_may_be_chosen_or_all():
     table = table_of(30, np.random.default_rng(1))
     every = table.candidates(1).row_N
-    assert take_glance(table, 1, every.size, every)["selected"].to_numpy().all()
-    assert not take_glance(table, 1, every.size, every[:0])["selected"].to_numpy().any()
-    assert len(take_glance(ScoreTable(3, 30), 1, 0, every[:0])) == 0
+    assert sample_candidates(table, 1, every.size, every)["selected"].to_numpy().all()
+    assert not sample_candidates(table, 1, every.size, every[:0])["selected"].to_numpy().any()
+    assert len(sample_candidates(ScoreTable(3, 30), 1, 0, every[:0])) == 0

@@ -11,7 +11,7 @@ from toys import NAMES, toy_probs, toy_texts
 from llkd_ray.config.schema import LabelsConfig, StudentConfig
 from llkd_ray.metrics.uncertainty import entropy, normalise
 from llkd_ray.student.model import build_student
-from llkd_ray.student.train import MOMENTUM, Batch, InStep, MovingThreshold, train_round, uncertainty
+from llkd_ray.student.train import MOMENTUM, Batch, MovingThreshold, StepThresholds, train_round, uncertainty
 
 
 def step_of(seed: int, n: int = 40, n_classes: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,24 +41,24 @@ def test_uncertainty_is_that_of_signals():
 
 class TestNone:
     def test_all_count_one(self):
-        in_step = InStep("none", 4)
-        assert in_step.weigh(*step_of(0), is_share=True).tolist() == [1.0] * 40
-        assert in_step.facts() == {}
+        step_thresholds = StepThresholds("none", 4)
+        assert step_thresholds.weigh(*step_of(0), is_share=True).tolist() == [1.0] * 40
+        assert step_thresholds.facts() == {}
 
 
 class TestWeight:
     def test_confidence_times_uncertainty_with_a_mean_of_one(self):
         logits_BC, label_B, confidence_B = step_of(0)
-        in_step = InStep("weight", 4)
-        counts_B = in_step.weigh(logits_BC, label_B, confidence_B, is_share=True)
+        step_thresholds = StepThresholds("weight", 4)
+        counts_B = step_thresholds.weigh(logits_BC, label_B, confidence_B, is_share=True)
         assert counts_B.dtype == torch.float32
         assert not counts_B.requires_grad
         expected_B = confidence_B.numpy() * uncertainty(logits_BC).numpy()
         assert counts_B.numpy() == pytest.approx(expected_B / expected_B.mean())
-        assert in_step.facts() == {}
+        assert step_thresholds.facts() == {}
 
     def test_certain_student_has_nothing_to_learn(self):
-        counts_B = InStep("weight", 2).weigh(
+        counts_B = StepThresholds("weight", 2).weigh(
             doubt(0.0, 0.0) * 1e6, torch.zeros(2, dtype=torch.long), torch.ones(2), True
         )
         assert counts_B.tolist() == [0.0, 0.0]
@@ -67,7 +67,7 @@ class TestWeight:
 class TestMask:
     def test_as_the_thresholds_of_signals_decide_step_after_step(self):
         """The reference: FreeMatch's thresholds in numpy, moved before the step is judged."""
-        in_step, seen, kept = InStep("mask", 4), 0, 0
+        step_thresholds, seen, kept = StepThresholds("mask", 4), 0, 0
         thresholds = [MovingThreshold.start(4, MOMENTUM)] * 2
         for seed in range(30):
             logits_BC, label_B, confidence_B = step_of(seed)
@@ -79,15 +79,15 @@ class TestMask:
             passes_N = np.all(
                 [s >= t.of_class()[label_N] for s, t in zip(both_2N, thresholds, strict=True)], axis=0
             )
-            counts_B = in_step.weigh(logits_BC, label_B, confidence_B, is_share=True)
+            counts_B = step_thresholds.weigh(logits_BC, label_B, confidence_B, is_share=True)
             assert passes_N.sum() > 0
             assert counts_B.numpy() == pytest.approx(passes_N * 40 / passes_N.sum())
             seen, kept = seen + 40, kept + passes_N.sum()
         assert 0.2 < kept / seen < 0.8
-        assert in_step.facts() == {"masked": pytest.approx(1 - kept / seen)}
+        assert step_thresholds.facts() == {"masked": pytest.approx(1 - kept / seen)}
 
     def test_needs_confidence_and_uncertainty(self):
-        counts_B = InStep("mask", 2).weigh(
+        counts_B = StepThresholds("mask", 2).weigh(
             doubt(0.9, 0.1, 0.9, 0.1),
             torch.zeros(4, dtype=torch.long),
             torch.tensor([0.9, 0.9, 0.5, 0.5]),
@@ -96,45 +96,46 @@ class TestMask:
         assert counts_B.tolist() == [4.0, 0.0, 0.0, 0.0]
 
     def test_nothing_may_pass(self):
-        in_step = InStep("mask", 2)
-        counts_B = in_step.weigh(
+        step_thresholds = StepThresholds("mask", 2)
+        counts_B = step_thresholds.weigh(
             doubt(0.1, 0.9), torch.zeros(2, dtype=torch.long), torch.tensor([0.9, 0.5]), True
         )
         assert counts_B.tolist() == [0.0, 0.0]
-        assert in_step.facts() == {"masked": 1.0}
+        assert step_thresholds.facts() == {"masked": 1.0}
 
     @pytest.mark.parametrize("confidence", [0.7, 0.83, 1.0])
     def test_equal_texts_all_pass_whatever_the_rounding(self, confidence):
-        in_step, logits_BC = InStep("mask", 2), doubt(*[0.87] * 30)
+        step_thresholds, logits_BC = StepThresholds("mask", 2), doubt(*[0.87] * 30)
         for step in range(600):
             n = step % 30 + 1
-            counts_B = in_step.weigh(
+            counts_B = step_thresholds.weigh(
                 logits_BC[:n], torch.ones(n, dtype=torch.long), torch.full((n,), confidence), True
             )
             assert counts_B.tolist() == [1.0] * n
 
     def test_all_pass_while_a_fresh_student_knows_nothing(self):
-        in_step, label_B = InStep("mask", 5), torch.arange(20) % 5
+        step_thresholds, label_B = StepThresholds("mask", 5), torch.arange(20) % 5
         for seed in range(10):
             rng = np.random.default_rng(seed)
             logits_BC, confidence_B = rng.normal(0, 0.1, (20, 5)), rng.uniform(0.7, 1, 20)
-            counts_B = in_step.weigh(torch.tensor(logits_BC), label_B, torch.tensor(confidence_B), True)
+            confidence_B = torch.tensor(confidence_B)
+            counts_B = step_thresholds.weigh(torch.tensor(logits_BC), label_B, confidence_B, True)
             assert counts_B.tolist() == [1.0] * 20
 
     def test_student_that_starts_nearly_certain_is_not_shut_out(self):
-        in_step, label_B = InStep("mask", 2), torch.tensor([0, 0, 1, 1])
+        step_thresholds, label_B = StepThresholds("mask", 2), torch.tensor([0, 0, 1, 1])
         for _ in range(10):
             logits_BC = doubt(0.02, 0.06, 0.02, 0.06)
-            counts_B = in_step.weigh(logits_BC, label_B, torch.full((4,), 0.9), True)
+            counts_B = step_thresholds.weigh(logits_BC, label_B, torch.full((4,), 0.9), True)
             assert counts_B.tolist() == [0.0, 2.0, 0.0, 2.0]
 
     def test_texts_that_are_no_share_change_nothing(self):
         """A rank without a text of its own runs one of another rank's."""
-        in_step = InStep("mask", 4)
-        in_step.weigh(*step_of(0), is_share=True)
-        before = in_step.confidence, in_step.uncertainty, in_step.facts()
-        assert in_step.weigh(*step_of(1, n=3), is_share=False).tolist() == [0.0] * 3
-        assert (in_step.confidence, in_step.uncertainty, in_step.facts()) == before
+        step_thresholds = StepThresholds("mask", 4)
+        step_thresholds.weigh(*step_of(0), is_share=True)
+        before = step_thresholds.confidence, step_thresholds.uncertainty, step_thresholds.facts()
+        assert step_thresholds.weigh(*step_of(1, n=3), is_share=False).tolist() == [0.0] * 3
+        assert (step_thresholds.confidence, step_thresholds.uncertainty, step_thresholds.facts()) == before
 
 
 @pytest.mark.timeout(600)
@@ -161,7 +162,9 @@ class TestRanks:
         learner.module.save_pretrained(folder)
         learner.tokenizer.save_pretrained(folder)
         fields |= {"model": str(folder), "learning_rate": 0.03}
-        configs = [StudentConfig.model_validate(fields | {"in_step": kind}) for kind in ("mask", "weight")]
+        configs = [
+            StudentConfig.model_validate(fields | {"step_thresholds": kind}) for kind in ("mask", "weight")
+        ]
         return train_on_ranks(Job(tuple(configs), labels, batch, (1, 2, 4)), folder)
 
     @pytest.mark.parametrize("kind", [0, 1], ids=["mask", "weight"])
