@@ -54,8 +54,8 @@ class PredictConfig(Section):
     def _check(self) -> PredictConfig:
         if self.target_precision is not None and self.gold is None:
             raise ValueError(
-                f"--target-precision: {self.target_precision:g} is wanted, but there is no gold: add --gold URI "
-                "and --label"
+                f"--target-precision: {self.target_precision:g} is wanted, but there is no gold: "
+                "add --gold URI and --label"
             )
         if self.gold is not None and self.gold.gold is None:
             raise ValueError(f"--gold: {self.gold.uri!r} has no column of true labels: name it with --label")

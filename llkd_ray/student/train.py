@@ -310,7 +310,7 @@ def train_round(
     seed: int = 0,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
 ) -> dict[str, float]:
-    """Train on a round's texts; returns mean loss, step count and, with ``step_thresholds: mask``, ``masked``.
+    """Train on a round's texts; returns mean loss, steps and, with ``step_thresholds: mask``, ``masked``.
 
     The loss of a step is the mean over its global batch of weight × what the text counts in the step ×
     ``config.loss``, on logits shifted from ``batch.prior_C`` to the texts' own class shares. AdamW, linear

@@ -337,7 +337,8 @@ class ServerClient:
         if silent_s > self.teacher.no_progress_timeout_s:
             raise TeacherDown(
                 f"teacher.no_progress_timeout_s {self.teacher.no_progress_timeout_s:g}: "
-                f"{self.server.base_url!r} takes no request ({busy}, to be tried again in {wait_s:.0f} s) and has answered none for so long; see the "
+                f"{self.server.base_url!r} takes no request ({busy}, to be tried again in "
+                f"{wait_s:.0f} s) and has answered none for so long; see the "
                 f"quota of {self.teacher.model!r}, set teacher.server.requests_per_minute, or raise "
                 "no_progress_timeout_s"
             ) from None
