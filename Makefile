@@ -4,6 +4,9 @@
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 
+# Two processes: one runs all tests that start Ray, one after the other; the other runs the rest.
+pytest := $(BIN)/python -m pytest -n 2 --dist loadgroup
+
 # Looks for a Python; setup.py knows whether there is anything left to do.
 setup_with = python=$$(sh scripts/find_python.sh) && "$$python" scripts/setup.py
 
@@ -28,11 +31,15 @@ doctor: setup ## Check the set-up and say what to do; ARGS="my.yaml --set a.b=c"
 	@$(BIN)/python jobs/doctor.py $(ARGS)
 
 .PHONY: test
-test: setup-dev ## Run the tests; ARGS="-k name -x" goes to pytest
-	@$(BIN)/python -m pytest $(ARGS)
+test: setup-dev ## Run the tests that take minutes: every part, once for real; ARGS="-k name -x" goes to pytest
+	@$(pytest) $(ARGS)
+
+.PHONY: test-all
+test-all: setup-dev ## Run all tests: kills, nodes, S3, servers, browser, notebook, the whole quickstart
+	@$(pytest) -m "not long" $(ARGS)
 
 .PHONY: test-long
-test-long: setup-dev ## Run the tests that take minutes each: more kills, pools that grow and shrink
+test-long: setup-dev ## Run the soaks: many kills, pools that grow and shrink
 	@$(BIN)/python -m pytest -m long $(ARGS)
 
 .PHONY: fuzz

@@ -23,6 +23,21 @@ settings.register_profile("new", deadline=None, derandomize=False)
 settings.load_profile("same")
 
 
+STARTS_RAY = {"local_ray", "own_cluster_env"}
+"""Fixtures of tests that start Ray, or programs that do."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist: tests that start Ray share a process, as do those of one file.
+
+    Two Rays at once would take the cores from each other, and each of them takes seconds to start.
+    """
+    for item in items:
+        starts_ray = STARTS_RAY & set(getattr(item, "fixturenames", ())) or "tests/cluster" in item.nodeid
+        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else item.nodeid.partition("::")[0]))
+
+
 @pytest.fixture(scope="session")
 def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a random two-layer Llama (float32) with a BPE tokenizer."""

@@ -43,3 +43,17 @@ def toy_settings(tmp_path: Path, tiny_encoder: str) -> dict:
         evaluation={"holdout": 40},
         run={"dir": str(tmp_path / "runs")},
     )
+
+
+@pytest.fixture
+def vllm_settings(toy_settings: dict, tiny_llm: str) -> dict:
+    """The same with a real engine for the teacher."""
+    teacher = {
+        "kind": "vllm",
+        "model": tiny_llm,
+        "dtype": "float32",
+        "max_model_len": 128,
+        "ticket_size": 16,
+        "prompt": {"instruction": "Which?", "show_labels": False},
+    }
+    return toy_settings | {"teacher": teacher}

@@ -12,7 +12,7 @@ import pytest
 import llkd_ray
 from llkd_ray.cli import audit_main, export_main
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:

@@ -16,7 +16,7 @@ import yaml
 from llkd_ray.cli import distill_main
 from llkd_ray.display import USER_MISTAKE
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
 
 
 def run(settings: dict, tmp_path: Path, *flags: str) -> int:

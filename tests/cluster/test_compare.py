@@ -14,7 +14,7 @@ from llkd_ray.cli import compare_main
 from llkd_ray.comparison.settings import label_once, labelling_config, load_comparison, teacher_config
 from llkd_ray.config.loading import parse_config
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
 
 REPORT = (
     "results.csv",

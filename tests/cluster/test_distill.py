@@ -106,6 +106,7 @@ def test_a_run_from_corpus_to_model(toy_settings, tmp_path):
     assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
+@pytest.mark.slow
 def test_without_gold_only_agreement_is_known(toy_settings, tmp_path):
     settings = toy_settings | {
         "corpus": {"uri": toy_settings["corpus"]["uri"], "id": "id"},
@@ -120,6 +121,7 @@ def test_without_gold_only_agreement_is_known(toy_settings, tmp_path):
     assert summary["trained"] == 60
 
 
+@pytest.mark.slow
 def test_a_run_whose_agreement_has_flattened_ends_early_and_whole(toy_settings, tmp_path):
     settings = toy_settings | {
         "budget": {"rounds": 6, "train": 150, "growth": 1.5, "patience": 1, "min_gain": 1.0}
@@ -138,6 +140,7 @@ def test_a_run_whose_agreement_has_flattened_ends_early_and_whole(toy_settings, 
     }
 
 
+@pytest.mark.slow
 def test_the_student_decides_what_the_teacher_reads(toy_settings, tmp_path):
     settings = toy_settings | {
         "acquisition": {"policy": "entropy", "explore": 0.25},
@@ -154,6 +157,7 @@ def test_the_student_decides_what_the_teacher_reads(toy_settings, tmp_path):
     assert set(leases[2]["row"].to_pylist()) <= scored
 
 
+@pytest.mark.slow
 def test_same_seed_same_rounds(toy_settings, tmp_path):
     settings = toy_settings | {"selection": {"policy": "random"}, "budget": {"rounds": 2, "train": 60}}
     batches = []
@@ -168,12 +172,14 @@ def test_same_seed_same_rounds(toy_settings, tmp_path):
     assert batches[0] == batches[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_is_refused_with_the_sum(toy_settings, tmp_path):
     settings = toy_settings | {"student": toy_settings["student"] | {"workers": 500}}
     with pytest.raises(ConfigError, match=r"500 student rank\(s\) need .* but the cluster has"):
         run(settings, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_not_recorded_is_quarantined_and_counted(toy_settings, tmp_path):
     answers = pq.read_table(toy_settings["teacher"]["recorded"]["uri"])
     some = tmp_path / "some.parquet"
@@ -189,6 +195,7 @@ def test_an_answer_that_is_not_recorded_is_quarantined_and_counted(toy_settings,
     )
 
 
+@pytest.mark.slow
 def test_answers_to_other_texts_end_the_run_with_the_remedy(toy_settings, tmp_path):
     other = write_corpus(tmp_path / "other.parquet", 50, seed=9)
     answers = write_answers(tmp_path / "other-answers.parquet", [other])
@@ -202,6 +209,7 @@ def ranks() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in title_of(p)]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_costs_no_round(toy_settings, tmp_path):
     settings = toy_settings | {"student": toy_settings["student"] | {"workers": (1, 2), "cpus": 0.4}}
     run_dir, killed = tmp_path / "run", []

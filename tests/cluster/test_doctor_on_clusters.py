@@ -19,7 +19,7 @@ from llkd_ray.doctor.cluster import View, check_ray, look_at
 from llkd_ray.doctor.inputs import check_storage
 
 BIN = Path(sys.executable).parent
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

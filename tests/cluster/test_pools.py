@@ -30,7 +30,7 @@ from toys import NAMES, WORDS
 
 from llkd_ray.storage.run_dir import predictions_file
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 600

@@ -76,6 +76,7 @@ def test_every_row_is_predicted_or_in_quarantine(local_ray, tiny_classifier, tmp
     assert len(of_text) == 7
 
 
+@pytest.mark.slow
 def test_only_rows_that_are_asked_for(local_ray, tiny_classifier, tmp_path):
     corpus = write_corpus(tmp_path / "pool.parquet", 40)
     out = tmp_path / "out"
@@ -91,6 +92,7 @@ def test_only_rows_that_are_asked_for(local_ray, tiny_classifier, tmp_path):
     assert summary(out)["rows_in"] == len(wanted)
 
 
+@pytest.mark.slow
 class TestThresholds:
     @pytest.fixture
     def corpora(self, tmp_path) -> tuple[Path, Path]:
@@ -134,6 +136,7 @@ class TestThresholds:
         assert len(set(found["accepted"].to_pylist())) == 2
 
 
+@pytest.mark.slow
 class TestGoingOn:
     def test_killed_and_gone_on_with_nothing_is_scored_twice(
         self, tiny_classifier, own_cluster_env, tmp_path
@@ -307,6 +310,7 @@ class TestMistakes:
         assert "cannot be used" in said
 
 
+@pytest.mark.slow
 def test_more_workers_than_there_is_room_for_are_refused_with_the_sum(
     local_ray, tiny_classifier, tmp_path, refused
 ):
@@ -316,6 +320,7 @@ def test_more_workers_than_there_is_room_for_are_refused_with_the_sum(
     assert "no room for 8 of them on 1 node(s) with 2 CPUs" in said
 
 
+@pytest.mark.slow
 def test_weights_that_are_missing_end_in_one_line(local_ray, tiny_classifier, tmp_path, refused):
     import shutil
 
@@ -330,6 +335,7 @@ def test_weights_that_are_missing_end_in_one_line(local_ray, tiny_classifier, tm
     assert "lacks the weights classifier.bias" in said
 
 
+@pytest.mark.slow
 def test_gold_without_a_usable_label_is_refused(local_ray, tiny_classifier, tmp_path, refused):
     corpus = write_corpus(tmp_path / "pool.parquet", 10)
     gold = tmp_path / "gold.jsonl"

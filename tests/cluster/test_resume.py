@@ -33,25 +33,31 @@ def count(run_dir: Path, pattern: str) -> int:
     return len(list(run_dir.glob(pattern)))
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_killed_three_times_then_finished(toy_settings, own_cluster_env, tmp_path, seed):
-    rng = random.Random(seed)
+# Moments in the life of a run: some labels are there, a round is selected, two rounds are trained.
+SOME_LABELS, SELECTED, TRAINED = (
+    ("labels/*.parquet", 3),
+    ("rounds/*/selected.json", 1),
+    ("rounds/*/trained.json", 2),
+)
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [(TRAINED,), pytest.param((SOME_LABELS, SELECTED, TRAINED), marks=pytest.mark.slow)],
+    ids=["once", "three times"],
+)
+def test_killed_then_finished(toy_settings, own_cluster_env, tmp_path, moments):
+    rng = random.Random(0)
     settings = toy_settings | {"run": {"dir": str(tmp_path), "name": "run"}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     run_dir, log = tmp_path / "run", tmp_path / "log.txt"
-    # Moments in the life of a run: some labels there, a round selected, a round trained; then a random wait.
-    moments = [
-        ("labels/*.parquet", rng.randrange(1, 6)),
-        ("rounds/*/selected.json", 1),
-        ("rounds/*/trained.json", 2),
-    ]
     arguments = ["config.yaml"]
     for pattern, number in moments:
         driver = start(arguments, log, own_cluster_env)
         while count(run_dir, pattern) < number:
             assert driver.poll() is None, log.read_text()
             time.sleep(0.02)
-        if pattern.startswith("labels"):
+        if pattern == moments[0][0]:
             refused = start(["--resume", str(run_dir)], tmp_path / "second.txt", own_cluster_env)
             assert refused.wait(timeout=120) == 2
             assert driver.poll() is None, "it has ended, so there was nothing to refuse"

@@ -24,7 +24,7 @@ from llkd_ray.storage.run_dir import RunStore
 pytest.importorskip("moto.server", reason="the dev extra is not installed")
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 PATIENCE_S = 1500
 BUCKET = "texts"
 REQUEST = re.compile(r'"(?:\x1b\[[\d;]*m)*(GET|PUT|HEAD|POST|DELETE) /(\S*) HTTP')

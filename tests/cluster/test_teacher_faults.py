@@ -26,7 +26,7 @@ from llkd_ray.storage.lock import hold_lock
 from llkd_ray.storage.run_dir import RunStore
 from llkd_ray.teacher.base import TeacherDown
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("local_ray")]
 
 ROWS = 500 + 120
 """Texts that a run of ``toy_settings`` has labelled: 500 of the pool, 120 of the test set."""

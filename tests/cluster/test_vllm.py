@@ -158,19 +158,6 @@ def test_votes_are_shares_of_sampled_answers(engine_of):
     assert answers.usage.answer_tokens <= 8 * 10
 
 
-@pytest.fixture
-def vllm_settings(toy_settings: dict, tiny_llm: str) -> dict:
-    teacher = {
-        "kind": "vllm",
-        "model": tiny_llm,
-        "dtype": "float32",
-        "max_model_len": 128,
-        "ticket_size": 16,
-        "prompt": {"instruction": "Which?", "show_labels": False},
-    }
-    return toy_settings | {"teacher": teacher}
-
-
 def run(settings: dict, folder: Path) -> dict:
     with Display() as display:
         return distill(parse_config(settings), str(folder), display)
@@ -181,6 +168,7 @@ def labelled_rows(run_dir: Path) -> list[int]:
     return [row for table in tables for row in table["row"].to_pylist()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
 def test_an_engine_that_is_lost_is_replaced_and_nothing_with_it(vllm_settings, tmp_path, fault):
@@ -213,6 +201,7 @@ def test_an_engine_that_is_lost_is_replaced_and_nothing_with_it(vllm_settings, t
     assert not list((run_dir / "quarantine").glob("teacher-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_an_engine_that_has_no_memory_ends_the_run_with_the_reason(vllm_settings, tmp_path):
     vllm_settings["teacher"] |= {"kv_cache_gib": 100_000, "attempts": 1}
@@ -228,6 +217,7 @@ def test_an_engine_that_has_no_memory_ends_the_run_with_the_reason(vllm_settings
     assert run(mended, tmp_path / "run")["labelled"] == 500
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_second_run_with_another_policy_asks_nothing_and_starts_no_engine(vllm_settings, tmp_path):
     first = run(vllm_settings, tmp_path / "first")
@@ -261,6 +251,6 @@ def engine_pids(run_dir: Path) -> list[int]:
                 # Some live for a moment only.
                 with contextlib.suppress(psutil.NoSuchProcess):
                     command = " ".join(child.cmdline())
-                    if any(name in command for name in ("vllm_child", "EngineCore", "spawn_main")):
+                    if any(name in command for name in ("child_main", "EngineCore", "spawn_main")):
                         found.append(child.pid)
     return found

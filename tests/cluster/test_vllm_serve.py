@@ -30,7 +30,7 @@ from llkd_ray.teacher.openai.teacher import OpenAITeacher
 from llkd_ray.teacher.prompt import build_prompt, encode_prompts, label_sequences
 
 pytest.importorskip("vllm", reason="no vLLM for this machine is installed")
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Words of the message, one after the other: the tiny checkpoint has no chat template of its own.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}Label:"
