@@ -86,7 +86,7 @@ def steps(table: ScoreTable) -> dict[str, Step]:
         "rows that are untrained": table.untrained,
     }
     for name in ("random", "llkd", "llkd_sample"):
-        found[f"`{name}`: 10,000 of all, survey and search"] = lambda name=name: choose(table, name)
+        found[f"`{name}`: 10,000 of all, statistics and search"] = lambda name=name: choose(table, name)
     for where, row_M in (("scattered, sorted", scattered), ("dense", dense)):
         found[f"note 1M scores, {where}"] = lambda rows=row_M: table.restore_scores(0, rows, *signals)
         found[f"note 1M labels, {where}"] = lambda rows=row_M: table.relabel(
@@ -145,8 +145,8 @@ def thresholds(table: ScoreTable) -> Floats:
 def top_of_each(table: ScoreTable) -> Ints:
     top = TopK(0, np.full(N_CLASSES, OF_EACH))
     for part in slices(len(table)):
-        top.note(np.arange(part.start, part.stop), table.confidence[part], table.label[part])
-    return top.found().row_M
+        top.add(np.arange(part.start, part.stop), table.confidence[part], table.label[part])
+    return top.best().row_M
 
 
 def choose(table: ScoreTable, policy: str) -> Any:

@@ -1,9 +1,7 @@
 """What a label distribution tells: pure numpy on ``p_NC`` (N texts, C classes).
 
-Shapes in names: N texts, C classes, K sampled answers or grades.
-
-Numbers from a stream depend on how many were drawn before; these do not, so that any division of the rows
-into chunks, shards and machines decides alike. Shapes in names: N rows.
+And random numbers by row: those of a stream depend on how many were drawn before, these do not, so that any
+division of the rows into chunks decides alike. Shapes in names: N texts or rows, C classes.
 """
 
 from __future__ import annotations
@@ -25,28 +23,9 @@ def normalise(mass_NC: Floats) -> Floats:
     return np.where(total_N1 > 0, mass_NC / np.where(total_N1 > 0, total_N1, 1.0), uniform)
 
 
-def votes(answer_NK: Ints, n_classes: int) -> Floats:
-    """float[N, C]: the share of K sampled answers for each label; -1 stands for no answer.
-
-    Self-consistency (Wang et al., arXiv 2203.11171) without its reasoning paths: the share of the most
-    frequent answer is a confidence that needs no access to probabilities. A text without any answer gets
-    1/C everywhere.
-    """
-    answer_NK = np.asarray(answer_NK)
-    return normalise((answer_NK[:, :, None] == np.arange(n_classes)).sum(axis=1))
-
-
 def confidence(p_NC: Floats) -> Floats:
     """float[N]: probability of the most likely label. LLKD's teacher signal (arXiv 2411.08028, sec. 3)."""
     return np.max(p_NC, axis=1)
-
-
-def least_confidence(p_NC: Floats) -> Floats:
-    """float[N]: 1 - confidence, over its largest value 1 - 1/C, so 0 is certain and 1 is uniform.
-
-    Lewis & Gale 1994, "A sequential algorithm for training text classifiers"; the scaling is ours.
-    """
-    return (1.0 - confidence(p_NC)) / (1.0 - 1.0 / p_NC.shape[1])
 
 
 def margin(p_NC: Floats) -> Floats:

@@ -60,25 +60,22 @@ class RoundSelection:
             chosen = self._choose(_scored_only(candidates), n)
         if chosen is None or chosen.candidates < n:
             chosen = self._choose(candidates, n)
-        if self.config.selection.weighting == "none":
-            return replace(chosen, weight_M=np.ones(len(chosen)))
         return chosen
 
     def to_score(self) -> Ints:
         """int64[M], ascending: what the student is to look at before it is chosen from.
 
-        Unread texts are among it where they are asked for, or where acquisition asks for the student.
+        Unread texts are among it where acquisition asks for the student.
         """
         settings = self.config.selection
         acquisition = ACQUISITION[self.config.acquisition.policy]
-        whole_pool = settings.refresh == "pool" or acquisition.uses_student
         if settings.refresh_share == 1:
-            if whole_pool:
+            if acquisition.uses_student:
                 return self.table.untrained()
             return self.table.candidates(self.tickets_below).row_N
         hopeful = self._hopeful_candidates()
         rows = [self._choose(hopeful, ceil(settings.refresh_share * len(hopeful))).row_M]
-        if whole_pool:
+        if acquisition.uses_student:
             unread = self._hopeful_unread()
             n = ceil(settings.refresh_share * len(unread))
             rows.append(acquisition.choose(unread, n, self._rng(_SCORE_SEED), seed=self.config.run.seed))

@@ -4,8 +4,8 @@ Columns are indexed by row number, so an update is one fancy assignment. All upd
 once there, stays. 20 bytes a row, and whoever asks for rows goes through the columns in chunks, so that 100
 million rows fit one process. A call never names a row twice. No Ray here.
 
-The sum of floats depends on their order in the last bits, and so on chunks and shards; that of whole numbers
-does not. Shapes in names: N texts, C classes.
+The sum of floats depends on their order in the last bits, and so on the chunks; that of whole numbers does
+not. Shapes in names: N texts, C classes.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ class TestToScore:
     def test_everything_is_all_candidates(self):
         assert np.array_equal(of_round(a_table(), 1, 1.0).to_score(), np.arange(int(0.9 * N)))
 
-    def test_everything_of_the_pool_is_what_is_unread_too(self):
-        selection = of_round(a_table(), 1, 1.0, selection={"refresh": "pool"})
+    def test_unread_texts_are_among_it_where_acquisition_asks(self):
+        selection = of_round(a_table(), 1, 1.0, acquisition={"policy": "entropy"})
         assert np.array_equal(selection.to_score(), np.arange(N))
 
     @pytest.mark.parametrize("policy", USING_STUDENT)
@@ -61,9 +61,7 @@ class TestToScore:
             assert (table.label[row_M] != NONE).all()
 
     def test_a_share_of_the_pool_is_one_of_what_is_unread_too(self):
-        selection = of_round(
-            a_table(), 1, 0.1, selection={"refresh": "pool"}, acquisition={"policy": "entropy"}
-        )
+        selection = of_round(a_table(), 1, 0.1, acquisition={"policy": "entropy"})
         row_M = selection.to_score()
         assert np.count_nonzero(row_M >= 0.9 * N) == 0.01 * N
         assert row_M.size == 0.1 * N
