@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
+Mask = NDArray[np.bool_]
 
 
 def normalise(mass_NC: Floats) -> Floats:
@@ -51,6 +52,28 @@ def entropy(p_NC: Floats) -> Floats:
 def support(p_NC: Floats, label_N: Ints) -> Floats:
     """float[N]: the probability that one model gives to the label that another one chose."""
     return p_NC[np.arange(label_N.size), label_N]
+
+
+@dataclass(frozen=True)
+class StudentScores:
+    """What the student thinks of some texts: three numbers each, which is all that policies look at."""
+
+    label_M: Ints
+    """The pseudo-labels that ``support_M`` is about; negative where there was none."""
+    uncertainty_M: Floats
+    margin_M: Floats
+    support_M: Floats
+    """The probability of ``label_M``; nan where there was none."""
+
+    @classmethod
+    def of(cls, p_MC: Floats, label_M: Ints) -> StudentScores:
+        """From the student's answers and the pseudo-labels of the same texts."""
+        support_M = np.where(label_M < 0, np.nan, support(p_MC, label_M))
+        return cls(label_M, entropy(p_MC), margin(p_MC), support_M)
+
+    def take(self, index_L: Ints | Mask) -> StudentScores:
+        """Those at these places, in this order."""
+        return StudentScores(*(column[index_L] for column in vars(self).values()))
 
 
 @dataclass(frozen=True)

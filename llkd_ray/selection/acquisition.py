@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schema import AcquisitionConfig
 from llkd_ray.metrics.uncertainty import Floats, Ints, RowRandom, hash_uniform
 from llkd_ray.selection.search import TopK
 from llkd_ray.selection.table import Chunked, Unread, slices
@@ -60,6 +62,14 @@ class AcquisitionPolicy:
 
 
 ACQUISITION: dict[str, AcquisitionPolicy] = {}
+
+
+def find_acquisition(settings: AcquisitionConfig) -> AcquisitionPolicy:
+    """The registered policy; raises ConfigError where its name is unknown."""
+    if settings.policy not in ACQUISITION:
+        known = ", ".join(sorted(ACQUISITION))
+        raise ConfigError(f"acquisition.policy: {settings.policy!r} is unknown; there are {known}")
+    return ACQUISITION[settings.policy]
 
 
 def acquisition_policy(

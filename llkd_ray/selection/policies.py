@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schema import SelectionConfig
 from llkd_ray.metrics.uncertainty import Floats, Ints, RowRandom
 from llkd_ray.selection.search import NEVER, Pool, PoolStats, TopK, known
 from llkd_ray.selection.table import Candidates, Chunked, slices
@@ -131,6 +133,19 @@ def in_order(candidates: Candidates | Chunked[Candidates]) -> Iterable[Candidate
 
 
 SELECTION: dict[str, SelectionPolicy] = {}
+
+
+def find_selection(settings: SelectionConfig) -> SelectionPolicy:
+    """The registered policy; raises ConfigError where its name or one of its options is unknown."""
+    if settings.policy not in SELECTION:
+        known = ", ".join(sorted(SELECTION))
+        raise ConfigError(f"selection.policy: {settings.policy!r} is unknown; there are {known}")
+    policy = SELECTION[settings.policy]
+    try:
+        policy.check_options(settings.options)
+    except ValueError as error:
+        raise ConfigError(f"selection.options: {error}") from None
+    return policy
 
 
 def selection_policy(

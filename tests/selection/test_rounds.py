@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from candidate_sets import refresh
 from toys import make_config
 
-from llkd_ray.selection.policies import SELECTION
+from llkd_ray.selection.acquisition import find_acquisition
+from llkd_ray.selection.policies import SELECTION, find_selection
 from llkd_ray.selection.rounds import RoundSelection
 from llkd_ray.selection.table import NONE, ScoreTable
 
@@ -34,12 +36,14 @@ def opinion(round_number: int) -> np.ndarray:
 
 def of_round(table: ScoreTable, k: int, share: float, policy: str = "llkd_sample", **more) -> RoundSelection:
     settings = {"policy": policy, "refresh_share": share} | more.pop("selection", {})
-    return RoundSelection(make_config(selection=settings, **more), table, k, tickets_below=1)
+    config = make_config(selection=settings, **more)
+    policy, acquisition = find_selection(config.selection), find_acquisition(config.acquisition)
+    return RoundSelection(config, policy, acquisition, table, k, tickets_below=1)
 
 
 def score(table: ScoreTable, selection: RoundSelection) -> np.ndarray:
     row_M = selection.to_score()
-    table.refresh(selection.round_number, row_M, opinion(selection.round_number)[row_M])
+    refresh(table, selection.round_number, row_M, opinion(selection.round_number)[row_M])
     return row_M
 
 
@@ -115,8 +119,8 @@ class TestChoose:
 
     def test_staleness_counts_rounds(self):
         table = a_table()
-        table.refresh(1, np.arange(10), opinion(1)[:10])
-        table.refresh(3, np.arange(10, 20), opinion(3)[10:20])
+        refresh(table, 1, np.arange(10), opinion(1)[:10])
+        refresh(table, 3, np.arange(10, 20), opinion(3)[10:20])
         selection = of_round(table, 4, 0.5)
         assert selection.staleness(np.arange(20)) == {"mean_age": 2.0, "never_scored": 0}
         assert selection.staleness(np.arange(15, 25)) == {"mean_age": 1.0, "never_scored": 5}
