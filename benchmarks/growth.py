@@ -32,6 +32,7 @@ from llkd_ray.config.teacher import PromptConfig
 from llkd_ray.corpus.cleaning import clean_text, text_hash
 from llkd_ray.corpus.ingest import ingest
 from llkd_ray.metrics.quality import bootstrap_interval, classification
+from llkd_ray.metrics.uncertainty import StudentScores
 from llkd_ray.report.pages import write_report
 from llkd_ray.selection.policies import SELECTION
 from llkd_ray.selection.selector import Selector
@@ -104,7 +105,9 @@ def labelled_table(n: int, classes: int) -> ScoreTable:
     part = max(1, 2**24 // classes)
     for start in range(0, n, part):
         p_MC = rng.gamma(0.3, size=(min(part, n - start), classes)).astype(np.float32) + 1e-9
-        table.refresh(1, row_N[start : start + part], p_MC / p_MC.sum(axis=1, keepdims=True))
+        row_M = row_N[start : start + part]
+        scores = StudentScores.of(p_MC / p_MC.sum(axis=1, keepdims=True), table.label[row_M])
+        table.refresh(1, row_M, scores)
     return table
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from llkd_ray.metrics.uncertainty import Floats, Ints
+from llkd_ray.metrics.uncertainty import Floats, Ints, StudentScores
 from llkd_ray.selection.policies import SELECTION
 from llkd_ray.selection.recovery import Snapshot
 from llkd_ray.selection.search import TopK, class_thresholds
@@ -67,7 +67,7 @@ def filled(n: int) -> ScoreTable:
         table.lease(0, row_M)
         label_M = rng.integers(0, N_CLASSES, row_M.size)
         table.put_labels(row_M, label_M, 1 - rng.random(row_M.size) ** 3, np.zeros(row_M.size))
-        table.restore_scores(0, row_M, *rng.random((3, row_M.size)))
+        table.refresh(0, row_M, StudentScores(table.label[row_M], *rng.random((3, row_M.size))))
     return table
 
 
@@ -86,16 +86,16 @@ def steps(table: ScoreTable) -> dict[str, Step]:
         "rows that are untrained": table.untrained,
     }
     for name in ("random", "llkd", "llkd_sample"):
-        found[f"`{name}`: 10,000 of all, survey and search"] = lambda name=name: choose(table, name)
+        found[f"`{name}`: 10,000 of all, statistics and search"] = lambda name=name: choose(table, name)
     for where, row_M in (("scattered, sorted", scattered), ("dense", dense)):
-        found[f"note 1M scores, {where}"] = lambda rows=row_M: table.restore_scores(0, rows, *signals)
+        found[f"note 1M scores, {where}"] = lambda rows=row_M: table.refresh(
+            0, rows, StudentScores(labels, *signals)
+        )
         found[f"note 1M labels, {where}"] = lambda rows=row_M: table.relabel(
             rows, labels, signals[0], members
         )
         found[f"note 1M tickets, {where}"] = lambda rows=row_M: table.lease(0, rows)
-    found["note 1M answers of the student, dense (entropy and margin of 16 classes)"] = lambda: table.refresh(
-        0, dense, p
-    )
+    found["scores of 1M answers (entropy and margin of 16 classes)"] = lambda: StudentScores.of(p, labels)
     found["copy for a snapshot"] = lambda: list(table.copy_into({}))
     found["write a snapshot and read it"] = lambda: there_and_back(table)
     return found
@@ -145,8 +145,8 @@ def thresholds(table: ScoreTable) -> Floats:
 def top_of_each(table: ScoreTable) -> Ints:
     top = TopK(0, np.full(N_CLASSES, OF_EACH))
     for part in slices(len(table)):
-        top.note(np.arange(part.start, part.stop), table.confidence[part], table.label[part])
-    return top.found().row_M
+        top.add(np.arange(part.start, part.stop), table.confidence[part], table.label[part])
+    return top.best().row_M
 
 
 def choose(table: ScoreTable, policy: str) -> Any:

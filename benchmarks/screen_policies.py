@@ -36,8 +36,7 @@ from llkd_ray.config.loading import load_config, with_absolute_paths
 from llkd_ray.config.schema import Config, LabelsConfig, StudentConfig
 from llkd_ray.corpus.ingest import ingest
 from llkd_ray.display import Display
-from llkd_ray.selection.acquisition import ACQUISITION
-from llkd_ray.selection.rounds import RoundSelection
+from llkd_ray.metrics.uncertainty import StudentScores
 from llkd_ray.selection.table import ScoreTable
 from llkd_ray.storage.run_dir import RunStore
 from llkd_ray.storage.tables import Examples
@@ -107,7 +106,6 @@ def fit(x_M: Any, batch: Batch, c: float) -> Predict:
 def screen(trial: Trial, texts: Texts, features: Features, labels: Labels) -> list[tuple[float, float]]:
     """Accuracy and macro-F1 at every reported size."""
     config, n_classes = trial.config, len(texts.names)
-    acquisition = ACQUISITION[config.acquisition.policy]
     table = ScoreTable(n_classes, len(texts.pool))
     predict: Predict | None = None
     row_M, weight_M, figures = np.empty(0, dtype=np.int64), np.empty(0), []
@@ -115,14 +113,15 @@ def screen(trial: Trial, texts: Texts, features: Features, labels: Labels) -> li
         n = trial.labelled_before(k, len(table)) - table.count_labelled()
         rng = np.random.default_rng([config.run.seed, 2, k])
         seed, explore = config.run.seed, config.acquisition.explore
-        read_M = acquisition.choose(table.unread(), n, rng, seed=seed, explore=explore)
+        read_M = trial.acquisition.choose(table.unread(), n, rng, seed=seed, explore=explore)
         p_MC = labels.p_NC[read_M]
         table.lease(k, read_M)
         table.put_labels(read_M, p_MC.argmax(axis=1), p_MC.max(axis=1), np.zeros(read_M.size, dtype=np.int8))
-        selection = RoundSelection(config, table, k, tickets_below=k + 1)
+        selection = trial.round_selection(table, k)
         if predict:
             to_score = selection.to_score()
-            table.refresh(k, to_score, predict(features.x_N[to_score]))
+            p_SC = predict(features.x_N[to_score])
+            table.refresh(k, to_score, StudentScores.of(p_SC, table.label[to_score]))
         chosen = selection.choose(size - row_M.size)
         row_M, weight_M = np.append(row_M, chosen.row_M), np.append(weight_M, chosen.weight_M)
         table.mark_trained(k, row_M)

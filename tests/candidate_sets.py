@@ -1,10 +1,11 @@
-"""Candidates for tests of policies and of the search."""
+"""Candidates for tests of policies and of the search, and scores of a student."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from llkd_ray.selection.table import Candidates
+from llkd_ray.metrics.uncertainty import StudentScores
+from llkd_ray.selection.table import Candidates, ScoreTable
 
 
 def make_candidates(n: int, seed: int = 0, n_classes: int = 4, scored: float = 1.0) -> Candidates:
@@ -20,3 +21,8 @@ def make_candidates(n: int, seed: int = 0, n_classes: int = 4, scored: float = 1
         support_N=signals[2].astype(np.float16),
         n_classes=n_classes,
     )
+
+
+def refresh(table: ScoreTable, k: int, row_M: np.ndarray, p_MC: np.ndarray) -> None:
+    """Note a student's answers on rows with the labels that they have."""
+    table.refresh(k, row_M, StudentScores.of(p_MC, table.label[row_M]))

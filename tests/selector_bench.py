@@ -7,6 +7,7 @@ import uuid
 import numpy as np
 from toys import make_config, make_run, put_label_file, toy_probs, toy_texts
 
+from llkd_ray.metrics.uncertainty import StudentScores
 from llkd_ray.selection.selector import Selector
 from llkd_ray.storage.run_dir import BATCH, round_file
 from llkd_ray.teacher.base import Usage
@@ -80,10 +81,17 @@ class Bench:
         rng = np.random.default_rng(1000 * k)
         return rng.dirichlet(np.ones(N_CLASSES), N_POOL + N_TEST).astype(np.float32)
 
+    async def tell(self, k, row_M, label_M):
+        """A rank's scores of some rows."""
+        await self.selector.refresh(k, row_M, StudentScores.of(self.opinion(k)[row_M], label_M))
+
+    async def rows_to_score(self, k):
+        return (await self.selector.rows_to_score(k))[0]
+
     async def score(self, k):
-        rows = await self.selector.rows_to_score(k)
-        for mine in np.array_split(rows, 2):  # two ranks
-            await self.selector.refresh(k, mine, self.opinion(k)[mine])
+        rows, labels = await self.selector.rows_to_score(k)
+        for mine in np.array_split(np.arange(rows.size), 2):  # two ranks
+            await self.tell(k, rows[mine], labels[mine])
         await self.selector.refresh_done(k, rows.size)
         return rows
 

@@ -24,7 +24,7 @@ from llkd_ray.storage.run_dir import BATCH, RunStore, round_file
 from llkd_ray.storage.tables import Examples, list_column
 from llkd_ray.student import ray_train
 from llkd_ray.student.inference import by_length
-from llkd_ray.student.ray_train import Rank
+from llkd_ray.student.ray_train import StudentWorker
 from llkd_ray.student.train import Batch, plan_steps
 from llkd_ray.teacher.labels import TicketLabels
 from llkd_ray.teacher.stream import Leaser
@@ -175,8 +175,8 @@ class TestRank:
     """A rank of the student without Ray Train."""
 
     @pytest.fixture
-    def rank(self, tmp_path, monkeypatch) -> Rank:
-        rank: Any = Rank.__new__(Rank)
+    def rank(self, tmp_path, monkeypatch) -> StudentWorker:
+        rank: Any = StudentWorker.__new__(StudentWorker)
         rank.rank, rank.world, rank.store = 0, 1, RunStore(str(tmp_path))
         rank.config, rank.batches, rank.seconds = make_config(student={"start": "warm"}), {}, {}
         rank.student = None
@@ -184,7 +184,7 @@ class TestRank:
 
         def ask(method: str, *arguments: Any) -> Any:
             rank.calls.append(method)
-            return np.arange(250) if method == "rows_to_score" else None
+            return (np.arange(250), np.zeros(250, dtype=np.int16)) if method == "rows_to_score" else None
 
         def train(student: object, batch: Batch, *_: object, **__: object) -> dict[str, float]:
             rank.trained_on.append(batch.texts)

@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from sklearn.metrics import f1_score
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import Config
 from llkd_ray.metrics.quality import classification
-from llkd_ray.metrics.uncertainty import Floats, Ints, confidence, normalise
-from llkd_ray.selection.acquisition import ACQUISITION
-from llkd_ray.selection.policies import SELECTION, effective, target_prior
+from llkd_ray.metrics.uncertainty import Floats, Ints, StudentScores, confidence, normalise
+from llkd_ray.selection.acquisition import AcquisitionPolicy, find_acquisition
+from llkd_ray.selection.policies import SelectionPolicy, effective, find_selection, target_prior
 from llkd_ray.selection.rounds import RoundSelection
 from llkd_ray.selection.table import ScoreTable
 from llkd_ray.storage.tables import Examples
@@ -79,6 +80,20 @@ class Trial:
     """The sizes at which the student is evaluated; all are in ``sizes``."""
     folder: Path
 
+    @cached_property
+    def policy(self) -> SelectionPolicy:
+        """Raises ConfigError where the policy or one of its options is unknown."""
+        return find_selection(self.config.selection)
+
+    @cached_property
+    def acquisition(self) -> AcquisitionPolicy:
+        """Raises ConfigError where the policy is unknown."""
+        return find_acquisition(self.config.acquisition)
+
+    def round_selection(self, table: ScoreTable, k: int) -> RoundSelection:
+        """The selection of round ``k``, from all labels that are there by then."""
+        return RoundSelection(self.config, self.policy, self.acquisition, table, k, tickets_below=k + 1)
+
     def key(self, digest: str, k: int) -> str:
         """Stands for all that decides the result of round ``k``: a later size does not."""
         config = self.config
@@ -98,13 +113,13 @@ class Trial:
 
     def prior(self, count_C: Ints) -> Floats | None:
         """float[C]: what the student is to reckon with, from the pseudo-labels' counts."""
-        policy, config = SELECTION[self.config.selection.policy], self.config
-        return target_prior(count_C, config.selection.prior, policy.prior, config.labels.known_prior)
+        config = self.config
+        return target_prior(count_C, config.selection.prior, self.policy.prior, config.labels.known_prior)
 
     @property
     def _exponents(self) -> dict[str, float | None]:
         """As they hold, so that a policy's new default is not taken for the old one."""
-        policy, selection = SELECTION[self.config.selection.policy], self.config.selection
+        policy, selection = self.policy, self.config.selection
         return {
             "quota": effective(selection.quota, policy.quota),
             "prior": effective(selection.prior, policy.prior),
@@ -170,10 +185,7 @@ def finished(trial: Trial, digest: str) -> list[dict[str, Any]]:
 
 def _uses_student(trial: Trial, k: int) -> bool:
     """Whether the student's opinion after round ``k`` decides anything."""
-    config = trial.config
-    asks = (
-        SELECTION[config.selection.policy].uses_student or ACQUISITION[config.acquisition.policy].uses_student
-    )
+    asks = trial.policy.uses_student or trial.acquisition.uses_student
     return asks and k < len(trial.sizes) - 1
 
 
@@ -204,10 +216,8 @@ def _advance(
     """One round; what the next one and the report need of it goes to ``file``, by rename."""
     began = time.monotonic()
     config, table = trial.config, state.table
-    acquisition = ACQUISITION[config.acquisition.policy]
     read_M = _acquire(trial, labels, state, k)
-    selection = RoundSelection(config, table, k, tickets_below=k + 1)
-    chosen = selection.choose(trial.sizes[k] - state.row_M.size)
+    chosen = trial.round_selection(table, k).choose(trial.sizes[k] - state.row_M.size)
     arrays: dict[str, Any] = {
         "read": read_M,
         "row": np.concatenate([state.row_M, chosen.row_M]),
@@ -239,7 +249,7 @@ def _advance(
         if uses_student:
             table.mark_trained(k, row_M)
             score_M = table.untrained()
-            if not acquisition.uses_student:
+            if not trial.acquisition.uses_student:
                 score_M = score_M[table.label[score_M] >= 0]
             arrays["scored"] = score_M
             p_MC = predict(student, [texts.pool[row] for row in score_M], config.student)
@@ -265,11 +275,11 @@ def _acquire(trial: Trial, labels: Labels, state: State, k: int) -> Ints:
     n = trial.labelled_before(k, len(table)) - table.count_labelled()
     config = trial.config
     rng = np.random.default_rng([config.run.seed, _ACQUIRE_SEED, k])
-    policy = ACQUISITION[config.acquisition.policy]
-    row_M = policy.choose(table.unread(), n, rng, seed=config.run.seed, explore=config.acquisition.explore)
+    seed, explore = config.run.seed, config.acquisition.explore
+    row_M = trial.acquisition.choose(table.unread(), n, rng, seed=seed, explore=explore)
     _note_labels(table, labels, row_M, k)
     if state.opinion is not None:
-        table.refresh(*state.opinion)  # now that they are labelled: what the student thinks of the labels
+        _refresh(table, *state.opinion)  # now that they are labelled: what the student thinks of the labels
     return row_M
 
 
@@ -281,9 +291,13 @@ def _restore(file: Path, state: State, labels: Labels, k: int) -> dict[str, Any]
         state.table.mark_trained(k, state.row_M)
         if "p" in saved:
             state.opinion = k, saved["scored"], saved["p"]
-            state.table.refresh(*state.opinion)
+            _refresh(state.table, *state.opinion)
         facts: dict[str, Any] = json.loads(str(saved["facts"]))
     return facts
+
+
+def _refresh(table: ScoreTable, k: int, row_M: Ints, p_MC: Floats) -> None:
+    table.refresh(k, row_M, StudentScores.of(p_MC, table.label[row_M]))
 
 
 def _empty_table(labels: Labels) -> ScoreTable:

@@ -191,21 +191,12 @@ class SelectionConfig(Section):
             raise ValueError("is true: give an exponent from 0 to 1, or off")
         return "off" if exponent is False else exponent
 
-    weighting: Literal["signals", "none"] = Field(
-        "signals",
-        description="signals: weigh each text's loss as the policy says (llkd and product: confidence × "
-        "uncertainty, the others: all alike); none: all alike.",
-    )
-    refresh: Literal["labelled", "pool"] = Field(
-        "labelled",
-        description="What the student scores before each selection: the labelled texts that may be "
-        "selected, or the whole pool.",
-    )
     refresh_share: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="Share of these texts that it scores in a round. Below 1, those that the policy would "
+        description="Share of the texts that may be selected, or read next where acquisition asks for the "
+        "student, that it scores before each selection. Below 1, those that the policy would "
         "take first if the student were as unsure of them as could be: what it has not looked at for long, "
         "or never, and what is near to being selected.",
     )

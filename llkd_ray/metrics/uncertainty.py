@@ -1,9 +1,7 @@
 """What a label distribution tells: pure numpy on ``p_NC`` (N texts, C classes).
 
-Shapes in names: N texts, C classes, K sampled answers or grades.
-
-Numbers from a stream depend on how many were drawn before; these do not, so that any division of the rows
-into chunks, shards and machines decides alike. Shapes in names: N rows.
+And random numbers by row: those of a stream depend on how many were drawn before, these do not, so that any
+division of the rows into chunks decides alike. Shapes in names: N texts or rows, C classes.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.integer]
+Mask = NDArray[np.bool_]
 
 
 def normalise(mass_NC: Floats) -> Floats:
@@ -25,28 +24,9 @@ def normalise(mass_NC: Floats) -> Floats:
     return np.where(total_N1 > 0, mass_NC / np.where(total_N1 > 0, total_N1, 1.0), uniform)
 
 
-def votes(answer_NK: Ints, n_classes: int) -> Floats:
-    """float[N, C]: the share of K sampled answers for each label; -1 stands for no answer.
-
-    Self-consistency (Wang et al., arXiv 2203.11171) without its reasoning paths: the share of the most
-    frequent answer is a confidence that needs no access to probabilities. A text without any answer gets
-    1/C everywhere.
-    """
-    answer_NK = np.asarray(answer_NK)
-    return normalise((answer_NK[:, :, None] == np.arange(n_classes)).sum(axis=1))
-
-
 def confidence(p_NC: Floats) -> Floats:
     """float[N]: probability of the most likely label. LLKD's teacher signal (arXiv 2411.08028, sec. 3)."""
     return np.max(p_NC, axis=1)
-
-
-def least_confidence(p_NC: Floats) -> Floats:
-    """float[N]: 1 - confidence, over its largest value 1 - 1/C, so 0 is certain and 1 is uniform.
-
-    Lewis & Gale 1994, "A sequential algorithm for training text classifiers"; the scaling is ours.
-    """
-    return (1.0 - confidence(p_NC)) / (1.0 - 1.0 / p_NC.shape[1])
 
 
 def margin(p_NC: Floats) -> Floats:
@@ -72,6 +52,28 @@ def entropy(p_NC: Floats) -> Floats:
 def support(p_NC: Floats, label_N: Ints) -> Floats:
     """float[N]: the probability that one model gives to the label that another one chose."""
     return p_NC[np.arange(label_N.size), label_N]
+
+
+@dataclass(frozen=True)
+class StudentScores:
+    """What the student thinks of some texts: three numbers each, which is all that policies look at."""
+
+    label_M: Ints
+    """The pseudo-labels that ``support_M`` is about; negative where there was none."""
+    uncertainty_M: Floats
+    margin_M: Floats
+    support_M: Floats
+    """The probability of ``label_M``; nan where there was none."""
+
+    @classmethod
+    def of(cls, p_MC: Floats, label_M: Ints) -> StudentScores:
+        """From the student's answers and the pseudo-labels of the same texts."""
+        support_M = np.where(label_M < 0, np.nan, support(p_MC, label_M))
+        return cls(label_M, entropy(p_MC), margin(p_MC), support_M)
+
+    def take(self, index_L: Ints | Mask) -> StudentScores:
+        """Those at these places, in this order."""
+        return StudentScores(*(column[index_L] for column in vars(self).values()))
 
 
 @dataclass(frozen=True)

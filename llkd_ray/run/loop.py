@@ -26,8 +26,8 @@ from llkd_ray.metrics.quality import has_plateaued
 from llkd_ray.report.pages import write_pages
 from llkd_ray.run.supervisor import Run
 from llkd_ray.run.trackers import Trackers, check_trackers
-from llkd_ray.selection.acquisition import ACQUISITION
-from llkd_ray.selection.policies import SELECTION
+from llkd_ray.selection.acquisition import find_acquisition
+from llkd_ray.selection.policies import find_selection
 from llkd_ray.selection.tickets import draw_holdout
 from llkd_ray.storage.lock import hold_lock
 from llkd_ray.storage.run_dir import (
@@ -198,17 +198,9 @@ def check(config: Config) -> dict[str, Any]:
 
 
 def check_policies(config: Config) -> None:
-    """Refuse policies that there are not, and options that they do not have."""
-    for field, name, known in (
-        ("selection.policy", config.selection.policy, SELECTION),
-        ("acquisition.policy", config.acquisition.policy, ACQUISITION),
-    ):
-        if name not in known:
-            raise ConfigError(f"{field}: {name!r} is unknown; there are {', '.join(sorted(known))}")
-    try:
-        SELECTION[config.selection.policy].check_options(config.selection.options)
-    except ValueError as error:
-        raise ConfigError(f"selection.options: {error}") from None
+    """Raise ConfigError for an unknown policy, or an option that the policy does not have."""
+    find_selection(config.selection)
+    find_acquisition(config.acquisition)
 
 
 def manifest(

@@ -8,56 +8,18 @@ unread texts of a chunk, M chosen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schema import AcquisitionConfig
 from llkd_ray.metrics.uncertainty import Floats, Ints, RowRandom, hash_uniform
-from llkd_ray.selection.search import Found, TopK, best
+from llkd_ray.selection.search import TopK
 from llkd_ray.selection.table import Chunked, Unread, slices
 
 AcquisitionRule = Callable[[Unread, int, RowRandom], Floats]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What is looked for among the unread texts of every shard; can be sent there."""
-
-    rule: AcquisitionRule
-    n: int
-    seed: int
-    draw: RowRandom
-    explore: float
-    explorer: RowRandom
-    """Its numbers say which texts are explored: those of the largest."""
-
-    def find(self, chunks: Iterable[Unread]) -> FoundUnread:
-        """Of one shard's texts, all that may be read."""
-        wanted, explored, count = TopK(self.n), TopK(self.n), 0
-        for unread in chunks:
-            count += len(unread)
-            wanted.note(unread.row_N, self.rule(unread, self.seed, self.draw))
-            if self.explore:
-                explored.note(unread.row_N, self.explorer(unread.row_N))
-        return FoundUnread(wanted.found(), explored.found(), count)
-
-    def settle(self, parts: Sequence[FoundUnread]) -> Ints:
-        """int64[M], ascending: the choice among what all shards have found, whichever order they come in."""
-        n = min(self.n, sum(part.count for part in parts))
-        explored_M = _largest_rows([part.explored for part in parts], round(self.explore * n))
-        wanted_M = _largest_rows([part.wanted for part in parts], n)
-        others_M = wanted_M[~np.isin(wanted_M, explored_M)]
-        return np.sort(np.concatenate([explored_M, others_M[: n - explored_M.size]]))
-
-
-@dataclass(frozen=True)
-class FoundUnread:
-    """What a shard has found: texts of largest value, texts that chance would explore, their number."""
-
-    wanted: Found
-    explored: Found
-    count: int
 
 
 @dataclass(frozen=True)
@@ -84,17 +46,30 @@ class AcquisitionPolicy:
         A share ``explore`` of them is drawn at random from all unread texts, so that what the student is
         wrongly sure of is seen, too; the rest are those of largest value.
         """
-        reading = self.reading(n, rng, seed=seed, explore=explore)
-        chunks = [unread.take(part) for part in slices(len(unread))] if isinstance(unread, Unread) else unread
-        return reading.settle([reading.find(chunks)])
-
-    def reading(self, n: int, rng: np.random.Generator, *, seed: int = 0, explore: float = 0.0) -> Reading:
-        """What to look for, as in :meth:`choose`."""
         draw, explorer = RowRandom.from_rng(rng), RowRandom.from_rng(rng)
-        return Reading(self.rule, n, seed, draw, explore if self.explores else 0.0, explorer)
+        explore = explore if self.explores else 0.0
+        chunks = [unread.take(part) for part in slices(len(unread))] if isinstance(unread, Unread) else unread
+        by_value, at_random, count = TopK(n), TopK(n), 0
+        for chunk in chunks:
+            count += len(chunk)
+            by_value.add(chunk.row_N, self.rule(chunk, seed, draw))
+            if explore:
+                at_random.add(chunk.row_N, explorer(chunk.row_N))
+        n = min(n, count)
+        explored_M, best_M = at_random.best().row_M[: round(explore * n)], by_value.best().row_M[:n]
+        others_M = best_M[~np.isin(best_M, explored_M)]
+        return np.sort(np.concatenate([explored_M, others_M[: n - explored_M.size]]))
 
 
 ACQUISITION: dict[str, AcquisitionPolicy] = {}
+
+
+def find_acquisition(settings: AcquisitionConfig) -> AcquisitionPolicy:
+    """The registered policy; raises ConfigError where its name is unknown."""
+    if settings.policy not in ACQUISITION:
+        known = ", ".join(sorted(ACQUISITION))
+        raise ConfigError(f"acquisition.policy: {settings.policy!r} is unknown; there are {known}")
+    return ACQUISITION[settings.policy]
 
 
 def acquisition_policy(
@@ -147,13 +122,6 @@ def value_m_raru(unread: Unread, seed: int, draw: RowRandom) -> Floats:
     """
     uncertainty_N = np.nan_to_num(unread.uncertainty_N.astype(np.float64), nan=1.0)
     return uncertainty_N - hash_uniform(seed, unread.row_N)
-
-
-def _largest_rows(parts: Sequence[Found], n: int) -> Ints:
-    """int64[M]: rows of the at most ``n`` largest values of several parts, largest first, ties by row."""
-    found = Found.joined(parts)
-    found = found.take(np.argsort(found.row_M))
-    return found.row_M[best(found.value_M, found.label_M, n)]
 
 
 def _known(signal_N: Floats, unread: Unread, draw: RowRandom) -> Floats:

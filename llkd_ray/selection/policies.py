@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schema import SelectionConfig
 from llkd_ray.metrics.uncertainty import Floats, Ints, RowRandom
-from llkd_ray.selection.search import NEVER, Found, Pool, PoolStats, TopK, best, known
+from llkd_ray.selection.search import NEVER, Pool, PoolStats, TopK, known
 from llkd_ray.selection.table import Candidates, Chunked, slices
 
 
@@ -72,7 +74,7 @@ class SelectionPolicy:
     prior: float | None = None
     """The exponent of what the student is to reckon with where the config does not name one."""
     ranks: bool = False
-    """Whether the rule asks for :meth:`Pool.rank`, for which the survey has to count."""
+    """Whether the rule asks for :meth:`Pool.rank`, for which confidences are counted by grade."""
     thresholds: ThresholdsOf | None = None
     """What texts have to reach, for people to look at."""
 
@@ -109,57 +111,17 @@ class SelectionPolicy:
         ``quota`` is the exponent of :func:`class_quotas`, ``off``, or None for the policy's own.
         """
         chunks = in_order(candidates)
-        search = self.search(self.survey(chunks), n, rng, quota=quota, trained_C=trained_C, options=options)
-        chosen = search.settle([search.find(chunks)])
-        if self.thresholds is None:
-            return chosen
-        return replace(chosen, thresholds=self.thresholds(search.pool, search.options))
-
-    def survey(self, chunks: Iterable[Candidates]) -> PoolStats:
-        """What is counted of all candidates before any is judged; there is one chunk at least."""
-        return PoolStats.of(chunks, self.ranks)
-
-    def search(
-        self,
-        survey: PoolStats,
-        n: int,
-        rng: np.random.Generator,
-        *,
-        quota: Exponent = None,
-        trained_C: Ints | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> Search:
-        """What to look for, from the surveys of all shards added up; the rest is as in :meth:`choose`."""
+        stats = PoolStats.of(chunks, self.ranks)
         exponent = effective(quota, self.quota)
-        share_C = None if exponent is None else class_quotas(survey.count_C, n, exponent, trained_C)
-        return Search(self.rule, dict(options or {}), Pool(survey, RowRandom.from_rng(rng)), n, share_C)
-
-
-@dataclass(frozen=True)
-class Search:
-    """What is looked for among the candidates of every shard; can be sent there."""
-
-    rule: SelectionRule
-    options: Mapping[str, Any]
-    pool: Pool
-    n: int
-    share_C: Ints | None
-    """int64[C]: how many of the texts each class brings, where there are quotas."""
-
-    def find(self, chunks: Iterable[Candidates]) -> Found:
-        """Of one shard's candidates, by row, all that may be chosen: at most twice ``n``."""
-        found = TopK(self.n, self.share_C)
+        share_C = None if exponent is None else class_quotas(stats.count_C, n, exponent, trained_C)
+        pool = Pool(stats, RowRandom.from_rng(rng))
+        options, top = options or {}, TopK(n, share_C)
         for chunk in chunks:
-            judgement = self.rule(chunk, self.pool, **self.options)
-            found.note(chunk.row_N, judgement.value_N, chunk.label_N, judgement.weight_N)
-        return found.found()
-
-    def settle(self, parts: Sequence[Found]) -> Selection:
-        """The choice among what all shards have found, whichever order they come in."""
-        found = Found.joined(parts)
-        found = found.take(np.argsort(found.row_M))
-        chosen = found.take(best(found.value_M, found.label_M, self.n, self.share_C))
-        return Selection(chosen.row_M, _mean_one(chosen.weight_M), int(self.pool.survey.count_C.sum()))
+            judgement = self.rule(chunk, pool, **options)
+            top.add(chunk.row_N, judgement.value_N, chunk.label_N, judgement.weight_N)
+        chosen = top.best()
+        thresholds = self.thresholds and self.thresholds(pool, options)
+        return Selection(chosen.row_M, _mean_one(chosen.weight_M), int(stats.count_C.sum()), thresholds)
 
 
 def in_order(candidates: Candidates | Chunked[Candidates]) -> Iterable[Candidates]:
@@ -171,6 +133,19 @@ def in_order(candidates: Candidates | Chunked[Candidates]) -> Iterable[Candidate
 
 
 SELECTION: dict[str, SelectionPolicy] = {}
+
+
+def find_selection(settings: SelectionConfig) -> SelectionPolicy:
+    """The registered policy; raises ConfigError where its name or one of its options is unknown."""
+    if settings.policy not in SELECTION:
+        known = ", ".join(sorted(SELECTION))
+        raise ConfigError(f"selection.policy: {settings.policy!r} is unknown; there are {known}")
+    policy = SELECTION[settings.policy]
+    try:
+        policy.check_options(settings.options)
+    except ValueError as error:
+        raise ConfigError(f"selection.options: {error}") from None
+    return policy
 
 
 def selection_policy(
@@ -243,7 +218,7 @@ def judge_product(candidates: Candidates, pool: Pool) -> Judgement:
 def judge_freematch(candidates: Candidates, pool: Pool) -> Judgement:
     """At random where the teacher's confidence reaches the self-adaptive threshold of its pseudo-class.
 
-    FreeMatch's threshold (arXiv 2205.07246, eq. 8; see ``signals.class_thresholds``) on the teacher
+    FreeMatch's threshold (arXiv 2205.07246, eq. 8; see ``search.class_thresholds``) on the teacher
     instead of the model in training; the student is not looked at.
     """
     return Judgement(np.where(_is_sure(candidates, pool), pool.random(candidates), NEVER))
@@ -257,8 +232,7 @@ def _llkd_thresholds(pool: Pool, options: Mapping[str, Any]) -> dict[str, Floats
     found = {"confidence": pool.confidence_threshold_C, "uncertainty": pool.uncertainty_threshold_C}
     if options.get("thresholds") == "global":
         found = {
-            name: np.full(pool.survey.count_C.size, mean)
-            for name, mean in zip(found, pool.means, strict=True)
+            name: np.full(pool.stats.count_C.size, mean) for name, mean in zip(found, pool.means, strict=True)
         }
     return found if pool.is_scored else {"confidence": found["confidence"]}
 
@@ -304,7 +278,7 @@ def judge_llkd(
 def judge_llkd_rank(candidates: Candidates, pool: Pool) -> Judgement:
     """Rank of the confidence within its pseudo-class × the student's uncertainty, largest first.
 
-    Ours. Raw confidence cannot be compared between classes (``signals.mean_ranks``). Without a
+    Ours. Raw confidence cannot be compared between classes (``search.mean_ranks``). Without a
     student, the rank times a random number, so that the first round is not only the easiest texts.
     """
     rank_N = pool.rank(candidates)
@@ -349,7 +323,7 @@ def class_quotas(count_C: Ints, n: int, quota: float, trained_C: Ints | None = N
     """int[C], summing to at most ``n``: how many texts each pseudo-class should bring to a round.
 
     All that is trained on by the end of the round, earlier rounds included, is to be shared out between
-    the classes as ``priors.tempered`` says. A class that already has its share gets nothing. Remainders of
+    the classes as :func:`tempered` says. A class that already has its share gets nothing. Remainders of
     a text go to the largest fractions, the rarer class first.
     """
     trained_C = np.zeros_like(count_C) if trained_C is None else trained_C

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from llkd_ray.metrics.uncertainty import Ints
+from llkd_ray.metrics.uncertainty import Ints, StudentScores
 from llkd_ray.selection.table import NONE, ScoreTable
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import (
@@ -57,8 +57,9 @@ class Progress:
 
     def note_refreshed(self, k: int) -> None:
         """The table has all that the student thinks before a round."""
-        columns = [pa.array(column) for column in self.table.scores(k)]
-        table = pa.Table.from_arrays(columns, schema=tables.SCORES)
+        row_M, scores = self.table.scores(k)
+        columns = [row_M, scores.uncertainty_M, scores.margin_M, scores.support_M]
+        table = pa.Table.from_arrays([pa.array(column) for column in columns], schema=tables.SCORES)
         self.store.write_table(round_file(k, SCORES), table)
         self.refreshed.add(k)
 
@@ -78,8 +79,9 @@ class Progress:
         """Bring a round back from its files, and into the table unless that has it."""
         if self.store.exists(round_file(k, SCORES)):
             if not in_table:
-                scores = self.store.read_table(round_file(k, SCORES))
-                self.table.restore_scores(k, *(column.to_numpy() for column in scores.columns))
+                file = self.store.read_table(round_file(k, SCORES))
+                row_M, *signals_M = (column.to_numpy() for column in file.columns)
+                self.table.refresh(k, row_M, StudentScores(self.table.label[row_M], *signals_M))
             self.refreshed.add(k)
         if self.store.exists(round_file(k, SELECTED)):
             if not in_table:

@@ -24,8 +24,8 @@ import pyarrow as pa
 from llkd_ray.config.schema import Config
 from llkd_ray.metrics.calibration import Calibrator
 from llkd_ray.metrics.uncertainty import Floats, Ints, hash_uniform
-from llkd_ray.selection.acquisition import ACQUISITION
-from llkd_ray.selection.policies import SELECTION, Selection
+from llkd_ray.selection.acquisition import AcquisitionPolicy
+from llkd_ray.selection.policies import Selection, SelectionPolicy
 from llkd_ray.selection.table import NONE, Candidates, Chunked, ScoreTable, Unread
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import RunStore
@@ -43,6 +43,8 @@ class RoundSelection:
     """One round's questions to the score table; as long as that is the same, so are the answers."""
 
     config: Config
+    policy: SelectionPolicy
+    acquisition: AcquisitionPolicy
     table: ScoreTable
     round_number: int
     tickets_below: int
@@ -60,28 +62,25 @@ class RoundSelection:
             chosen = self._choose(_scored_only(candidates), n)
         if chosen is None or chosen.candidates < n:
             chosen = self._choose(candidates, n)
-        if self.config.selection.weighting == "none":
-            return replace(chosen, weight_M=np.ones(len(chosen)))
         return chosen
 
     def to_score(self) -> Ints:
         """int64[M], ascending: what the student is to look at before it is chosen from.
 
-        Unread texts are among it where they are asked for, or where acquisition asks for the student.
+        Unread texts are among it where acquisition asks for the student.
         """
         settings = self.config.selection
-        acquisition = ACQUISITION[self.config.acquisition.policy]
-        whole_pool = settings.refresh == "pool" or acquisition.uses_student
         if settings.refresh_share == 1:
-            if whole_pool:
+            if self.acquisition.uses_student:
                 return self.table.untrained()
             return self.table.candidates(self.tickets_below).row_N
         hopeful = self._hopeful_candidates()
         rows = [self._choose(hopeful, ceil(settings.refresh_share * len(hopeful))).row_M]
-        if whole_pool:
+        if self.acquisition.uses_student:
             unread = self._hopeful_unread()
             n = ceil(settings.refresh_share * len(unread))
-            rows.append(acquisition.choose(unread, n, self._rng(_SCORE_SEED), seed=self.config.run.seed))
+            rng, seed = self._rng(_SCORE_SEED), self.config.run.seed
+            rows.append(self.acquisition.choose(unread, n, rng, seed=seed))
         return np.sort(np.concatenate(rows))
 
     def staleness(self, row_M: Ints) -> dict[str, float | int | None]:
@@ -98,7 +97,7 @@ class RoundSelection:
         }
 
     def _choose(self, candidates: Chunked[Candidates], n: int) -> Selection:
-        return SELECTION[self.config.selection.policy].choose(
+        return self.policy.choose(
             candidates,
             n,
             self._rng(_SELECT_SEED),

@@ -1,15 +1,14 @@
-"""Going through candidates chunk by chunk: what they come to together, and the best of them.
+"""Going through candidates chunk by chunk: statistics of all of them, then the best of them.
 
-A policy judges a text by itself and by what is known of all candidates together. So a choice takes two
-passes: a survey of counts and sums, then the search for the largest values. What either brings home is
-small and adds up over chunks and shards exactly, in any order: surveys are whole numbers, and the best are
-ordered by value and row. Nothing is sorted but what may still be among the best. Shapes in names: N texts
-of a chunk, M found, C classes, K grades of confidence.
+A policy judges a text by itself and by statistics of all candidates. So a choice takes two passes: counts
+and sums, then the search for the largest values. Neither depends on how the rows are divided into chunks:
+the sums are of whole numbers, and the best are ordered by value and row. Only what may still be among the
+best is sorted. Shapes in names: N texts of a chunk, M kept, C classes, K grades of confidence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,7 +29,7 @@ def known(signal_N: Floats) -> Floats:
 
 @dataclass
 class PoolStats:
-    """Whole numbers about the candidates of a chunk, a shard or all shards."""
+    """Counts and sums over all candidates, in whole numbers, so that their order does not matter."""
 
     count_C: NDArray[np.int64]
     confidence_C: NDArray[np.int64]
@@ -40,7 +39,7 @@ class PoolStats:
     n_scored: int = 0
     """Texts that the student has scored."""
     grade_CK: NDArray[np.int64] | None = None
-    """Texts by class and grade of confidence (``signals.confidence_grade``), where ranks are asked for."""
+    """Texts by class and grade of confidence (``search.confidence_grade``), where ranks are asked for."""
 
     @classmethod
     def empty(cls, n_classes: int, with_ranks: bool) -> PoolStats:
@@ -52,15 +51,15 @@ class PoolStats:
     @classmethod
     def of(cls, chunks: Iterable[Candidates], with_ranks: bool) -> PoolStats:
         """Of all candidates of at least one chunk."""
-        survey = None
+        stats = None
         for candidates in chunks:
-            if survey is None:
-                survey = cls.empty(candidates.n_classes, with_ranks)
-            survey.note(candidates)
-        assert survey is not None, "even no candidates are a chunk"
-        return survey
+            if stats is None:
+                stats = cls.empty(candidates.n_classes, with_ranks)
+            stats.add(candidates)
+        assert stats is not None, "even no candidates are a chunk"
+        return stats
 
-    def note(self, candidates: Candidates) -> None:
+    def add(self, candidates: Candidates) -> None:
         """Count these candidates, too."""
         label_N, n_classes = candidates.label_N, candidates.n_classes
         self.count_C += np.bincount(label_N, minlength=n_classes)
@@ -76,31 +75,18 @@ class PoolStats:
         grade_N = confidence_grade(candidates.confidence_N) // rank_step(candidates.n_classes)
         return candidates.label_N.astype(np.int64) * self.grade_CK.shape[1] + grade_N
 
-    def __add__(self, other: PoolStats) -> PoolStats:
-        """Both together."""
-        grade_CK = None
-        if self.grade_CK is not None and other.grade_CK is not None:
-            grade_CK = self.grade_CK + other.grade_CK
-        return PoolStats(
-            self.count_C + other.count_C,
-            self.confidence_C + other.confidence_C,
-            self.uncertainty_C + other.uncertainty_C,
-            self.n_scored + other.n_scored,
-            grade_CK,
-        )
-
 
 @dataclass(frozen=True)
 class Pool:
     """All candidates together, for a policy that judges a chunk of them; and its chance."""
 
-    survey: PoolStats
+    stats: PoolStats
     draw: RowRandom
 
     @property
     def is_scored(self) -> bool:
         """Whether the student has an opinion of any candidate."""
-        return self.survey.n_scored > 0
+        return self.stats.n_scored > 0
 
     def random(self, candidates: Candidates) -> Floats:
         """float64[N] in [0, 1): a uniform random number of each text."""
@@ -109,34 +95,34 @@ class Pool:
     def rank(self, candidates: Candidates) -> Floats:
         """float64[N] in (0, 1]: the rank of the confidence within its pseudo-class, 1 for the largest.
 
-        See ``signals.mean_ranks``; only for policies that are registered with ``ranks=True``.
+        See ``search.mean_ranks``; only for policies that are registered with ``ranks=True``.
         """
-        return self._rank_CK.reshape(-1).take(self.survey.place_of_grade(candidates))
+        return self._rank_CK.reshape(-1).take(self.stats.place_of_grade(candidates))
 
     @cached_property
     def confidence_threshold_C(self) -> Floats:
-        """float64[C]: see ``signals.class_thresholds``."""
-        return class_thresholds(self.survey.confidence_C * UNIT, self.survey.count_C)
+        """float64[C]: see ``search.class_thresholds``."""
+        return class_thresholds(self.stats.confidence_C * UNIT, self.stats.count_C)
 
     @cached_property
     def uncertainty_threshold_C(self) -> Floats:
-        """float64[C]: see ``signals.class_thresholds``."""
-        return class_thresholds(self.survey.uncertainty_C * UNIT, self.survey.count_C)
+        """float64[C]: see ``search.class_thresholds``."""
+        return class_thresholds(self.stats.uncertainty_C * UNIT, self.stats.count_C)
 
     @cached_property
     def means(self) -> tuple[float, float]:
         """Mean confidence and mean uncertainty of all."""
-        count = max(self.survey.count_C.sum(), 1)
-        return self.survey.confidence_C.sum() * UNIT / count, self.survey.uncertainty_C.sum() * UNIT / count
+        count = max(self.stats.count_C.sum(), 1)
+        return self.stats.confidence_C.sum() * UNIT / count, self.stats.uncertainty_C.sum() * UNIT / count
 
     @cached_property
     def _rank_CK(self) -> Floats:
-        assert self.survey.grade_CK is not None, "register the policy with ranks=True"
-        return mean_ranks(self.survey.grade_CK)
+        assert self.stats.grade_CK is not None, "register the policy with ranks=True"
+        return mean_ranks(self.stats.grade_CK)
 
 
 @dataclass(frozen=True)
-class Found:
+class Scored:
     """Some texts and what a policy thinks of them."""
 
     row_M: Ints
@@ -147,36 +133,27 @@ class Found:
     def __len__(self) -> int:
         return int(self.row_M.size)
 
-    def take(self, index_L: Ints) -> Found:
+    def take(self, index_L: Ints) -> Scored:
         """The texts at these places, in this order."""
-        return Found(*(column[index_L] for column in vars(self).values()))
-
-    @classmethod
-    def joined(cls, parts: Sequence[Found]) -> Found:
-        """All of several parts, in their order."""
-        columns = ("row_M", "label_M", "value_M", "weight_M")
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
-
-
-NOTHING = Found(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0), np.empty(0))
+        return Scored(*(column[index_L] for column in vars(self).values()))
 
 
 class TopK:
     """The ``n`` texts of largest value, and the ``share_C[c]`` of largest value of each class.
 
-    They go by in ascending row order, and ties go to the lower row. What cannot be among the best any more is
-    left out as it comes: the value has to be above the least that is kept. Two of these over different texts
-    hold all that one over both would hold, so shards can each keep their own (see :func:`best`).
+    Rows are added in ascending order, and ties go to the lower row. A text that cannot be among the best any
+    more is dropped as it comes: its value has to be above the least that is kept.
     """
 
     def __init__(self, n: int, share_C: Ints | None = None) -> None:
         self.n, self.share_C = n, share_C
-        self._parts = [NOTHING]
+        none = np.empty(0, dtype=np.int64)
+        self._parts = [Scored(none, none, np.empty(0), np.empty(0))]
         self._n_kept = self._n_waiting = 0
         # What a value has to be above: of any class, or of each.
         self._floor_C: Floats = np.full(1 if share_C is None else share_C.size, NEVER)
 
-    def note(
+    def add(
         self, row_N: Ints, value_N: Floats, label_N: Ints | None = None, weight_N: Floats | None = None
     ) -> None:
         """Take from these what may be among the best; labels matter where classes have shares."""
@@ -185,16 +162,17 @@ class TopK:
             return
         label_M = np.zeros(index_M.size, dtype=np.int64) if label_N is None else label_N[index_M]
         weight_M = np.ones(index_M.size) if weight_N is None else weight_N[index_M]
-        self._parts.append(Found(row_N[index_M], label_M, value_N[index_M], weight_M))
+        self._parts.append(Scored(row_N[index_M], label_M, value_N[index_M], weight_M))
         self._n_waiting += index_M.size
         # Not before there is much to leave out, so that the work is in proportion to what comes in.
         if self._n_waiting >= max(self._n_kept, CHUNK // 16):
             self._shrink()
 
-    def found(self) -> Found:
-        """The best, by row."""
+    def best(self) -> Scored:
+        """The choice, largest value first; see :func:`best`."""
         self._shrink()
-        return self._parts[0]
+        kept = self._parts[0]
+        return kept.take(best(kept.value_M, kept.label_M, self.n, self.share_C))
 
     def _above_floor(self, value_N: Floats, label_N: Ints | None) -> Ints:
         """int64[M], ascending: the places of what has to be kept for now."""
@@ -209,20 +187,21 @@ class TopK:
         return index_M[value_N[index_M] > self._floor_C.take(label_N[index_M])]
 
     def _shrink(self) -> None:
-        there = Found.joined(self._parts)
-        is_kept = np.zeros(len(there), dtype=bool)
-        is_kept[_among_largest(there.value_M, self.n)] = True
-        self._floor_C[:] = _floor(there.value_M[is_kept], self.n)
+        columns = zip(*(vars(part).values() for part in self._parts), strict=True)
+        kept = Scored(*map(np.concatenate, columns))
+        is_kept = np.zeros(len(kept), dtype=bool)
+        is_kept[_among_largest(kept.value_M, self.n)] = True
+        self._floor_C[:] = _floor(kept.value_M[is_kept], self.n)
         if self.share_C is not None:
-            for c, of_class in _by_class(there.label_M, self.share_C):
+            for c, of_class in _by_class(kept.label_M, self.share_C):
                 share = int(self.share_C[c])
-                best_of_class = of_class[_among_largest(there.value_M[of_class], share)]
+                best_of_class = of_class[_among_largest(kept.value_M[of_class], share)]
                 is_kept[best_of_class] = True
-                self._floor_C[c] = min(self._floor_C[c], _floor(there.value_M[best_of_class], share))
+                self._floor_C[c] = min(self._floor_C[c], _floor(kept.value_M[best_of_class], share))
             # A class of which nothing has come yet and which has a share takes anything.
-            is_absent_C = np.bincount(there.label_M, minlength=self.share_C.size) == 0
+            is_absent_C = np.bincount(kept.label_M, minlength=self.share_C.size) == 0
             self._floor_C[is_absent_C & (self.share_C > 0)] = NEVER
-        self._parts = [there.take(np.flatnonzero(is_kept))]
+        self._parts = [kept.take(np.flatnonzero(is_kept))]
         self._n_kept, self._n_waiting = len(self._parts[0]), 0
 
 

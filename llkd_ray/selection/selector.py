@@ -22,9 +22,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
-from llkd_ray.metrics.uncertainty import Floats, Ints
-from llkd_ray.selection.acquisition import ACQUISITION
-from llkd_ray.selection.policies import SELECTION, target_prior
+from llkd_ray.metrics.uncertainty import Floats, Ints, StudentScores
+from llkd_ray.selection.acquisition import find_acquisition
+from llkd_ray.selection.policies import find_selection, target_prior
 from llkd_ray.selection.recovery import Progress, Snapshot, apply_human_labels, keep, kept
 from llkd_ray.selection.rounds import RoundSelection, batch_of, sample_candidates
 from llkd_ray.selection.table import ScoreTable
@@ -67,8 +67,8 @@ class Selector:
         self.schedule = Schedule.plan(config, self.examples.n_pool, self.examples.n_test)
         self.n_classes = len(config.labels.names)
         self.table = ScoreTable(self.n_classes, self.examples.n_pool, self.examples.n_test)
-        self.policy = SELECTION[config.selection.policy]
-        self.acquisition = ACQUISITION[config.acquisition.policy]
+        self.policy = find_selection(config.selection)
+        self.acquisition = find_acquisition(config.acquisition)
         self.put_aside: list[str] = []
         """A line about each label file that could not be read."""
         self.damaged: set[int] = set()
@@ -82,7 +82,7 @@ class Selector:
         self.intake = LabelIngest(config, self.store, self.examples, self.schedule, self.table)
         self.teachers = TeacherWatch(config)
         self.ledger = Ledger(config.budget.cap, {name: one.price for name, one in config.teacher.members()})
-        self.leases = Leases(config, self.store, self.examples, self.schedule, self.table)
+        self.leases = Leases(config, self.acquisition, self.store, self.examples, self.schedule, self.table)
         self.state = Progress(self.store, self.table)
         self.audited = AuditAnswers.read(self.store)
         """What people have said of some rows, as of now."""
@@ -168,8 +168,10 @@ class Selector:
         """int64[M]: the rows on which the student is held against the teacher."""
         return self.table.held_out()
 
-    async def rows_to_score(self, round_number: int) -> Ints:
-        """int64[M]: what the student scores before the round's selection; waits for the labels.
+    async def rows_to_score(self, round_number: int) -> tuple[Ints, Ints]:
+        """int64[M], int16[M]: rows that the student scores before the round's selection, and their labels.
+
+        Waits for the labels; one is negative where the row has none.
 
         Nothing where the policy does not ask for it, before the first round, or where the round is
         selected already.
@@ -177,7 +179,7 @@ class Selector:
         await self.wait_labels(round_number)
         done = self.state.finished or round_number in self.state.selected
         if round_number == 0 or done or not self._student_is_asked():
-            return np.empty(0, dtype=np.int64)
+            return _NO_ROWS, self.table.label[_NO_ROWS]
         if round_number not in self._to_score:
             # Once, for scores that come in change what would be looked at.
             self._to_score = {round_number: self._selection(round_number).to_score()}
@@ -185,11 +187,11 @@ class Selector:
         if not row_M.size:  # nobody will say that they are scored
             self.state.refreshed.add(round_number)
             await self._notify()
-        return row_M
+        return row_M, self.table.label[row_M]
 
-    async def refresh(self, round_number: int, row_M: Ints, p_MC: Floats) -> None:
-        """Note the student's answers on some rows before a round."""
-        self.table.refresh(round_number, row_M, p_MC)
+    async def refresh(self, round_number: int, row_M: Ints, scores: StudentScores) -> None:
+        """Note the student's scores of some rows before a round."""
+        self.table.refresh(round_number, row_M, scores)
         self._scored[round_number] += row_M.size
 
     async def refresh_done(self, round_number: int, n_rows: int) -> None:
@@ -326,7 +328,7 @@ class Selector:
 
     def _selection(self, round_number: int) -> RoundSelection:
         before = self.schedule.tickets_before(round_number)
-        return RoundSelection(self.config, self.table, round_number, before)
+        return RoundSelection(self.config, self.policy, self.acquisition, self.table, round_number, before)
 
     def _teaching_is_over(self) -> bool:
         """Whether every ticket is done; once no round comes, those of hold-out and test set are enough."""

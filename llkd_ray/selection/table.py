@@ -4,8 +4,8 @@ Columns are indexed by row number, so an update is one fancy assignment. All upd
 once there, stays. 20 bytes a row, and whoever asks for rows goes through the columns in chunks, so that 100
 million rows fit one process. A call never names a row twice. No Ray here.
 
-The sum of floats depends on their order in the last bits, and so on chunks and shards; that of whole numbers
-does not. Shapes in names: N texts, C classes.
+The sum of floats depends on their order in the last bits, and so on the chunks; that of whole numbers does
+not. Shapes in names: N texts, C classes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llkd_ray.metrics.uncertainty import Floats, Ints, entropy, margin, support
+from llkd_ray.metrics.uncertainty import Floats, Ints, Mask, StudentScores
 
 NONE = -1
 HELD_OUT = -2
@@ -25,7 +25,6 @@ HELD_OUT = -2
 COLUMNS = ("label", "confidence", "uncertainty", "margin", "support", "refreshed", "trained", "ticket")
 _ROWS_A_STEP = 1 << 20
 Part = slice
-Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -149,20 +148,17 @@ class ScoreTable:
         self.support[row_M] = np.nan
         return 0
 
-    def refresh(self, round_number: int, row_M: Ints, p_MC: Floats) -> None:
-        """Note the student's answers before ``round_number``; an older round changes nothing."""
-        newer = self.refreshed[row_M] <= round_number
-        row_M, p_MC = row_M[newer], p_MC[newer]
-        label_M = self.label[row_M]
-        self.uncertainty[row_M] = to_16_bits(entropy(p_MC))
-        self.margin[row_M] = margin(p_MC)
-        self.support[row_M] = np.where(label_M == NONE, np.nan, support(p_MC, label_M))
-        self.refreshed[row_M] = round_number
+    def refresh(self, round_number: int, row_M: Ints, scores: StudentScores) -> None:
+        """Note the student's scores before ``round_number``; an older round changes nothing.
 
-    def restore_scores(self, round_number: int, row_M: Ints, *signals_M: Floats) -> None:
-        """Note what :meth:`scores` once gave: uncertainty, margin and support of some rows."""
-        uncertainty_M, self.margin[row_M], self.support[row_M] = signals_M
-        self.uncertainty[row_M] = to_16_bits(uncertainty_M)
+        Where a row has another label by now, its support is unknown.
+        """
+        newer = self.refreshed[row_M] <= round_number
+        row_M, scores = row_M[newer], scores.take(newer)
+        same_label = self.label[row_M] == scores.label_M
+        self.uncertainty[row_M] = to_16_bits(scores.uncertainty_M)
+        self.margin[row_M] = scores.margin_M
+        self.support[row_M] = np.where(same_label, scores.support_M, np.nan)
         self.refreshed[row_M] = round_number
 
     def mark_trained(self, round_number: int, row_M: Ints) -> None:
@@ -193,10 +189,11 @@ class ScoreTable:
         surest = np.argsort(-self.margin[row_N], kind="stable")[:limit]
         return np.sort(row_N[surest])
 
-    def scores(self, round_number: int) -> tuple[Ints, Floats, Floats, Floats]:
-        """Rows that the student scored before a round, with their uncertainty, margin and support."""
+    def scores(self, round_number: int) -> tuple[Ints, StudentScores]:
+        """Rows that the student scored before a round, and their scores."""
         row_M = self._rows(lambda part: self.refreshed[part] == round_number, len(self))
-        return row_M, from_16_bits(self.uncertainty[row_M]), self.margin[row_M], self.support[row_M]
+        uncertainty_M = from_16_bits(self.uncertainty[row_M])
+        return row_M, StudentScores(self.label[row_M], uncertainty_M, self.margin[row_M], self.support[row_M])
 
     def unread(self) -> Unread:
         """Pool texts without a ticket, by row. All at once: for many, see :meth:`unread_chunks`."""

@@ -20,7 +20,7 @@ from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
 from llkd_ray.metrics.calibration import MIN_GOLD, Calibrator
 from llkd_ray.metrics.uncertainty import Ints, confidence
-from llkd_ray.selection.acquisition import ACQUISITION
+from llkd_ray.selection.acquisition import AcquisitionPolicy
 from llkd_ray.selection.table import ScoreTable
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import CALIBRATION, LEASES_DIR, RunStore
@@ -37,10 +37,16 @@ class Leases:
     """Rows by ticket, noted in the score table; planned a round at a time."""
 
     def __init__(
-        self, config: Config, store: RunStore, examples: Examples, schedule: Schedule, table: ScoreTable
+        self,
+        config: Config,
+        policy: AcquisitionPolicy,
+        store: RunStore,
+        examples: Examples,
+        schedule: Schedule,
+        table: ScoreTable,
     ) -> None:
-        self.config, self.store, self.schedule, self.table = config, store, schedule, table
-        self.policy = ACQUISITION[config.acquisition.policy]
+        self.config, self.policy = config, policy
+        self.store, self.schedule, self.table = store, schedule, table
         self.rows: dict[int, Ints] = {}
         """int64[M] of each ticket that is planned."""
         self._planned = 0

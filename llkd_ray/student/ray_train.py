@@ -24,6 +24,7 @@ from ray.train.torch import TorchTrainer
 
 from llkd_ray.cluster import Background, remove_left_groups
 from llkd_ray.config.schema import Config
+from llkd_ray.metrics.uncertainty import StudentScores
 from llkd_ray.resources import of_a_rank
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import CHECKPOINTS_DIR, RunStore, predictions_file
@@ -141,14 +142,15 @@ class StudentWorker:
 
     def score(self, k: int) -> None:
         """Refresh the student's opinion of what round ``k`` may choose from."""
-        rows = self.ask("rows_to_score", k)
+        rows, labels = self.ask("rows_to_score", k)
         began = time.monotonic()
         if rows.size:
-            mine = np.array_split(rows, self.world)[self.rank]  # neighbours share row groups
+            mine = np.array_split(np.arange(rows.size), self.world)[self.rank]  # neighbours share row groups
             for start in range(0, mine.size, SCORE_CHUNK):
                 self._say(f"round {k}: scoring {min(start + SCORE_CHUNK, mine.size) * self.world} texts")
                 chunk = mine[start : start + SCORE_CHUNK]
-                self.ask("refresh", k, chunk, self._predict(chunk).astype(np.float32))
+                p_MC = self._predict(rows[chunk]).astype(np.float32)
+                self.ask("refresh", k, rows[chunk], StudentScores.of(p_MC, labels[chunk]))
             dist.barrier()
             if self.rank == 0:
                 self.ask("refresh_done", k, rows.size)

@@ -135,13 +135,6 @@ class TestFigures:
         run_trial(make_trial("entropy", reported=(10,)), texts, labels)
         assert trained == [20, 10, 20], "the student of 20 decides what comes next, that of 30 nothing"
 
-    def test_weighting_none(self, make_trial, texts, labels):
-        for weighting in ("signals", "none"):
-            trial = make_trial("product", selection={"weighting": weighting}, reported=(30,))
-            run_trial(trial, texts, labels)
-            with np.load(trial.folder / f"{trial.key(labels.digest, 2)}.npz") as saved:
-                assert (np.unique(saved["weight"]).size == 1) == (weighting == "none")
-
     def test_quota_and_options_reach_the_policy(self, make_trial, texts, labels):
         trial = make_trial("random", selection={"quota": 0.0}, reported=(30,))
         run_trial(trial, texts, labels)

@@ -63,22 +63,9 @@ def test_margin_is_the_best_less_the_second():
     np.testing.assert_allclose(uncertainty.margin(p), [0.5, 0.0, 1.0])
 
 
-@pytest.mark.parametrize("n_classes", [2, 5, 77])
-def test_least_confidence_is_zero_when_certain_and_one_when_uniform(n_classes):
-    both = np.vstack([np.eye(n_classes)[0], np.full(n_classes, 1 / n_classes)])
-    np.testing.assert_allclose(uncertainty.least_confidence(both), [0.0, 1.0], atol=1e-12)
-
-
 def test_support_is_what_one_model_gives_to_anothers_label():
     p = np.array([[0.2, 0.7, 0.1], [0.6, 0.3, 0.1]])
     np.testing.assert_allclose(uncertainty.support(p, np.array([2, 0])), [0.1, 0.6])
-
-
-def test_votes_are_shares_of_the_answers_that_were_given():
-    answers = np.array([[0, 0, 2, 1], [1, -1, -1, 1], [-1, -1, -1, -1]])
-    np.testing.assert_allclose(
-        uncertainty.votes(answers, 3), [[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [1 / 3, 1 / 3, 1 / 3]]
-    )
 
 
 class TestConfidenceGrade:

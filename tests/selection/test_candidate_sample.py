@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from candidate_sets import refresh
 
 from llkd_ray.selection.rounds import AT_MOST, sample_candidates
 from llkd_ray.selection.table import ScoreTable
@@ -16,7 +17,7 @@ def table_of(n: int, rng: np.random.Generator) -> ScoreTable:
     row_M = np.flatnonzero(np.arange(n) % 3)
     table.lease(0, row_M)
     table.put_labels(row_M, rng.integers(0, 3, row_M.size), rng.random(row_M.size), np.zeros(row_M.size))
-    table.refresh(1, row_M, rng.dirichlet(np.ones(3), row_M.size))
+    refresh(table, 1, row_M, rng.dirichlet(np.ones(3), row_M.size))
     return table
 
 

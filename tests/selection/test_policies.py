@@ -11,9 +11,10 @@ from candidate_sets import make_candidates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llkd_ray.metrics.uncertainty import RowRandom
 from llkd_ray.selection import table
 from llkd_ray.selection.policies import SELECTION, Selection, class_quotas
-from llkd_ray.selection.search import class_thresholds
+from llkd_ray.selection.search import Pool, PoolStats, class_thresholds
 from llkd_ray.selection.table import Candidates, Chunked
 
 WITH_STUDENT = {"entropy", "margin", "product", "llkd", "llkd_rank", "llkd_sample"}
@@ -108,10 +109,10 @@ class TestContract:
 
     def test_a_text_is_judged_by_itself_and_by_the_pool(self, name, scored):
         candidates, policy = make_candidates(60, scored=scored), SELECTION[name]
-        search = policy.search(policy.survey([candidates]), 10, np.random.default_rng(0))
-        whole = policy.rule(candidates, search.pool)
+        pool = Pool(PoolStats.of([candidates], policy.ranks), RowRandom(0))
+        whole = policy.rule(candidates, pool)
         for place in (0, 17, 59):
-            alone = policy.rule(candidates.take(np.array([place])), search.pool)
+            alone = policy.rule(candidates.take(np.array([place])), pool)
             assert alone.value_N[0] == whole.value_N[place]
             assert (alone.weight_N is None) == (whole.weight_N is None)
             assert whole.weight_N is None or alone.weight_N[0] == whole.weight_N[place]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from candidate_sets import refresh
 from toys import make_config
 
-from llkd_ray.selection.policies import SELECTION
+from llkd_ray.selection.acquisition import find_acquisition
+from llkd_ray.selection.policies import SELECTION, find_selection
 from llkd_ray.selection.rounds import RoundSelection
 from llkd_ray.selection.table import NONE, ScoreTable
 
@@ -34,12 +36,14 @@ def opinion(round_number: int) -> np.ndarray:
 
 def of_round(table: ScoreTable, k: int, share: float, policy: str = "llkd_sample", **more) -> RoundSelection:
     settings = {"policy": policy, "refresh_share": share} | more.pop("selection", {})
-    return RoundSelection(make_config(selection=settings, **more), table, k, tickets_below=1)
+    config = make_config(selection=settings, **more)
+    policy, acquisition = find_selection(config.selection), find_acquisition(config.acquisition)
+    return RoundSelection(config, policy, acquisition, table, k, tickets_below=1)
 
 
 def score(table: ScoreTable, selection: RoundSelection) -> np.ndarray:
     row_M = selection.to_score()
-    table.refresh(selection.round_number, row_M, opinion(selection.round_number)[row_M])
+    refresh(table, selection.round_number, row_M, opinion(selection.round_number)[row_M])
     return row_M
 
 
@@ -47,8 +51,8 @@ class TestToScore:
     def test_everything_is_all_candidates(self):
         assert np.array_equal(of_round(a_table(), 1, 1.0).to_score(), np.arange(int(0.9 * N)))
 
-    def test_everything_of_the_pool_is_what_is_unread_too(self):
-        selection = of_round(a_table(), 1, 1.0, selection={"refresh": "pool"})
+    def test_unread_texts_are_among_it_where_acquisition_asks(self):
+        selection = of_round(a_table(), 1, 1.0, acquisition={"policy": "entropy"})
         assert np.array_equal(selection.to_score(), np.arange(N))
 
     @pytest.mark.parametrize("policy", USING_STUDENT)
@@ -61,9 +65,7 @@ class TestToScore:
             assert (table.label[row_M] != NONE).all()
 
     def test_a_share_of_the_pool_is_one_of_what_is_unread_too(self):
-        selection = of_round(
-            a_table(), 1, 0.1, selection={"refresh": "pool"}, acquisition={"policy": "entropy"}
-        )
+        selection = of_round(a_table(), 1, 0.1, acquisition={"policy": "entropy"})
         row_M = selection.to_score()
         assert np.count_nonzero(row_M >= 0.9 * N) == 0.01 * N
         assert row_M.size == 0.1 * N
@@ -117,8 +119,8 @@ class TestChoose:
 
     def test_staleness_counts_rounds(self):
         table = a_table()
-        table.refresh(1, np.arange(10), opinion(1)[:10])
-        table.refresh(3, np.arange(10, 20), opinion(3)[10:20])
+        refresh(table, 1, np.arange(10), opinion(1)[:10])
+        refresh(table, 3, np.arange(10, 20), opinion(3)[10:20])
         selection = of_round(table, 4, 0.5)
         assert selection.staleness(np.arange(20)) == {"mean_age": 2.0, "never_scored": 0}
         assert selection.staleness(np.arange(15, 25)) == {"mean_age": 1.0, "never_scored": 5}

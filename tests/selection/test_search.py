@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from itertools import pairwise
-from operator import add
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from hypothesis import strategies as st
 
 from llkd_ray.metrics.uncertainty import RowRandom
 from llkd_ray.selection import search
-from llkd_ray.selection.search import NEVER, Found, Pool, PoolStats, TopK, best
+from llkd_ray.selection.search import NEVER, Pool, PoolStats, TopK, best
 from llkd_ray.selection.table import UNIT
 
 SHARES = [None, np.array([2, 2]), np.array([0, 4]), np.array([4, 0])]
@@ -26,25 +24,25 @@ def divided(n: int, borders: list[int]) -> list[slice]:
     return [slice(one, other) for one, other in pairwise(edges)]
 
 
-class TestSurvey:
+class TestPoolStats:
     def test_counts_and_sums(self):
         candidates = make_candidates(500, scored=0.5)
-        survey = PoolStats.of([candidates], with_ranks=True)
+        stats = PoolStats.of([candidates], with_ranks=True)
         known = np.nan_to_num(candidates.uncertainty_N, nan=1.0)
         counts = np.bincount(candidates.label_N)
-        np.testing.assert_array_equal(survey.count_C, counts)
-        for sums, signal in ((survey.confidence_C, candidates.confidence_N), (survey.uncertainty_C, known)):
+        np.testing.assert_array_equal(stats.count_C, counts)
+        for sums, signal in ((stats.confidence_C, candidates.confidence_N), (stats.uncertainty_C, known)):
             np.testing.assert_allclose(
                 sums * UNIT, np.bincount(candidates.label_N, weights=signal), rtol=1e-9
             )
-        assert survey.n_scored == np.count_nonzero(~np.isnan(candidates.uncertainty_N))
-        np.testing.assert_array_equal(survey.grade_CK.sum(axis=1), counts)
+        assert stats.n_scored == np.count_nonzero(~np.isnan(candidates.uncertainty_N))
+        np.testing.assert_array_equal(stats.grade_CK.sum(axis=1), counts)
 
     def test_of_no_candidates(self):
-        survey = PoolStats.of([make_candidates(0)], with_ranks=False)
-        assert survey.count_C.tolist() == [0, 0, 0, 0]
-        assert survey.grade_CK is None
-        assert Pool(survey, RowRandom(0)).means == (0.0, 0.0)
+        stats = PoolStats.of([make_candidates(0)], with_ranks=False)
+        assert stats.count_C.tolist() == [0, 0, 0, 0]
+        assert stats.grade_CK is None
+        assert Pool(stats, RowRandom(0)).means == (0.0, 0.0)
 
     @given(
         n=st.integers(0, 80),
@@ -52,16 +50,14 @@ class TestSurvey:
         borders=st.lists(st.integers(0, 80), max_size=4),
         order=st.randoms(use_true_random=False),
     )
-    def test_parts_add_up_in_any_order(self, n, seed, borders, order):
+    def test_chunks_add_up_in_any_order(self, n, seed, borders, order):
         candidates = make_candidates(n, seed, scored=0.7)
         whole = PoolStats.of([candidates], with_ranks=True)
         parts = [candidates.take(part) for part in divided(n, borders)]
         order.shuffle(parts)
         together = PoolStats.of(parts, with_ranks=True)
-        added = reduce(add, (PoolStats.of([part], with_ranks=True) for part in parts))
-        for one in (together, added):
-            for name, expected in vars(whole).items():
-                np.testing.assert_array_equal(getattr(one, name), expected, err_msg=name)
+        for name, expected in vars(whole).items():
+            np.testing.assert_array_equal(getattr(together, name), expected, err_msg=name)
 
     def test_many_classes_are_counted_in_coarser_grades(self):
         assert PoolStats.empty(341, with_ranks=True).grade_CK.shape == (341, 49_153)
@@ -129,7 +125,7 @@ class TestBest:
         assert best(value, label, 10, np.array([5, 5])).tolist() == list(range(17, 7, -1))
 
 
-class TestRunningBest:
+class TestTopK:
     @given(
         texts=st.lists(
             st.tuples(st.sampled_from([NEVER, 0.0, 1.0, 1.5, 2.0]), st.integers(0, 2)), max_size=60
@@ -137,31 +133,21 @@ class TestRunningBest:
         n=st.integers(0, 8),
         share=st.one_of(st.none(), st.lists(st.integers(0, 2), min_size=3, max_size=3)),
         borders=st.lists(st.integers(0, 60), max_size=5),
-        data=st.data(),
     )
-    def test_holds_all_that_the_best_of_all_are_taken_from(self, texts, n, share, borders, data):
-        """Several of them, each over parts of its own, hold what a choice over all texts takes."""
+    def test_takes_from_chunks_what_a_choice_over_all_takes(self, texts, n, share, borders):
         value, label = np.array([v for v, _ in texts]), np.array([c for _, c in texts], dtype=int)
         share_C = None if share is None else np.array(share)
         n = n if share is None else max(n, sum(share))
-        expected = best(value, label, n, share_C)
-        keepers = [TopK(n, share_C) for _ in range(3)]
-        row = np.arange(value.size)
+        top, row = TopK(n, share_C), np.arange(value.size)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(search, "CHUNK", 16)  # so that it leaves out as soon as it can
+            patch.setattr(search, "CHUNK", 16)  # so that it drops texts as soon as it can
             for part in divided(value.size, borders):
-                keeper = keepers[data.draw(st.integers(0, 2))]
-                keeper.note(row[part], value[part], label[part])
-        parts = [keeper.found() for keeper in keepers]
-        for part in parts:
-            assert (np.diff(part.row_M) > 0).all()
-            assert len(part) <= 2 * n
-        found = Found.joined(parts)
-        found = found.take(np.argsort(found.row_M))
-        chosen = found.take(best(found.value_M, found.label_M, n, share_C))
+                top.add(row[part], value[part], label[part], row[part] * 0.5)
+        chosen, expected = top.best(), best(value, label, n, share_C)
         np.testing.assert_array_equal(chosen.row_M, expected)
         np.testing.assert_array_equal(chosen.value_M, value[expected])
         np.testing.assert_array_equal(chosen.label_M, label[expected])
+        np.testing.assert_array_equal(chosen.weight_M, expected * 0.5)
 
     @pytest.mark.parametrize("order", ["as drawn", "ascending", "descending"])
     def test_top_of_each_class_of_many(self, order, monkeypatch):
@@ -173,22 +159,17 @@ class TestRunningBest:
         share_C = np.array([7, 0, 7, 1, 7])
         top = TopK(0, share_C)
         for part in divided(4_000, list(range(0, 4_000, 100))):
-            top.note(np.arange(4_000)[part], value[part], label[part])
+            top.add(np.arange(4_000)[part], value[part], label[part])
         expected = [
             of_class[np.argsort(-value[of_class], kind="stable")[:share]]
             for c, share in enumerate(share_C)
             for of_class in [np.flatnonzero(label == c)]
         ]
-        np.testing.assert_array_equal(top.found().row_M, np.sort(np.concatenate(expected)))
+        np.testing.assert_array_equal(np.sort(top.best().row_M), np.sort(np.concatenate(expected)))
 
     def test_a_class_that_comes_late_gets_its_share(self, monkeypatch):
-        monkeypatch.setattr(search, "CHUNK", 16)  # so that it leaves out as soon as it can
+        monkeypatch.setattr(search, "CHUNK", 16)  # so that it drops texts as soon as it can
         top = TopK(1, np.array([0, 1]))
-        top.note(np.array([0]), np.array([2.0]), np.array([0]))
-        top.note(np.array([1]), np.array([1.0]), np.array([1]))
-        assert top.found().row_M.tolist() == [0, 1]
-
-    def test_weights_come_along(self):
-        top = TopK(2)
-        top.note(np.arange(4), np.array([0.1, 0.9, 0.2, 0.8]), weight_N=np.array([1.0, 2.0, 3.0, 4.0]))
-        assert top.found().weight_M.tolist() == [2.0, 4.0]
+        top.add(np.array([0]), np.array([2.0]), np.array([0]))
+        top.add(np.array([1]), np.array([1.0]), np.array([1]))
+        assert top.best().row_M.tolist() == [1]

@@ -4,10 +4,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from candidate_sets import refresh
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llkd_ray.metrics.uncertainty import entropy
+from llkd_ray.metrics.uncertainty import StudentScores, entropy
 from llkd_ray.selection import table as table_module
 from llkd_ray.selection.table import COLUMNS, ScoreTable, Unread, from_16_bits
 
@@ -46,7 +47,7 @@ def test_twenty_bytes_a_row_at_most(table):
 
 
 def test_unread_are_pool_rows_without_a_ticket(table):
-    table.refresh(1, np.array([9]), p_of(0.6))
+    refresh(table, 1, np.array([9]), p_of(0.6))
     unread = table.unread()
     assert isinstance(unread, Unread)
     assert unread.row_N.tolist() == [8, 9]
@@ -80,7 +81,7 @@ def test_counts(table):
 def test_refresh_notes_entropy_margin_and_support_of_the_teachers_label(table):
     label(table, [0, 1], [0, 2])
     p = np.array([[0.7, 0.2, 0.1], [0.7, 0.2, 0.1], [1.0, 0.0, 0.0]])
-    table.refresh(1, np.array([0, 1, 2]), p)
+    refresh(table, 1, np.array([0, 1, 2]), p)
     np.testing.assert_allclose(uncertainty(table, 0, 1, 2), entropy(p), atol=STEP)
     np.testing.assert_allclose(table.margin[:3], [0.5, 0.5, 1.0], atol=1e-3)
     # Row 2 has no label that the student could support.
@@ -90,37 +91,50 @@ def test_refresh_notes_entropy_margin_and_support_of_the_teachers_label(table):
 
 def test_support_is_noted_once_the_label_is_there_and_the_student_is_heard_again(table):
     for round_number in (1, 1):
-        table.refresh(round_number, np.array([0]), p_of(0.8))
+        refresh(table, round_number, np.array([0]), p_of(0.8))
         label(table, [0], [1])
     assert table.support[0] == pytest.approx(0.1, abs=1e-3)
 
 
+def test_support_of_a_label_that_has_changed_is_unknown(table):
+    label(table, [0, 1], [0, 0])
+    rows = np.array([0, 1, 2])
+    scores = StudentScores.of(p_of(0.8, 0.8, 0.8), table.label[rows])
+    table.relabel(np.array([1]), np.array([2]), np.array([0.9]), np.array([1]))
+    label(table, [2], [0])
+    table.refresh(1, rows, scores)
+    np.testing.assert_allclose(table.support[rows], [0.8, np.nan, np.nan], atol=1e-3)
+    assert not np.isnan(uncertainty(table, 0, 1, 2)).any()
+
+
 def test_refresh_of_an_older_round_changes_nothing(table):
-    table.refresh(3, np.array([0, 1]), p_of(0.3, 0.3))
-    table.refresh(2, np.array([1, 2]), p_of(0.2, 0.2))
+    refresh(table, 3, np.array([0, 1]), p_of(0.3, 0.3))
+    refresh(table, 2, np.array([1, 2]), p_of(0.2, 0.2))
     np.testing.assert_allclose(uncertainty(table, 0, 1, 2), entropy(p_of(0.3, 0.3, 0.2)), atol=STEP)
     assert table.refreshed[:3].tolist() == [3, 3, 2]
 
 
 def test_scores_come_back_as_they_were(table):
     label(table, [0, 1], [0, 1])
-    table.refresh(1, np.array([0, 1, 8]), p_of(0.3, 0.4, 0.5))
-    table.refresh(2, np.array([8]), p_of(0.9))
-    rows, *columns = table.scores(1)
+    refresh(table, 1, np.array([0, 1, 8]), p_of(0.3, 0.4, 0.5))
+    refresh(table, 2, np.array([8]), p_of(0.9))
+    rows, scores = table.scores(1)
     assert rows.tolist() == [0, 1]
     other = ScoreTable(n_classes=3, n_pool=10, n_test=2)
     for round_number in (1, 2):
-        other.restore_scores(round_number, *table.scores(round_number))
+        rows_of_round, of_round = table.scores(round_number)
+        other.label[rows_of_round] = table.label[rows_of_round]
+        other.refresh(round_number, rows_of_round, of_round)
     for column in ("uncertainty", "margin", "support", "refreshed"):
         one, restored = getattr(table, column), getattr(other, column)
         assert one.dtype == restored.dtype
         np.testing.assert_array_equal(one, restored, err_msg=column)
-    assert [column.size for column in columns] == [2, 2, 2]
+    assert scores.label_M.tolist() == [0, 1]
 
 
 def test_candidates_carry_every_column(table):
     label(table, [0, 1], [2, 1])
-    table.refresh(1, np.array([1]), np.array([[0.1, 0.6, 0.3]]))
+    refresh(table, 1, np.array([1]), np.array([[0.1, 0.6, 0.3]]))
     candidates = table.candidates(tickets_below=2)
     assert candidates.label_N.tolist() == [2, 1]
     assert candidates.confidence_N.tolist() == [0.5, 0.5]
@@ -165,7 +179,7 @@ def test_the_last_round_label_and_ticket_there_can_be():
     table = ScoreTable(n_classes=32_767, n_pool=2)
     table.lease(2**31 - 1, np.array([0]))
     label(table, [0], [32_766])
-    table.refresh(32_767, np.array([0]), np.eye(32_767)[:1])
+    refresh(table, 32_767, np.array([0]), np.eye(32_767)[:1])
     table.mark_trained(32_767, np.array([0]))
     assert (table.ticket[0], table.label[0]) == (2**31 - 1, 32_766)
     assert (table.refreshed[0], table.trained[0]) == (32_767, 32_767)
@@ -180,7 +194,7 @@ class TestContradicted:
     def doubted(self, table) -> ScoreTable:
         label(table, [0, 1, 2, 3], [0, 0, 0, 0])
         student = np.array([[0.1, 0.9, 0.0], [0.05, 0.95, 0.0], [0.9, 0.1, 0.0], [0.2, 0.8, 0.0]])
-        table.refresh(1, np.arange(4), student)
+        refresh(table, 1, np.arange(4), student)
         return table
 
     def test_the_largest_leads_by_row(self, doubted):
@@ -191,7 +205,7 @@ class TestContradicted:
     def test_a_better_teachers_label_is_left_alone(self, doubted):
         rows = np.array([0])
         assert doubted.relabel(rows, np.array([0]), np.array([0.9]), np.array([1])) == 0
-        doubted.refresh(2, rows, np.array([[0.1, 0.9, 0.0]]))
+        refresh(doubted, 2, rows, np.array([[0.1, 0.9, 0.0]]))
         assert doubted.contradicted(0.5, limit=9).tolist() == [1, 3]
         assert doubted.candidates(9).confidence_N[0] == pytest.approx(0.9), "it has no sign there"
 
@@ -216,7 +230,7 @@ def fill(table: ScoreTable, seed: int) -> None:
             labels, members = rng.integers(0, table.n_classes, rows.size), rng.integers(0, 2, rows.size)
             put(rows, labels, rng.uniform(0.3, 1, rows.size), members)
         rows = some()
-        table.refresh(k, rows, rng.dirichlet(np.ones(table.n_classes), rows.size))
+        refresh(table, k, rows, rng.dirichlet(np.ones(table.n_classes), rows.size))
         table.mark_trained(k, some()[::4])
 
 
@@ -250,7 +264,8 @@ def test_chunks_do_not_matter(n_pool, monkeypatch):
             table.untrained(),
             table.held_out(),
             table.contradicted(0.5, 9),
-            *table.scores(1),
+            table.scores(1)[0],
+            *vars(table.scores(1)[1]).values(),
             table.labelled_of_class(2),
             table.candidates(2).row_N,
             table.unread().row_N,
@@ -330,10 +345,10 @@ class TestSnapshot:
         def note(table: ScoreTable, last: bool) -> None:
             table.lease(0, rows)
             label(table, rows.tolist(), [0, 1, 2, 0])
-            table.refresh(1, rows, p)
+            refresh(table, 1, rows, p)
             table.mark_trained(1, rows[:2])
             if last:
-                table.refresh(2, rows, p[::-1])
+                refresh(table, 2, rows, p[::-1])
                 table.mark_trained(2, rows[1:])
 
         note(before, last=False)
@@ -352,7 +367,7 @@ class TestSnapshot:
             rows = np.arange(k, 45, 3)
             to.lease(k, rows)
             label(to, rows.tolist(), [k] * rows.size)
-            to.refresh(k, rows, np.tile(p_of(0.2 + 0.1 * k), (rows.size, 1)))
+            refresh(to, k, rows, np.tile(p_of(0.2 + 0.1 * k), (rows.size, 1)))
             to.mark_trained(k, rows[::2])
 
         columns: dict[str, np.ndarray] = {}

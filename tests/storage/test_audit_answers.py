@@ -6,6 +6,7 @@ import asyncio
 
 import numpy as np
 import pyarrow as pa
+from candidate_sets import refresh
 from selector_bench import Bench
 from toys import make_run
 
@@ -48,7 +49,7 @@ def test_in_the_table_they_are_sure_and_count_once():
     table = ScoreTable(3, 10)
     rows = np.arange(6)
     table.put_labels(rows, np.zeros(6, dtype=int), np.full(6, 0.6), np.zeros(6, dtype=int))
-    table.refresh(0, rows, np.full((6, 3), 1 / 3))
+    refresh(table, 0, rows, np.full((6, 3), 1 / 3))
     answers = AuditAnswers.of({1: 2, 2: 0, 8: 1})
     apply_human_labels(answers, table)
     candidates = table.candidates(1)
@@ -56,7 +57,7 @@ def test_in_the_table_they_are_sure_and_count_once():
     np.testing.assert_allclose(candidates.confidence_N, [0.6, 1, 1, 0.6, 0.6, 0.6], rtol=1e-6)
     assert np.flatnonzero(np.isnan(candidates.support_N)).tolist() == [1, 2], "the student looks again"
     assert table.count_labelled() == 6, "row 8 has no label yet"
-    table.refresh(1, rows, np.full((6, 3), 1 / 3))
+    refresh(table, 1, rows, np.full((6, 3), 1 / 3))
     apply_human_labels(answers, table)
     assert not np.isnan(table.candidates(1).support_N).any()
     assert not table.contradicted(0.5, 10).size
