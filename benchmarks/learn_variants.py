@@ -27,8 +27,6 @@ from llkd_ray.storage.run_dir import RunStore
 WAYS: dict[str, dict[str, str]] = {
     "cross-entropy": {},
     "soft": {"loss": "soft"},
-    "generalised": {"loss": "generalised"},
-    "candidates": {"loss": "candidates"},
     "in-step mask": {"step_thresholds": "mask"},
     "in-step weight": {"step_thresholds": "weight"},
 }

@@ -148,8 +148,8 @@ class StudentBench(Bench):
 
         def tokenized(padded: bool) -> dict[str, Any]:
             def run() -> None:
-                for start in range(0, len(texts), student_module.GPU_CHUNK):
-                    tokens_N = plain.encode(texts[start : start + student_module.GPU_CHUNK], longest)
+                for start in range(0, len(texts), student_module.CHUNK):
+                    tokens_N = plain.encode(texts[start : start + student_module.CHUNK], longest)
                     for index_B in by_length(tokens_N, 64, 64 * longest) if padded else ():
                         plain.pad([tokens_N[i] for i in index_B])
 
@@ -357,12 +357,12 @@ def agreement(
 @contextlib.contextmanager
 def nothing_ahead() -> Iterator[None]:
     """Batches are made in the thread that uses them, when it asks for them."""
-    plain = student_module.made_ahead
-    student_module.made_ahead = lambda items, count: items
+    plain = student_module.prefetched
+    student_module.prefetched = lambda items, count: items
     try:
         yield
     finally:
-        student_module.made_ahead = plain
+        student_module.prefetched = plain
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

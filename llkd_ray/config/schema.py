@@ -123,11 +123,9 @@ class StudentConfig(Section):
     learning_rate: float = Field(1.5e-4, gt=0)
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of a round's steps spent warming up.")
     weight_decay: float = Field(0.01, ge=0)
-    loss: Literal["cross_entropy", "soft", "generalised", "candidates"] = Field(
+    loss: Literal["cross_entropy", "soft"] = Field(
         "cross_entropy",
-        description="What pseudo-labels are learned by: cross_entropy: the teacher's label; soft: its "
-        "distribution; generalised: cross-entropy that gives up on what never fits (arXiv 1805.07836); "
-        "candidates: any of the likeliest labels where the teacher is unsure (after arXiv 2506.03857).",
+        description="Training target: cross_entropy: the teacher's label; soft: its distribution.",
     )
     step_thresholds: Literal["none", "mask", "weight"] = Field(
         "none",

@@ -34,7 +34,7 @@ def toy_batch(n: int, seed: int = 0) -> Batch:
 @pytest.mark.parametrize(("precision", "within"), [("float32", 1e-5), ("bfloat16", 0.03)])
 def test_answers_are_the_cpus(tiny_encoder, monkeypatch, precision, within):
     """Several chunks, batches with and without padding, texts that are cut and one without words."""
-    monkeypatch.setattr("llkd_ray.student.inference.GPU_CHUNK", 100)
+    monkeypatch.setattr("llkd_ray.student.inference.CHUNK", 100)
     texts, _ = toy_texts(500, 3, seed=2)
     texts[4], texts[9] = "sea " * 100, ""
     expected = predict(on("cpu", make_config(tiny_encoder)), texts, make_config(tiny_encoder))

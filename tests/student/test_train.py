@@ -1,7 +1,8 @@
-"""Losses against their formulae in numpy, and the gradients that they are chosen for."""
+"""The student learns by the losses' formulae, and alike on any number of ranks."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -9,15 +10,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import Job, train_on_ranks, without_dropout
+from small_students import LABELS, make_config, make_student, same, toy_batch, toy_teacher, weights
+from torch import nn
+from toys import toy_probs, toy_texts
 
 from llkd_ray.config.schema import StudentConfig
-from llkd_ray.student import train
-from llkd_ray.student.train import CANDIDATE_MASS, GIVING_UP, LOSSES, candidate_set
-
-
-def softmax(logits_BC: np.ndarray) -> np.ndarray:
-    exp_BC = np.exp(logits_BC - logits_BC.max(axis=1, keepdims=True))
-    return exp_BC / exp_BC.sum(axis=1, keepdims=True)
+from llkd_ray.metrics.uncertainty import confidence, entropy, normalise
+from llkd_ray.student.inference import predict
+from llkd_ray.student.model import lengths
+from llkd_ray.student.train import (
+    LOSSES,
+    MOMENTUM,
+    Batch,
+    MovingThreshold,
+    StepThresholds,
+    count_steps,
+    plan_steps,
+    soft,
+    train_round,
+    uncertainty,
+)
 
 
 def some(seed: int, n: int = 12, n_classes: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -31,140 +44,433 @@ def gradient(loss_B: torch.Tensor, logits_BC: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(loss_B.sum(), logits_BC)[0]
 
 
-def test_names_are_those_of_the_config():
-    assert set(LOSSES) == set(get_args(StudentConfig.model_fields["loss"].annotation))
+class TestLosses:
+    def test_names_are_those_of_the_config(self):
+        assert set(LOSSES) == set(get_args(StudentConfig.model_fields["loss"].annotation))
 
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_formula(self, name):
+        logits_BC, label_B, p_BC = some(0)
+        q_BC = torch.softmax(logits_BC, 1).detach().numpy()
+        target_BC = p_BC.numpy() if name == "soft" else np.eye(5)[label_B]
+        expected_B = (target_BC * np.log(np.maximum(target_BC, 1e-300) / q_BC)).sum(axis=1)
+        loss_B = LOSSES[name](logits_BC, label_B, p_BC)
+        assert loss_B.detach().numpy() == pytest.approx(expected_B)
+        assert gradient(loss_B, logits_BC).numpy() == pytest.approx(q_BC - target_BC)
 
-@pytest.mark.parametrize("name", LOSSES)
-class TestAll:
-    def test_one_value_a_text_that_may_be_far_off(self, name):
-        """Teachers that are certain and students that are certainly wrong give no infinite gradient."""
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_certain_teachers_and_students_that_are_far_off_give_finite_gradients(self, name):
         p_BC = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])
         logits_BC = torch.tensor([[-80.0, 80, 0], [0, 60, -60], [90, 0, -90]], requires_grad=True)
         loss_B = LOSSES[name](logits_BC, p_BC.argmax(dim=1), p_BC)
-        assert loss_B.shape == (3,)
         assert torch.isfinite(loss_B).all()
-        assert (loss_B >= -1e-6).all()
         assert torch.isfinite(gradient(loss_B, logits_BC)).all()
         assert loss_B[0] > 1.0
         assert loss_B[1] < 1e-6, "nothing to learn where the student agrees with a certain teacher"
 
-    def test_going_down_it_comes_to_the_teachers_label(self, name):
-        _, label_B, _ = some(3)
-        p_BC = torch.full((12, 5), 0.02, dtype=torch.float64).scatter(1, label_B[:, None], 0.92)
-        logits_BC = torch.zeros(12, 5, dtype=torch.float64, requires_grad=True)
-        for _ in range(200):
-            step_BC = gradient(LOSSES[name](logits_BC, label_B, p_BC), logits_BC)
-            logits_BC = (logits_BC - step_BC).detach().requires_grad_()
-        assert torch.softmax(logits_BC, 1)[torch.arange(12), label_B].min() > 0.9
-
-    def test_texts_do_not_meddle_with_each_other(self, name):
-        logits_BC, label_B, p_BC = some(1)
-        whole_B = LOSSES[name](logits_BC, label_B, p_BC)
-        alone_B = torch.cat(
-            [LOSSES[name](logits_BC[[i]], label_B[[i]], p_BC[[i]]) for i in range(len(label_B))]
-        )
-        torch.testing.assert_close(whole_B, alone_B)
-
-
-class TestFormulae:
-    def test_cross_entropy(self):
-        logits_BC, label_B, p_BC = some(0)
-        q_BC = softmax(logits_BC.detach().numpy())
-        expected_B = -np.log(q_BC[np.arange(12), label_B])
-        assert train.cross_entropy(logits_BC, label_B, p_BC).detach().numpy() == pytest.approx(expected_B)
-
-    @pytest.mark.parametrize("temperature", [1.0, 3.0])
-    def test_soft_is_the_divergence_from_the_teacher(self, monkeypatch, temperature):
-        monkeypatch.setattr(train, "TEMPERATURE", temperature)
-        logits_BC, label_B, p_BC = some(0)
-        q_BC = softmax(logits_BC.detach().numpy() / temperature)
-        target_BC = p_BC.numpy() ** (1 / temperature)
-        target_BC /= target_BC.sum(axis=1, keepdims=True)
-        expected_B = (target_BC * np.log(target_BC / q_BC)).sum(axis=1) * temperature**2
-        assert train.soft(logits_BC, label_B, p_BC).detach().numpy() == pytest.approx(expected_B)
-
     def test_soft_is_least_at_the_teachers_distribution(self):
         _, label_B, p_BC = some(0)
         logits_BC = (p_BC.log() + 3.0).requires_grad_()
-        loss_B = train.soft(logits_BC, label_B, p_BC)
+        loss_B = soft(logits_BC, label_B, p_BC)
         assert loss_B.detach().numpy() == pytest.approx(np.zeros(12), abs=1e-9)
-        assert gradient(loss_B, logits_BC).abs().max() < 1e-9
-
-    def test_generalised(self):
-        logits_BC, label_B, p_BC = some(0)
-        q_B = softmax(logits_BC.detach().numpy())[np.arange(12), label_B]
-        loss_B = train.generalised(logits_BC, label_B, p_BC)
-        assert loss_B.detach().numpy() == pytest.approx((1 - q_B**GIVING_UP) / GIVING_UP)
-
-    def test_generalised_gives_up_on_what_it_cannot_believe(self):
-        """Its gradient is cross-entropy's, times the probability to the power q."""
-        logits_BC, label_B, p_BC = some(0)
-        q_B = torch.softmax(logits_BC, 1)[torch.arange(12), label_B].detach()
-        plain_BC = gradient(train.cross_entropy(logits_BC, label_B, p_BC), logits_BC)
-        own_BC = gradient(train.generalised(logits_BC, label_B, p_BC), logits_BC)
-        torch.testing.assert_close(own_BC, plain_BC * q_B[:, None] ** GIVING_UP)
 
 
-class TestCandidates:
+class TestPlanSteps:
+    @settings(max_examples=150, deadline=None)
+    @given(
+        n=st.integers(1, 400),
+        batch_size=st.integers(1, 40),
+        world=st.integers(1, 4),
+        seed=st.integers(0, 2**31),
+    )
+    def test_ranks_together_make_the_batches_of_one(self, n, batch_size, world, seed):
+        config = make_config(batch_size=batch_size)
+        length_N = np.random.default_rng(seed + 1).integers(1, 500, n)
+
+        def steps(rank, world):
+            return list(plan_steps(length_N, config, rank, world, np.random.default_rng(seed)))
+
+        of_one = steps(0, 1)
+        ranks = [steps(rank, world) for rank in range(world)]
+        assert {len(of_rank) for of_rank in ranks} == {len(of_one)} == {-(-n // batch_size)}
+        for whole, *shares in zip(of_one, *ranks, strict=True):
+            counted = [index for share in shares if share.scale > 0 for index in share.index_B]
+            assert sorted(counted) == sorted(whole.index_B), "each text counts on exactly one rank"
+            for share in shares:
+                assert share.index_B.size > 0, "every rank has something to run"
+                assert share.scale in (0.0, world / whole.index_B.size)
+        assert sorted(index for step in of_one for index in step.index_B) == list(range(n))
+        assert all(step.scale == 1 / step.index_B.size for step in of_one)
+
+    def test_epochs_differ_seeds_repeat_and_batches_hold_texts_of_similar_length(self):
+        config, length_N = make_config(batch_size=16), np.random.default_rng(0).permutation(256)
+
+        def order(rng):
+            return [step.index_B.tolist() for step in plan_steps(length_N, config, 0, 1, rng)]
+
+        rng = np.random.default_rng(3)
+        first, second = order(rng), order(rng)
+        assert first != second
+        assert order(np.random.default_rng(3)) == first
+        assert [np.ptp(length_N[index_B]) for index_B in first] == [15] * 16, (
+            "one sorted window of 16 batches"
+        )
+
     @pytest.mark.parametrize(
-        ("p_C", "label", "expected"),
+        ("n", "epochs", "min_steps", "expected"),
         [
-            ([0.95, 0.03, 0.02], 0, {0}),
-            ([0.9, 0.06, 0.04], 0, {0}),
-            ([0.6, 0.3, 0.1], 0, {0, 1}),
-            ([0.3, 0.1, 0.6], 2, {0, 2}),
-            ([0.4, 0.35, 0.25], 0, {0, 1, 2}),
-            ([0.95, 0.03, 0.02], 2, {0, 2}),
-            ([0.0, 1.0, 0.0], 1, {1}),
+            (160, 3, 1, (3, 30)),
+            (160, 3, 30, (3, 30)),
+            (160, 3, 31, (4, 40)),
+            (161, 3, 31, (3, 33)),
+            (5, 2, 7, (7, 7)),
+            (1, 1, 1, (1, 1)),
         ],
     )
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_fewest_that_reach_the_mass(self, p_C, label, expected, dtype):
-        inside_BC = candidate_set(torch.tensor([label]), torch.tensor([p_C], dtype=dtype))
-        assert set(inside_BC[0].nonzero().ravel().tolist()) == expected
+    def test_small_rounds_make_more_epochs(self, n, epochs, min_steps, expected):
+        assert count_steps(n, make_config(epochs=epochs, min_steps=min_steps)) == expected
 
-    @settings(max_examples=60, deadline=None)
-    @given(seed=st.integers(0, 2**31), n_classes=st.integers(2, 8))
-    def test_the_set_is_enough_and_not_more(self, seed, n_classes):
-        _, label_B, p_BC = some(seed, 20, n_classes)
-        inside_BC = candidate_set(label_B, p_BC)
-        assert inside_BC[torch.arange(20), label_B].all()
-        mass_B = (p_BC * inside_BC).sum(dim=1)
-        assert (mass_B >= CANDIDATE_MASS - 1e-5).all()
-        least_B = torch.where(inside_BC, p_BC, 2.0).amin(dim=1)
-        assert (mass_B - least_B < CANDIDATE_MASS).all(), "without its least likely label it is too little"
-        assert (torch.where(inside_BC, 0.0, p_BC).amax(dim=1) <= least_B).all()
 
-    def test_one_candidate_is_cross_entropy(self):
-        logits_BC, label_B, _ = some(0)
-        p_BC = torch.full((12, 5), 0.01, dtype=torch.float64).scatter(1, label_B[:, None], 0.96)
-        own_B = train.candidates(logits_BC, label_B, p_BC)
-        plain_B = train.cross_entropy(logits_BC, label_B, p_BC)
-        torch.testing.assert_close(own_B, plain_B)
-        torch.testing.assert_close(gradient(own_B, logits_BC), gradient(plain_B, logits_BC))
+@pytest.fixture
+def train_noting_gradients(monkeypatch):
+    """Trains without dropout and without steps; returns a flat gradient for each step, facts and student."""
+    noted = []
 
-    def test_learns_as_from_the_students_distribution_among_the_candidates(self):
-        """CanDist's eq. 1 and 5: cross-entropy with the renormalised prediction as a fixed target."""
-        logits_BC, label_B, p_BC = some(0)
-        inside_BC = candidate_set(label_B, p_BC)
-        assert inside_BC.sum(dim=1).float().mean() > 1.5
-        q_BC = torch.softmax(logits_BC, 1).detach() * inside_BC
-        q_BC = q_BC / q_BC.sum(dim=1, keepdim=True)
-        refined_B = -(q_BC * torch.log_softmax(logits_BC, 1)).sum(dim=1)
-        own_B = train.candidates(logits_BC, label_B, p_BC)
-        torch.testing.assert_close(gradient(own_B, logits_BC), gradient(refined_B, logits_BC))
-        entropy_B = torch.special.entr(q_BC).sum(dim=1)
-        torch.testing.assert_close(own_B, refined_B - entropy_B)
+    def note(self, *_):
+        noted.append(torch.cat([p.grad.ravel() for group in self.param_groups for p in group["params"]]))
 
-    def test_takes_the_candidate_that_the_student_favours(self):
-        """The teacher wavers between 0 and 1 and says 0; the student leans to 1 and may keep to it."""
-        p_BC, label_B = torch.tensor([[0.5, 0.45, 0.05]]), torch.tensor([0])
-        logits_BC = torch.tensor([[0.0, 1.0, 0.0]], requires_grad=True)
-        for _ in range(300):
-            step_BC = gradient(train.candidates(logits_BC, label_B, p_BC), logits_BC)
-            logits_BC = (logits_BC - step_BC).detach().requires_grad_()
-        p_C = torch.softmax(logits_BC, 1)[0]
-        assert p_C[1] > p_C[0] > p_C[2]
-        assert p_C[1] > 0.7
-        assert p_C[2] < 0.01
+    monkeypatch.setattr(torch.optim.AdamW, "step", note)
+    # A rank's own gradient must stay as it is: DDP takes the mean before any clipping.
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *_: None)
+
+    def train(config, batch, **rank):
+        noted.clear()
+        student = make_student(config.model)
+        without_dropout(student.model)
+        facts = train_round(student, batch, config, **rank)
+        return torch.stack(noted), facts, student
+
+    return train
+
+
+class TestTrainRound:
+    def test_learns(self, tiny_encoder):
+        config = make_config(tiny_encoder, epochs=8)
+        student, unseen = make_student(tiny_encoder), toy_batch(150, seed=1)
+        before = (predict(student, unseen.texts, config).argmax(axis=1) == unseen.label_N).mean()
+        facts = train_round(student, toy_batch(240), config)
+        after = (predict(student, unseen.texts, config).argmax(axis=1) == unseen.label_N).mean()
+        assert before < 0.6
+        assert after > 0.85
+        assert facts["steps"] == 8 * 15
+        assert 0 < facts["loss"] < np.log(3)
+
+    @pytest.mark.parametrize(("epochs", "min_steps", "steps"), [(2, 1, 6), (1, 7, 9)])
+    def test_reports_its_progress_and_makes_whole_epochs(self, tiny_encoder, epochs, min_steps, steps):
+        config, said = make_config(tiny_encoder, epochs=epochs, min_steps=min_steps), []
+        facts = train_round(
+            make_student(tiny_encoder), toy_batch(40), config, on_step=lambda *step: said.append(step)
+        )
+        assert said == [(i, steps) for i in range(1, steps + 1)]
+        assert facts["steps"] == steps
+
+    def test_the_same_seed_gives_the_same_weights(self, tiny_encoder):
+        def trained(build_seed, seed):
+            student = make_student(tiny_encoder, build_seed)
+            train_round(student, toy_batch(40), make_config(tiny_encoder, epochs=1), seed=seed)
+            return weights(student)
+
+        first = trained(0, 0)
+        assert same(trained(0, 0), first)
+        assert not same(trained(0, 1), first)
+        assert not same(trained(1, 0), first)
+
+    def test_text_that_weighs_nothing_teaches_nothing(self, tiny_encoder):
+        config, batch = make_config(tiny_encoder, epochs=2), toy_batch(32)
+        weight_N, wrong_N = np.tile([1.0, 0.0], 16), (batch.label_N + 1) % 3
+
+        def trained(label_N):
+            student = make_student(tiny_encoder)
+            facts = train_round(student, replace(batch, label_N=label_N, weight_N=weight_N), config)
+            return weights(student), facts
+
+        first, first_facts = trained(batch.label_N)
+        other, other_facts = trained(np.where(weight_N > 0, batch.label_N, wrong_N))
+        assert same(first, other)
+        assert first_facts == other_facts
+        assert not same(first, trained(np.where(weight_N > 0, wrong_N, batch.label_N))[0])
+
+    def test_soft_learns_from_the_distribution_and_not_the_label(self, tiny_encoder):
+        config, batch = make_config(tiny_encoder, epochs=2, loss="soft"), toy_batch(32)
+
+        def trained(**changes):
+            student = make_student(tiny_encoder)
+            train_round(student, replace(batch, **changes), config)
+            return weights(student)
+
+        first = trained()
+        assert same(first, trained(label_N=(batch.label_N + 1) % 3))
+        assert not same(first, trained(p_NC=toy_teacher((batch.label_N + 1) % 3)))
+
+    @pytest.mark.parametrize("world", [2, 3])
+    def test_the_mean_gradient_over_ranks_is_that_of_one(self, tiny_encoder, train_noting_gradients, world):
+        """Ranks run one after the other; the last batch of an epoch has one text."""
+        config = make_config(tiny_encoder, epochs=2, batch_size=4)
+        batch = replace(toy_batch(21), weight_N=np.random.default_rng(0).uniform(0, 2, 21))
+        of_one, *_ = train_noting_gradients(config, batch, seed=1)
+        assert len(of_one) == 12
+        ranks = [
+            train_noting_gradients(config, batch, rank=rank, world=world, seed=1)[0] for rank in range(world)
+        ]
+        torch.testing.assert_close(torch.stack(ranks).mean(0), of_one, rtol=1e-4, atol=1e-6)
+
+    def test_rate_warms_up_and_falls_to_zero_and_only_matrices_decay(self, tiny_encoder, monkeypatch):
+        config = make_config(tiny_encoder, epochs=5, warmup=0.2, learning_rate=0.01, weight_decay=0.3)
+        rates, groups, plain_step = [], [], torch.optim.AdamW.step
+
+        def noting(self, *arguments):
+            rates.append(self.param_groups[0]["lr"])
+            groups[:] = self.param_groups
+            return plain_step(self, *arguments)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+        student = make_student(tiny_encoder)
+        train_round(student, toy_batch(64), config)
+        assert len(rates) == 20
+        assert rates[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+        assert rates[3:] == sorted(rates[3:], reverse=True)
+        assert 0 < rates[-1] < 0.001
+        assert {p.ndim: group["weight_decay"] for group in groups for p in group["params"]} == {1: 0, 2: 0.3}
+        assert sum(len(group["params"]) for group in groups) == len(list(student.model.parameters()))
+
+    def test_batches_go_by_tokens_and_not_by_characters(self, tiny_encoder, monkeypatch):
+        """Texts of few tokens and many characters, and the other way round, in steps of their own."""
+        config = make_config(tiny_encoder, batch_size=8, epochs=1)
+        student, shapes = make_student(tiny_encoder), []
+        texts = ["the" * 40] * 8 + ["a b c d e f g h i j k"] * 8
+        length_N = lengths(student.encode(texts, config.max_tokens))
+        plain = type(student).pad
+
+        def noting(self, tokens_B):
+            shapes.append((lengths(tokens_B).min(), lengths(tokens_B).max()))
+            return plain(self, tokens_B)
+
+        monkeypatch.setattr(type(student), "pad", noting)
+        zeros_N = np.zeros(16, dtype=np.int64)
+        train_round(student, Batch(texts, zeros_N, np.ones(16), np.eye(3)[zeros_N]), config)
+        assert length_N.min() < length_N.max()
+        assert len(shapes) == 2
+        assert all(low == high for low, high in shapes), "no token of padding"
+
+    @pytest.mark.parametrize(
+        ("share_C", "weight_C", "prior_C", "expected_C"),
+        [
+            ([32, 24, 8], [1, 1, 1], None, [0.5, 0.375, 0.125]),
+            ([32, 24, 8], [1, 1, 1], [0.1, 0.2, 0.7], [0.1, 0.2, 0.7]),
+            ([32, 32, 0], [1.8, 0.2, 1], [0.5, 0.5, 0.0], [0.5, 0.5, 0.0]),  # weights count as shares
+        ],
+    )
+    def test_on_texts_that_tell_nothing_the_answer_is_the_prior(
+        self, tiny_encoder, share_C, weight_C, prior_C, expected_C
+    ):
+        config = make_config(tiny_encoder, epochs=30, weight_decay=0.0)
+        label_N = np.repeat([0, 1, 2], share_C)
+        prior_C = None if prior_C is None else np.array(prior_C)
+        batch = Batch(["the sea"] * 64, label_N, np.array(weight_C)[label_N], np.eye(3)[label_N], prior_C)
+        student = make_student(tiny_encoder)
+        train_round(student, batch, config)
+        assert predict(student, ["the sea"], config)[0] == pytest.approx(expected_C, abs=0.05)
+        assert (batch.logit_shift() == 0).all() == (prior_C is None)
+
+
+def step_of(seed: int, n: int = 40, n_classes: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, labels and confidences of a step; the last class has no text."""
+    rng = np.random.default_rng(seed)
+    logits_BC = torch.tensor(rng.normal(0, rng.uniform(0.2, 4, (n, 1)), (n, n_classes)), requires_grad=True)
+    label_B = torch.tensor(rng.integers(0, n_classes - 1, n))
+    return logits_BC, label_B, torch.tensor(rng.uniform(0.3, 1.0, n))
+
+
+def logits_of(*uncertainties: float) -> torch.Tensor:
+    """Logits for two classes whose normalised entropy is as asked for."""
+    p_X = np.linspace(0.5, 1 - 1e-12, 200_001)
+    entropy_X = entropy(np.stack([p_X, 1 - p_X], axis=1))
+    p_B = np.array([p_X[np.abs(entropy_X - wanted).argmin()] for wanted in uncertainties])
+    return torch.tensor(np.log(np.stack([p_B, 1 - p_B], axis=1)))
+
+
+class TestStepThresholds:
+    def test_uncertainty_is_the_normalised_entropy(self):
+        logits_BC, _, _ = step_of(0)
+        own_B = uncertainty(logits_BC)
+        assert not own_B.requires_grad
+        assert own_B.numpy() == pytest.approx(entropy(torch.softmax(logits_BC, 1).detach().numpy()))
+        assert uncertainty(torch.tensor([[900.0, 0.0], [0.0, 0.0]])).tolist() == pytest.approx([0.0, 1.0])
+
+    def test_weight_is_confidence_times_uncertainty_with_a_mean_of_one(self):
+        logits_BC, label_B, confidence_B = step_of(0)
+        thresholds = StepThresholds("weight", 4)
+        counts_B = thresholds.weigh(logits_BC, label_B, confidence_B, is_share=True)
+        assert counts_B.dtype == torch.float32
+        assert not counts_B.requires_grad
+        expected_B = confidence_B.numpy() * uncertainty(logits_BC).numpy()
+        assert counts_B.numpy() == pytest.approx(expected_B / expected_B.mean())
+        assert thresholds.facts() == {}
+
+    def test_mask_is_freematchs_thresholds_step_after_step(self):
+        """The reference: the thresholds in numpy, moved before the step is judged."""
+        step_thresholds, seen, kept = StepThresholds("mask", 4), 0, 0
+        thresholds = [MovingThreshold.start(4, MOMENTUM)] * 2
+        for seed in range(30):
+            logits_BC, label_B, confidence_B = step_of(seed)
+            both_2N = np.stack([confidence_B.numpy(), uncertainty(logits_BC).numpy()])
+            label_N = label_B.numpy()
+            count_C = np.bincount(label_N, minlength=4)
+            sum_2C = [np.bincount(label_N, signal_N, minlength=4) for signal_N in both_2N]
+            thresholds = [t.after(sum_C, count_C) for t, sum_C in zip(thresholds, sum_2C, strict=True)]
+            passes_N = np.all(
+                [s >= t.of_class()[label_N] for s, t in zip(both_2N, thresholds, strict=True)], axis=0
+            )
+            counts_B = step_thresholds.weigh(logits_BC, label_B, confidence_B, is_share=True)
+            assert passes_N.sum() > 0
+            assert counts_B.numpy() == pytest.approx(passes_N * 40 / passes_N.sum())
+            seen, kept = seen + 40, kept + passes_N.sum()
+        assert 0.2 < kept / seen < 0.8
+        assert step_thresholds.facts() == {"masked": pytest.approx(1 - kept / seen)}
+
+    @pytest.mark.parametrize(
+        ("kind", "logits_BC", "confidence", "expected"),
+        [
+            ("none", logits_of(0.5, 0.5), [0.9, 0.1], [1, 1]),
+            ("weight", logits_of(0, 0) * 1e6, [1, 1], [0, 0]),  # a certain student has nothing to learn
+            ("mask", logits_of(0.9, 0.1, 0.9, 0.1), [0.9, 0.9, 0.5, 0.5], [4, 0, 0, 0]),  # both signals count
+            ("mask", logits_of(0.1, 0.9), [0.9, 0.5], [0, 0]),  # nothing passes
+        ],
+    )
+    def test_one_step_of_one_class(self, kind, logits_BC, confidence, expected):
+        label_B = torch.zeros(len(confidence), dtype=torch.long)
+        thresholds = StepThresholds(kind, 2)
+        counts_B = thresholds.weigh(logits_BC, label_B, torch.tensor(confidence, dtype=torch.float64), True)
+        assert counts_B.tolist() == expected
+        masked = {"masked": 1 - np.count_nonzero(expected) / len(expected)}
+        assert thresholds.facts() == (masked if kind == "mask" else {})
+
+    @pytest.mark.parametrize("confidence", [0.7, 0.83, 1.0])
+    def test_equal_texts_all_pass_whatever_the_rounding(self, confidence):
+        thresholds, logits_BC = StepThresholds("mask", 2), logits_of(*[0.87] * 30)
+        for step in range(600):
+            n = step % 30 + 1
+            counts_B = thresholds.weigh(
+                logits_BC[:n], torch.ones(n, dtype=torch.long), torch.full((n,), confidence), True
+            )
+            assert counts_B.tolist() == [1.0] * n
+
+    def test_all_pass_while_a_fresh_student_knows_nothing(self):
+        thresholds, label_B = StepThresholds("mask", 5), torch.arange(20) % 5
+        for seed in range(10):
+            rng = np.random.default_rng(seed)
+            logits_BC, confidence_B = rng.normal(0, 0.1, (20, 5)), torch.tensor(rng.uniform(0.7, 1, 20))
+            counts_B = thresholds.weigh(torch.tensor(logits_BC), label_B, confidence_B, True)
+            assert counts_B.tolist() == [1.0] * 20
+
+    def test_student_that_starts_nearly_certain_is_not_shut_out(self):
+        thresholds, label_B = StepThresholds("mask", 2), torch.tensor([0, 0, 1, 1])
+        for _ in range(10):
+            logits_BC = logits_of(0.02, 0.06, 0.02, 0.06)
+            counts_B = thresholds.weigh(logits_BC, label_B, torch.full((4,), 0.9), True)
+            assert counts_B.tolist() == [0.0, 2.0, 0.0, 2.0]
+
+    def test_texts_that_are_no_share_change_nothing(self):
+        """A rank without a text of its own runs one of another rank's."""
+        thresholds = StepThresholds("mask", 4)
+        thresholds.weigh(*step_of(0), is_share=True)
+        before = thresholds.confidence, thresholds.uncertainty, thresholds.facts()
+        assert thresholds.weigh(*step_of(1, n=3), is_share=False).tolist() == [0.0] * 3
+        assert (thresholds.confidence, thresholds.uncertainty, thresholds.facts()) == before
+
+
+class TestStepThresholdsInARound:
+    def test_mask_is_training_on_what_passes(self, tiny_encoder, train_noting_gradients):
+        """The teacher is in doubt about every third text; a student that knows nothing, about all."""
+        config = make_config(tiny_encoder, epochs=1, step_thresholds="mask")
+        batch = toy_batch(15)
+        unsure_N = np.arange(15) % 3 == 0
+        doubted_NC = normalise(np.full((15, 3), 0.33) + 0.01 * np.eye(3)[batch.label_N])
+        batch = replace(
+            batch,
+            p_NC=np.where(unsure_N[:, None], doubted_NC, batch.p_NC),
+            weight_N=np.random.default_rng(0).uniform(0.5, 2, 15),
+        )
+        own, facts, _ = train_noting_gradients(config, batch)
+        assert facts["masked"] == pytest.approx(1 / 3)
+        sure = Batch(
+            [text for text, unsure in zip(batch.texts, unsure_N, strict=True) if not unsure],
+            *(array[~unsure_N] for array in (batch.label_N, batch.weight_N, batch.p_NC)),
+        )
+        plain, plain_facts, _ = train_noting_gradients(make_config(tiny_encoder, epochs=1), sure)
+        assert "masked" not in plain_facts
+        assert plain.abs().max() > 0
+        torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-6)
+        assert facts["loss"] == pytest.approx(plain_facts["loss"], rel=1e-5)
+
+    def test_weight_is_training_with_those_weights(self, tiny_encoder, train_noting_gradients):
+        config = make_config(tiny_encoder, epochs=1, step_thresholds="weight")
+        batch = replace(toy_batch(15), weight_N=np.random.default_rng(0).uniform(0.5, 2, 15))
+        own, facts, student = train_noting_gradients(config, batch)
+        assert "masked" not in facts
+        counts_N = confidence(batch.p_NC) * entropy(predict(student, batch.texts, config))
+        weighted = replace(batch, weight_N=batch.weight_N * counts_N / counts_N.mean())
+        plain, plain_facts, _ = train_noting_gradients(make_config(tiny_encoder, epochs=1), weighted)
+        torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-6)
+        assert facts["loss"] == pytest.approx(plain_facts["loss"], rel=1e-5)
+
+    def test_where_nothing_passes_the_steps_are_made_and_change_nothing(self, tiny_encoder, monkeypatch):
+        config = make_config(tiny_encoder, epochs=1, step_thresholds="mask", batch_size=4, weight_decay=0.0)
+        student = make_student(tiny_encoder)
+        before = weights(student)
+        monkeypatch.setattr(StepThresholds, "_passes", lambda self, label_B, *_: torch.zeros_like(label_B))
+        facts = train_round(student, toy_batch(12), config)
+        assert facts == {"steps": 3, "loss": 0.0, "masked": 1.0}
+        assert same(weights(student), before)
+
+
+@pytest.mark.timeout(600)
+class TestRanks:
+    """1, 2 and 4 real processes; the last batch of an epoch has two texts, so two of four ranks have none."""
+
+    N, STEPS = 42, 18
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def results(cls, tiny_encoder, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("ranks")
+        texts, gold_N = toy_texts(cls.N, 3, 0)
+        rng = np.random.default_rng(0)
+        p_NC = normalise(toy_probs(gold_N, 3, 0.8, rng))
+        batch = Batch(texts, p_NC.argmax(axis=1), rng.uniform(0.5, 1.5, cls.N), p_NC)
+        # A student that has learned a little is sure of some texts and not of others.
+        student = make_student(tiny_encoder)
+        earlier, label_N = toy_texts(200, 3, 1)
+        config = make_config(batch_size=8, epochs=3)
+        train_round(student, Batch(earlier, label_N, np.ones(200), np.eye(3)[label_N]), config)
+        student.module.save_pretrained(folder)
+        student.tokenizer.save_pretrained(folder)
+        configs = [
+            make_config(str(folder), batch_size=8, epochs=3, learning_rate=0.03, step_thresholds=kind)
+            for kind in ("mask", "weight")
+        ]
+        return train_on_ranks(Job(tuple(configs), LABELS, batch, (1, 2, 4)), folder)
+
+    @pytest.mark.parametrize("kind", [0, 1], ids=["mask", "weight"])
+    def test_weights_and_masked_texts_agree(self, results, kind):
+        (of_one,) = results[kind, 1]
+        for of_rank in (*results[kind, 1], *results[kind, 2], *results[kind, 4]):
+            assert of_rank["steps"] == self.STEPS
+            assert of_rank.get("masked") == of_one.get("masked")
+            torch.testing.assert_close(of_rank["weights"], of_one["weights"], rtol=0, atol=2e-5)
+
+    def test_what_counts_makes_a_difference(self, results):
+        """Else the agreement above would be no test."""
+        (mask,), (weight,) = results[0, 1], results[1, 1]
+        assert 0.1 < mask["masked"] < 0.9
+        assert (mask["weights"] - weight["weights"]).abs().max() > 100 * 2e-5
