@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,29 +19,18 @@ import pyarrow as pa
 
 from llkd_ray.comparison.job import compare as run_comparison
 from llkd_ray.comparison.report import PAGE, SUMMARY
-from llkd_ray.comparison.settings import Comparison, load_comparison, parse_comparison
+from llkd_ray.comparison.settings import Comparison, load_comparison
 from llkd_ray.config.base import ConfigError
-from llkd_ray.config.loading import (
-    absolute,
-    absolute_folder,
-    apply_overrides,
-    load_config,
-    load_tree,
-    local_dir,
-    parse_config,
-    with_absolute_paths,
-)
+from llkd_ray.config.loading import Overrides, resolve
+from llkd_ray.config.paths import local_dir
 from llkd_ray.config.schema import Config
 from llkd_ray.display import Display
 from llkd_ray.prediction import results as output
-from llkd_ray.prediction.config import PredictConfig, parse_predict
+from llkd_ray.prediction.config import PredictConfig
 from llkd_ray.prediction.job import predict as run_prediction
 from llkd_ray.prediction.pieces import CORPUS, FOLDERS
 from llkd_ray.run import loop
 from llkd_ray.storage.run_dir import MODEL_DIR, REPORT, RunStore
-
-Overrides = Mapping[str, Any] | Sequence[str]
-"""``{"budget.rounds": 3}`` or, as on the command line, ``["budget.rounds=3"]``."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +107,9 @@ def distill(
     ``config`` is a checked config, the same as a dictionary, or a YAML file's path. Raises ConfigError for a
     mistake in it and TeacherDown where the teacher cannot go on; :func:`resume` then goes on from there.
     """
-    if isinstance(config, str | Path):
-        checked = load_config(config, _dotted(overrides))
-    else:
-        tree = config.model_dump() if isinstance(config, Config) else config
-        checked = parse_config(_overridden(tree, overrides))
+    settings = resolve(Config, config, overrides)
     with _shown(display) as there:
-        return _distilled(loop.start(with_absolute_paths(checked), there))
+        return _distilled(loop.start(settings, there))
 
 
 def resume(run_dir: str | Path, overrides: Overrides = (), *, display: Display | None = None) -> Distilled:
@@ -134,7 +118,7 @@ def resume(run_dir: str | Path, overrides: Overrides = (), *, display: Display |
     ``overrides`` may raise ``budget.rounds`` and ``budget.train`` of a finished run, which then goes on.
     """
     with _shown(display) as there:
-        return _distilled(loop.resume(str(run_dir), there, _dotted(overrides)))
+        return _distilled(loop.resume(str(run_dir), there, overrides))
 
 
 def compare(
@@ -154,15 +138,14 @@ def compare(
     ``report_only`` trains nothing. Raises ConfigError for what the user can mend.
     """
     if isinstance(config, str | Path):
-        comparison = load_comparison(config, _dotted(overrides))
+        comparison = load_comparison(config, overrides)
         out = out or f"runs/{Path(config).stem.replace('_', '-')}"
     else:
-        tree = config.model_dump() if isinstance(config, Comparison) else config
-        comparison = parse_comparison(_overridden(tree, overrides))
+        comparison = resolve(Comparison, config, overrides)
     if out is None:
         raise ConfigError("out: no folder is given for the results: name one")
     folder = local_dir(str(out))
-    base = with_absolute_paths(load_config(comparison.base))
+    base = resolve(Config, comparison.base)
     with _shown(display) as there:
         errors = run_comparison(comparison, base, folder, there, only=only, add=add, report_only=report_only)
     store = RunStore(folder)
@@ -180,18 +163,14 @@ def predict(
 
     Settings are those of :class:`~llkd_ray.prediction.config.PredictConfig`; the least of them:
     ``{"model": run_dir, "corpus": {"uri": "reviews.csv", "text": "body"}, "out": "predicted"}``. Raises
-    ConfigError for a mistake; its message names the flag of jobs/predict.py that a setting belongs to.
+    ConfigError for a mistake; its message names the setting, or the flag of jobs/predict.py that sets it.
     """
-    if isinstance(config, str | Path):
-        tree = load_tree(config)
-    else:
-        tree = config.model_dump() if isinstance(config, PredictConfig) else dict(config)
-    checked = _with_absolute_paths(parse_predict(_overridden(tree, overrides)))
+    settings = resolve(PredictConfig, config, overrides)
     with _shown(display) as there:
-        summary = run_prediction(checked, there.say)
-    store = RunStore(checked.out)
+        summary = run_prediction(settings, there.say)
+    store = RunStore(settings.out)
     fitted = store.read_json(output.THRESHOLDS) if store.exists(output.THRESHOLDS) else None
-    return Predicted(checked.out, summary, fitted, store.uri(FOLDERS[CORPUS]))
+    return Predicted(settings.out, summary, fitted, store.uri(FOLDERS[CORPUS]))
 
 
 def _distilled(outcome: loop.Outcome) -> Distilled:
@@ -214,25 +193,3 @@ def _shown(display: Display | None) -> Iterator[Display]:
         return
     with Display() as own:
         yield own
-
-
-def _dotted(overrides: Overrides) -> list[str]:
-    """As the command line gives them; strings go through YAML, and so come back as they are."""
-    if isinstance(overrides, Mapping):
-        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-    return list(overrides)
-
-
-def _overridden(tree: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
-    return apply_overrides(tree, _dotted(overrides))
-
-
-def _with_absolute_paths(config: PredictConfig) -> PredictConfig:
-    """Workers run from another directory than the driver."""
-    tree = config.model_dump()
-    tree["model"] = absolute_folder(config.model)
-    tree["out"] = local_dir(config.out)
-    for source in filter(None, (tree["corpus"], tree["gold"])):
-        uris = source["uri"]
-        source["uri"] = absolute(uris) if isinstance(uris, str) else tuple(map(absolute, uris))
-    return parse_predict(tree)

@@ -14,15 +14,8 @@ from llkd_ray.api import compare, predict
 from llkd_ray.audit.job import LOOK_AT, Wanted, bring_back, export
 from llkd_ray.comparison.settings import load_comparison
 from llkd_ray.config.base import ConfigError
-from llkd_ray.config.loading import (
-    absolute,
-    absolute_folder,
-    apply_overrides,
-    load_config,
-    local_dir,
-    parse_config,
-    with_absolute_paths,
-)
+from llkd_ray.config.loading import resolve
+from llkd_ray.config.paths import absolute, absolute_folder, local_dir
 from llkd_ray.config.schema import Config
 from llkd_ray.display import TEACHER_DOWN, Display, run_program
 from llkd_ray.export import export_model
@@ -63,7 +56,7 @@ def _dispatch(options: argparse.Namespace, display: Display) -> None:
             raise ConfigError("--resume goes on with the run's own config; leave out CONFIG")
         _finish([resume(options.resume, display, options.set)], display)
     elif options.config:
-        config = with_absolute_paths(load_config(options.config, options.set))
+        config = resolve(Config, options.config, options.set)
         if options.dry_run:
             plan(config, display)
         else:
@@ -73,10 +66,8 @@ def _dispatch(options: argparse.Namespace, display: Display) -> None:
             prepare,  # it trains a teacher: seconds to import, for this run alone
         )
 
-        settings = apply_overrides(
-            prepare(Path(local_dir("runs")) / "quickstart-data", say=display.say), options.set
-        )
-        config = with_absolute_paths(parse_config(settings))
+        settings = prepare(Path(local_dir("runs")) / "quickstart-data", say=display.say)
+        config = resolve(Config, settings, options.set)
         if options.dry_run:
             plan(config, display)
         else:
@@ -87,9 +78,9 @@ def quickstart(config: Config, display: Display) -> list[Outcome]:
     """The configured policy, then ``random`` on the same labels with the same budget."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = [f"quickstart-{stamp}-{policy}" for policy in (config.selection.policy, "random")]
-    first = start(_changed(config, run={"name": names[0]}), display)
+    first = start(resolve(Config, config, {"run.name": names[0]}), display)
     display.say("once more with the policy 'random', on the labels that are there")
-    baseline = _changed(config, run={"name": names[1]}, selection={"policy": "random"})
+    baseline = resolve(Config, config, {"run.name": names[1], "selection.policy": "random"})
     second = start(baseline, display)
     write_report(RunStore(first.run_dir))  # once more, with the baseline as its reference
     return [first, second]
@@ -134,14 +125,6 @@ def _finish(outcomes: Sequence[Outcome], display: Display) -> None:
 def _figures(scores: dict[str, Any]) -> list[str]:
     values = (scores.get(key) for key in ("accuracy", "macro_f1", "teacher_agreement"))
     return ["–" if value is None else f"{value:.3f}" for value in values]
-
-
-def _changed(config: Config, **sections: dict[str, Any]) -> Config:
-    """The config with some fields of some sections replaced, checked anew."""
-    tree = config.model_dump()
-    for section, changes in sections.items():
-        tree[section] |= changes
-    return parse_config(tree)
 
 
 def audit_main(arguments: Sequence[str] | None = None) -> int:

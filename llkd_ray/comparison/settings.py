@@ -8,18 +8,19 @@ bound, *all pseudo-labels*, and *random*.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from llkd_ray.comparison.tables import ALL, GOLD, RANDOM
 from llkd_ray.comparison.trial import Trial
-from llkd_ray.config.base import ConfigError
-from llkd_ray.config.loading import apply_overrides, dump_config, load_tree, parse_config, with_absolute_paths
+from llkd_ray.config.base import ConfigError, Section, parse
+from llkd_ray.config.loading import Overrides, apply_overrides, dump_config, load_tree, parse_config
+from llkd_ray.config.paths import with_absolute_paths
 from llkd_ray.config.schema import Config
 from llkd_ray.display import Display
 from llkd_ray.run.loop import distill
@@ -33,11 +34,10 @@ REFERENCES: dict[str, dict[str, dict[str, Any]]] = {
 """Lines that every comparison has; *gold* learns the true labels, whoever the teacher is."""
 
 
-class Comparison(BaseModel):
+class Comparison(Section):
     """A comparison's settings, from a YAML file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+    whole: ClassVar[str] = "comparison"
     base: str = Field(
         description="A run's YAML file, from here; its own folder is where relative paths start."
     )
@@ -76,23 +76,10 @@ class Comparison(BaseModel):
         return self.report or self.sizes
 
 
-def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
+def load_comparison(path: str | Path, overrides: Overrides = ()) -> Comparison:
     """Read a comparison's YAML file and apply ``a.b=c``; raises ConfigError with one line per mistake."""
-    comparison = parse_comparison(apply_overrides(load_tree(path), overrides))
+    comparison = parse(Comparison, apply_overrides(load_tree(path), overrides))
     return comparison.model_copy(update={"base": str(Path(path).parent / comparison.base)})
-
-
-def parse_comparison(tree: Mapping[str, Any]) -> Comparison:
-    """Settings that were read or written in Python; raises ConfigError with one line per mistake."""
-    try:
-        return Comparison.model_validate(tree)
-    except ValidationError as error:
-        lines = (
-            f"{'.'.join(map(str, problem['loc'])) or 'comparison'}: "
-            f"{problem['msg'].removeprefix('Value error, ')}"
-            for problem in error.errors()
-        )
-        raise ConfigError("\n".join(lines)) from None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,12 @@
-"""What all sections of the configuration share."""
+"""What all sections of the configuration share: strict, frozen, and one form for every mistake."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class ConfigError(ValueError):
@@ -13,6 +17,55 @@ class Section(BaseModel):
     """A frozen part of the tree that refuses what it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    whole: ClassVar[str] = "config"
+    """The field of a mistake that belongs to no single setting; "" where its message names one."""
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def parse(section: type[SectionT], tree: Mapping[str, Any]) -> SectionT:
+    """Check plain settings. Raises :class:`ConfigError` with one line per mistake."""
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        # A setting of several types is refused once for each of them; that is one mistake.
+        reasons: dict[str, list[str]] = {}
+        for problem in error.errors():
+            reasons.setdefault(_field(problem["loc"]) or section.whole, []).append(_reason(section, problem))
+        lines = (": ".join(filter(None, (field, "; ".join(why)))) for field, why in reasons.items())
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _field(loc: Sequence[Any]) -> str:
+    """The setting's dotted name, without the names of types that pydantic appends to it."""
+    types = re.compile(r"int|(constrained-)?float|str|bool|tuple\[.*\]|literal\[.*\]")
+    return ".".join(str(part) for part in loc if not types.fullmatch(str(part)))
+
+
+def _reason(section: type[BaseModel], problem: Any) -> str:
+    """What one pydantic error says of a field: value and remedy."""
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"unknown setting; known here: {', '.join(_known_fields(section, problem['loc'][:-1]))}"
+        case "missing":
+            return "missing; it has no default, so set it"
+        case "value_error":
+            return str(problem["ctx"]["error"])
+        case _:
+            return f"{problem['input']!r} is refused: {problem['msg']}"
+
+
+def _known_fields(section: type[BaseModel], loc: Sequence[Any]) -> list[str]:
+    """The field names of the section at ``loc``, as far as the tree of models tells."""
+    for part in loc:
+        if not isinstance(part, str) or part not in section.model_fields:
+            continue
+        annotation = section.model_fields[part].annotation
+        for candidate in (annotation, *getattr(annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                section = candidate
+    return sorted(section.model_fields)
 
 
 def ends(number: int | tuple[int, int]) -> tuple[int, int]:

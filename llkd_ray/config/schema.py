@@ -1,7 +1,7 @@
 """The configuration tree: every setting with its unit, its default and its checks.
 
 A run is described by one frozen :class:`Config`. It comes from a YAML file and ``--set a.b=c``
-overrides (``settings.py``), and every mistake that can be seen without data is refused here, before
+overrides (``loading.py``), and every mistake that can be seen without data is refused here, before
 anything starts, with the field, the value and the remedy in one line.
 """
 
@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from llkd_ray.config.base import Section, ends, member_field
+from llkd_ray.config.paths import DataUris, Model, ResultDir
 from llkd_ray.config.teacher import TeacherConfig
 
 
 class SourceConfig(Section):
     """Where texts come from. Used for the corpus (the pool) and for the test set."""
 
-    uri: str | tuple[str, ...] = Field(
+    uri: DataUris = Field(
         description="Files, globs or folders (parquet, jsonl[.gz|.zst], csv, txt), local or on any "
         "pyarrow filesystem (s3://, gs://), or hf://NAME[?split=train&config=…]."
     )
@@ -89,7 +90,7 @@ class LabelsConfig(Section):
 class StudentConfig(Section):
     """The small model that learns; any Hugging Face checkpoint for sequence classification."""
 
-    model: str = Field(
+    model: Model = Field(
         description="Checkpoint folder, hub name, or 'minilm': the all-MiniLM-L6-v2 weights of the "
         "quickstart extra."
     )
@@ -289,7 +290,9 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     """Where results go, and chance."""
 
-    dir: str = Field("runs", description="Folder, or URI on any pyarrow filesystem, that holds the runs.")
+    dir: ResultDir = Field(
+        "runs", description="Folder, or URI on any pyarrow filesystem, that holds the runs."
+    )
     name: str | None = Field(None, description="The run's own folder; default: policy and time.")
     seed: int = Field(0, ge=0)
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from llkd_ray.config.base import Section, ends
+from llkd_ray.config.paths import Cache, DataUri, OptionalModel, Template
 
 
 class Demonstration(Section):
@@ -21,7 +22,7 @@ class Demonstration(Section):
 class DrawnDemonstrations(Section):
     """Few-shot examples drawn from a file of labelled texts, as many of each class."""
 
-    uri: str = Field(description="A file, a glob or a folder, in any format that the corpus may have.")
+    uri: DataUri = Field(description="A file, a glob or a folder, in any format that the corpus may have.")
     text: str = Field("text", description="Column that holds the text.")
     label: str = Field("label", description="Column with the label (name or index).")
     per_class: int = Field(1, ge=1, description="Examples of each class.")
@@ -45,7 +46,7 @@ class PromptConfig(Section):
     text_prefix: str = Field("Text: ", description="Stands before every text.")
     answer_prefix: str = Field("\nLabel:", description="Stands between a text and its label.")
     separator: str = Field("\n\n", description="Stands between instruction, demonstrations and the text.")
-    template: str | None = Field(
+    template: Template = Field(
         None,
         description="A Jinja2 template of the whole prompt, or the path of one that ends in .j2; null: the "
         "default, of the settings above. It sees instruction, labels (name, key, description), "
@@ -67,7 +68,7 @@ class PromptConfig(Section):
 class RecordedConfig(Section):
     """Label distributions answered earlier: from a parquet file, or the labels/ folder of a run."""
 
-    uri: str = Field(description="A parquet file, a glob or a folder.")
+    uri: DataUri = Field(description="A parquet file, a glob or a folder.")
     probs: str = Field("probs", description="Column with one list of C probabilities a row.")
     id: str = Field("id", description="Column matched with the id of the corpus and the test set.")
     prompt_tokens: str | None = Field(None, description="Column with the prompt's tokens; optional.")
@@ -84,7 +85,7 @@ class ServerConfig(Section):
         description="Environment variable that holds the key, set where the teacher's actors run; none is "
         "sent where it is not set.",
     )
-    tokenizer: str | None = Field(
+    tokenizer: OptionalModel = Field(
         None,
         description="Checkpoint folder or hub name of the served model's tokenizer. With it, prompts are "
         "sent as tokens and cut to max_model_len, and labels are scored by all of their tokens.",
@@ -172,7 +173,7 @@ class TeacherConfig(Section):
     """The large model that labels."""
 
     kind: Literal["vllm", "openai", "recorded", "cascade"] = "vllm"
-    model: str | None = Field(
+    model: OptionalModel = Field(
         None, description="Checkpoint folder or hub name (vllm), or the server's name for it (openai)."
     )
     revision: str | None = Field(None, description="Of a model from the hub: branch, tag or commit.")
@@ -228,7 +229,7 @@ class TeacherConfig(Section):
     no_progress_timeout_s: float = Field(
         3600.0, gt=0, description="Seconds without any progress of the teachers after which a run is stopped."
     )
-    cache: str | None = Field(
+    cache: Cache = Field(
         "auto",
         description="Folder or URI that tells later runs where to find these labels, so that nothing is "
         "asked twice; auto: teacher-cache in run.dir; null: none.",

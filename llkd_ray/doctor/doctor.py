@@ -74,14 +74,14 @@ def load(path: str | None, overrides: Sequence[str]) -> tuple[Config | None, lis
 
 
 def _quickstart_settings() -> dict[str, object]:
-    from llkd_ray.config.loading import local_dir
+    from llkd_ray.config.paths import local_dir
     from llkd_ray.quickstart.teacher import settings
 
     return settings(Path(local_dir("runs")) / "quickstart-data", seed=0)
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    from llkd_ray.config.loading import with_absolute_paths
+    from llkd_ray.config.paths import with_absolute_paths
 
     return with_absolute_paths(config)
 

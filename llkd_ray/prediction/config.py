@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from llkd_ray.config.base import ConfigError, Section
+from llkd_ray.config.base import ConfigError, Section, parse
+from llkd_ray.config.paths import Model, ResultDir
 from llkd_ray.config.schema import SourceConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -16,10 +17,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class PredictConfig(Section):
     """A classifier over a corpus."""
 
-    model: str = Field(description="A run directory, a checkpoint folder (local or URI) or a hub name.")
+    whole: ClassVar[str] = ""
+    model: Model = Field(description="A run directory, a checkpoint folder (local or URI) or a hub name.")
     revision: str | None = Field(None, description="Of a hub name: branch, tag or commit.")
     corpus: SourceConfig
-    out: str = Field(description="Folder for the results, local or on an object store.")
+    out: ResultDir = Field(description="Folder for the results, local or on an object store.")
     gold: SourceConfig | None = Field(None, description="Gold-labelled texts that thresholds are fitted on.")
     target_precision: float | None = Field(
         None, gt=0, le=1, description="Share of accepted answers to be right."
@@ -78,21 +80,6 @@ class PredictConfig(Section):
         return self
 
 
-def parse_predict(tree: dict[str, object]) -> PredictConfig:
-    """The checked settings; raises :class:`ConfigError`, one line, for the first mistake."""
-    try:
-        return PredictConfig.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        message = str(first["msg"]).removeprefix("Value error, ")
-        where = [str(part) for part in first["loc"]]
-        if not where:
-            raise ConfigError(message) from None
-        raise ConfigError(
-            f"{flag('.'.join(where))}: {first['input']!r}: {message[:1].lower()}{message[1:]}"
-        ) from None
-
-
 _FLAGS = {
     "model": "MODEL",
     "corpus.uri": "CORPUS_URI",
@@ -113,10 +100,14 @@ def flag(field: str) -> str:
 
 
 def in_flags(message: str) -> str:
-    """A message that begins with a field of a config, with the flag in its place."""
-    field, colon, rest = message.partition(": ")
-    is_field = colon and field.partition(".")[0] in ("corpus", "test", "gold", "model")
-    return f"{flag(field)}: {rest}" if is_field else message
+    """A message whose lines begin with a field of a config, with the flags in their place."""
+    return "\n".join(map(_in_flags, message.splitlines()))
+
+
+def _in_flags(line: str) -> str:
+    field, colon, rest = line.partition(": ")
+    is_field = colon and field.partition(".")[0] in {"test", *PredictConfig.model_fields}
+    return f"{flag(field)}: {rest}" if is_field else line
 
 
 def predict_parser() -> argparse.ArgumentParser:
@@ -199,7 +190,7 @@ def settings_of(options: argparse.Namespace) -> PredictConfig:
         raise ConfigError(f"{name}: {given[stray]!r} is a column of --gold, which is not given: add it")
     if options.workers is not None:
         tree["workers"] = _workers(options.workers)
-    return parse_predict(tree)
+    return parse(PredictConfig, tree)
 
 
 def _pair(flag: str, text: str) -> tuple[str, str]:

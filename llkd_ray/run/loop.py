@@ -14,7 +14,8 @@ import yaml
 
 from llkd_ray.cluster import check_fit, connect, library_versions
 from llkd_ray.config.base import ConfigError
-from llkd_ray.config.loading import absolute, apply_overrides, dump_config, parse_config
+from llkd_ray.config.loading import Overrides, apply_overrides, dotted, dump_config, parse_config
+from llkd_ray.config.paths import absolute
 from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
 from llkd_ray.corpus.ingest import ingest
@@ -252,7 +253,7 @@ def start(config: Config, display: Display) -> Outcome:
     return Outcome(config, run_dir, distill(config, run_dir, display))
 
 
-def resume(run_dir: str, display: Display, overrides: Sequence[str] = ()) -> Outcome:
+def resume(run_dir: str, display: Display, overrides: Overrides = ()) -> Outcome:
     """Go on with a run that was stopped, by its own config; with a finished one, by more rounds.
 
     ``overrides`` may raise ``budget.rounds`` and ``budget.train`` of a run whose rounds are all done: until
@@ -261,7 +262,7 @@ def resume(run_dir: str, display: Display, overrides: Sequence[str] = ()) -> Out
     store = open_run(run_dir)
     config = run_config(store)
     if overrides:
-        config = _with_more_rounds(config, store, overrides)
+        config = _with_more_rounds(config, store, dotted(overrides))
     return Outcome(config, store.uri(), distill(config, store.uri(), display))
 
 

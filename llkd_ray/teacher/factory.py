@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from llkd_ray.config.base import ConfigError, member_field
-from llkd_ray.config.loading import parse_config
 from llkd_ray.config.schema import Config, LabelsConfig, SourceConfig
 from llkd_ray.config.teacher import Demonstration, DrawnDemonstrations, PromptConfig, TeacherConfig
 from llkd_ray.corpus import sources
@@ -92,13 +91,15 @@ def self_contained(config: Config) -> Config:
 
     Other machines may not have the files, and a run that is resumed may find others.
     """
-    tree = config.model_dump()
+    whole: dict[str, TeacherConfig] = {}
     for name, teacher in config.teacher.members():
-        section = tree["teacher"] if name == "teacher" else tree["teacher"]["cascade"][name]
         prompt = inline_template(teacher.prompt)
         prompt = with_demonstrations(prompt, config.labels, f"{member_field(name)}.prompt.draw")
-        section["prompt"] = prompt.model_dump()
-    return parse_config(tree)
+        whole[name] = teacher.model_copy(update={"prompt": prompt})
+    teacher = whole.get("teacher", config.teacher)
+    if teacher.kind == "cascade" and teacher.cascade is not None:
+        teacher = teacher.model_copy(update={"cascade": teacher.cascade.model_copy(update=whole)})
+    return config.model_copy(update={"teacher": teacher})
 
 
 def with_demonstrations(

@@ -259,18 +259,24 @@ class TestMistakes:
             (["--where", "lang=en"], "--where: there is no column 'lang' in"),
             (["--where", "lang"], "--where: 'lang' is no pair: write NAME=VALUE"),
             (["--max-tokens", "1000"], "--max-tokens: 1000 is too long"),
-            (["--batch-tokens", "0"], "--batch-tokens: 0: input should be greater than or equal to 1"),
+            (
+                ["--batch-tokens", "0"],
+                "--batch-tokens: 0 is refused: Input should be greater than or equal to 1",
+            ),
             (["--workers", "3,2"], "--workers: 3,2 is no range: 1 <= MIN <= MAX"),
             (["--workers", "many"], "--workers: 'many' is no range"),
             (["--target-precision", "0.9"], "--target-precision: 0.9 is wanted, but there is no gold"),
             (
                 ["--target-precision", "90"],
-                "--target-precision: 90.0: input should be less than or equal to 1",
+                "--target-precision: 90.0 is refused: Input should be less than or equal to 1",
             ),
             (["--label", "label"], "--label: 'label' is a column of --gold, which is not given"),
             (["--threshold", "sea"], "--threshold: 'sea' is no pair"),
             (["--threshold", "sea=high"], "--threshold: 'high' of 'sea=high' is no number"),
-            (["--threshold", "sea=7"], "--threshold: 7.0: input should be less than or equal to 1"),
+            (
+                ["--threshold", "sea=7"],
+                "--threshold: 7.0 is refused: Input should be less than or equal to 1",
+            ),
             (["--threshold", "moon=0.5"], "--threshold: 'moon' is no label of the model: take sea, kitchen"),
             (
                 ["--min-grade", "moon", "--threshold", "moon=0.5"],

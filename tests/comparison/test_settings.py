@@ -61,8 +61,8 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"seed": [1]}, "seed: Extra inputs are not permitted"),
-            ({"sizes": "all"}, "sizes: Input should be a valid tuple"),
+            ({"seed": [1]}, "seed: unknown setting"),
+            ({"sizes": "all"}, "sizes: 'all' is refused: Input should be a valid tuple"),
             ({"sizes": []}, "sizes: "),
             ({"seeds": []}, "seeds: "),
             ({"seeds": [1.5]}, "seeds.0: "),

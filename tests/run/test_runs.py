@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from toys import make_config
 
-from llkd_ray.config import loading
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.loading import dump_config
 from llkd_ray.config.schema import Config
@@ -63,13 +60,3 @@ def test_its_rounds_come_first(store):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"RUN: .* has no config\.yaml; give the directory of a run"):
         loop.open_run(str(tmp_path), "RUN")
-
-
-def test_local_places_are_absolute(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert loading.absolute("a/b") == str(tmp_path / "a/b")
-    assert loading.absolute("s3://bucket/a") == loading.local_dir("s3://bucket/a") == "s3://bucket/a"
-    assert loading.local_dir("runs") == str(tmp_path / "runs")
-    Path("model").mkdir()
-    assert loading.absolute_folder("model") == str(tmp_path / "model")
-    assert loading.absolute_folder("owner/name") == "owner/name"

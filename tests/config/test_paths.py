@@ -1,0 +1,62 @@
+"""Every setting that may hold a local path is made absolute; nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from toys import make_config
+
+from llkd_ray.config.loading import resolve
+from llkd_ray.config.paths import absolute, absolute_folder, local_dir, with_absolute_paths
+from llkd_ray.config.schema import Config
+
+
+def test_local_places_are_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute("a/b") == str(tmp_path / "a/b")
+    assert absolute("s3://bucket/a") == local_dir("s3://bucket/a") == "s3://bucket/a"
+    assert local_dir("runs") == str(tmp_path / "runs")
+    Path("model").mkdir()
+    assert absolute_folder("model") == str(tmp_path / "model")
+    assert absolute_folder("owner/name") == "owner/name"
+
+
+def test_every_path_of_a_config_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    draw = {"uri": "shots.csv"}
+    small = {"model": "model", "cache": "cache", "prompt": {"template": "prompt.j2", "draw": draw}}
+    large = {
+        "kind": "openai",
+        "model": "owner/name",
+        "prompt": {"template": "{{ text }}"},
+        "server": {"base_url": "http://host/v1", "tokenizer": "model"},
+    }
+    config = with_absolute_paths(
+        make_config(
+            corpus={"uri": ["a.csv", "hf://owner/data"]},
+            teacher={"kind": "cascade", "cascade": {"small": small, "large": large}},
+            student={"model": "model"},
+        )
+    )
+    here = str(tmp_path)
+    assert config.corpus.uri == (f"{here}/a.csv", "hf://owner/data")
+    assert config.test is not None and config.test.uri == f"{here}/test.parquet"
+    assert (config.student.model, config.run.dir) == (f"{here}/model", f"{here}/runs")
+    assert config.teacher.recorded is not None and config.teacher.recorded.uri == f"{here}/answers.parquet"
+    (_, small_), (_, large_) = config.teacher.members()
+    assert (small_.model, small_.cache) == (f"{here}/model", f"{here}/cache")
+    assert small_.prompt.template == f"{here}/prompt.j2"
+    assert small_.prompt.draw is not None and small_.prompt.draw.uri == f"{here}/shots.csv"
+    assert (large_.model, large_.cache, large_.prompt.template) == ("owner/name", "auto", "{{ text }}")
+    assert large_.server is not None and large_.server.tokenizer == f"{here}/model"
+    assert with_absolute_paths(config) == config
+
+
+@pytest.mark.parametrize("overrides", [{}, {"budget.rounds": 3}])
+def test_settings_are_checked_once(monkeypatch, overrides):
+    config, calls, plain = make_config(), [], Config.model_validate
+    monkeypatch.setattr(Config, "model_validate", lambda tree: calls.append(tree) or plain(tree))
+    assert resolve(Config, config, overrides).budget.rounds == (3 if overrides else 4)
+    assert len(calls) == len(overrides)
