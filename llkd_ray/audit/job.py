@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from scipy.stats import binomtest
 
 from llkd_ray.audit import files
 from llkd_ray.audit.files import Answer, Question
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
+from llkd_ray.metrics.quality import binomial_interval
 from llkd_ray.metrics.uncertainty import Floats, Ints, confidence, hash_uniform, margin
 from llkd_ray.report.pages import write_pages
 from llkd_ray.run.loop import open_run, run_config
@@ -303,8 +303,6 @@ def _note_asked(
 
 
 RANDOM, DISAGREE, UNSURE = "random", "disagree", "unsure"
-INTERVAL = 0.95
-"""Level of the intervals; Clopper and Pearson's, which never claim too much."""
 _KEY = 0x41554449
 """Keeps the sample's chance apart from other chance of the same seed."""
 
@@ -356,16 +354,12 @@ def choose(
 
 
 def share(right: int, asked: int) -> dict[str, Any]:
-    """A share of texts with its interval of ``INTERVAL``; None stands for what nobody was asked about."""
-    low = high = None
-    if asked:
-        interval = binomtest(right, asked).proportion_ci(INTERVAL, method="exact")
-        low, high = float(interval.low), float(interval.high)
+    """A share of texts with its exact 95 % interval; None where no text has an answer."""
     return {
         "texts": asked,
         "right": right,
         "share": right / asked if asked else None,
-        "interval": [low, high],
+        "interval": list(binomial_interval(right, asked)),
     }
 
 

@@ -32,7 +32,7 @@ from llkd_ray.comparison.settings import (
     label_once,
     teacher_config,
 )
-from llkd_ray.comparison.tables import ALL, GOLD, Result, Tables, TeacherScore, tabulate
+from llkd_ray.comparison.tables import ALL, GOLD, Row, Tables, result_row, scores_of, tabulate
 from llkd_ray.comparison.trial import (
     Labels,
     Texts,
@@ -68,7 +68,8 @@ class Job:
     wanted: bool
     """Whether --only leaves it in."""
     n_pool: int
-    added: tuple[Result, ...] = ()
+    names: tuple[str, ...]
+    added: tuple[Row, ...] = ()
     """Its results from elsewhere."""
 
     @property
@@ -76,13 +77,14 @@ class Job:
         parts = (self.entry.teacher, self.entry.line, f"seed {self.entry.seed}")
         return " ".join(part for part in parts if part)
 
-    def results(self) -> list[Result]:
+    def results(self) -> list[Row]:
         """Of the sizes that are finished; its own go before those from elsewhere."""
         entry = self.entry
-        found = {one.size: one for one in self.added if one.size in entry.trial.reported}
+        found = {row["size"]: row for row in self.added if row["size"] in entry.trial.reported}
         for facts in finished(entry.trial, self.digest):
-            one = Result.of(entry.teacher, entry.line, entry.seed, facts, self.n_pool)
-            found[one.size] = one
+            found[facts["size"]] = result_row(
+                entry.teacher, entry.line, entry.seed, facts, self.n_pool, self.names
+            )
         return [found[size] for size in sorted(found)]
 
     @property
@@ -99,7 +101,7 @@ class Work:
     texts: Texts
     labels: dict[str, Labels]
     """By teacher; *gold*'s at the empty name."""
-    scores: dict[str, TeacherScore]
+    scores: dict[str, Row]
     jobs: list[Job]
 
 
@@ -219,7 +221,7 @@ def _gather(
     teachers: dict[str, Config],
     store: RunStore,
     only: Sequence[str],
-    added: Sequence[Result],
+    added: Sequence[Row],
 ) -> Work:
     """Read texts and labels, and list the trials with what is known of them from elsewhere."""
     examples = Examples.open(store)
@@ -230,18 +232,18 @@ def _gather(
         labels[name], p_TC = _named(
             f"teachers.{name}", read_teacher, answers_of(name, config, store), examples
         )
-        own = against_gold(texts, p_TC)
-        scores[name] = TeacherScore(own["accuracy"], own["macro_f1"], tuple(own["f1_by_class"]))
+        scores[name] = scores_of(against_gold(texts, p_TC), texts.names)
     folder = Path(store.path(TRIALS_DIR))
     folder.mkdir(parents=True, exist_ok=True)
-    elsewhere: dict[tuple[str, str, int], list[Result]] = {}
+    elsewhere: dict[tuple[str, str, int], list[Row]] = {}
     for one in added:
-        elsewhere.setdefault((one.teacher, one.line, one.seed), []).append(one)
+        elsewhere.setdefault((one["teacher"], one["line"], one["seed"]), []).append(one)
     jobs = []
     for entry in entries(comparison, base, examples.n_pool, folder):
         wanted = _is_wanted(entry, comparison, only)
         known = tuple(elsewhere.get((entry.teacher, entry.line, entry.seed), ()))
-        jobs.append(Job(entry, labels[entry.teacher].digest, wanted, examples.n_pool, known))
+        digest = labels[entry.teacher].digest
+        jobs.append(Job(entry, digest, wanted, examples.n_pool, texts.names, known))
     return Work(comparison, store, texts, labels, scores, jobs)
 
 
@@ -354,7 +356,7 @@ def _report(work: Work, display: Display) -> None:
     display.console.print(f"report: {work.store.path(PAGE)}")
 
 
-def tables_of(work: Work) -> tuple[Tables, list[Result], int]:
+def tables_of(work: Work) -> tuple[Tables, list[Row], int]:
     """Tables and results of the trials that are there, and the number of those that are not finished."""
     n_pool = len(work.texts.pool)
     results, missing = [], 0

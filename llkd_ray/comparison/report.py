@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -18,22 +17,26 @@ from matplotlib.ticker import MaxNLocator
 from llkd_ray.comparison.tables import (
     ALL,
     BASELINES,
+    CELL,
     GOLD,
-    IN_WORDS,
     MEASURES,
     OVER_TEACHERS,
     RANDOM,
     SCORES,
     TEACHER,
+    TITLES,
     Group,
     Mean,
-    Result,
+    Row,
     Tables,
+    best_line,
     class_table,
     cost_table,
     describe_size,
     difference_table,
+    f1_column,
     points,
+    result_columns,
     score_table,
 )
 from llkd_ray.config.base import ConfigError
@@ -46,17 +49,17 @@ RESULTS, SUMMARY, PER_CLASS = "results.csv", "summary.csv", "per_class.csv"
 MARKDOWN, PAGE = "report.md", "report.html"
 CURVES = {"macro_f1": "learning_curve", "agreement": "agreement_curve"}
 """By measure: the files of its curves, as png and svg."""
+TEXT_COLUMNS = ("teacher", "line")
 
 
 def write_comparison(
-    store: RunStore, tables: Tables, results: Sequence[Result], *, settings: str, missing: int, trials: int
+    store: RunStore, tables: Tables, results: Sequence[Row], *, settings: str, missing: int, trials: int
 ) -> None:
     """Write all files of a comparison's report; ``missing`` of its ``trials`` are not there yet."""
-    store.write_bytes(RESULTS, _csv(result_rows(results, tables.names)))
-    store.write_bytes(SUMMARY, _csv(summary_rows(tables)))
-    store.write_bytes(PER_CLASS, _csv(class_rows(tables)))
-    curves = {measure: file for measure, file in CURVES.items() if tables.has(measure) or measure in SCORES}
-    for measure, file in curves.items():
+    store.write_bytes(RESULTS, _csv(pd.DataFrame(results, columns=result_columns(tables.names))))
+    store.write_bytes(SUMMARY, _csv(summary_frame(tables)))
+    store.write_bytes(PER_CLASS, _csv(class_frame(tables)))
+    for measure, file in CURVES.items():
         for kind in ("png", "svg"):
             buffer = io.BytesIO()
             metadata = {"Date": None} if kind == "svg" else None
@@ -72,7 +75,7 @@ def write_comparison(
             (title, score_table(tables, name), difference_table(tables, name))
             for title, name in (("Macro-F1", "macro_f1"), ("Accuracy", "accuracy"))
         ],
-        "agreement": score_table(tables, "agreement") if "agreement" in curves else None,
+        "agreement": score_table(tables, "agreement"),
         "costs": cost_table(tables),
         "classes": [(teacher, *class_table(tables, teacher)) for teacher in tables.teachers],
         "largest": describe_size(tables.sizes[-1], tables.n_pool),
@@ -81,7 +84,7 @@ def write_comparison(
     store.write_bytes(MARKDOWN, _in_markdown(facts).encode())
     drawn = {
         measure: svg_element(learning_curve(tables, measure), file, describe(tables, measure))
-        for measure, file in curves.items()
+        for measure, file in CURVES.items()
     }
     page = page_environment().get_template("compare.html.j2")
     panels = min(len(tables.teachers), PANELS_A_ROW)
@@ -91,25 +94,26 @@ def write_comparison(
 def conclusion(tables: Tables) -> str:
     """The outcome at the largest budget, in plain sentences."""
     teacher, size = tables.teachers[-1], tables.sizes[-1]
-    found = {line: cell for line in tables.lines if (cell := tables.cell(teacher, line, size))}
-    if len(found) < 2:
-        return "Too few trials have finished to set lines against each other."
-    best = max(found, key=lambda line: found[line].figures["macro_f1"].mean)
+    best = best_line(tables, teacher, size, "macro_f1")
+    if best is None:
+        return "Too few trials have finished to compare lines."
+    mean = tables.mean(teacher, best, size, "macro_f1")
+    assert mean is not None
     whose = "on the mean over teachers" if teacher == OVER_TEACHERS else f"with {teacher}'s labels"
     said = (
         f"At {describe_size(size, tables.n_pool)}, {best} has the highest macro-F1 {whose}: "
-        f"{percent(found[best].figures['macro_f1'].mean)}."
+        f"{percent(mean.mean)}."
     )
     for reference in BASELINES:
-        if reference in found[best].over:
-            said += f" {_difference(found[best].over[reference]['macro_f1'], reference)}"
+        if difference := tables.mean(teacher, best, size, f"macro_f1_over_{reference}"):
+            said += f" {_difference(difference, reference)}"
     return said
 
 
 def _difference(mean: Mean, reference: str) -> str:
     where = "above" if mean.mean >= 0 else "below"
     size = Mean(abs(mean.mean), mean.half, mean.n)
-    said = f"It is {points(size, mean.n)} points {where} {IN_WORDS.get(reference, reference)}"
+    said = f"It is {points(size, mean.n)} points {where} {TITLES.get(reference, reference)}"
     if mean.half is None:
         return f"{said}; one seed does not say how sure that is."
     return f"{said}, which chance may explain." if mean.half >= abs(mean.mean) else f"{said}."
@@ -118,112 +122,58 @@ def _difference(mean: Mean, reference: str) -> str:
 # --- Files -----------------------------------------------------------------------------------------
 
 
-def result_rows(results: Sequence[Result], names: Sequence[str]) -> list[dict[str, Any]]:
-    """One flat row a result; the classes have a column each."""
-    rows = []
-    for one in results:
-        flat = asdict(one)
-        by_class = flat.pop("f1_by_class")
-        rows.append(flat | {f"f1 {name}": f1 for name, f1 in zip(names, by_class, strict=True)})
-    return rows
+def read_results(file: str | Path, names: Sequence[str]) -> list[Row]:
+    """The rows of a ``results.csv``, perhaps of another machine.
 
-
-def read_results(file: str | Path, names: Sequence[str]) -> list[Result]:
-    """The results of a ``results.csv``, as :func:`result_rows` wrote them, perhaps on another machine.
-
-    Those of an older version tell no agreement. Raises ConfigError where the file is no such file, or is of
-    other classes.
+    Raises ConfigError where the file is none, is of other classes, or holds what is not a number.
     """
     try:
-        with Path(file).open(encoding="utf-8", newline="") as lines:
-            rows = list(csv.DictReader(lines, restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        frame = pd.read_csv(
+            Path(file),
+            dtype=dict.fromkeys(TEXT_COLUMNS, str),
+            keep_default_na=False,  # a teacher may be called NA
+            na_values={"agreement": ""},
+        )
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no CSV file"
         raise ConfigError(f"--add: {str(file)!r} cannot be read: {reason}") from None
-    columns = {field.name: field.type for field in fields(Result) if field.name != "f1_by_class"}
-    kinds: dict[str, Callable[[str], Any]] = {
-        "str": str,
-        "int": int,
-        "float": _number,
-        "float | None": lambda text: _number(text) if text else None,
-    }
-    found = []
-    for row in rows:
-        row.setdefault("agreement", "")
-        if missing := [name for name in (*columns, *(f"f1 {name}" for name in names)) if name not in row]:
+    columns = result_columns(names)
+    if missing := [name for name in columns if name not in frame]:
+        raise ConfigError(
+            f"--add: {str(file)!r} has no column {missing[0]!r}; give {RESULTS} of the same comparison"
+        )
+    for name in columns:
+        known = frame[name] if name in TEXT_COLUMNS else pd.to_numeric(frame[name], errors="coerce")
+        is_broken = known.isna() & (frame[name].notna() | (name != "agreement"))
+        if is_broken.any():
+            row = int(is_broken.argmax())
             raise ConfigError(
-                f"--add: {str(file)!r} has no column {missing[0]!r}; give {RESULTS} of the same comparison"
+                f"--add: {str(file)!r} has {frame[name][row]!r} for {name!r} in line {row + 2}; correct it"
             )
-        try:
-            values = {name: kinds[str(kind)](row[name]) for name, kind in columns.items()}
-            by_class = tuple(float(row[f"f1 {name}"]) for name in names)
-        except ValueError:
-            raise ConfigError(
-                f"--add: {str(file)!r} has a broken line: {','.join(map(str, row.values()))}"
-            ) from None
-        found.append(Result(**values, f1_by_class=by_class))
-    return found
+    return frame[columns].to_dict("records")
 
 
-def _number(text: str) -> float:
-    """A count stays whole, so that results are written again as they were."""
-    return int(text) if text.isdigit() else float(text)
+def summary_frame(tables: Tables) -> pd.DataFrame:
+    """One row a cell; ``_ci`` is half the width of the 95 % interval, ``_n`` the number of seeds."""
+    differences = (f"{name}_over_{reference}" for reference in BASELINES for name in SCORES)
+    suffixes = {"mean": "", "half": "_ci", "n": "_n"}
+    columns = {
+        f"{name}{suffix}": tables.means[part, name]
+        for name in (*MEASURES, *differences)
+        for part, suffix in suffixes.items()
+    }
+    return pd.DataFrame(columns).reset_index()
 
 
-def summary_rows(tables: Tables) -> list[dict[str, Any]]:
-    """One flat row a cell; ``_ci`` is half the width of the 95 % interval, empty with one seed."""
-    rows = []
-    for teacher, line, size in _in_order(tables):
-        cell = tables.cells[teacher, line, size]
-        row: dict[str, Any] = {"teacher": teacher, "line": line, "size": size}
-        row["n"] = cell.figures["accuracy"].n
-        for name in MEASURES:
-            mean = cell.figures.get(name, Mean(float("nan"), None, 0))
-            row |= {name: mean.mean if mean.n else None, f"{name}_ci": mean.half}
-        for reference in BASELINES:
-            for name in SCORES:
-                over = cell.over[reference][name] if reference in cell.over else Mean(float("nan"), None, 0)
-                column = f"{name}_over_{reference}"
-                row |= {
-                    column: over.mean if over.n else None,
-                    f"{column}_ci": over.half,
-                    f"{column}_n": over.n,
-                }
-        rows.append(row)
-    empty = dict.fromkeys(rows[0]) if rows else {}
-    for teacher, score in tables.scores.items():
-        own = {"accuracy": score.accuracy, "macro_f1": score.macro_f1}
-        rows.append({**empty, "teacher": teacher, "line": TEACHER, **own})
-    return rows
+def class_frame(tables: Tables) -> pd.DataFrame:
+    """One row a class and cell."""
+    of_class = {name: tables.means.xs(f1_column(name), axis=1, level=1) for name in tables.names}
+    frame = pd.concat(of_class, names=["class", *CELL])
+    return frame.rename(columns={"mean": "f1", "half": "f1_ci"}).reset_index()
 
 
-def class_rows(tables: Tables) -> list[dict[str, Any]]:
-    """One row a cell and class."""
-    rows: list[dict[str, Any]] = []
-    for teacher, line, size in _in_order(tables):
-        for name, mean in zip(tables.names, tables.cells[teacher, line, size].f1_by_class, strict=True):
-            at = {"teacher": teacher, "line": line, "size": size, "class": name}
-            rows.append({**at, "f1": mean.mean, "f1_ci": mean.half, "n": mean.n})
-    for teacher, score in tables.scores.items():
-        for name, f1 in zip(tables.names, score.f1_by_class, strict=True):
-            at = {"teacher": teacher, "line": TEACHER, "size": None, "class": name}
-            rows.append({**at, "f1": f1, "f1_ci": None, "n": None})
-    return rows
-
-
-def _in_order(tables: Tables) -> list[tuple[str, str, int]]:
-    """The keys of the cells: by teacher, by line as the settings have them, by size."""
-    lines = (*tables.lines, ALL, GOLD)
-    return sorted(tables.cells, key=lambda key: (tables.teachers.index(key[0]), lines.index(key[1]), key[2]))
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
-    out = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return out.getvalue().encode()
+def _csv(frame: pd.DataFrame) -> bytes:
+    return frame.to_csv(index=False, lineterminator="\n").encode()
 
 
 def _in_markdown(facts: dict[str, Any]) -> str:
@@ -241,9 +191,8 @@ def _in_markdown(facts: dict[str, Any]) -> str:
     for title, scores, differences in facts["scores"]:
         lines += [f"## {title}", "", *_grouped(*scores), ""]
         lines += [f"### {title}: paired differences, in points", "", *_grouped(*differences), ""]
-    if facts["agreement"]:
-        lines += ["## Agreement with the teacher", "", f"![Agreement]({CURVES['agreement']}.svg)", ""]
-        lines += [*_grouped(*facts["agreement"]), ""]
+    lines += ["## Agreement with the teacher", "", f"![Agreement]({CURVES['agreement']}.svg)", ""]
+    lines += [*_grouped(*facts["agreement"]), ""]
     lines += ["## What it took", "", *_grouped(*facts["costs"]), ""]
     lines += [f"## F1 of each class at {facts['largest']}", ""]
     for teacher, header, rows in facts["classes"]:
@@ -320,19 +269,17 @@ def learning_curve(tables: Tables, measure: str = "macro_f1") -> Figure:
 def _panel(axes: Axes, tables: Tables, teacher: str, measure: str) -> None:
     plain(axes)
     axes.set_title(teacher, loc="left", fontsize=10)
-    for line in (GOLD, ALL):
-        whole = tables.whole(teacher, line)
-        if whole and measure in whole.figures:
-            _level(axes, line, whole.figures[measure].mean)
-    if measure in SCORES:
-        _level(axes, TEACHER, getattr(tables.scores[teacher], measure))
+    for line in (GOLD, ALL, TEACHER):
+        if level := tables.mean(teacher, line, tables.n_pool, measure):
+            axes.axhline(level.mean, color="black", linewidth=1.1, linestyle=LEVELS[line], label=TITLES[line])
     for (line, colour), marker in zip(_colours(tables.lines).items(), cycle(MARKERS), strict=False):
-        there = (tables.cell(teacher, line, size) for size in tables.sizes)
-        cells = [cell for cell in there if cell and measure in cell.figures]
-        if not cells:
+        found = [
+            [tables.mean(teacher, line, size, name) for name in ("trained", measure)] for size in tables.sizes
+        ]
+        x = [trained.mean for trained, mean in found if trained and mean]
+        means = [mean for trained, mean in found if trained and mean]
+        if not x:
             continue
-        x = [cell.figures["trained"].mean for cell in cells]
-        means = [cell.figures[measure] for cell in cells]
         axes.plot(x, [m.mean for m in means], color=colour, marker=marker, markersize=4.5, label=line)
         low, high = ([m.mean + sign * (m.half or 0) for m in means] for sign in (-1, 1))
         if len(x) > 1:
@@ -346,17 +293,12 @@ def _panel(axes: Axes, tables: Tables, teacher: str, measure: str) -> None:
     axes.set_xlim(0, 1.05 * tables.sizes[-1])  # The same in all panels, and there before the first trial.
 
 
-def _level(axes: Axes, line: str, height: float) -> None:
-    """What knows no budget."""
-    axes.axhline(height, color="black", linewidth=1.1, linestyle=LEVELS[line], label=IN_WORDS[line])
-
-
 def _fit(axes: Axes) -> None:
     """Let the lines decide the height of a panel: with few seeds, bands can be wider than all of [0, 1]."""
     # Lines without a name of their own are the caps of error bars.
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
     values = [float(y) for line in lines for y in np.atleast_1d(line.get_ydata())]
-    if not values:  # An agreement that no trial of the teacher's tells.
+    if not values:  # No trial is finished yet.
         return
     room = max(0.02, 0.12 * (max(values) - min(values)))
     axes.set_ylim(min(values) - room, max(values) + room)
@@ -370,12 +312,8 @@ def _colours(lines: Sequence[str]) -> dict[str, str]:
 def describe(tables: Tables, measure: str = "macro_f1") -> str:
     """The figure in words, for who cannot see it."""
     size, teacher = tables.sizes[-1], tables.teachers[-1]
-    cells = ((line, tables.cell(teacher, line, size)) for line in tables.lines)
-    ends = ", ".join(
-        f"{line} {percent(cell.figures[measure].mean)}"
-        for line, cell in cells
-        if cell and measure in cell.figures
-    )
+    means = ((line, tables.mean(teacher, line, size, measure)) for line in tables.lines)
+    ends = ", ".join(f"{line} {percent(mean.mean)}" for line, mean in means if mean)
     where = describe_size(size, tables.n_pool)
     name = AXES[measure][0].upper() + AXES[measure][1:]
     return f"{name} against texts trained on, a panel a teacher. {teacher}, at {where}: {ends}."

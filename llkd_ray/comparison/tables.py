@@ -7,17 +7,18 @@ test texts, nor other teachers. With one seed there is none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from statistics import fmean, stdev
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
 from scipy.stats import t as student_t
 
 GOLD, ALL, RANDOM, TEACHER = "gold", "all", "random", "teacher"
-IN_WORDS = {GOLD: "gold labels (upper bound)", ALL: "all pseudo-labels", TEACHER: "the teacher itself"}
+TITLES = {GOLD: "gold labels (upper bound)", ALL: "all pseudo-labels", TEACHER: "the teacher itself"}
 BASELINES = (RANDOM, ALL)
-"""Lines that the others are set against, seed by seed."""
+"""Lines that the others are compared with, seed by seed."""
 OVER_TEACHERS = "mean over teachers"
 LEVEL = 0.95
 MISSING = "–"
@@ -33,81 +34,55 @@ MEASURES = {
     "teacher_tokens": "teacher tokens",
 }
 SCORES = ("accuracy", "macro_f1")
+CELL = ["teacher", "line", "size"]
+Row = dict[str, Any]
+"""A row of results.csv: CELL, ``seed``, MEASURES and the F1 of each class."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one trial came to at one size."""
-
-    teacher: str
-    """Empty for *gold*, which has none."""
-    line: str
-    seed: int
-    size: int
-    """Texts that it was allowed to train on."""
-    trained: float
-    """Texts that it trained on: fewer where the policy takes no more."""
-    trained_share: float
-    labelled: float
-    teacher_tokens: float
-    accuracy: float
-    macro_f1: float
-    ece: float
-    pseudo_label_accuracy: float
-    f1_by_class: tuple[float, ...]
-    agreement: float | None = None
-    """With the teacher on the test texts; None for *gold*, and in results of an older version."""
-
-    @classmethod
-    def of(cls, teacher: str, line: str, seed: int, facts: Mapping[str, Any], n_pool: int) -> Result:
-        """From the facts of a trial's round, as ``trial.run_trial`` gives them."""
-        names = ("trained", "labelled", "teacher_tokens", *SCORES, "ece", "pseudo_label_accuracy")
-        return cls(
-            teacher,
-            line,
-            seed,
-            facts["size"],
-            **{name: facts[name] for name in names},
-            agreement=facts.get("agreement"),
-            trained_share=facts["trained"] / n_pool,
-            f1_by_class=tuple(facts["f1_by_class"]),
-        )
+def f1_column(name: str) -> str:
+    """The column of a class's F1."""
+    return f"f1 {name}"
 
 
-@dataclass(frozen=True)
-class TeacherScore:
-    """A teacher's own answers on the test set."""
+def result_columns(names: Sequence[str]) -> list[str]:
+    """The columns of results.csv, for classes of these names."""
+    return [*CELL, "seed", *MEASURES, *map(f1_column, names)]
 
-    accuracy: float
-    macro_f1: float
-    f1_by_class: tuple[float, ...]
+
+def scores_of(facts: Mapping[str, Any], names: Sequence[str]) -> Row:
+    """The measures on the test set, from the facts that ``trial.against_gold`` gives."""
+    by_class = {f1_column(name): f1 for name, f1 in zip(names, facts["f1_by_class"], strict=True)}
+    return {name: facts[name] for name in (*SCORES, "ece")} | by_class
+
+
+def result_row(
+    teacher: str, line: str, seed: int, facts: Mapping[str, Any], n_pool: int, names: Sequence[str]
+) -> Row:
+    """The row of a trial at one size, from the facts of ``trial.run_trial``.
+
+    *gold* has no teacher (the empty name) and so no agreement with one (None).
+    """
+    kept = ("agreement", "pseudo_label_accuracy", "trained", "labelled", "teacher_tokens")
+    return {
+        "teacher": teacher,
+        "line": line,
+        "size": facts["size"],
+        "seed": seed,
+        **{name: facts.get(name) for name in kept},
+        "trained_share": facts["trained"] / n_pool,
+        **scores_of(facts, names),
+    }
 
 
 class Mean(NamedTuple):
-    """A mean over ``n`` seeds; ``half`` is half the width of its interval, None with one seed."""
+    """A mean over ``n`` seeds; ``half`` is half the width of its interval, None with one seed.
+
+    ``n`` is 0 for the teacher itself, which does not depend on the seed.
+    """
 
     mean: float
     half: float | None
     n: int
-
-
-def mean_of(values: Iterable[float]) -> Mean:
-    """Mean and interval of at least one value."""
-    found = list(values)
-    n = len(found)
-    half = student_t.ppf((1 + LEVEL) / 2, n - 1) * stdev(found) / n**0.5 if n > 1 else None
-    return Mean(fmean(found), None if half is None else float(half), n)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One line of one teacher at one size, over the seeds that are there."""
-
-    figures: dict[str, Mean]
-    """By the names of MEASURES; those that some result of the cell lacks are left out."""
-    f1_by_class: tuple[Mean, ...]
-    over: dict[str, dict[str, Mean]]
-    """Accuracy and macro-F1 above a reference, over the seeds that both have; no entry where none has."""
 
 
 @dataclass(frozen=True)
@@ -123,25 +98,23 @@ class Tables:
     names: tuple[str, ...]
     """The classes."""
     n_seeds: int
-    cells: dict[tuple[str, str, int], Cell]
-    """By teacher, line and size; *gold* and *all* have the pool's size."""
-    scores: dict[str, TeacherScore]
+    means: pd.DataFrame
+    """A row for each CELL; columns are (``mean``, ``half`` or ``n``; measure). What has no budget (*gold*,
+    *all*, the teacher itself) has the pool's size. ``macro_f1_over_random`` is a paired difference."""
 
-    def cell(self, teacher: str, line: str, size: int) -> Cell | None:
-        return self.cells.get((teacher, line, size))
-
-    def whole(self, teacher: str, line: str) -> Cell | None:
-        """*gold* or *all*."""
-        return self.cell(teacher, line, self.n_pool)
-
-    def has(self, measure: str) -> bool:
-        """Whether some line with a budget has a figure of it."""
-        return any(measure in cell.figures for (_, line, _), cell in self.cells.items() if line in self.lines)
+    def mean(self, teacher: str, line: str, size: int, measure: str) -> Mean | None:
+        """None where no trial tells."""
+        key = (teacher, line, size)
+        if key not in self.means.index:
+            return None
+        cell = self.means.loc[key]
+        mean, half, n = (float(cell[part, measure]) for part in ("mean", "half", "n"))
+        return None if np.isnan(mean) else Mean(mean, None if np.isnan(half) else half, int(n))
 
 
 def tabulate(
-    results: Sequence[Result],
-    scores: Mapping[str, TeacherScore],
+    results: Sequence[Row],
+    scores: Mapping[str, Row],
     *,
     lines: Sequence[str],
     sizes: Sequence[int],
@@ -149,84 +122,56 @@ def tabulate(
     names: Sequence[str],
     n_seeds: int,
 ) -> Tables:
-    """Means and differences of whatever trials are there; ``scores`` names the teachers, in order."""
-    everything = over_teachers(gold_for_all(results, tuple(scores)), tuple(scores))
-    by_key: dict[tuple[str, str, int], dict[int, Result]] = {}
-    for one in everything:
-        by_key.setdefault((one.teacher, one.line, one.size), {})[one.seed] = one
-    cells = {key: _cell(by_key, key, n_pool) for key in by_key}
-    all_scores = dict(scores)
-    if len(scores) > 1:
-        all_scores[OVER_TEACHERS] = TeacherScore(
-            fmean(score.accuracy for score in scores.values()),
-            fmean(score.macro_f1 for score in scores.values()),
-            _means_by_class(score.f1_by_class for score in scores.values()),
-        )
-    budgeted = tuple(line for line in lines if line not in (GOLD, ALL))
-    return Tables(tuple(all_scores), budgeted, tuple(sizes), n_pool, tuple(names), n_seeds, cells, all_scores)
-
-
-def gold_for_all(results: Sequence[Result], teachers: Sequence[str]) -> list[Result]:
-    """*gold* has no teacher: the same result stands beside each."""
-    return [
-        Result(**{**asdict(one), "teacher": teacher})
-        for one in results
-        for teacher in ((one.teacher,) if one.teacher else teachers)
+    """Means and differences of the trials that are finished; ``scores`` are the teachers' own, in order."""
+    measures = [*MEASURES, *map(f1_column, names)]
+    own = [
+        {"teacher": teacher, "line": TEACHER, "size": n_pool, "seed": 0, **score}
+        for teacher, score in scores.items()
     ]
-
-
-def over_teachers(results: Sequence[Result], teachers: Sequence[str]) -> list[Result]:
-    """The results, and of several teachers their mean: of each line, seed and size that all of them have."""
-    if len(teachers) < 2:
-        return list(results)
-    found: dict[tuple[str, int, int], list[Result]] = {}
-    for one in results:
-        found.setdefault((one.line, one.seed, one.size), []).append(one)
-    means = []
-    for (line, seed, size), those in found.items():
-        if {one.teacher for one in those} == set(teachers):
-            figures = {name: fmean(values) for name, values in _measured(those).items()}
-            by_class = _means_by_class(one.f1_by_class for one in those)
-            means.append(Result(OVER_TEACHERS, line, seed, size, **figures, f1_by_class=by_class))
-    return [*results, *means]
-
-
-def _measured(results: Sequence[Result]) -> dict[str, list[float]]:
-    """The values of each measure that all of the results have."""
-    values = {name: [getattr(one, name) for one in results] for name in MEASURES}
-    return {name: of_all for name, of_all in values.items() if None not in of_all}
-
-
-def _means_by_class(many: Iterable[Sequence[float]]) -> tuple[float, ...]:
-    return tuple(fmean(of_class) for of_class in zip(*many, strict=True))
-
-
-def _cell(
-    by_key: Mapping[tuple[str, str, int], Mapping[int, Result]], key: tuple[str, str, int], n_pool: int
-) -> Cell:
-    teacher, line, size = key
-    those = by_key[key]
-    over: dict[str, dict[str, Mean]] = {}
+    frame = pd.DataFrame([*results, *own], columns=result_columns(names))
+    frame = frame.astype(dict.fromkeys(measures, float))
+    is_gold = frame["teacher"] == ""
+    frame = pd.concat([frame[~is_gold], *(frame[is_gold].assign(teacher=teacher) for teacher in scores)])
+    teachers = tuple(scores)
+    if len(teachers) > 1:
+        trial = ["line", "size", "seed"]
+        n_teachers = frame.groupby(trial)["teacher"].transform("nunique")
+        of_all = frame[n_teachers == len(teachers)].groupby(trial, as_index=False)[measures].mean()
+        frame = pd.concat([frame, of_all.assign(teacher=OVER_TEACHERS)])
+        teachers = (*teachers, OVER_TEACHERS)
     for reference in BASELINES:
-        others = by_key.get((teacher, reference, n_pool if reference == ALL else size), {})
-        pairs = [(one, others[seed]) for seed, one in those.items() if seed in others]
-        if pairs and line not in (reference, GOLD, ALL):
-            over[reference] = {
-                name: mean_of(getattr(one, name) - getattr(other, name) for one, other in pairs)
-                for name in SCORES
-            }
-    by_class = zip(*(one.f1_by_class for one in those.values()), strict=True)
-    return Cell(
-        {name: mean_of(values) for name, values in _measured(list(those.values())).items()},
-        tuple(mean_of(of_class) for of_class in by_class),
-        over,
+        frame = _with_differences(frame, reference)
+
+    budgeted = tuple(line for line in lines if line not in (GOLD, ALL))
+    order = {"teacher": teachers, "line": (*budgeted, ALL, GOLD, TEACHER)}
+    frame = frame.sort_values(
+        CELL, key=lambda column: column.map(order[column.name].index) if column.name in order else column
     )
+    cells = frame.drop(columns="seed").groupby(CELL, sort=False)
+    n = cells.count()
+    means = pd.concat(
+        {"mean": cells.mean(), "half": cells.sem() * student_t.ppf((1 + LEVEL) / 2, n - 1), "n": n}, axis=1
+    )
+    means.loc[means.index.get_level_values("line") == TEACHER, "n"] = 0
+    return Tables(teachers, budgeted, tuple(sizes), n_pool, tuple(names), n_seeds, means)
+
+
+def _with_differences(frame: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """The scores above the reference of the same teacher and seed; *random* is that of the same size."""
+    pair = ["teacher", "seed", *(["size"] if reference == RANDOM else [])]
+    others = frame.loc[frame["line"] == reference, [*pair, *SCORES]]
+    paired = frame.merge(others, on=pair, how="left", suffixes=("", " of reference"))
+    is_compared = ~paired["line"].isin([reference, GOLD, ALL, TEACHER])
+    for name in SCORES:
+        difference = paired[name] - paired.pop(f"{name} of reference")
+        paired[f"{name}_over_{reference}"] = difference.where(is_compared)
+    return paired
 
 
 # --- Tables as people read them --------------------------------------------------------------------
 
 
-class Shown(NamedTuple):
+class TableCell(NamedTuple):
     """A cell of a table."""
 
     text: str
@@ -238,7 +183,7 @@ class Group(NamedTuple):
     """The rows of one teacher: the row's name, and its cells."""
 
     teacher: str
-    rows: list[tuple[str, list[Shown]]]
+    rows: list[tuple[str, list[TableCell]]]
 
 
 def describe_size(size: int, n_pool: int) -> str:
@@ -252,100 +197,87 @@ def points(mean: Mean | None, n_seeds: int, signed: bool = False) -> str:
     text = f"{100 * mean.mean:{'+' if signed else ''}.1f}".replace("-", "−")
     if mean.half is not None:
         text += f" ± {100 * mean.half:.1f}"
-    return text if mean.n == n_seeds and n_seeds > 1 else f"{text} (n={mean.n})"
+    return text if mean.n == 0 or mean.n == n_seeds > 1 else f"{text} (n={mean.n})"
 
 
 def score_table(tables: Tables, measure: str) -> tuple[list[str], list[Group]]:
-    """Lines by budgets, one group a teacher; the last column holds what knows no budget.
+    """Lines by budgets, one group a teacher; the last column is of what has no budget.
 
     Agreement is with the teacher, so the teacher itself and *gold*, which has none, are left out of its rows.
     """
     header = [*(describe_size(size, tables.n_pool) for size in tables.sizes), "no budget"]
+    blank = [TableCell("")] * len(tables.sizes)
     groups = []
     for teacher in tables.teachers:
-        best = {size: _best(tables, teacher, size, measure) for size in tables.sizes}
+        best = {size: best_line(tables, teacher, size, measure) for size in tables.sizes}
         rows = []
         for line in tables.lines:
-            shown = []
-            for size in tables.sizes:
-                cell = tables.cell(teacher, line, size)
-                mean = cell.figures.get(measure) if cell else None
-                shown.append(Shown(points(mean, tables.n_seeds), best[size] == line))
-            rows.append((line, [*shown, Shown("")]))
-        blank = [Shown("")] * len(tables.sizes)
-        for line in (ALL, GOLD) if measure in SCORES else (ALL,):
-            cell = tables.whole(teacher, line)
-            mean = cell.figures.get(measure) if cell else None
-            rows.append((IN_WORDS[line], [*blank, Shown(points(mean, tables.n_seeds))]))
-        if measure in SCORES:
-            own = getattr(tables.scores[teacher], measure)
-            rows.append((IN_WORDS[TEACHER], [*blank, Shown(f"{100 * own:.1f}")]))
+            cells = [
+                TableCell(
+                    points(tables.mean(teacher, line, size, measure), tables.n_seeds), best[size] == line
+                )
+                for size in tables.sizes
+            ]
+            rows.append((line, [*cells, TableCell("")]))
+        for line in (ALL, GOLD, TEACHER) if measure in SCORES else (ALL,):
+            mean = tables.mean(teacher, line, tables.n_pool, measure)
+            rows.append((TITLES[line], [*blank, TableCell(points(mean, tables.n_seeds))]))
         groups.append(Group(teacher, rows))
     return header, groups
 
 
-def _best(tables: Tables, teacher: str, size: int, measure: str) -> str | None:
-    means = {
-        line: cell.figures[measure].mean
-        for line in tables.lines
-        if (cell := tables.cell(teacher, line, size)) and measure in cell.figures
-    }
+def best_line(tables: Tables, teacher: str, size: int, measure: str) -> str | None:
+    """The line with the highest mean; None where there are not two to compare."""
+    found = {line: tables.mean(teacher, line, size, measure) for line in tables.lines}
+    means = {line: mean.mean for line, mean in found.items() if mean}
     return max(means, key=lambda line: means[line]) if len(means) > 1 else None
 
 
 def difference_table(tables: Tables, measure: str) -> tuple[list[str], list[Group]]:
     """How far the lines are above *random* at the same budget and above all pseudo-labels."""
+    columns = [(size, reference) for size in tables.sizes for reference in BASELINES]
     header = [
-        f"{describe_size(size, tables.n_pool)}, over {IN_WORDS.get(reference, reference)}"
-        for size in tables.sizes
-        for reference in BASELINES
+        f"{describe_size(size, tables.n_pool)}, over {TITLES.get(reference, reference)}"
+        for size, reference in columns
     ]
     groups = []
     for teacher in tables.teachers:
         rows = []
         for line in tables.lines:
-            shown = []
-            for size in tables.sizes:
-                cell = tables.cell(teacher, line, size)
-                for reference in BASELINES:
-                    difference = cell.over.get(reference) if cell else None
-                    mean = difference[measure] if difference else None
-                    shown.append(Shown(points(mean, tables.n_seeds, signed=True)))
-            rows.append((line, shown))
+            means = (tables.mean(teacher, line, size, f"{measure}_over_{ref}") for size, ref in columns)
+            rows.append((line, [TableCell(points(mean, tables.n_seeds, signed=True)) for mean in means]))
         groups.append(Group(teacher, rows))
     return header, groups
 
 
 def cost_table(tables: Tables) -> tuple[list[str], list[Group]]:
     """What each line took: texts trained on and labelled, the teacher's tokens, how right its labels were."""
-    header = [
-        "budget",
-        *(MEASURES[name] for name in ("trained", "trained_share", "labelled", "teacher_tokens")),
-        MEASURES["pseudo_label_accuracy"],
-    ]
+    counts = ("trained", "labelled", "teacher_tokens")
+    header = ["budget", *(MEASURES[name] for name in (*counts, "trained_share", "pseudo_label_accuracy"))]
+    cells = [(line, size) for line in tables.lines for size in tables.sizes]
     groups = []
     for teacher in tables.teachers:
         rows = []
-        wanted = [(line, size) for line in tables.lines for size in tables.sizes]
-        for line, size in [*wanted, (ALL, tables.n_pool)]:
-            if cell := tables.cell(teacher, line, size):
-                figures = cell.figures
-                counts = [f"{figures[name].mean:,.0f}" for name in ("trained", "labelled", "teacher_tokens")]
-                share = f"{100 * figures['trained_share'].mean:.1f} %"
-                right = points(figures["pseudo_label_accuracy"], tables.n_seeds)
-                texts = (describe_size(size, tables.n_pool), counts[0], share, *counts[1:], right)
-                rows.append((IN_WORDS.get(line, line), [Shown(text) for text in texts]))
+        for line, size in [*cells, (ALL, tables.n_pool)]:
+            means = {name: tables.mean(teacher, line, size, name) for name in MEASURES}
+            if means["trained"] and means["trained_share"]:
+                texts = [
+                    describe_size(size, tables.n_pool),
+                    *(f"{mean.mean:,.0f}" if (mean := means[name]) else MISSING for name in counts),
+                    f"{100 * means['trained_share'].mean:.1f} %",
+                    points(means["pseudo_label_accuracy"], tables.n_seeds),
+                ]
+                rows.append((TITLES.get(line, line), [TableCell(text) for text in texts]))
         groups.append(Group(teacher, rows))
     return header, groups
 
 
 def class_table(tables: Tables, teacher: str) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
-    """F1 of each class (rows) by each line at the largest budget, and by what knows no budget."""
-    cells = [tables.cell(teacher, line, tables.sizes[-1]) for line in tables.lines]
-    cells += [tables.whole(teacher, line) for line in (ALL, GOLD)]
-    header = [*tables.lines, *(IN_WORDS[line] for line in (ALL, GOLD, TEACHER))]
+    """F1 of each class (rows) by each line at the largest budget, and by what has no budget."""
+    columns = [(line, tables.sizes[-1]) for line in tables.lines]
+    columns += [(line, tables.n_pool) for line in (ALL, GOLD, TEACHER)]
     rows = []
-    for c, name in enumerate(tables.names):
-        values: list[float | None] = [cell.f1_by_class[c].mean if cell else None for cell in cells]
-        rows.append((name, [*values, tables.scores[teacher].f1_by_class[c]]))
-    return header, rows
+    for name in tables.names:
+        means = (tables.mean(teacher, line, size, f1_column(name)) for line, size in columns)
+        rows.append((name, [mean.mean if mean else None for mean in means]))
+    return [TITLES.get(line, line) for line, _ in columns], rows

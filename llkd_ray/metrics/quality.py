@@ -119,6 +119,17 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def binomial_interval(hits: int, texts: int, level: float = 0.95) -> tuple[float, float] | tuple[None, None]:
+    """Exact interval of a share (Clopper & Pearson 1934): it covers the true share in ``level`` of all cases
+    at least. Both ends are None without any text."""
+    from scipy.stats import binomtest
+
+    if not texts:
+        return None, None
+    interval = binomtest(hits, texts).proportion_ci(level, method="exact")
+    return float(interval.low), float(interval.high)
+
+
 def _macro_f1(pairs_K2: np.ndarray, drawn_RK: np.ndarray) -> np.ndarray:
     """float[R]: macro-F1 of every resample, over the classes that occur in it."""
     classes_C, pair_class_K2 = np.unique(pairs_K2, return_inverse=True)

@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from scipy.stats import binomtest
 from sklearn.metrics import precision_recall_curve
 
 from llkd_ray.config.base import ConfigError
 from llkd_ray.corpus.readers import Unit
+from llkd_ray.metrics.quality import binomial_interval
 from llkd_ray.metrics.uncertainty import Floats, Ints, confidence
 from llkd_ray.prediction.config import PredictConfig
 from llkd_ray.prediction.pieces import CORPUS, FOLDERS, GOLD
@@ -173,8 +173,7 @@ def read_gold(store: RunStore, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(golds), np.concatenate(probs)
 
 
-INTERVAL = 0.95
-"""Level of the intervals; Clopper and Pearson's, which never claim too much."""
+INTERVAL = 0.95  # level of the intervals
 ALWAYS, NEVER = 0.0, np.inf
 
 
@@ -279,10 +278,8 @@ def measure(
     """What a threshold comes to; see :class:`Measured`."""
     accepted_M = np.asarray(confidence_M) >= threshold
     accepted, right = int(accepted_M.sum()), int(np.asarray(is_right_M)[accepted_M].sum())
-    low = high = best = None
-    if accepted:
-        interval = binomtest(right, accepted).proportion_ci(INTERVAL, method="exact")
-        low, high = float(interval.low), float(interval.high)
+    low, high = binomial_interval(right, accepted, INTERVAL)
+    best = None
     if np.any(is_right_M):
         best = float(precision_recall_curve(is_right_M, confidence_M)[0][:-1].max())
     elif accepted_M.size:
