@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.text import Text
 
 from llkd_ray.config.base import ConfigError
-from llkd_ray.config.loading import apply_overrides, load_tree, parse_config
+from llkd_ray.config.loading import apply_overrides, load_tree, local_dir, parse_config, with_absolute_paths
 from llkd_ray.config.schema import Config
 from llkd_ray.display import Display
 from llkd_ray.doctor.cluster import cluster_address, cluster_checks
@@ -66,7 +66,7 @@ def load(path: str | None, overrides: Sequence[str]) -> tuple[Config | None, lis
         else:
             config = parse_config(apply_overrides(load_tree(path), overrides))
             said = f"{path} is sound"
-        return _with_absolute_paths(config), [ok("config", said)]
+        return with_absolute_paths(config), [ok("config", said)]
     except ConfigError as error:
         return None, [problem("config", line) for line in str(error).splitlines()]
     except Exception as error:  # of an import; the check of the packages says which one is to blame
@@ -74,16 +74,9 @@ def load(path: str | None, overrides: Sequence[str]) -> tuple[Config | None, lis
 
 
 def _quickstart_settings() -> dict[str, object]:
-    from llkd_ray.config.loading import local_dir
     from llkd_ray.quickstart.teacher import settings
 
     return settings(Path(local_dir("runs")) / "quickstart-data", seed=0)
-
-
-def _with_absolute_paths(config: Config) -> Config:
-    from llkd_ray.config.loading import with_absolute_paths
-
-    return with_absolute_paths(config)
 
 
 def all_checks(config: Config | None, *, is_quickstart: bool) -> list[Check]:

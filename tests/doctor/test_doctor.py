@@ -134,7 +134,7 @@ def test_an_import_that_breaks_is_a_finding(tmp_path, settings, monkeypatch):
     def broken(config):
         raise ImportError("libtorch is broken")
 
-    monkeypatch.setattr(module, "_with_absolute_paths", broken)
+    monkeypatch.setattr(module, "with_absolute_paths", broken)
     config, (finding,) = load(config_file(settings, tmp_path), [])
     assert config is None
     assert "libtorch is broken" in finding.found
