@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llkd_ray.api import compare, predict
-from llkd_ray.audit.job import LOOK_AT, Wanted, bring_back, export
+from llkd_ray.audit.job import SCORE_SAMPLE, SampleSizes, export, import_answers
 from llkd_ray.comparison.settings import load_comparison
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.loading import resolve
@@ -133,7 +133,7 @@ def audit_main(arguments: Sequence[str] | None = None) -> int:
 
     def work(display: Display) -> None:
         if options.what == "export":
-            wanted = Wanted(options.random, options.disagree, options.unsure)
+            wanted = SampleSizes(options.random, options.disagree, options.unsure)
             export(
                 options.run,
                 absolute(options.out),
@@ -143,7 +143,7 @@ def audit_main(arguments: Sequence[str] | None = None) -> int:
                 say=display.say,
             )
         else:
-            bring_back(options.run, absolute(options.rows), replace=options.replace, say=display.say)
+            import_answers(options.run, absolute(options.rows), replace=options.replace, say=display.say)
 
     return run_program(work)
 
@@ -157,7 +157,7 @@ def audit_parser() -> argparse.ArgumentParser:
     out = parts.add_parser("export", help="write the rows that a person should look at")
     out.add_argument("run", metavar="RUN", help="a run directory")
     out.add_argument("--out", required=True, metavar="FILE", help=".csv, .jsonl, or .json for Label Studio")
-    wanted = Wanted()
+    wanted = SampleSizes()
     for name, words in (
         ("random", "texts in the random sample, with those that are answered"),
         ("disagree", "texts where teacher and student are sure of different labels"),
@@ -169,9 +169,9 @@ def audit_parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--score-sample",
         type=_number,
-        default=LOOK_AT,
+        default=SCORE_SAMPLE,
         metavar="N",
-        help=f"texts the student scores ({LOOK_AT:,})",
+        help=f"texts the student scores ({SCORE_SAMPLE:,})",
     )
     back = parts.add_parser("import", help="take the answers into the run")
     back.add_argument("run", metavar="RUN", help="the same run directory")

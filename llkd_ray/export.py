@@ -1,4 +1,4 @@
-"""A run's model made ready to be taken elsewhere: calibrated anew, with a card, as ONNX, on the hub.
+"""Export of a model: recalibrated, with a card, as ONNX, on the hub.
 
 Shapes in names: B texts of a batch, L tokens of the longest, C labels.
 """
@@ -34,7 +34,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Exported:
-    """What came of an export."""
+    """The result of an export."""
 
     model: str
     """The folder."""
@@ -55,11 +55,11 @@ def export_model(
     private: bool = False,
     say: Say = print,
 ) -> Exported:
-    """Bring a finished run's model up to date with what people have said since; or take a checkpoint folder.
+    """Update a finished run's model by people's answers since, or take a checkpoint folder.
 
-    Its temperature is fitted anew, its card and the run's report are written anew; a checkpoint that no run
-    made stays as it is. ``onnx`` adds ``onnx/model.onnx``, ``push_to_hub`` uploads the folder under that
-    name. Raises ConfigError for what the user can mend.
+    The temperature is refitted, card and report are rewritten; a checkpoint that no run made stays as it is.
+    ``onnx`` adds ``onnx/model.onnx``, ``push_to_hub`` uploads the folder under that
+    name. Raises ConfigError for mistakes of the user.
     """
     checkpoint = inspect(model)
     if not (checkpoint.is_remote or Path(checkpoint.source).is_dir()):
@@ -67,7 +67,7 @@ def export_model(
     store, run = RunStore(checkpoint.source), _run_of(model)
     calibration = None
     if run is not None:
-        calibration = _calibrated(run, checkpoint)
+        calibration = _recalibrate(run, checkpoint)
         say(describe(calibration))
         write_pages(run)
     found: list[Difference] = []
@@ -79,7 +79,7 @@ def export_model(
         say(f"onnx: {store.uri(f'{ONNX_DIR}/{FILE}')}, within {LIMIT:g} of torch")
     address = None
     if push_to_hub is not None:
-        with _local(store) as folder:
+        with _local_copy(store) as folder:
             address = push(folder, push_to_hub, private=private, message="Model made with llkd-ray")
         say(f"hub: {address}")
     return Exported(
@@ -99,8 +99,8 @@ def _run_of(model: str) -> RunStore | None:
     return None
 
 
-def _calibrated(run: RunStore, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The temperature by what is known today, written into the model and into the summary."""
+def _recalibrate(run: RunStore, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Refit the temperature on all labels of today; writes it into the model and the summary."""
     config = run_config(run)
     last = run.read_metrics()[-1]["round"]
     row_M, audited = audited_sample(run), None
@@ -115,7 +115,7 @@ def _calibrated(run: RunStore, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 @contextmanager
-def _local(store: RunStore) -> Iterator[Path]:
+def _local_copy(store: RunStore) -> Iterator[Path]:
     """The folder on this machine, all of it."""
     if store.is_local:
         yield Path(store.root)
@@ -125,8 +125,8 @@ def _local(store: RunStore) -> Iterator[Path]:
         yield Path(folder)
 
 
-LEFT_OUT = ["*.tmp", ".*"]
-"""What a killed writer may have left."""
+IGNORED = ["*.tmp", ".*"]
+"""Left by a killed writer."""
 
 
 def push(folder: Path, name: str, *, private: bool, message: str) -> str:
@@ -150,19 +150,19 @@ def push(folder: Path, name: str, *, private: bool, message: str) -> str:
             repo_id=address.repo_id,
             repo_type="model",
             commit_message=message,
-            ignore_patterns=LEFT_OUT,
+            ignore_patterns=IGNORED,
         )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise ConfigError(_refused(name, error)) from None
+        raise ConfigError(_push_failure(name, error)) from None
     except Exception as error:
         # Of a hub that does not answer: the client's own errors come from a library below it that changes.
         if "Connect" in type(error).__name__ or "Timeout" in type(error).__name__:
-            raise ConfigError(_refused(name, error)) from None
+            raise ConfigError(_push_failure(name, error)) from None
         raise
     return str(address)
 
 
-def _refused(name: str, error: Exception) -> str:
+def _push_failure(name: str, error: Exception) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     return (
         f"--push-to-hub: {name!r} cannot be written ({reason}): check the name (OWNER/NAME), the rights of "
@@ -282,7 +282,7 @@ def _require_extra() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of what it looks into and does without, such as torchvision."""
+    """The exporter warns of optional packages that are missing, such as torchvision."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,11 +1,8 @@
-"""Models for use elsewhere: jobs/export.py as its users start it, on checkpoints that were made here."""
+"""Models for use elsewhere: the command export, on checkpoints that were made here."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hub_server import FakeHub, serving
+from huggingface_hub import constants
 
 from llkd_ray import export
 from llkd_ray.cli import export_main
@@ -21,7 +19,6 @@ from llkd_ray.storage.checkpoints import inspect
 from llkd_ray.storage.run_dir import RunStore
 from llkd_ray.student.inference import load
 
-ROOT = Path(__file__).parents[1]
 TOKEN = "not-a-real-token"
 
 
@@ -84,28 +81,21 @@ def test_a_missing_extra_is_named(checkpoint, monkeypatch, capfd):
 
 
 @pytest.fixture
-def hub() -> Iterator[FakeHub]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    """A hub that takes our token."""
     with serving(FakeHub(TOKEN)) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
 
 
-def pushed(hub_url: str, token: str | None, *arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
-    """The job in a process of its own: the hub's client reads its settings when it is imported."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    env = kept | {"HF_ENDPOINT": hub_url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    if token:
-        env["HF_TOKEN"] = token
-    command = [sys.executable, str(ROOT / "jobs/export.py"), *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
-
-
-@pytest.mark.timeout(400)
-def test_the_folder_is_on_the_hub(hub, checkpoint, tmp_path):
+def test_the_folder_is_on_the_hub(hub, checkpoint, capfd):
     (checkpoint / "README.md").write_text("---\ntags: [x]\n---\n# A card\n")
     (checkpoint / "model.safetensors.0af.tmp").write_text("left by a killed writer")
-    done = pushed(hub.url, TOKEN, str(checkpoint), "--push-to-hub", "ann/toys", "--private", home=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"hub: {hub.url}/ann/toys" in done.stdout
+    assert export_main([str(checkpoint), "--push-to-hub", "ann/toys", "--private"]) == 0
+    assert f"hub: {hub.url}/ann/toys" in capfd.readouterr().out
     assert hub.repos == {"ann/toys": True}
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub.files)
     assert not any(name.endswith(".tmp") for name in hub.files)
@@ -113,12 +103,11 @@ def test_the_folder_is_on_the_hub(hub, checkpoint, tmp_path):
     assert "llkd-ray" in hub.messages[0]
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("token", "name", "says"),
     [
         (
-            None,
+            "",
             "ann/toys",
             "--push-to-hub: there is no token for the hub: run `hf auth login`, or set HF_TOKEN",
         ),
@@ -126,13 +115,14 @@ def test_the_folder_is_on_the_hub(hub, checkpoint, tmp_path):
         (TOKEN, "ann/to ys", "'ann/to ys' cannot be written"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(hub, checkpoint, tmp_path, token, name, says):
-    done = pushed(hub.url, token, str(checkpoint), "--push-to-hub", name, home=tmp_path)
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def test_what_the_hub_refuses_is_one_line(hub, checkpoint, capfd, monkeypatch, token, name, says):
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert export_main([str(checkpoint), "--push-to-hub", name]) == 2
+    said = capfd.readouterr()
+    (line,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
     assert says in line.replace("Client error '401", "401")
-    assert "Traceback" not in done.stderr
-    assert TOKEN not in done.stdout + done.stderr
+    assert "Traceback" not in said.err
+    assert TOKEN not in said.out + said.err
 
 
 def test_mistakes_are_one_line(checkpoint, tmp_path, capfd):

@@ -1,12 +1,10 @@
-"""An audit of a run: rows to look at go out as a file, and people's answers come back as gold.
-
-Shapes in names: N texts that were labelled and looked at, M texts of the audit, C labels.
+"""An audit of a run: rows to review are exported to a file, and people's answers are imported as gold.
 
 Three kinds of texts: a *random* sample of all that is labelled; of the others those where teacher and
 student *disagree* and both are sure; and of the rest those where the student is *unsure*. Only the random
 sample tells how good the labels are: the others were chosen because they are probably wrong, or hard.
 
-Shapes in names: N labelled texts, M chosen ones, C labels.
+Shapes in names: N labelled texts that the student scored, M texts of the audit, C labels.
 """
 
 from __future__ import annotations
@@ -51,9 +49,9 @@ from llkd_ray.storage.tables import (
 )
 from llkd_ray.student.inference import load, score
 
-LOOK_AT = 20_000
-"""Labelled texts that the student is asked about, at most: a random draw where there are more."""
-_LOOK_KEY = 0x4C4F4F4B
+SCORE_SAMPLE = 20_000
+"""Labelled texts that the student scores, at most: a random draw where there are more."""
+_SCORE_SAMPLE_KEY = 0x4C4F4F4B
 Say = Callable[[str], None]
 
 
@@ -73,34 +71,34 @@ class Labelled:
 def export(
     run_dir: str,
     out: str,
-    wanted: Wanted,
+    sizes: SampleSizes,
     *,
     blind: bool = False,
-    score_sample: int = LOOK_AT,
+    score_sample: int = SCORE_SAMPLE,
     say: Say = print,
 ) -> int:
-    """Write the rows that a person should look at into the new file ``out``; returns how many.
+    """Write the rows that a person should review into the new file ``out``; returns how many.
 
-    Raises ConfigError where the run has no student yet, where nothing is left to ask, or where the file is
-    there already.
+    Raises ConfigError where the run has no student yet, where nothing is left to ask, or where the file
+    exists.
     """
     kind = files.kind_of(out, "--out")
     folder, _, name = out.rpartition("/")
     target = RunStore(folder or ".")
     if target.exists(name):
-        raise ConfigError(f"--out: {out!r} is there already, and may hold answers: give another name")
+        raise ConfigError(f"--out: {out!r} exists and may hold answers: give another name")
     store = open_run(run_dir, "RUN")
     config = run_config(store)
     examples, labelled = Examples.open(store), _labelled(store, config)
     number = len(labelled.row_N)
-    seen = _drawn(labelled, min(score_sample, number), wanted, config.run.seed)
-    say(f"the student looks at {len(seen.row_N):,} of {number:,} labelled texts")
+    seen = _score_sample(labelled, min(score_sample, number), sizes, config.run.seed)
+    say(f"the student scores {len(seen.row_N):,} of {number:,} labelled texts")
     texts = examples.read(seen.row_N, ["id", "text"])
-    p_student_NC = _asked_of_student(store, config, texts["text"].to_pylist())
+    p_student_NC = _student_predictions(store, config, texts["text"].to_pylist())
     answers = AuditAnswers.read(store)
     answered_N = np.isin(seen.row_N, answers.row_M)
     place_M, why_M, is_random_N = choose(
-        seen.row_N, seen.p_NC, p_student_NC, answered_N, wanted, config.run.seed
+        seen.row_N, seen.p_NC, p_student_NC, answered_N, sizes, config.run.seed
     )
     if not place_M.size:
         raise ConfigError("RUN: every text that would be asked about is answered: raise --random")
@@ -121,11 +119,11 @@ def export(
         )
         for i, place in enumerate(place_M.tolist())
     ]
-    # Before the file, or rows could come back that nobody knows of.
+    # Before the file: every answer must find its question.
     asked_N = is_random_N.copy()
     asked_N[place_M] = True
     why = dict(zip(seen.row_N[place_M].tolist(), why_M, strict=True))
-    _note_asked(store, seen, texts["id"], student_N, student_sure_N, why, is_random_N, asked_N)
+    _record_questions(store, seen, texts["id"], student_N, student_sure_N, why, is_random_N, asked_N)
     target.write_bytes(name, files.written(questions, kind, blind))
     if kind == ".json":
         target.write_bytes(f"{name}.xml", files.labelling_config(names).encode())
@@ -134,8 +132,8 @@ def export(
     return len(questions)
 
 
-def bring_back(run_dir: str, rows: str, *, replace: bool = False, say: Say = print) -> dict[str, Any]:
-    """Take people's answers into the run, say what the random sample is worth, and renew the model card.
+def import_answers(run_dir: str, rows: str, *, replace: bool = False, say: Say = print) -> dict[str, Any]:
+    """Import people's answers into the run, report what the random sample says, and renew the model card.
 
     The same file a second time changes nothing. Raises ConfigError, and takes nothing, where a row was not
     asked about, a label is none of the run's, or two answers contradict each other (of an answer from
@@ -153,7 +151,7 @@ def bring_back(run_dir: str, rows: str, *, replace: bool = False, say: Say = pri
     except FileNotFoundError:
         raise ConfigError(f"ROWS: {rows!r} does not exist: give the file with the answers") from None
     given = files.read(content, kind, rows)
-    new = checked(given, asked, config.labels.names)
+    new = check_answers(given, asked, config.labels.names)
     old = AuditAnswers.read(store).by_row()
     for row, label in new.items():
         if old.get(row, label) != label and not replace:
@@ -168,7 +166,7 @@ def bring_back(run_dir: str, rows: str, *, replace: bool = False, say: Say = pri
     say(
         f"{fresh} new answers, {changed} changed, {len(new) - fresh - changed} known, {empty} rows left empty"
     )
-    found = estimated(store, config)
+    found = estimate_quality(store, config)
     store.write_json(ESTIMATE, found)
     for line in describe(found):
         say(line)
@@ -177,7 +175,7 @@ def bring_back(run_dir: str, rows: str, *, replace: bool = False, say: Say = pri
     return found
 
 
-def checked(given: Sequence[Answer], asked: pa.Table, names: Sequence[str]) -> dict[int, int]:
+def check_answers(given: Sequence[Answer], asked: pa.Table, names: Sequence[str]) -> dict[int, int]:
     """The label of each row that has one; raises ConfigError for the first answer that cannot be taken."""
     identity = dict(zip(asked["row"].to_pylist(), asked["id"].to_pylist(), strict=True))
     index = {name: c for c, name in enumerate(names)}
@@ -209,7 +207,7 @@ def checked(given: Sequence[Answer], asked: pa.Table, names: Sequence[str]) -> d
     return found
 
 
-def estimated(store: RunStore, config: Config) -> dict[str, Any]:
+def estimate_quality(store: RunStore, config: Config) -> dict[str, Any]:
     """What people's answers say, from the files of a run."""
     asked = store.read_table(ASKED)
     row_M = asked["row"].to_numpy()
@@ -244,16 +242,16 @@ def _labelled(store: RunStore, config: Config) -> Labelled:
     return Labelled(row_N, calibrator.apply(probs_NC))
 
 
-def _drawn(labelled: Labelled, number: int, wanted: Wanted, seed: int) -> Labelled:
+def _score_sample(labelled: Labelled, number: int, sizes: SampleSizes, seed: int) -> Labelled:
     """The random sample, and beside it a random draw, up to ``number`` texts together."""
-    sample = random_order(labelled.row_N, seed)[: wanted.random]
-    others = np.argsort(hash_uniform(seed ^ _LOOK_KEY, labelled.row_N), kind="stable")
+    sample = random_order(labelled.row_N, seed)[: sizes.random]
+    others = np.argsort(hash_uniform(seed ^ _SCORE_SAMPLE_KEY, labelled.row_N), kind="stable")
     others = others[~np.isin(others, sample)][: max(0, number - sample.size)]
     place_N = np.sort(np.concatenate([sample, others]))
     return Labelled(labelled.row_N[place_N], labelled.p_NC[place_N])
 
 
-def _asked_of_student(store: RunStore, config: Config, texts: Sequence[str]) -> Floats:
+def _student_predictions(store: RunStore, config: Config, texts: Sequence[str]) -> Floats:
     """float[N, C]: by the model of a finished run, else by its last checkpoint."""
     folder = MODEL_DIR if store.exists(SUMMARY) else _last_checkpoint(store)
     checkpoint = inspect(store.uri(folder), max_tokens=config.student.max_tokens)
@@ -270,7 +268,7 @@ def _last_checkpoint(store: RunStore) -> str:
     return str(store.read_json(trained[-1])["checkpoint"])
 
 
-def _note_asked(
+def _record_questions(
     store: RunStore,
     seen: Labelled,
     ids: pa.ChunkedArray,
@@ -280,7 +278,7 @@ def _note_asked(
     is_random_N: np.ndarray,
     asked_N: np.ndarray,
 ) -> None:
-    """Add to what was asked before, whose opinions stay as they were; the sample is what it is now."""
+    """Add to earlier questions, which keep their predictions; the random sample is the current one."""
     sample = set(seen.row_N[is_random_N].tolist())
     there = store.read_table(ASKED).to_pylist() if store.exists(ASKED) else []
     by_row = {one["row"]: one | {"is_random": one["row"] in sample} for one in there}
@@ -308,7 +306,7 @@ _KEY = 0x41554449
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SampleSizes:
     """How many texts of each kind. Of ``random``, those that are answered already count."""
 
     random: int = 100
@@ -325,24 +323,29 @@ def random_order(row_N: Ints, seed: int) -> Ints:
 
 
 def choose(
-    row_N: Ints, p_teacher_NC: Floats, p_student_NC: Floats, answered_N: np.ndarray, wanted: Wanted, seed: int
+    row_N: Ints,
+    p_teacher_NC: Floats,
+    p_student_NC: Floats,
+    answered_N: np.ndarray,
+    sizes: SampleSizes,
+    seed: int,
 ) -> tuple[Ints, list[str], np.ndarray]:
     """Places of the texts that a person is to be asked about, why each, and bool[N]: the random sample.
 
-    The sample is the first ``wanted.random`` of its order, those among them that are answered included, which
+    The sample is the first ``sizes.random`` of its order, those among them that are answered included, which
     are not asked about again; the other kinds are the best of what is neither answered nor in the sample.
     The order of the answer is chance, for what stands together is answered alike.
     """
     order_N = random_order(row_N, seed)
     is_random_N = np.zeros(len(row_N), dtype=bool)
-    is_random_N[order_N[: wanted.random]] = True
+    is_random_N[order_N[: sizes.random]] = True
     why = dict.fromkeys(np.flatnonzero(is_random_N & ~answered_N).tolist(), RANDOM)
 
     label_N = p_teacher_NC.argmax(axis=1)
     both_sure_N = confidence(p_teacher_NC) * confidence(p_student_NC)
     for kind, number, open_N, value_N in (
-        (DISAGREE, wanted.disagree, p_student_NC.argmax(axis=1) != label_N, both_sure_N),
-        (UNSURE, wanted.unsure, np.ones(len(row_N), dtype=bool), -margin(p_student_NC)),
+        (DISAGREE, sizes.disagree, p_student_NC.argmax(axis=1) != label_N, both_sure_N),
+        (UNSURE, sizes.unsure, np.ones(len(row_N), dtype=bool), -margin(p_student_NC)),
     ):
         there_N = open_N & ~answered_N & ~is_random_N
         there_N[list(why)] = False

@@ -1,14 +1,14 @@
 """The trials of a comparison as Ray tasks, and its report.
 
-A trial is one task; it leaves a file after every round, so a task that is run again, by Ray or by the user,
-goes on behind the last. Texts and labels are put into the object store once, not sent with every task.
+A trial is one task. It writes a file after every round, so a task that is run again, by Ray or by the user,
+resumes from the last one. Texts and labels are put into the object store once, not sent with every task.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from llkd_ray.comparison.settings import (
     changed,
     dump,
     entries,
-    label_once,
+    run_labelling,
     teacher_config,
 )
 from llkd_ray.comparison.tables import ALL, GOLD, Row, Tables, result_row, scores_of, tabulate
@@ -65,7 +65,7 @@ class Job:
 
     entry: Entry
     digest: str
-    wanted: bool
+    is_selected: bool
     """Whether --only leaves it in."""
     n_pool: int
     names: tuple[str, ...]
@@ -93,8 +93,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Work:
-    """All that a comparison works on."""
+class Inputs:
+    """What the trials and the report of a comparison share."""
 
     comparison: Comparison
     store: RunStore
@@ -119,7 +119,7 @@ def compare(
 
     ``base`` is the config that ``comparison.base`` stands for. Of ``only``, teachers, lines and seeds, are
     trained; ``add`` are results.csv from elsewhere. Returns the errors of trials that failed, by name. Raises
-    ConfigError for what the user can mend.
+    ConfigError for mistakes of the user.
     """
     if "://" in out:
         raise ConfigError(f"--out: {out!r} is no folder; give one that all nodes of the cluster can write to")
@@ -128,22 +128,22 @@ def compare(
     _check_only(comparison, only)
     added = [one for file in add for one in read_results(file, base.labels.names)]
     store = RunStore(out)
-    _claim(store, comparison, base)
+    _write_settings(store, comparison, base)
     display.say(f"results: {out}")
     if report_only:
         if not store.exists(EXAMPLES_INDEX):
             raise ConfigError(f"--report-only: {out} holds no comparison yet; run it without")
-        work = _gather(comparison, base, teachers, store, only, added)
-        _report(work, display)
+        inputs = _prepare(comparison, base, teachers, store, only, added)
+        _report(inputs, display)
         return {}
     with connect(base.run.address):
         ingest(base, store, display.say)
         for name, teacher in teachers.items():
             if teacher.teacher.kind != "recorded":
-                label_once(name, teacher, store, display)
-        work = _gather(comparison, base, teachers, store, only, added)
-        errors = _run(work, display)
-    _report(work, display)
+                run_labelling(name, teacher, store, display)
+        inputs = _prepare(comparison, base, teachers, store, only, added)
+        errors = _run(inputs, display)
+    _report(inputs, display)
     for job, error in errors.items():
         display.say(f"failed: {job}: {error}")
     if errors:
@@ -158,21 +158,22 @@ def _check(comparison: Comparison, base: Config, teachers: dict[str, Config]) ->
     """Find every mistake that can be found before anything starts."""
     any_teacher = next(iter(teachers.values()))
     for name, teacher in teachers.items():
-        _named(f"teachers.{name}", check, teacher)
+        _with_field(f"teachers.{name}", check, teacher)
     for name, changes in comparison.lines.items():
-        config = _named(f"lines.{name}", changed, any_teacher, changes, comparison.seeds[0])
-        _named(f"lines.{name}", check, config)
+        config = _with_field(f"lines.{name}", changed, any_teacher, changes, comparison.seeds[0])
+        _with_field(f"lines.{name}", check, config)
     if base.test is None or base.corpus.gold is None:
         raise ConfigError(
             f"base: {comparison.base!r} needs test and corpus.gold: a comparison is about true labels"
         )
 
 
-def _named(where: str, work: Any, *arguments: Any) -> Any:
+def _with_field(field: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result; the field goes before the message of a ConfigError."""
     try:
-        return work(*arguments)
+        return function(*arguments)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"{field}: {error}") from None
 
 
 def _check_only(comparison: Comparison, only: Sequence[str]) -> None:
@@ -186,8 +187,8 @@ def _lines(comparison: Comparison) -> list[str]:
     return list({**REFERENCES, **comparison.lines})
 
 
-def _is_wanted(entry: Entry, comparison: Comparison, only: Sequence[str]) -> bool:
-    """Of each kind (teachers, lines, seeds), all are wanted where none is named; *gold* has no teacher."""
+def _is_selected(entry: Entry, comparison: Comparison, only: Sequence[str]) -> bool:
+    """Of each kind (teachers, lines, seeds), all are selected where none is named; *gold* has no teacher."""
     teachers = [name for name in only if name in comparison.teachers]
     lines = [name for name in only if name in _lines(comparison)]
     seeds = [name for name in only if name in map(str, comparison.seeds)]
@@ -198,7 +199,7 @@ def _is_wanted(entry: Entry, comparison: Comparison, only: Sequence[str]) -> boo
     )
 
 
-def _claim(store: RunStore, comparison: Comparison, base: Config) -> None:
+def _write_settings(store: RunStore, comparison: Comparison, base: Config) -> None:
     """Write the settings; refuses a folder whose texts are others, for they would be taken for these."""
     if store.exists(CONFIG):
         there = yaml.safe_load(store.read_bytes(CONFIG))
@@ -215,21 +216,21 @@ def _claim(store: RunStore, comparison: Comparison, base: Config) -> None:
 # --- Trials ----------------------------------------------------------------------------------------
 
 
-def _gather(
+def _prepare(
     comparison: Comparison,
     base: Config,
     teachers: dict[str, Config],
     store: RunStore,
     only: Sequence[str],
     added: Sequence[Row],
-) -> Work:
+) -> Inputs:
     """Read texts and labels, and list the trials with what is known of them from elsewhere."""
     examples = Examples.open(store)
     texts = read_texts(examples, base.labels.names)
     labels = {"": gold_labels(examples, texts)}
     scores = {}
     for name, config in teachers.items():
-        labels[name], p_TC = _named(
+        labels[name], p_TC = _with_field(
             f"teachers.{name}", read_teacher, answers_of(name, config, store), examples
         )
         scores[name] = scores_of(against_gold(texts, p_TC), texts.names)
@@ -240,11 +241,11 @@ def _gather(
         elsewhere.setdefault((one["teacher"], one["line"], one["seed"]), []).append(one)
     jobs = []
     for entry in entries(comparison, base, examples.n_pool, folder):
-        wanted = _is_wanted(entry, comparison, only)
+        is_selected = _is_selected(entry, comparison, only)
         known = tuple(elsewhere.get((entry.teacher, entry.line, entry.seed), ()))
         digest = labels[entry.teacher].digest
-        jobs.append(Job(entry, digest, wanted, examples.n_pool, texts.names, known))
-    return Work(comparison, store, texts, labels, scores, jobs)
+        jobs.append(Job(entry, digest, is_selected, examples.n_pool, texts.names, known))
+    return Inputs(comparison, store, texts, labels, scores, jobs)
 
 
 @ray.remote
@@ -258,7 +259,7 @@ def _trial_task(trial: Trial, texts: Texts, labels: Labels) -> list[dict[str, An
 
 @dataclass
 class Progress:
-    """How far the trials are; ``seconds`` since the first was handed out."""
+    """How many trials are done."""
 
     total: int
     done: int
@@ -275,14 +276,14 @@ class Progress:
         return said
 
 
-def _run(work: Work, display: Display) -> dict[str, str]:
+def _run(inputs: Inputs, display: Display) -> dict[str, str]:
     """Run all trials that are not finished; returns the errors of those that failed, by name."""
-    wanted = [job for job in work.jobs if job.wanted]
-    todo = [job for job in wanted if not job.is_finished]
-    progress = Progress(len(wanted), len(wanted) - len(todo))
+    selected = [job for job in inputs.jobs if job.is_selected]
+    todo = [job for job in selected if not job.is_finished]
+    progress = Progress(len(selected), len(selected) - len(todo))
     display.say(f"{progress.describe()} are finished already")
     errors: dict[str, str] = {}
-    with _handed_out(todo, work) as running:
+    with _submitted(todo, inputs) as running:
         while running:
             ready, _ = ray.wait(list(running), timeout=POLL_S)
             for task in ready:
@@ -297,19 +298,19 @@ def _run(work: Work, display: Display) -> dict[str, str]:
                     progress.done, progress.new = progress.done + 1, progress.new + 1
                     display.say(f"[{progress.done}/{progress.total}] {job.name}: {_describe(figures)}")
                 if running and all(other.entry.seed != job.entry.seed for other in running.values()):
-                    display.say(f"all trials of seed {job.entry.seed} are through: writing the report")
-                    _report(work, display)
+                    display.say(f"all trials of seed {job.entry.seed} are finished: writing the report")
+                    _report(inputs, display)
             display.update(progress.describe())
     return errors
 
 
 @contextmanager
-def _handed_out(jobs: Sequence[Job], work: Work) -> Iterator[dict[Any, Job]]:
-    """The tasks of the jobs, in their order; those left at the end, by a Ctrl-C, are called off."""
+def _submitted(jobs: Sequence[Job], inputs: Inputs) -> Iterator[dict[Any, Job]]:
+    """The tasks of the jobs, in their order; those left at the end, as after a Ctrl-C, are cancelled."""
     for job in jobs:
         _check_gpus(job.entry.trial.config.student.gpus)
-    texts = ray.put(work.texts)
-    labels = {name: ray.put(work.labels[name]) for name in {job.entry.teacher for job in jobs}}
+    texts = ray.put(inputs.texts)
+    labels = {name: ray.put(inputs.labels[name]) for name in {job.entry.teacher for job in jobs}}
     running = {}
     for job in jobs:
         gpus = job.entry.trial.config.student.gpus
@@ -324,10 +325,12 @@ def _handed_out(jobs: Sequence[Job], work: Work) -> Iterator[dict[Any, Job]]:
 
 
 def _check_gpus(share: float) -> None:
-    """Refuse trials that would wait for a GPU for ever."""
+    """Refuse trials that would never get a GPU."""
     there = ray.cluster_resources().get("GPU", 0)
     if share > there and os.environ.get("LLKD_AUTOSCALING") != "1":
-        raise ConfigError(f"student.gpus: a trial asks for {share:g} GPUs, but the cluster has {there:g}")
+        raise ConfigError(
+            f"student.gpus: a trial asks for {share:g} GPUs, but the cluster has {there:g}: lower it"
+        )
 
 
 def _reason(error: RayError) -> str:
@@ -347,32 +350,37 @@ def _describe(figures: Sequence[dict[str, Any]]) -> str:
 # --- Report ----------------------------------------------------------------------------------------
 
 
-def _report(work: Work, display: Display) -> None:
-    """Write the report from the trials' files, whatever of them is there."""
-    tables, results, missing = tables_of(work)
+def _report(inputs: Inputs, display: Display) -> None:
+    """Write the report from the files of the trials that are finished."""
+    tables, results, missing = tables_of(inputs)
     write_comparison(
-        work.store, tables, results, settings=dump(work.comparison), missing=missing, trials=len(work.jobs)
+        inputs.store,
+        tables,
+        results,
+        settings=dump(inputs.comparison),
+        missing=missing,
+        trials=len(inputs.jobs),
     )
-    display.console.print(f"report: {work.store.path(PAGE)}")
+    display.console.print(f"report: {inputs.store.path(PAGE)}")
 
 
-def tables_of(work: Work) -> tuple[Tables, list[Row], int]:
-    """Tables and results of the trials that are there, and the number of those that are not finished."""
-    n_pool = len(work.texts.pool)
+def tables_of(inputs: Inputs) -> tuple[Tables, list[Row], int]:
+    """Tables and results of the finished trials, and the number of those that are not finished."""
+    n_pool = len(inputs.texts.pool)
     results, missing = [], 0
-    for job in work.jobs:
+    for job in inputs.jobs:
         of_job = job.results()
         missing += len(of_job) < len(job.entry.trial.reported)
         results += of_job
-    lines = _lines(work.comparison)
-    sizes = next(job.entry.trial.reported for job in work.jobs if job.entry.line not in (GOLD, ALL))
+    lines = _lines(inputs.comparison)
+    sizes = next(job.entry.trial.reported for job in inputs.jobs if job.entry.line not in (GOLD, ALL))
     tables = tabulate(
         results,
-        work.scores,
+        inputs.scores,
         lines=lines,
         sizes=sizes,
         n_pool=n_pool,
-        names=work.texts.names,
-        n_seeds=len(work.comparison.seeds),
+        names=inputs.texts.names,
+        n_seeds=len(inputs.comparison.seeds),
     )
     return tables, results, missing

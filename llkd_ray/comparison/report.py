@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: tables as CSV and Markdown, the learning curves, and one offline page."""
+"""The files of a comparison: tables as CSV and Markdown, learning curves, and one offline page."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ TEXT_COLUMNS = ("teacher", "line")
 def write_comparison(
     store: RunStore, tables: Tables, results: Sequence[Row], *, settings: str, missing: int, trials: int
 ) -> None:
-    """Write all files of a comparison's report; ``missing`` of its ``trials`` are not there yet."""
+    """Write all files of a comparison's report; ``missing`` of its ``trials`` are not finished."""
     store.write_bytes(RESULTS, _csv(pd.DataFrame(results, columns=result_columns(tables.names))))
     store.write_bytes(SUMMARY, _csv(summary_frame(tables)))
     store.write_bytes(PER_CLASS, _csv(class_frame(tables)))
@@ -68,7 +68,7 @@ def write_comparison(
     facts: dict[str, Any] = {
         "tables": tables,
         "conclusion": conclusion(tables),
-        "note": f"{missing} of {trials} trials are missing: the figures are of those that are there."
+        "note": f"{missing} of {trials} trials are missing: the figures are of those that are finished."
         if missing
         else "",
         "scores": [
@@ -115,7 +115,7 @@ def _difference(mean: Mean, reference: str) -> str:
     size = Mean(abs(mean.mean), mean.half, mean.n)
     said = f"It is {points(size, mean.n)} points {where} {TITLES.get(reference, reference)}"
     if mean.half is None:
-        return f"{said}; one seed does not say how sure that is."
+        return f"{said}; one seed gives no interval."
     return f"{said}, which chance may explain." if mean.half >= abs(mean.mean) else f"{said}."
 
 
@@ -225,7 +225,7 @@ def _head(header: Sequence[str]) -> list[str]:
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 RANDOM_COLOUR = "#7F7F7F"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# Of what knows no budget: told apart by dashes, for they are all black.
+# Of what has no budget; all are black and differ by dashes.
 LEVELS: dict[str, Any] = {GOLD: (0, (6, 2)), ALL: (0, (1.5, 1.5)), TEACHER: (0, (6, 2, 1, 2))}
 PANEL_INCHES = (3.7, 2.9)
 PANELS_A_ROW = 3
@@ -310,7 +310,7 @@ def _colours(lines: Sequence[str]) -> dict[str, str]:
 
 
 def describe(tables: Tables, measure: str = "macro_f1") -> str:
-    """The figure in words, for who cannot see it."""
+    """The figure in words, for people who cannot see it."""
     size, teacher = tables.sizes[-1], tables.teachers[-1]
     means = ((line, tables.mean(teacher, line, size, measure)) for line in tables.lines)
     ends = ", ".join(f"{line} {percent(mean.mean)}" for line, mean in means if mean)

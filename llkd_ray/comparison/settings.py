@@ -1,7 +1,7 @@
 """What a comparison is made of: its settings, its trials, and the texts and labels that they share.
 
-A comparison sets lines (a policy, or any other change of settings) against each other, for every teacher
-and seed, on labels that are there already. Three lines always come with it: *gold*, the student's upper
+A comparison trains lines (a policy, or any other change of settings) for every teacher and seed, on labels
+that are recorded. Three lines always come with it: *gold*, the student's upper
 bound, *all pseudo-labels*, and *random*.
 """
 
@@ -31,7 +31,7 @@ REFERENCES: dict[str, dict[str, dict[str, Any]]] = {
     ALL: {"selection": {"policy": "all", "options": {}, "quota": "off", "prior": "off"}},
     RANDOM: {"selection": {"policy": "random", "options": {}, "quota": "off", "prior": "off"}},
 }
-"""Lines that every comparison has; *gold* learns the true labels, whoever the teacher is."""
+"""Lines that every comparison has; *gold* is trained on the true labels, for any teacher."""
 
 
 class Comparison(Section):
@@ -162,8 +162,8 @@ def _merged(under: Any, over: Any) -> Any:
     return under | {key: _merged(under.get(key), value) for key, value in over.items()}
 
 
-def label_once(name: str, config: Config, store: RunStore, display: Display) -> None:
-    """Let an LLM label pool and test set in a run of its own, or go on with it; once done, nothing."""
+def run_labelling(name: str, config: Config, store: RunStore, display: Display) -> None:
+    """Let an LLM label pool and test set in a run of its own, which is resumed or, if finished, kept."""
     run_dir = labelling_dir(store, name)
     run = RunStore(run_dir)
     settings = labelling_config(config)
@@ -185,7 +185,7 @@ def labelling_dir(store: RunStore, name: str) -> str:
 
 
 def labelling_config(config: Config) -> Config:
-    """A run that has every text labelled, none held out; what it trains is not looked at."""
+    """A run that has every text labelled, none held out; its student is not used."""
     tree = config.model_dump()
     tree["selection"] = {"policy": "all"}
     tree["acquisition"] = {"policy": "sequential", "explore": 0.0}

@@ -3,7 +3,7 @@
 The rounds are those of a run (``loop.py``): acquire, score, select, train, evaluate. The table, the policies
 and the student are the same code; what a run gets from its teacher is here read from a matrix, so no text is
 labelled twice however many trials there are. Every round leaves a file, so a trial that was killed, or one
-with a larger budget, goes on where the files say. One difference: here the student is done with a round
+with a larger budget, resumes from the files. One difference: here the student is done with a round
 before the next texts are acquired; in a run the teacher reads meanwhile, so acquisition sees the opinion of
 the student before.
 
@@ -39,7 +39,7 @@ from llkd_ray.student.model import build_student
 from llkd_ray.student.train import Batch, train_round
 from llkd_ray.teacher.recorded import read_recorded
 
-# First words of the seeds of the generators that are drawn from, so that no two share a stream.
+# First word of the seed of each generator, so that no two share a stream.
 _ACQUIRE_SEED = 2
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Labels:
-    """What a teacher said of every text of the pool."""
+    """A teacher's labels of all texts of the pool."""
 
     p_NC: Floats
     tokens_N: Ints
@@ -104,7 +104,7 @@ class Trial:
             "seed": config.run.seed,
             "student": config.student.model_dump(mode="json"),
             "selection": config.selection.model_dump(mode="json") | self._exponents,
-            # With `off`, what is known is not used; the exponents alone would not tell.
+            # With `off` the known shares are not used, which the exponents do not show.
             "known_prior": () if config.selection.prior == "off" else config.labels.known_prior,
             "acquisition": config.acquisition.model_dump(mode="json") if self._labels_grow else None,
             "budget": [config.budget.labels, config.budget.first_labels] if self._labels_grow else None,
@@ -112,13 +112,13 @@ class Trial:
         return hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def prior(self, count_C: Ints) -> Floats | None:
-        """float[C]: what the student is to reckon with, from the pseudo-labels' counts."""
+        """float[C]: the class prior of the student's loss, from the pseudo-labels' counts."""
         config = self.config
         return target_prior(count_C, config.selection.prior, self.policy.prior, config.labels.known_prior)
 
     @property
     def _exponents(self) -> dict[str, float | None]:
-        """As they hold, so that a policy's new default is not taken for the old one."""
+        """The values in effect, so that a new default of a policy changes the key."""
         policy, selection = self.policy, self.config.selection
         return {
             "quota": effective(selection.quota, policy.quota),
@@ -140,7 +140,7 @@ class Trial:
 
 @dataclass
 class State:
-    """Where a trial stands between two rounds."""
+    """The state of a trial between two rounds."""
 
     table: ScoreTable
     row_M: Ints
@@ -158,7 +158,7 @@ def run_trial(
     *,
     device: torch.device = CPU,
 ) -> list[dict[str, Any]]:
-    """The figures at every reported size, from files where they are there; ``say`` hears each new one."""
+    """The figures at every reported size, from files where they exist; ``say`` reports each new one."""
     state = State(_empty_table(labels), np.empty(0, dtype=np.int64), np.empty(0))
     figures = []
     for k in range(len(trial.sizes)):
@@ -223,12 +223,12 @@ def _advance(
         "row": np.concatenate([state.row_M, chosen.row_M]),
         "weight": np.concatenate([state.weight_M, chosen.weight_M]),
     }
-    # What another trial has in the file stays in it, or the two would undo each other's work.
+    # What another trial has written to the file stays in it.
     is_scored, is_evaluated = _holds(file)
     reported = is_evaluated or trial.sizes[k] in trial.reported
     uses_student = is_scored or _uses_student(trial, k)
     facts: dict[str, Any] = {"size": trial.sizes[k], "trained": int(arrays["row"].size)}
-    # A round that nobody looks at need not be trained: every round starts from the pre-trained weights.
+    # Every round starts from the pre-trained weights, so one that is neither reported nor used is skipped.
     if reported or uses_student:
         row_M, label_M = arrays["row"], table.label[arrays["row"]]
         batch = Batch(
@@ -270,7 +270,7 @@ def _advance(
 
 
 def _acquire(trial: Trial, labels: Labels, state: State, k: int) -> Ints:
-    """Let the teacher read what the acquisition policy wants before round ``k``; returns the rows."""
+    """Let the teacher label what the acquisition policy chooses before round ``k``; returns the rows."""
     table = state.table
     n = trial.labelled_before(k, len(table)) - table.count_labelled()
     config = trial.config
@@ -279,7 +279,7 @@ def _acquire(trial: Trial, labels: Labels, state: State, k: int) -> Ints:
     row_M = trial.acquisition.choose(table.unread(), n, rng, seed=seed, explore=explore)
     _note_labels(table, labels, row_M, k)
     if state.opinion is not None:
-        _refresh(table, *state.opinion)  # now that they are labelled: what the student thinks of the labels
+        _refresh(table, *state.opinion)  # the student's support of the new labels
     return row_M
 
 
@@ -357,7 +357,7 @@ def read_teacher(config: Config, examples: Examples) -> tuple[Labels, Floats]:
 
 
 def gold_labels(examples: Examples, texts: Texts) -> Labels:
-    """The truth as if a teacher had said it."""
+    """The true labels in the form of a teacher's."""
     ids = examples.read(np.arange(examples.n_pool), ["id"])["id"].to_pylist()
     return labels_of(ids, np.eye(len(texts.names))[texts.gold_N], np.zeros(len(ids), dtype=np.int64))
 

@@ -46,19 +46,19 @@ class View:
 
 def cluster_checks(config: Config | None, environ: Mapping[str, str] = os.environ) -> list[Check]:
     """Without a config, of the machine or of the cluster that RAY_ADDRESS names alone."""
-    address, setting = named_address(config, environ)
-    look = functools.cache(partial(look_at, address, setting, environ))
+    address, setting = cluster_address(config, environ)
+    query = functools.cache(partial(query_cluster, address, setting, environ))
     checks = [
         Check("ray token", partial(check_token, environ, joins=address is not None)),
-        Check("ray", partial(check_ray, address, setting, look)),
+        Check("ray", partial(check_ray, address, setting, query)),
     ]
     if config is not None:
-        checks.append(Check("room", partial(check_room, config, environ, look)))
-        checks.append(Check("shared folders", partial(check_shared, config, look)))
+        checks.append(Check("room", partial(check_cluster_resources, config, environ, query)))
+        checks.append(Check("shared folders", partial(check_shared_folders, config, query)))
     return checks
 
 
-def named_address(config: Config | None, environ: Mapping[str, str]) -> tuple[str | None, str]:
+def cluster_address(config: Config | None, environ: Mapping[str, str]) -> tuple[str | None, str]:
     """The cluster that a run would join, None where it starts one, and the setting that says so."""
     if config is not None and config.run.address:
         address, setting = config.run.address, "run.address"
@@ -71,7 +71,7 @@ def named_address(config: Config | None, environ: Mapping[str, str]) -> tuple[st
 
 
 def check_token(environ: Mapping[str, str], *, joins: bool) -> Finding:
-    """Whether the token that Ray would take is there, and is nobody else's to read.
+    """Whether the token that Ray would take exists, and only its owner may read it.
 
     Ray takes RAY_AUTH_TOKEN before RAY_AUTH_TOKEN_PATH before ~/.ray/auth_token.
     """
@@ -80,7 +80,7 @@ def check_token(environ: Mapping[str, str], *, joins: bool) -> Finding:
     if mode and mode not in AUTH_MODES:
         return problem(
             name,
-            f"RAY_AUTH_MODE is {mode!r}, which Ray takes for 'disabled' without a word",
+            f"RAY_AUTH_MODE is {mode!r}, which Ray silently takes for 'disabled'",
             "set it to 'token', or to 'disabled' if that is meant",
         )
     if mode == "disabled":
@@ -89,21 +89,21 @@ def check_token(environ: Mapping[str, str], *, joins: bool) -> Finding:
         return ok(name, "the token of RAY_AUTH_TOKEN is used")
     given = environ.get("RAY_AUTH_TOKEN_PATH", "")
     file = Path(given) if given else Path(environ.get("HOME", "~")).expanduser() / ".ray" / "auth_token"
-    content = _content(file)
+    content = _read_token(file)
     if content:
         others = stat.S_IMODE(file.stat().st_mode) & 0o077
         if others:
             return warning(
                 name,
                 f"the token in {file} may be read by other users of this machine "
-                f"(mode {stat.S_IMODE(file.stat().st_mode):04o}), and whoever has it runs code with Ray",
+                f"(mode {stat.S_IMODE(file.stat().st_mode):04o}), and with it anybody can run code with Ray",
                 f"chmod 600 {file}",
             )
         return ok(name, f"the token of {file} is used")
     if given:
         return problem(
             name,
-            f"RAY_AUTH_TOKEN_PATH is {given!r}, which is empty or cannot be read; Ray looks nowhere else",
+            f"RAY_AUTH_TOKEN_PATH is {given!r}, which is empty or cannot be read; Ray reads no other",
             "copy the cluster's token there, or unset RAY_AUTH_TOKEN_PATH",
         )
     if mode == "token" and joins:
@@ -118,7 +118,7 @@ def check_token(environ: Mapping[str, str], *, joins: bool) -> Finding:
     return ok(name, "there is none; Ray makes one for a cluster that it starts on this machine")
 
 
-def _content(file: Path) -> str:
+def _read_token(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -128,9 +128,9 @@ def _content(file: Path) -> str:
 # --- the cluster
 
 
-def check_ray(address: str | None, setting: str, look: Callable[[], View]) -> Finding:
+def check_ray(address: str | None, setting: str, query: Callable[[], View]) -> Finding:
     """Whether the cluster answers and takes us, or what a run would start here."""
-    view = look()
+    view = query()
     if view.problem is not None:
         return view.problem
     where = "no cluster is named, so a run starts Ray on this machine, with"
@@ -141,20 +141,22 @@ def check_ray(address: str | None, setting: str, look: Callable[[], View]) -> Fi
 
 def describe(view: View) -> str:
     """The nodes, and what they have in all."""
-    names = sorted({name for node in view.nodes for name in node if _is_asked_for(name)})
+    names = sorted({name for node in view.nodes for name in node if _is_bookable(name)})
     sums = (f"{sum(node.get(name, 0) for node in view.nodes):g} {name}" for name in ("CPU", *names))
     return f"{len(view.nodes)} node(s), {', '.join(dict.fromkeys(sums))}"
 
 
-def _is_asked_for(name: str) -> bool:
+def _is_bookable(name: str) -> bool:
     """Whether a run may ask for it; Ray has names for each node, and counts memory that nothing books."""
     return not name.startswith(("node:", "accelerator_type:")) and "memory" not in name
 
 
-def look_at(address: str | None, setting: str, environ: Mapping[str, str], join_s: float = JOIN_S) -> View:
+def query_cluster(
+    address: str | None, setting: str, environ: Mapping[str, str], join_s: float = JOIN_S
+) -> View:
     """What Ray sees there, in bounded time."""
-    if address is not None and (unheard := _unreachable(address, setting)):
-        return View(problem=unheard)
+    if address is not None and (address_problem := _address_problem(address, setting)):
+        return View(problem=address_problem)
     command = [sys.executable, "-m", "llkd_ray.doctor.cluster", *([address] if address else [])]
     root = str(Path(__file__).resolve().parents[2])  # also where the package is not installed
     path = os.pathsep.join(filter(None, [root, environ.get("PYTHONPATH", "")]))
@@ -173,7 +175,7 @@ def look_at(address: str | None, setting: str, environ: Mapping[str, str], join_
         return View(
             problem=problem(
                 "ray",
-                f"{named} takes connections, but does not answer as a Ray cluster in {join_s:g} s",
+                f"{named} accepts connections, but does not answer as a Ray cluster in {join_s:g} s",
                 "give the address of the head, HOST:PORT as `ray start --head` prints it (the port is mostly "
                 "6379), and see on the head whether `ray status` answers",
             )
@@ -186,12 +188,12 @@ def look_at(address: str | None, setting: str, environ: Mapping[str, str], join_
         )
     seen = json.loads(lines[-1].removeprefix(MARK))
     if "error" in seen:
-        return View(problem=_refusal(named, seen["error"], seen["said"], done.stderr))
+        return View(problem=_join_problem(named, seen["error"], seen["said"], done.stderr))
     return View(seen["version"], tuple(seen["nodes"]))
 
 
-def _unreachable(address: str, setting: str) -> Finding | None:
-    """Why nobody listens there. Ray itself would say so after two minutes."""
+def _address_problem(address: str, setting: str) -> Finding | None:
+    """Why nobody listens there. Ray itself says so after two minutes."""
     if address == "auto":
         return None  # the cluster of this machine, which Ray finds by itself
     if address.startswith(("http://", "https://")):
@@ -217,7 +219,7 @@ def _unreachable(address: str, setting: str) -> Finding | None:
     return None
 
 
-def _refusal(named: str, kind: str, said: str, stderr: str) -> Finding:
+def _join_problem(named: str, kind: str, said: str, stderr: str) -> Finding:
     """Why a cluster that answers does not take us."""
     if "InvalidAuthToken" in stderr or kind == "AuthenticationError":
         return problem(
@@ -236,13 +238,15 @@ def _refusal(named: str, kind: str, said: str, stderr: str) -> Finding:
 # --- room
 
 
-def check_room(config: Config, environ: Mapping[str, str], look: Callable[[], View]) -> Finding | None:
+def check_cluster_resources(
+    config: Config, environ: Mapping[str, str], query: Callable[[], View]
+) -> Finding | None:
     """Whether the run's actors find room, by the sums that a run makes at its start."""
-    view = look()
+    view = query()
     if view.problem is not None:
-        return None  # said already
+        return None  # check_ray reports it
     if environ.get("LLKD_AUTOSCALING") == "1":
-        return ok("room", "LLKD_AUTOSCALING is 1: nodes may still come, so nothing is summed up")
+        return ok("room", "LLKD_AUTOSCALING is 1: nodes may still come, so resources are not checked")
     try:
         check_resources(config, list(view.nodes))
     except ConfigError as error:
@@ -250,16 +254,16 @@ def check_room(config: Config, environ: Mapping[str, str], look: Callable[[], Vi
     return ok("room", f"teachers at their smallest and student ranks fit on {describe(view)}")
 
 
-def check_shared(config: Config, look: Callable[[], View]) -> Finding | None:
+def check_shared_folders(config: Config, query: Callable[[], View]) -> Finding | None:
     """Which folders several nodes need that may be on this machine alone; nothing can tell from here."""
-    if len(look().nodes) < 2:
+    if len(query().nodes) < 2:
         return None
     local = dict(_local_paths(config))
     if not local:
         return ok("shared folders", "no setting names a folder of one machine")
     return warning(
         "shared folders",
-        f"the cluster has {len(look().nodes)} nodes, and all of them read or write "
+        f"the cluster has {len(query().nodes)} nodes, and all of them read or write "
         f"{', '.join(f'{field} {path!r}' for field, path in local.items())}",
         "have the same there on every node, by a shared file system, or use s3:// or the hub",
     )
@@ -290,7 +294,7 @@ def view(address: str) -> dict[str, Any]:
     return {"version": ray.__version__, "nodes": nodes}
 
 
-def view_of_this_machine() -> dict[str, Any]:
+def local_view() -> dict[str, Any]:
     """What Ray would count here if it were started."""
     import ray
     from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager as Nvidia
@@ -304,6 +308,6 @@ def view_of_this_machine() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    seen = view(sys.argv[1]) if sys.argv[1:] else view_of_this_machine()
+    seen = view(sys.argv[1]) if sys.argv[1:] else local_view()
     print(MARK + json.dumps(seen), flush=True)
     os._exit(0)  # a driver's ordinary end takes seconds, and has nothing to tidy up

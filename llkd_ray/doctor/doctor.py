@@ -1,7 +1,7 @@
 """Doctor: whether the set-up is fit for a run, check by check, and what to do where it is not.
 
 Nothing expensive starts: no engine, no weights, no Ray of our own. What a check needs is imported in it, so
-that an installation that is broken can still be looked at.
+that a broken installation can still be checked.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from rich.text import Text
 
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.loading import apply_overrides, load_tree, parse_config
+from llkd_ray.config.paths import local_dir, with_absolute_paths
 from llkd_ray.config.schema import Config
 from llkd_ray.display import Display
-from llkd_ray.doctor.cluster import cluster_checks, named_address
-from llkd_ray.doctor.findings import Check, Finding, carry_out, in_one_line, ok, problem
+from llkd_ray.doctor.cluster import cluster_address, cluster_checks
+from llkd_ray.doctor.findings import Check, Finding, describe_error, ok, problem, run_checks
 from llkd_ray.doctor.inputs import data_checks, storage_checks, student_check, teacher_checks
 from llkd_ray.doctor.machine import machine_checks
 
@@ -37,10 +38,10 @@ def doctor_main(arguments: Sequence[str] | None = None) -> int:
     config, findings = load(options.config, options.set)
     checks = all_checks(config, is_quickstart=options.config is None)
     if options.json:
-        findings += carry_out(checks)
-        print(in_json(findings))
+        findings += run_checks(checks)
+        print(to_json(findings))
     else:
-        findings = show_as_they_come(findings, checks)
+        findings = print_findings(findings, checks)
     return PROBLEM if any(one.state == "problem" for one in findings) else 0
 
 
@@ -66,39 +67,32 @@ def load(path: str | None, overrides: Sequence[str]) -> tuple[Config | None, lis
         else:
             config = parse_config(apply_overrides(load_tree(path), overrides))
             said = f"{path} is sound"
-        return _with_absolute_paths(config), [ok("config", said)]
+        return with_absolute_paths(config), [ok("config", said)]
     except ConfigError as error:
         return None, [problem("config", line) for line in str(error).splitlines()]
     except Exception as error:  # of an import; the check of the packages says which one is to blame
-        return None, [problem("config", f"cannot be read ({in_one_line(error)})", "make setup")]
+        return None, [problem("config", f"cannot be read ({describe_error(error)})", "make setup")]
 
 
 def _quickstart_settings() -> dict[str, object]:
-    from llkd_ray.config.paths import local_dir
     from llkd_ray.quickstart.teacher import settings
 
     return settings(Path(local_dir("runs")) / "quickstart-data", seed=0)
 
 
-def _with_absolute_paths(config: Config) -> Config:
-    from llkd_ray.config.paths import with_absolute_paths
-
-    return with_absolute_paths(config)
-
-
 def all_checks(config: Config | None, *, is_quickstart: bool) -> list[Check]:
-    """What is looked at, in order. The quickstart makes its corpus and its teacher itself, later."""
-    joins = named_address(config, os.environ)[0] is not None
+    """All checks, in order. The quickstart makes its corpus and its teacher itself, later."""
+    joins = cluster_address(config, os.environ)[0] is not None
     needs_vllm = config is not None and any(one.kind == "vllm" for _, one in config.teacher.members())
     checks = machine_checks(config, needs_vllm=needs_vllm, joins=joins) + cluster_checks(config)
     if config is None:
         return checks
-    policies = Check("policies", partial(check_the_policies, config))
+    policies = Check("policies", partial(check_policy_names, config))
     checks += [*storage_checks(config), policies, student_check(config)]
     return checks if is_quickstart else checks + data_checks(config) + teacher_checks(config)
 
 
-def check_the_policies(config: Config) -> Finding:
+def check_policy_names(config: Config) -> Finding:
     from llkd_ray.run.loop import check_policies
 
     check_policies(config)
@@ -108,14 +102,14 @@ def check_the_policies(config: Config) -> Finding:
 # --- in words
 
 
-def in_json(findings: Iterable[Finding]) -> str:
+def to_json(findings: Iterable[Finding]) -> str:
     """For machines."""
     listed = [asdict(one) for one in findings]
     counts = {state: sum(one["state"] == state for one in listed) for state in ("ok", "warning", "problem")}
     return json.dumps({"findings": listed, "counts": counts}, indent=1, ensure_ascii=False)
 
 
-def show_as_they_come(first: Sequence[Finding], checks: Sequence[Check]) -> list[Finding]:
+def print_findings(first: Sequence[Finding], checks: Sequence[Check]) -> list[Finding]:
     """A table at the end on a terminal, a line for each finding elsewhere; then the sum. Returns all."""
     findings = list(first)
     with Display() as display:
@@ -125,7 +119,7 @@ def show_as_they_come(first: Sequence[Finding], checks: Sequence[Check]) -> list
         for check in checks:
             if not plain:
                 display.update(f"checking: {check.name}")
-            for one in carry_out([check]):
+            for one in run_checks([check]):
                 findings.append(one)
                 if plain:
                     display.console.print(Text(describe(one)))

@@ -1,4 +1,4 @@
-"""What a look at the set-up finds, and how a check is carried out so that none can hurt the others."""
+"""Findings of the checks, and how a check is run so that none can hurt the others."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """A look at one thing. ``look`` gives None where there is nothing to look at.
+    """A check of one thing. ``run`` gives None where there is nothing to check.
 
     What it raises is a problem: a ConfigError in its own words, anything else as a check that broke.
     """
 
     name: str
-    look: Callable[[], Finding | None]
+    run: Callable[[], Finding | None]
 
 
 def ok(check: str, found: str) -> Finding:
@@ -48,19 +48,19 @@ def problem(check: str, found: str, remedy: str = "") -> Finding:
     return Finding(check, "problem", found, remedy)
 
 
-def carry_out(checks: Sequence[Check], limit_s: float = LIMIT_S) -> Iterator[Finding]:
+def run_checks(checks: Sequence[Check], limit_s: float = LIMIT_S) -> Iterator[Finding]:
     """The findings of the checks, one after the other; those of a check that breaks or hangs, too."""
     for check in checks:
-        yield from _carry_out(check, limit_s)
+        yield from _run_check(check, limit_s)
 
 
-def _carry_out(check: Check, limit_s: float) -> list[Finding]:
+def _run_check(check: Check, limit_s: float) -> list[Finding]:
     findings: list[Finding] = []
 
     def work() -> None:
-        findings[:] = _look(check)
+        findings[:] = _findings_of(check)
 
-    # A thread of its own: a library that waits for a network cannot be told to stop, but can be left alone.
+    # A thread of its own: a library that waits for a network cannot be stopped, only abandoned.
     thread = threading.Thread(target=work, name=f"check-{check.name}", daemon=True)
     thread.start()
     thread.join(limit_s)
@@ -75,29 +75,29 @@ def _carry_out(check: Check, limit_s: float) -> list[Finding]:
     return findings
 
 
-def _look(check: Check) -> list[Finding]:
+def _findings_of(check: Check) -> list[Finding]:
     try:
-        finding = check.look()
+        finding = check.run()
     except ConfigError as error:  # a line for each mistake, with its remedy
         return [problem(check.name, line) for line in str(error).splitlines()]
     except Exception as error:
         return [
             problem(
                 check.name,
-                f"the check itself broke: {in_one_line(error)}",
-                "mend what the error names; if it names nothing of yours, report it",
+                f"the check itself broke: {describe_error(error)}",
+                "fix what the error names; if it names nothing of yours, report it",
             )
         ]
     return [] if finding is None else [finding]
 
 
-def in_one_line(error: BaseException, most: int = 300) -> str:
+def describe_error(error: BaseException, most: int = 300) -> str:
     """An exception's kind and words."""
     said = " ".join(str(error).split())
     shown = said if len(said) <= most else said[:most] + "…"
     return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
 
 
-def readable(size: float) -> str:
+def format_bytes(size: float) -> str:
     """A size as a person reads it."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**29 else f"{size / 2**20:,.1f} MiB"

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from llkd_ray.config.base import ConfigError, member_field
 from llkd_ray.config.schema import Config, SourceConfig
 from llkd_ray.config.teacher import TeacherConfig
-from llkd_ray.doctor.findings import Check, Finding, in_one_line, ok, problem, readable, warning
-from llkd_ray.doctor.machine import room_on_disk
+from llkd_ray.doctor.findings import Check, Finding, describe_error, format_bytes, ok, problem, warning
+from llkd_ray.doctor.machine import disk_need
 from llkd_ray.storage.checkpoints import load_tokenizer, size_on_disk
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def check_storage(folder: str) -> Finding:
     except Exception as error:  # pyarrow has many kinds, of which some are ValueErrors
         return problem(
             "storage",
-            f"run.dir {folder!r} cannot be used ({in_one_line(error)})",
+            f"run.dir {folder!r} cannot be used ({describe_error(error)})",
             "give a folder that you may write to, or an address with the right bucket, endpoint and keys",
         )
     finally:
@@ -94,9 +94,7 @@ def check_storage(folder: str) -> Finding:
             if one.is_dir() and not any(one.iterdir()):
                 one.rmdir()
     if back != content:
-        return problem(
-            "storage", f"run.dir {folder!r} does not give back what was written", "use another place"
-        )
+        return problem("storage", f"run.dir {folder!r} does not return what was written", "use another place")
     return ok("storage", f"run.dir {folder!r}: a file was written, read and deleted")
 
 
@@ -114,13 +112,13 @@ def check_disk(config: Config) -> Finding | None:
         return None
     path = Path(config.run.dir).expanduser().resolve()
     place = next(one for one in (path, *path.parents) if one.is_dir())
-    corpus, is_known = _bytes_of(config)
-    need = room_on_disk(config, corpus)
+    corpus, is_known = _corpus_bytes(config)
+    need = disk_need(config, corpus)
     usage = shutil.disk_usage(place)
     share = "the corpus twice, the student's weights four times, 1 GiB for the rest"
     unknown = "" if is_known else "; the size of the corpus is unknown"
-    takes = f"a run takes about {readable(need)} ({share}){unknown}"
-    found = f"run.dir's disk has {readable(usage.free)} free; {takes}"
+    takes = f"a run takes about {format_bytes(need)} ({share}){unknown}"
+    found = f"run.dir's disk has {format_bytes(usage.free)} free; {takes}"
     remedy = "make room, or set run.dir to another disk or an object store"
     if usage.free < need:
         return problem("disk", found, remedy)
@@ -129,7 +127,7 @@ def check_disk(config: Config) -> Finding | None:
     return ok("disk", found)
 
 
-def _bytes_of(config: Config) -> tuple[int, bool]:
+def _corpus_bytes(config: Config) -> tuple[int, bool]:
     """Of the files of corpus and test set, as they lie there, and whether that is known."""
     from llkd_ray.corpus.sources import expand
 
@@ -142,7 +140,7 @@ def _bytes_of(config: Config) -> tuple[int, bool]:
             try:
                 total += sum(unit.size for unit in expand(uri, field))
             except ConfigError:
-                is_known = False  # said by the check of the source
+                is_known = False  # reported by the check of the source
     return total, is_known
 
 
@@ -150,12 +148,12 @@ def _bytes_of(config: Config) -> tuple[int, bool]:
 
 
 def check_runs(config: Config) -> Finding:
-    """Whether the run's directory is free, and which runs could be gone on with."""
+    """Whether the run's directory is free, and which runs can be resumed."""
     from llkd_ray.storage.lock import require_free
     from llkd_ray.storage.run_dir import CONFIG, RunStore, join_uri
 
     if config.run.name is None:
-        return _unfinished(config)
+        return _list_unfinished(config)
     run_dir = join_uri(config.run.dir, config.run.name)
     store = RunStore(run_dir)
     if not store.exists(CONFIG):
@@ -166,11 +164,11 @@ def check_runs(config: Config) -> Finding:
     return problem(
         "runs",
         f"run.name: {run_dir} holds a run that is not finished",
-        f"go on with it: python jobs/distill.py --resume {run_dir}; or choose another run.name",
+        f"resume it: python jobs/distill.py --resume {run_dir}; or choose another run.name",
     )
 
 
-def _unfinished(config: Config) -> Finding:
+def _list_unfinished(config: Config) -> Finding:
     from llkd_ray.storage.run_dir import CONFIG, RunStore, join_uri
 
     names = RunStore(config.run.dir).folders("")[-RUNS_LOOKED_AT:]
@@ -183,8 +181,8 @@ def _unfinished(config: Config) -> Finding:
     more = ", …" if len(left) > RUNS_SHOWN else ""
     return ok(
         "runs",
-        f"{found}; not finished: {', '.join(left[-RUNS_SHOWN:])}{more}; where nobody is at work, "
-        f"go on by python jobs/distill.py --resume {join_uri(config.run.dir, left[-1])}",
+        f"{found}; not finished: {', '.join(left[-RUNS_SHOWN:])}{more}; where no driver is at work, "
+        f"resume by python jobs/distill.py --resume {join_uri(config.run.dir, left[-1])}",
     )
 
 
@@ -201,7 +199,7 @@ MODELS_SHOWN = 10
 
 
 def student_check(config: Config) -> Check:
-    return Check("student", partial(check_the_student, config))
+    return Check("student", partial(check_student_model, config))
 
 
 def teacher_checks(config: Config) -> list[Check]:
@@ -219,32 +217,32 @@ def teacher_checks(config: Config) -> list[Check]:
 # --- checkpoints
 
 
-def check_the_student(config: Config) -> Finding:
+def check_student_model(config: Config) -> Finding:
     """Whether the student can be loaded and can become a classifier."""
     from llkd_ray.student.model import check_student, resolve_model
 
     model = config.student.model
-    if trouble := hub_failure("student", "student.model", model, None):
+    if trouble := check_hub("student", "student.model", model, None):
         return trouble
     check_student(config.student)
-    return of_weights("student", "student.model", model, resolve_model(model))
+    return check_weights("student", "student.model", model, resolve_model(model))
 
 
 def check_model(teacher: TeacherConfig, field: str) -> Finding:
     """Whether a teacher for our own engine is here, or can be had."""
     assert teacher.model is not None
     name = field.rpartition(".")[2]
-    if trouble := hub_failure(name, f"{field}.model", teacher.model, teacher.revision):
+    if trouble := check_hub(name, f"{field}.model", teacher.model, teacher.revision):
         return trouble
     load_tokenizer(teacher.model, teacher.revision, f"{field}.model")
-    return of_weights(name, f"{field}.model", teacher.model, teacher.model)
+    return check_weights(name, f"{field}.model", teacher.model, teacher.model)
 
 
-def of_weights(check: str, setting: str, name: str, checkpoint: str) -> Finding:
+def check_weights(check: str, setting: str, name: str, checkpoint: str) -> Finding:
     """Whether the weights of a checkpoint whose other files are there will be found."""
     size = size_on_disk(checkpoint)
     if size is not None:
-        return ok(check, f"{setting} {name!r}: {readable(size)} of weights are on this machine")
+        return ok(check, f"{setting} {name!r}: {format_bytes(size)} of weights are on this machine")
     if Path(checkpoint).is_dir():
         return problem(
             check,
@@ -257,20 +255,20 @@ def of_weights(check: str, setting: str, name: str, checkpoint: str) -> Finding:
 # --- the hub
 
 
-def is_on_the_hub(model: str) -> bool:
+def is_hub_name(model: str) -> bool:
     """Whether a name can only mean a model of the hub."""
     is_path = Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
     return model != "minilm" and not is_path
 
 
-def hub_failure(check: str, setting: str, model: str, revision: str | None) -> Finding | None:
+def check_hub(check: str, setting: str, model: str, revision: str | None) -> Finding | None:
     """What keeps us from a model of the hub; None where nothing does, or where it is none.
 
     Asked before anything is loaded, as the libraries try for half a minute and then say little.
     """
     from huggingface_hub import constants
 
-    if not is_on_the_hub(model):
+    if not is_hub_name(model):
         return None
     is_cached = size_on_disk(model) is not None
     if constants.HF_HUB_OFFLINE:
@@ -282,12 +280,10 @@ def hub_failure(check: str, setting: str, model: str, revision: str | None) -> F
             "unset it for the first run, copy the cache (HF_HOME) from a machine that has the model, or give "
             "a checkpoint folder",
         )
-    return _asked_of_the_hub(check, setting, model, revision, is_cached)
+    return _ask_hub(check, setting, model, revision, is_cached)
 
 
-def _asked_of_the_hub(
-    check: str, setting: str, model: str, revision: str | None, is_cached: bool
-) -> Finding | None:
+def _ask_hub(check: str, setting: str, model: str, revision: str | None, is_cached: bool) -> Finding | None:
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -310,7 +306,7 @@ def _asked_of_the_hub(
     except RevisionNotFoundError:
         return problem(check, f"{setting}: {model!r} has no revision {revision!r} on the hub", "correct it")
     except Exception as error:  # the errors of the hub's HTTP library, whichever it is in a version
-        found = f"{setting}: the hub does not answer ({in_one_line(error, 120)})"
+        found = f"{setting}: the hub does not answer ({describe_error(error, 120)})"
         if is_cached:
             return warning(
                 check, f"{found}; {model!r} is in its cache", "set HF_HUB_OFFLINE=1 to save waiting"
@@ -345,7 +341,7 @@ def check_server(teacher: TeacherConfig, field: str) -> Finding:
     try:
         reply = httpx.get(server.base_url.rstrip("/") + "/models", headers=headers, timeout=SERVER_S)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        reason = in_one_line(error).replace(key, "***") if key else in_one_line(error)
+        reason = describe_error(error).replace(key, "***") if key else describe_error(error)
         return problem(
             name, f"{setting} does not answer ({reason})", "start the server, or correct the address"
         )
@@ -392,12 +388,12 @@ def check_labels(config: Config) -> Finding | None:
 
     for name, teacher in config.teacher.members():
         if teacher.kind == "vllm" and teacher.model is not None:
-            if hub_failure(name, "", teacher.model, teacher.revision):
-                return None  # said by the check of the teacher
+            if check_hub(name, "", teacher.model, teacher.revision):
+                return None  # reported by the check of the teacher
             try:
                 load_tokenizer(teacher.model, teacher.revision, f"{member_field(name)}.model")
             except ConfigError:
-                return None  # said by the check of the teacher
+                return None  # reported by the check of the teacher
     facts = check_teacher(self_contained(config))
     names = config.labels.names
     hashes = [

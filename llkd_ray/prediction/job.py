@@ -1,9 +1,9 @@
 """A classifier over any corpus, by Ray Data: every row gets a prediction or goes to quarantine.
 
-Reading tasks hand pieces of the corpus on (see ``pieces``), an actor with a copy of the model each scores
-them and writes a file a piece. Memory does not grow with the corpus: what waits between the two is bounded
-by Ray Data's back-pressure. Started again, it does what has no file yet. Gold comes first, in the same way,
-where thresholds are fitted on it.
+Reading tasks produce pieces of the corpus (see ``pieces``); actors with a copy of the model each score them
+and write a file a piece. Memory does not grow with the corpus: what waits between the two is bounded
+by Ray Data's back-pressure. A restart scores only what has no file yet. Gold comes first, in the
+same way, where thresholds are fitted on it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import SourceConfig
 from llkd_ray.corpus.ingest import cut_large, quiet_ray_data
 from llkd_ray.corpus.sources import pack, plan
-from llkd_ray.prediction import results as limits
-from llkd_ray.prediction import results as output
+from llkd_ray.prediction import results
 from llkd_ray.prediction.config import PredictConfig
 from llkd_ray.prediction.pieces import (
     CORPUS,
@@ -47,9 +46,9 @@ from llkd_ray.student.inference import load, score
 
 CPUS_A_THREAD = 0.45
 """CPUs that Ray books for a thread of an actor: half of it, so that reading always finds room beside."""
-SAY_SECONDS = 10.0  # between two words on progress
+PROGRESS_SECONDS = 10.0  # between two lines of progress
 PIECES_IN_FLIGHT = 2  # of an actor: one that it scores, one that waits there
-BLOCK_BYTES = 1 << 20  # a piece is handed on at once, and not collected with others
+BLOCK_BYTES = 1 << 20  # so that each piece is passed on at once
 Say = Callable[[str], None]
 
 
@@ -61,31 +60,31 @@ def predict(config: PredictConfig, say: Say = print) -> dict[str, Any]:
     """
     began = time.monotonic()
     checkpoint = inspect(config.model, config.revision, config.max_tokens)
-    given = _given_thresholds(config, checkpoint)
+    given = _check_thresholds(config, checkpoint)
     sources = {GOLD: config.gold, CORPUS: config.corpus}
     units = {part: plan(source, FIELDS[part]) for part, source in sources.items() if source is not None}
-    store = output.open_output(config, checkpoint, units, library_versions())
+    store = results.open_output(config, checkpoint, units, library_versions())
     with connect(config.address), quiet_ray_data():
         workers = _workers(config)
         tasks = {part: _tasks(part, found, sources[part], store, say) for part, found in units.items()}
         thresholds = given
         if config.gold is not None:
             _stream(GOLD, tasks[GOLD], config.gold, config, checkpoint, given, store, workers, say)
-            _say_rows(GOLD, _account(GOLD, tasks[GOLD], store), say)
+            _say_rows(GOLD, _row_counts(GOLD, tasks[GOLD], store), say)
             thresholds = _fit(config, given, store, say)
         scored, seconds = _stream(
             CORPUS, tasks[CORPUS], config.corpus, config, checkpoint, thresholds, store, workers, say
         )
-    summary = _account(CORPUS, tasks[CORPUS], store)
+    summary = _row_counts(CORPUS, tasks[CORPUS], store)
     _say_rows(CORPUS, summary, say)
     if scored:
-        say(f"{scored:,} scored now, {scored / max(seconds, 1e-9):.0f} texts/s behind the start")
+        say(f"{scored:,} scored now, {scored / max(seconds, 1e-9):.0f} texts/s without start-up")
     summary |= {"scored_now": scored, "seconds": round(time.monotonic() - began, 1)}
-    store.write_json(output.SUMMARY, summary)
+    store.write_json(results.SUMMARY, summary)
     return summary
 
 
-def _given_thresholds(config: PredictConfig, checkpoint: Checkpoint) -> Thresholds:
+def _check_thresholds(config: PredictConfig, checkpoint: Checkpoint) -> Thresholds:
     for field, name in [
         ("--min-grade", config.min_grade),
         *(("--threshold", one) for one in config.thresholds),
@@ -97,7 +96,7 @@ def _given_thresholds(config: PredictConfig, checkpoint: Checkpoint) -> Threshol
     return Thresholds.given(checkpoint.labels, config.thresholds, config.min_grade)
 
 
-# Room
+# Resources
 
 
 def _workers(config: PredictConfig) -> dict[str, Any]:
@@ -154,7 +153,7 @@ def _stream(
     there = progress(store, part)
     open_tasks = [task for task in tasks if not there.is_done(task)]
     n_there = sum(len(there.pieces_of(task)) for task in tasks)
-    kept = f", {n_there} piece(s) are there already" if n_there else ""
+    kept = f", {n_there} piece(s) are finished" if n_there else ""
     say(f"{part}: reading {len(open_tasks)} of {len(tasks)} task(s){kept}")
     if not open_tasks:
         return 0, 0.0
@@ -164,7 +163,7 @@ def _stream(
     context.issue_detectors_config.detectors = []
     try:
         answers = _build(open_tasks, there.pieces, source, config, checkpoint, thresholds, store, workers)
-        return _follow(part, answers, say)
+        return _collect(part, answers, say)
     finally:
         context.target_max_block_size = block_bytes
 
@@ -206,7 +205,7 @@ def _build(
     ).iter_rows()
 
 
-def _follow(part: str, answers: Iterator[dict[str, Any]], say: Say) -> tuple[int, float]:
+def _collect(part: str, answers: Iterator[dict[str, Any]], say: Say) -> tuple[int, float]:
     """Wait for all answers; rows scored, and seconds from the first piece's beginning to the last's end."""
     rows, first, last, said = 0, float("inf"), 0.0, time.monotonic()
     for row in answers:
@@ -215,14 +214,14 @@ def _follow(part: str, answers: Iterator[dict[str, Any]], say: Say) -> tuple[int
             raise ConfigError(answer["error"])
         rows += answer["rows"]
         first, last = min(first, answer["began"]), max(last, answer["ended"])
-        if time.monotonic() - said > SAY_SECONDS:
+        if time.monotonic() - said > PROGRESS_SECONDS:
             said = time.monotonic()
             say(f"{part}: {rows:,} rows, {rows / max(last - first, 1e-9):.0f} texts/s")
     return rows, max(0.0, last - first)
 
 
 # What goes from reading tasks to actors, a row a piece: its place and texts, or an error.
-_HANDED_ON = pa.schema([("file", pa.string()), ("texts", pa.binary()), ("error", pa.string())])
+_PIECE = pa.schema([("file", pa.string()), ("texts", pa.binary()), ("error", pa.string())])
 
 
 def _read(
@@ -232,21 +231,21 @@ def _read(
     store: RunStore,
     piece_rows: int,
 ) -> Iterator[pa.Table]:
-    """The pieces of one task. A user's mistake is handed on as data: no Ray traceback is around it then."""
+    """The pieces of one task. A user's mistake is passed on as data, without a Ray traceback."""
     task, done = pickle.loads(batch["task"][0])
     try:
         for number, texts in read_pieces(task, source, labels, store, piece_rows, done):
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, texts.schema) as stream:
                 stream.write_table(texts)
-            yield _handed_on(task.piece_file(number), sink.getvalue().to_pybytes(), "")
+            yield _piece_row(task.piece_file(number), sink.getvalue().to_pybytes(), "")
     except ConfigError as error:
-        yield _handed_on("", b"", str(error))
+        yield _piece_row("", b"", str(error))
 
 
-def _handed_on(*values: object) -> pa.Table:
-    columns = [pa.array([value], f.type) for value, f in zip(values, _HANDED_ON, strict=True)]
-    return pa.Table.from_arrays(columns, schema=_HANDED_ON)
+def _piece_row(*values: object) -> pa.Table:
+    columns = [pa.array([value], f.type) for value, f in zip(values, _PIECE, strict=True)]
+    return pa.Table.from_arrays(columns, schema=_PIECE)
 
 
 class Predictor:
@@ -294,32 +293,32 @@ class Predictor:
             return {
                 "error": f"MODEL: {self.checkpoint.source!r} gives no finite probabilities: has it diverged?"
             }
-        table = output.predictions(texts, p_NC, self.thresholds, self.config.with_text)
+        table = results.predictions(texts, p_NC, self.thresholds, self.config.with_text)
         self.store.write_table(batch["file"][0].as_py(), table)
         return {"rows": len(texts), "began": began, "ended": time.time()}
 
 
-# What came of it
+# Thresholds and counts
 
 
 def _fit(config: PredictConfig, given: Thresholds, store: RunStore, say: Say) -> Thresholds:
-    gold_N, p_NC = output.read_gold(store, len(given.labels))
+    gold_N, p_NC = results.read_gold(store, len(given.labels))
     if not gold_N.size:
         raise ConfigError(
             f"--gold: {config.gold.uri if config.gold else ''!r} has no usable text with a true label: check "
             f"--gold-text and --label, and look into quarantine/ of {config.out}"
         )
-    fitted, measured = limits.fit(given, p_NC, gold_N, config.target_precision, tuple(config.thresholds))
+    fitted, measured = results.fit(given, p_NC, gold_N, config.target_precision, tuple(config.thresholds))
     store.write_json(
-        output.THRESHOLDS, limits.as_dict(fitted, measured, config.target_precision, int(gold_N.size))
+        results.THRESHOLDS, results.as_dict(fitted, measured, config.target_precision, int(gold_N.size))
     )
     say(f"thresholds on {gold_N.size:,} gold texts:")
     for label, one in measured.items():
-        say(f"  {limits.describe(label, one, config.target_precision)}")
+        say(f"  {results.describe(label, one, config.target_precision)}")
     return fitted
 
 
-def _account(part: str, tasks: Sequence[Task], store: RunStore) -> dict[str, Any]:
+def _row_counts(part: str, tasks: Sequence[Task], store: RunStore) -> dict[str, Any]:
     """Rows in, predicted and refused, of all starts together; every row is one of the two."""
     there = progress(store, part)
     undone = [task.stem for task in tasks if not there.is_done(task)]

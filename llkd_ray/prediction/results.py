@@ -1,4 +1,4 @@
-"""The folder of a prediction: what decided it, its tables, and how a second start is held to the first.
+"""The folder of a prediction: its settings, its tables, and the check that a restart has the same settings.
 
     predict.json                what decided the results; versions
     predictions/  gold/         parquet, a file a piece; gold's, where thresholds are fitted
@@ -6,8 +6,6 @@
     thresholds.json             what was fitted, with precision, interval and coverage
     summary.json                rows in, predicted and refused
     tasks/                      how the corpus was cut, and what was read of it
-
-Shapes in names: N texts, C classes.
 
 An answer is a label and its confidence. With ``min_grade`` the labels are grades, in the model's order, and
 there is one question only: is the text of this grade or a higher one? Its confidence is the probability of
@@ -62,9 +60,9 @@ def open_output(
     units: Mapping[str, Sequence[Unit]],
     versions: dict[str, str],
 ) -> RunStore:
-    """The folder, ready to go on in. A first start writes down what decides the results.
+    """The folder, ready to write or resume. A first start records what decides the results.
 
-    Raises :class:`ConfigError` where it holds something else, or was begun with something else.
+    Raises :class:`ConfigError` where it holds something else, or was started with other settings.
     """
     asked = decides(config, checkpoint, units)
     try:
@@ -114,16 +112,16 @@ def decides(
     return json.loads(json.dumps(asked))  # as it will be read back
 
 
-def _require_same(config: PredictConfig, asked: dict[str, Any], begun: dict[str, Any]) -> None:
+def _require_same(config: PredictConfig, asked: dict[str, Any], started: dict[str, Any]) -> None:
     for field, value in asked.items():
-        if value != begun.get(field):
+        if value != started.get(field):
             raise ConfigError(
-                f"{field}: {value!r} now, but {config.out!r} was begun with {begun.get(field)!r}: "
-                "give what it was begun with, or another --out"
+                f"{field}: {value!r} now, but {config.out!r} was started with {started.get(field)!r}: "
+                "give what it was started with, or another --out"
             )
     if not config.resume:
         raise ConfigError(
-            f"--out: {config.out!r} holds predictions: go on with --resume, or give another folder"
+            f"--out: {config.out!r} holds predictions: resume with --resume, or give another folder"
         )
 
 

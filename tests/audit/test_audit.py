@@ -9,7 +9,7 @@ from llkd_ray.audit.job import (
     DISAGREE,
     RANDOM,
     UNSURE,
-    Wanted,
+    SampleSizes,
     choose,
     describe,
     estimate,
@@ -29,7 +29,7 @@ def opinions() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_each_kind_is_what_it_says(opinions):
     row_N, teacher_NC, student_NC = opinions
     place_M, why_M, is_random_N = choose(
-        row_N, teacher_NC, student_NC, np.zeros(400, dtype=bool), Wanted(40, 20, 10), seed=3
+        row_N, teacher_NC, student_NC, np.zeros(400, dtype=bool), SampleSizes(40, 20, 10), seed=3
     )
     assert len(set(place_M.tolist())) == len(place_M) == 70
     of = {kind: place_M[[why == kind for why in why_M]] for kind in (RANDOM, DISAGREE, UNSURE)}
@@ -51,10 +51,10 @@ def test_each_kind_is_what_it_says(opinions):
 def test_a_larger_sample_goes_on_where_the_smaller_one_ended(opinions):
     row_N, teacher_NC, student_NC = opinions
     none = np.zeros(400, dtype=bool)
-    small, _, is_small_N = choose(row_N, teacher_NC, student_NC, none, Wanted(30, 0, 0), seed=1)
+    small, _, is_small_N = choose(row_N, teacher_NC, student_NC, none, SampleSizes(30, 0, 0), seed=1)
     answered = none.copy()
     answered[small] = True
-    more, _, is_large_N = choose(row_N, teacher_NC, student_NC, answered, Wanted(50, 0, 0), seed=1)
+    more, _, is_large_N = choose(row_N, teacher_NC, student_NC, answered, SampleSizes(50, 0, 0), seed=1)
     assert not set(small.tolist()) & set(more.tolist())
     assert set(np.flatnonzero(is_large_N)) == set(small.tolist()) | set(more.tolist())
     assert (is_small_N <= is_large_N).all()

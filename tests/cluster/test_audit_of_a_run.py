@@ -42,7 +42,7 @@ def test_an_audit_reaches_the_card_and_the_next_rounds(toy_settings, tmp_path, c
         (line,) = [one for one in capfd.readouterr().err.splitlines() if one.startswith("error: ")]
         return line
 
-    assert "is there already" in refused("export", run.run_dir, "--out", str(file))
+    assert "exists and may hold answers" in refused("export", run.run_dir, "--out", str(file))
     pool = pq.read_table(tmp_path / "pool.parquet")
     gold = dict(zip(pool["id"].to_pylist(), pool["label"].to_pylist(), strict=True))
     right = [gold[row["id"]] for row in rows]

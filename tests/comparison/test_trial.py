@@ -19,6 +19,8 @@ from llkd_ray.student.inference import predict
 N_POOL, N_TEST, N_CLASSES = 120, 40, 3
 KNOWN = {"names": NAMES[:N_CLASSES], "prior": dict(zip(NAMES, [1, 1, 2], strict=False))}
 """Labels whose true shares are known."""
+HALF = {"labels": 60, "first_labels": 0.0}
+"""A budget for half of the pool, spread evenly over the rounds."""
 FIGURES = {"accuracy", "macro_f1", "ece", "f1_by_class"}
 
 
@@ -206,15 +208,25 @@ class TestFiles:
         assert [facts["size"] for facts in finished(make_trial(), labels.digest)] == [10, 20]
         assert finished(trial, "another teacher") == []
 
-    @pytest.mark.parametrize("policy", ["random", "llkd_sample"])
     @pytest.mark.parametrize("lost", [[2], [1, 2], [1]])
-    def test_a_killed_trial_ends_as_if_it_had_not_been(self, make_trial, texts, labels, policy, lost):
-        trial = make_trial(policy)
-        first = without_time(run_trial(trial, texts, labels))
+    @pytest.mark.parametrize(
+        ("policy", "sections"),
+        [
+            ("random", {}),
+            ("llkd_sample", {}),
+            ("llkd_sample", {"budget": HALF, "acquisition": {"policy": "m_raru"}}),
+        ],
+    )
+    def test_a_killed_trial_ends_as_if_it_had_not_been(
+        self, make_trial, texts, labels, policy, sections, lost
+    ):
+        trial = make_trial(policy, **sections)
+        first, chosen = without_time(run_trial(trial, texts, labels)), rows(trial, labels, 2)
         for k in lost:
             (trial.folder / f"{trial.key(labels.digest, k)}.npz").unlink()
         (trial.folder / "0123.1.partial").write_bytes(b"half a file")
         assert without_time(run_trial(trial, texts, labels)) == first
+        assert rows(trial, labels, 2) == chosen
 
     def test_a_larger_size_keeps_the_files_of_the_smaller(self, make_trial, texts, labels, trained):
         run_trial(make_trial("random", (10, 20)), texts, labels)
@@ -264,10 +276,6 @@ class TestFiles:
         ]
         assert len({same, *others}) == len(others) + 1
         assert key(labels=KNOWN, selection={"prior": "off"}) == same, "what is known is not used"
-
-
-HALF = {"labels": 60, "first_labels": 0.0}
-"""A budget for half of the pool, spread evenly over the rounds."""
 
 
 class TestAcquisition:
@@ -333,14 +341,6 @@ class TestAcquisition:
         assert np.isin(candidates.row_N, scored).all()
         expected = support(p_MC[np.searchsorted(scored, candidates.row_N)], candidates.label_N)
         np.testing.assert_allclose(candidates.support_N, expected, atol=1e-3)
-
-    def test_a_killed_trial_ends_as_if_it_had_not_been(self, make_trial, texts, labels):
-        trial = make_trial("llkd_sample", budget=HALF, acquisition={"policy": "m_raru"})
-        first = without_time(run_trial(trial, texts, labels))
-        before = rows(trial, labels, 2)
-        (trial.folder / f"{trial.key(labels.digest, 2)}.npz").unlink()
-        assert without_time(run_trial(trial, texts, labels)) == first
-        assert rows(trial, labels, 2) == before
 
 
 def test_opinions_are_those_of_the_rounds_student(make_trial, texts, labels, monkeypatch):

@@ -12,14 +12,14 @@ from toys import make_config
 
 from llkd_ray.doctor.cluster import (
     View,
-    _refusal,
+    _join_problem,
+    check_cluster_resources,
     check_ray,
-    check_room,
-    check_shared,
+    check_shared_folders,
     check_token,
+    cluster_address,
     describe,
-    look_at,
-    named_address,
+    query_cluster,
 )
 
 # --- the token
@@ -42,55 +42,44 @@ def token(home: Path, joins: bool = True, **environ: str):
     return check_token({"HOME": str(home), **environ}, joins=joins)
 
 
-class TestToken:
-    def test_none_where_one_is_needed(self, home):
-        finding = token(home, RAY_AUTH_MODE="token")
-        assert finding.state == "problem"
-        assert str(home / ".ray/auth_token") in finding.found
-        assert "ray get-auth-token --generate" in finding.remedy
+def test_a_token_that_is_used_or_not_needed(home):
+    assert token(home).state == "ok", "the cluster may ask for none"
+    assert token(home, joins=False, RAY_AUTH_MODE="token").state == "ok", "Ray makes one"
+    finding = token(home, RAY_AUTH_TOKEN="secret", RAY_AUTH_TOKEN_PATH="/nowhere/at-all")
+    assert (finding.state, "secret" in finding.found) == ("ok", False)
+    token_file(home)
+    assert token(home, RAY_AUTH_MODE="token").state == "ok"
+    token_file(home, mode=0o644)
+    assert token(home, RAY_AUTH_MODE="Disabled").state == "ok"
 
-    def test_none_where_none_may_be_asked_for(self, home):
-        assert token(home).state == "ok"
 
-    def test_none_where_ray_makes_one(self, home):
-        assert token(home, joins=False, RAY_AUTH_MODE="token").state == "ok"
+def test_a_token_that_is_missing(home):
+    finding = token(home, RAY_AUTH_MODE="token")
+    assert finding.state == "problem"
+    assert str(home / ".ray/auth_token") in finding.found
+    assert "ray get-auth-token --generate" in finding.remedy
+    finding = token(home, RAY_AUTH_MODE="tokens", RAY_AUTH_TOKEN="x")
+    assert (finding.state, "'tokens'" in finding.found) == ("problem", True)
 
-    def test_a_file_of_ones_own(self, home):
-        token_file(home)
-        assert token(home, RAY_AUTH_MODE="token").state == "ok"
 
-    @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
-    def test_a_file_that_others_may_read(self, home, mode):
-        file = token_file(home, mode=mode)
-        finding = token(home)
-        assert finding.state == "warning"
-        assert f"{mode:04o}" in finding.found
-        assert finding.remedy == f"chmod 600 {file}"
-        assert "abc" not in finding.found
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604])
+def test_a_token_that_others_may_read(home, mode):
+    file = token_file(home, mode=mode)
+    finding = token(home)
+    assert (finding.state, finding.remedy) == ("warning", f"chmod 600 {file}")
+    assert f"{mode:04o}" in finding.found
+    assert "abc" not in finding.found
 
-    @pytest.mark.parametrize("content", [None, "", " \n"])
-    def test_a_path_that_leads_to_no_token(self, home, content):
-        token_file(home)  # which Ray does not look at then
-        other = home / "token"
-        if content is not None:
-            other.write_text(content)
-        finding = token(home, RAY_AUTH_TOKEN_PATH=str(other))
-        assert finding.state == "problem"
-        assert f"RAY_AUTH_TOKEN_PATH is {str(other)!r}" in finding.found
 
-    def test_the_variable_goes_before_the_path(self, home):
-        finding = token(home, RAY_AUTH_TOKEN="secret", RAY_AUTH_TOKEN_PATH="/nowhere/at-all")
-        assert finding.state == "ok"
-        assert "secret" not in finding.found
-
-    def test_a_mode_that_ray_does_not_know(self, home):
-        finding = token(home, RAY_AUTH_MODE="tokens", RAY_AUTH_TOKEN="x")
-        assert finding.state == "problem"
-        assert "'tokens'" in finding.found
-
-    def test_disabled(self, home):
-        token_file(home, mode=0o644)
-        assert token(home, RAY_AUTH_MODE="Disabled").state == "ok"
+@pytest.mark.parametrize("content", [None, "", " \n"])
+def test_a_path_that_leads_to_no_token(home, content):
+    token_file(home)  # which Ray does not read then
+    other = home / "token"
+    if content is not None:
+        other.write_text(content)
+    finding = token(home, RAY_AUTH_TOKEN_PATH=str(other))
+    assert finding.state == "problem"
+    assert f"RAY_AUTH_TOKEN_PATH is {str(other)!r}" in finding.found
 
 
 # --- addresses
@@ -98,10 +87,10 @@ class TestToken:
 
 def test_the_config_goes_before_the_environment():
     config = make_config(run={"address": "a:1"})
-    assert named_address(config, {"RAY_ADDRESS": "b:2"}) == ("a:1", "run.address")
-    assert named_address(make_config(), {"RAY_ADDRESS": "b:2"}) == ("b:2", "RAY_ADDRESS")
-    assert named_address(None, {})[0] is None
-    assert named_address(None, {"RAY_ADDRESS": "local"})[0] is None
+    assert cluster_address(config, {"RAY_ADDRESS": "b:2"}) == ("a:1", "run.address")
+    assert cluster_address(make_config(), {"RAY_ADDRESS": "b:2"}) == ("b:2", "RAY_ADDRESS")
+    assert cluster_address(None, {})[0] is None
+    assert cluster_address(None, {"RAY_ADDRESS": "local"})[0] is None
 
 
 def closed_port() -> int:
@@ -121,7 +110,7 @@ def closed_port() -> int:
     ],
 )
 def test_an_address_that_cannot_be(address, words):
-    view = look_at(address, "RAY_ADDRESS", {})
+    view = query_cluster(address, "RAY_ADDRESS", {})
     assert view.problem is not None
     assert f"RAY_ADDRESS {address!r} {words}" in view.problem.found
     assert view.problem.remedy
@@ -129,7 +118,7 @@ def test_an_address_that_cannot_be(address, words):
 
 def test_nobody_listens():
     address = f"127.0.0.1:{closed_port()}"
-    view = look_at(address, "run.address", {})
+    view = query_cluster(address, "run.address", {})
     assert view.problem.state == "problem"
     assert f"run.address {address!r} does not answer" in view.problem.found
     assert "refused" in view.problem.found
@@ -141,20 +130,20 @@ def test_something_else_listens_and_says_nothing(tmp_path):
         server.bind(("127.0.0.1", 0))
         server.listen()
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        view = look_at(address, "RAY_ADDRESS", {"HOME": str(tmp_path)}, join_s=8.0)
+        view = query_cluster(address, "RAY_ADDRESS", {"HOME": str(tmp_path)}, join_s=8.0)
     assert "does not answer as a Ray cluster in 8 s" in view.problem.found
     assert "HOST:PORT" in view.problem.remedy
 
 
 def test_what_ray_says_of_versions_is_told_in_its_words():
     said = "Version mismatch: The cluster was started with: Ray: 2.59.0 Python: 3.11.7"
-    finding = _refusal("RAY_ADDRESS 'h:1'", "RuntimeError", said, "")
+    finding = _join_problem("RAY_ADDRESS 'h:1'", "RuntimeError", said, "")
     assert (finding.state, said in finding.found) == ("problem", True)
 
 
 @pytest.mark.timeout(120)
 def test_without_an_address_it_is_this_machine(tmp_path):
-    view = look_at(None, "RAY_ADDRESS", dict(os.environ))
+    view = query_cluster(None, "RAY_ADDRESS", dict(os.environ))
     assert view.problem is None
     assert view.nodes[0]["CPU"] >= 1
     assert "a run starts Ray on this machine" in check_ray(None, "RAY_ADDRESS", lambda: view).found
@@ -165,7 +154,7 @@ def test_a_ray_that_cannot_be_imported(tmp_path):
     (tmp_path / "ray.py").write_text("raise ImportError('libray is broken')\n")
     hook = tmp_path / "sitecustomize.py"  # as a broken installation: before everything else on the path
     hook.write_text(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n")
-    view = look_at(None, "RAY_ADDRESS", {**os.environ, "PYTHONPATH": str(tmp_path)})
+    view = query_cluster(None, "RAY_ADDRESS", {**os.environ, "PYTHONPATH": str(tmp_path)})
     assert view.problem.state == "problem"
     assert "libray is broken" in view.problem.found
 
@@ -175,7 +164,7 @@ def test_a_ray_that_cannot_be_imported(tmp_path):
 
 def room(config, nodes, **environ):
     look = functools.cache(lambda: View("2.60.0", tuple(nodes)))
-    return check_room(config, environ, look)
+    return check_cluster_resources(config, environ, look)
 
 
 def test_room_is_judged_by_a_runs_own_sums():
@@ -189,8 +178,8 @@ def test_room_is_judged_by_a_runs_own_sums():
 
 
 def test_room_of_a_cluster_that_is_not_there_is_not_judged():
-    lost = View(problem=look_at("nowhere", "RAY_ADDRESS", {}).problem)
-    assert check_room(make_config(), {}, lambda: lost) is None
+    lost = View(problem=query_cluster("nowhere", "RAY_ADDRESS", {}).problem)
+    assert check_cluster_resources(make_config(), {}, lambda: lost) is None
 
 
 def test_nodes_in_words():
@@ -205,11 +194,11 @@ def test_folders_of_one_machine_on_a_cluster_of_several(tmp_path):
     sources = {"corpus": {"uri": "s3://bucket/pool.parquet"}, "test": {"uri": "gold.csv"}}
     config = make_config(**sources, student={"model": str(tmp_path)}, run={"dir": "/runs"})
     alone, two = View(nodes=({"CPU": 1.0},)), View(nodes=({"CPU": 1.0}, {"CPU": 1.0}))
-    assert check_shared(config, lambda: alone) is None
-    finding = check_shared(config, lambda: two)
+    assert check_shared_folders(config, lambda: alone) is None
+    finding = check_shared_folders(config, lambda: two)
     assert finding.state == "warning"
     assert f"run.dir '/runs', test.uri 'gold.csv', student.model '{tmp_path}'" in finding.found
     anywhere = make_config(
         corpus=sources["corpus"], test=None, student={"model": "m"}, run={"dir": "s3://b/r"}
     )
-    assert check_shared(anywhere, lambda: two).state == "ok"
+    assert check_shared_folders(anywhere, lambda: two).state == "ok"

@@ -1,114 +1,108 @@
-"""What doctor says of corpus, test set, the place for runs and the runs in it."""
+"""What doctor says of corpus, test set, run directory, models, the hub and servers."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_server import Reply, serving
+from huggingface_hub import constants
 from toys import make_config, toy_texts, write_corpus
 
-from llkd_ray.doctor.findings import Finding, carry_out
-from llkd_ray.doctor.inputs import check_disk, check_runs, check_storage, data_checks, storage_checks
+from llkd_ray.config.base import ConfigError
+from llkd_ray.doctor.findings import Finding, run_checks
+from llkd_ray.doctor.inputs import (
+    _served,
+    check_disk,
+    check_labels,
+    check_model,
+    check_runs,
+    check_server,
+    check_storage,
+    check_student_model,
+    data_checks,
+    is_hub_name,
+    storage_checks,
+    student_check,
+    teacher_checks,
+)
 from llkd_ray.storage import lock
 from llkd_ray.storage.lock import hold_lock
 from llkd_ray.storage.run_dir import CONFIG, REPORT, RunStore
 
-# --- what is read
+# --- corpus and test set
 
 
-def look(tmp_path: Path, **sections) -> dict[str, Finding]:
+def check_data(tmp_path: Path, **sections) -> dict[str, Finding]:
     settings = {
         "corpus": {"uri": str(write_corpus(tmp_path / "pool.parquet", 300, seed=1))},
         "test": {"uri": str(write_corpus(tmp_path / "test.parquet", 60, seed=2))},
     }
     for name, section in sections.items():
         settings[name] = section if section is None else {**settings[name], **section}
-    return {one.check: one for one in carry_out(data_checks(make_config(**settings)))}
-
-
-def write_rows(path: Path, labels: list[str | None]) -> str:
-    texts, _ = toy_texts(len(labels), 3, seed=3)
-    rows = {"id": [str(i) for i in range(len(labels))], "text": texts, "label": pa.array(labels, pa.string())}
-    pq.write_table(pa.table(rows), path)
-    return str(path)
+    return {one.check: one for one in run_checks(data_checks(make_config(**settings)))}
 
 
 def test_sources_that_are_sound(tmp_path):
-    found = look(tmp_path)
+    found = check_data(tmp_path)
     assert {name: one.state for name, one in found.items()} == {"corpus": "ok", "test": "ok"}
     assert "300 rows in 1 part(s)" in found["corpus"].found
     assert "gold is known of 200 of 200" in found["corpus"].found
+    assert list(check_data(tmp_path, test=None)) == ["corpus"]
 
 
-def test_no_test_set_is_no_finding(tmp_path):
-    assert list(look(tmp_path, test=None)) == ["corpus"]
-
-
-def test_a_column_that_is_not_there(tmp_path):
-    found = look(tmp_path, corpus={"text": "body"})
-    assert found["corpus"].state == "problem"
+def test_a_source_that_cannot_be_read(tmp_path):
+    found = check_data(tmp_path, corpus={"text": "body"}, test={"uri": str(tmp_path / "gold-*.csv")})
+    assert [one.state for one in found.values()] == ["problem", "problem"]
     assert "corpus.text: there is no column 'body'" in found["corpus"].found
     assert "its columns are id, text, label" in found["corpus"].found
-    assert found["test"].state == "ok"
-
-
-def test_files_that_are_not_there(tmp_path):
-    found = look(tmp_path, test={"uri": str(tmp_path / "gold-*.csv")})
-    assert found["test"].state == "problem"
     assert "test.uri" in found["test"].found
-    assert "matches no file" in found["test"].found
 
 
-def test_gold_of_other_labels(tmp_path):
-    uri = write_rows(tmp_path / "odd.parquet", ["sea", "mountain"] * 50)
-    found = look(tmp_path, corpus={"uri": uri})["corpus"]
-    assert found.state == "warning"
-    assert "50 unknown_gold" in found.found
-    assert "labels.names" in found.remedy
+@pytest.mark.parametrize(
+    ("labels", "state", "words"),
+    [
+        (["sea", "mountain"], "warning", "50 unknown_gold"),
+        (["mountain", "mountain"], "problem", ""),
+        ([None, None], "warning", "gold is known of 0 of 100"),
+    ],
+)
+def test_gold_that_does_not_fit(tmp_path, labels, state, words):
+    texts, _ = toy_texts(100, 3, seed=3)
+    rows = {"id": list(map(str, range(100))), "text": texts, "label": pa.array(labels * 50, pa.string())}
+    pq.write_table(pa.table(rows), tmp_path / "odd.parquet")
+    found = check_data(tmp_path, corpus={"uri": str(tmp_path / "odd.parquet")})["corpus"]
+    assert found.state == state
+    assert words in found.found
 
 
-def test_gold_of_no_known_label(tmp_path):
-    uri = write_rows(tmp_path / "odd.parquet", ["mountain"] * 50)
-    assert look(tmp_path, corpus={"uri": uri})["corpus"].state == "problem"
+# --- the run directory
 
 
-def test_gold_that_is_empty(tmp_path):
-    uri = write_rows(tmp_path / "odd.parquet", [None] * 50)
-    found = look(tmp_path, corpus={"uri": uri})["corpus"]
-    assert found.state == "warning"
-    assert "gold is known of 0 of 50" in found.found
-
-
-# --- what is written
-
-
-def test_nothing_is_left_behind(tmp_path):
+def test_nothing_is_left_behind_and_what_was_there_stays(tmp_path):
     (tmp_path / "there").mkdir()
+    (tmp_path / "there/kept").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     assert check_storage(str(tmp_path / "there")).state == "ok"
     assert check_storage(str(tmp_path / "new/deep/runs")).state == "ok"
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_was_there_stays(tmp_path):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/kept").write_text("mine")
-    assert check_storage(str(tmp_path / "runs")).state == "ok"
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["kept"]
-
-
-def test_a_file_is_in_the_way(tmp_path):
-    """No right to write, as root sees it, too."""
+def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    finding = check_storage(str(tmp_path / "file/runs"))
+    finding = check_storage(str(tmp_path / "file/runs"))  # as root sees a missing right, too
     assert finding.state == "problem"
     assert f"run.dir {str(tmp_path / 'file/runs')!r} cannot be used" in finding.found
     assert "Cannot delete" not in finding.found, "why it was not written is what matters"
     assert finding.remedy
+    assert check_storage("nofs://bucket/runs").state == "problem"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -120,10 +114,6 @@ def test_no_right_to_write(tmp_path):
         tmp_path.chmod(0o755)
 
 
-def test_a_filesystem_that_nobody_knows():
-    assert check_storage("nofs://bucket/runs").state == "problem"
-
-
 def test_a_disk_that_is_too_small(tmp_path):
     """For a sparse file: it takes nothing, but a run's copies of it would."""
     pool = tmp_path / "pool.txt"
@@ -131,23 +121,12 @@ def test_a_disk_that_is_too_small(tmp_path):
         file.truncate(shutil.disk_usage(tmp_path).free)
     run = {"dir": str(tmp_path / "not/there/yet")}
     large = make_config(corpus={"uri": str(pool), "gold": None, "id": None}, test=None, run=run)
-    finding = check_disk(large)
-    assert finding.state == "problem"
-    assert "the corpus twice" in finding.found
+    assert check_disk(large).state == "problem"
     pool.write_text("small")
     assert check_disk(large).state != "problem"
-
-
-def test_a_corpus_of_unknown_size_is_said_to_be_so(tmp_path):
-    config = make_config(corpus={"uri": "hf://org/data"}, test=None, run={"dir": str(tmp_path)})
-    assert "the size of the corpus is unknown" in check_disk(config).found
-
-
-def test_an_object_store_does_not_tell_its_room():
+    unknown = make_config(corpus={"uri": "hf://org/data"}, test=None, run={"dir": str(tmp_path)})
+    assert "the size of the corpus is unknown" in check_disk(unknown).found
     assert check_disk(make_config(run={"dir": "s3://bucket/runs"})) is None
-
-
-# --- runs
 
 
 def of_run(tmp_path: Path, name: str | None = "run"):
@@ -162,30 +141,23 @@ def begin(tmp_path: Path, name: str = "run", finished: bool = False) -> RunStore
     return store
 
 
-def test_a_name_that_is_free(tmp_path):
+def test_a_runs_name_is_free_unfinished_or_taken(tmp_path):
     assert check_runs(of_run(tmp_path)).state == "ok"
-
-
-def test_a_name_that_is_taken(tmp_path):
+    begin(tmp_path)
+    finding = check_runs(of_run(tmp_path))
+    assert finding.state == "problem"
+    assert f"--resume {tmp_path / 'run'}" in finding.remedy
     begin(tmp_path, finished=True)
     finding = check_runs(of_run(tmp_path))
     assert (finding.state, finding.remedy) == ("problem", "choose another run.name")
 
 
-def test_a_run_that_can_be_gone_on_with(tmp_path):
-    begin(tmp_path)
-    finding = check_runs(of_run(tmp_path))
-    assert finding.state == "problem"
-    assert f"--resume {tmp_path / 'run'}" in finding.remedy
-
-
 def test_a_driver_at_work(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT_S", 0.05)
     monkeypatch.setattr(lock, "LOOK_S", 5.0)
-    store = begin(tmp_path)
     config = of_run(tmp_path)
-    with hold_lock(store):
-        (finding,) = [one for one in carry_out(storage_checks(config)) if one.check == "runs"]
+    with hold_lock(begin(tmp_path)):
+        (finding,) = [one for one in run_checks(storage_checks(config)) if one.check == "runs"]
     assert finding.state == "problem"
     assert "another driver is at work on this run" in finding.found
     assert "is not finished" in check_runs(config).found, "and once it has gone, only that is left to say"
@@ -201,3 +173,221 @@ def test_unfinished_runs_are_named(tmp_path):
     assert finding.state == "ok"
     assert "not finished: b" in finding.found
     assert f"--resume {tmp_path / 'b'}" in finding.found
+
+
+# --- checkpoints
+
+
+def student(model: str) -> Finding:
+    return check_student_model(make_config(student={"model": model}))
+
+
+def teacher(model: str, **more):
+    return make_config(teacher={"kind": "vllm", "model": model, **more}).teacher
+
+
+def test_checkpoints_that_are_here(tiny_encoder, tiny_llm):
+    for finding in (student(tiny_encoder), check_model(teacher(tiny_llm), "teacher")):
+        assert finding.state == "ok"
+        assert "of weights are on this machine" in finding.found
+
+
+def test_checkpoints_that_cannot_be_used(tiny_encoder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_encoder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    finding = student(str(folder))
+    assert (finding.state, "holds no weights" in finding.found) == ("problem", True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "vits"}))
+    (finding,) = run_checks([student_check(make_config(student={"model": str(folder)}))])
+    assert (finding.state, "cannot make a sequence classifier" in finding.found) == ("problem", True)
+    with pytest.raises(ConfigError, match=r"teacher\.model: no tokenizer can be loaded"):
+        check_model(teacher(str(tmp_path / "gone")), "teacher")
+
+
+# --- the hub
+
+
+@dataclass
+class Web:
+    """A server for GET; ``said`` is what it answers by path: status, headers, JSON."""
+
+    said: dict[str, Reply] = field(default_factory=dict)
+    asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    """Paths and headers."""
+    url: str = ""
+
+    def answer(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> Reply:
+        self.asked.append((path, headers))
+        return self.said.get(path, (404, {}, {"error": "not here"}))
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    with serving(Web()) as running:
+        yield running
+
+
+@pytest.fixture
+def hub(web: Web, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Web:
+    """A hub that can be reached, as transformers' libraries are told by HF_ENDPOINT."""
+    monkeypatch.setattr(constants, "ENDPOINT", web.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return web
+
+
+def test_names_of_the_hub_are_told_from_paths():
+    names = ["roberta-base", "org/model", "minilm", "/models/mine", "./mine", "a/b/c"]
+    assert [name for name in names if is_hub_name(name)] == ["roberta-base", "org/model"]
+
+
+MODEL = "/api/models/org/model"
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code", "found", "remedy"),
+    [
+        (
+            f"{MODEL}/auth-check",
+            403,
+            "GatedRepo",
+            "who has not been granted access",
+            "HF_TOKEN is not set here",
+        ),
+        (MODEL, 404, "RepoNotFound", "shows us no 'org/model'", "correct the name"),
+    ],
+)
+def test_a_model_that_the_hub_refuses(hub, path, status, code, found, remedy):
+    hub.said[MODEL] = (200, {}, {"id": "org/model", "gated": "manual"})
+    hub.said[path] = (status, {"X-Error-Code": code}, {})
+    finding = student("org/model")
+    assert finding.state == "problem"
+    assert found in finding.found
+    assert remedy in finding.remedy
+
+
+def test_a_token_that_may_not_is_told_from_none(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.said[MODEL] = (403, {"X-Error-Code": "GatedRepo"}, {})
+    finding = student("org/model")
+    assert "replace the HF_TOKEN here" in finding.remedy
+    assert "hf_secret" not in finding.found + finding.remedy
+    assert any(headers.get("authorization") == "Bearer hf_secret" for _, headers in hub.asked)
+
+
+def test_a_revision_that_the_hub_does_not_know(hub):
+    hub.said[f"{MODEL}/revision/v9"] = (404, {"X-Error-Code": "RevisionNotFound"}, {})
+    assert "has no revision 'v9'" in check_model(teacher("org/model", revision="v9"), "teacher").found
+
+
+def test_a_hub_that_cannot_be_asked(hub, monkeypatch, tmp_path, tiny_encoder):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    finding = student("org/model")
+    assert (finding.state, "HF_ENDPOINT" in finding.remedy) == ("problem", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    finding = student("org/model")
+    assert finding.state == "problem"
+    assert "not in the hub's cache, and HF_HUB_OFFLINE is set" in finding.found
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    model, commit = tmp_path / "cache/models--org--model", "0123456789abcdef0123456789abcdef01234567"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs/main").write_text(commit)
+    shutil.copytree(tiny_encoder, model / "snapshots" / commit)
+    finding = student("org/model")
+    assert (finding.state, "set HF_HUB_OFFLINE=1" in finding.remedy) == ("warning", True)
+
+
+# --- servers
+
+
+def ask_server(web: Web, model: str = "served", base: str = "/v1") -> Finding:
+    server = {"base_url": web.url + base, "api_key_env": "MY_KEY"}
+    config = make_config(teacher={"kind": "openai", "model": model, "server": server})
+    return check_server(config.teacher, "teacher")
+
+
+MODELS = (200, {}, {"object": "list", "data": [{"id": "served"}, {"id": "other"}]})
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "state", "words"),
+    [
+        ({}, MODELS, "ok", "MY_KEY is not set here"),
+        (
+            {"model": "server"},
+            MODELS,
+            "problem",
+            "'server'; it lists 'served', 'other'; correct teacher.model",
+        ),
+        ({}, (401, {}, {"error": "no key"}), "problem", "HTTP 401, and MY_KEY is not set here"),
+        ({"base": ""}, MODELS, "warning", "up to and with the version"),
+    ],
+)
+def test_a_server_is_asked_for_its_models(web, monkeypatch, asked, said, state, words):
+    monkeypatch.delenv("MY_KEY", raising=False)
+    web.said["/v1/models"] = said
+    finding = ask_server(web, **asked)
+    assert finding.state == state
+    assert words in f"{finding.found}; {finding.remedy}"
+    assert [path for path, _ in web.asked] == [asked.get("base", "/v1") + "/models"], "no text is asked"
+
+
+def test_the_key_is_sent_and_not_shown(web, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    web.said["/v1/models"] = (403, {}, {"error": "sk-secret may not"})
+    finding = ask_server(web)
+    assert "MY_KEY is set here" in finding.found
+    assert "sk-secret" not in finding.found + finding.remedy
+    assert web.asked.pop()[1]["authorization"] == "Bearer sk-secret"
+    monkeypatch.setenv("MY_KEY", "sk-\u00e9")  # which no header can hold
+    finding = ask_server(web)
+    assert (finding.state, web.asked, "sk-" in finding.found) == ("problem", [], False)
+
+
+def test_no_server_is_there(monkeypatch):
+    monkeypatch.delenv("MY_KEY", raising=False)
+    finding = ask_server(Web(url="http://127.0.0.1:9"))
+    assert (finding.state, "does not answer" in finding.found) == ("problem", True)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"[]", b'{"data": 3}', b'{"data": [{}]}', b"\xff"])
+def test_what_is_no_list_of_models_holds_none(content):
+    assert _served(content) == []
+
+
+# --- labels
+
+
+def with_labels(model: str, *names: str):
+    section = {"kind": "vllm", "model": model, "prompt": {"answer": "names"}}
+    return make_config(teacher=section, labels={"names": list(names)})
+
+
+def test_labels_that_this_tokenizer_cannot_tell_apart(tiny_llm, tmp_path):
+    assert check_labels(with_labels(tiny_llm, "Sea", "sea")).state == "ok"
+    file = shutil.copytree(tiny_llm, tmp_path / "lower") / "tokenizer.json"  # does not see case
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}}))
+    (_, finding) = run_checks(teacher_checks(with_labels(str(tmp_path / "lower"), "Sea", "sea")))
+    assert (finding.check, finding.state) == ("labels", "problem")
+    assert "'Sea' and 'sea' are the same tokens for this teacher" in finding.found
+    assert "rename it" in f"{finding.found}; {finding.remedy}"
+    # Without a teacher there is nothing to judge them by.
+    (finding,) = run_checks(teacher_checks(with_labels(str(tmp_path / "gone"), "Sea", "sea")))
+    assert (finding.check, finding.state) == ("teacher", "problem")
+
+
+def test_both_teachers_of_a_cascade_are_checked(web, tiny_llm):
+    web.said["/v1/models"] = MODELS
+    small = {"kind": "vllm", "model": tiny_llm}
+    large = {"kind": "openai", "model": "nobody", "server": {"base_url": web.url + "/v1"}}
+    cascade = {"kind": "cascade", "recorded": None, "cascade": {"small": small, "large": large}}
+    findings = list(run_checks(teacher_checks(make_config(teacher=cascade))))
+    assert [(one.check, one.state) for one in findings] == [
+        ("small", "ok"),
+        ("large", "problem"),
+        ("labels", "ok"),
+    ]
+    assert findings[1].remedy == "correct teacher.cascade.large.model"

@@ -16,8 +16,8 @@ from toys import make_config
 from llkd_ray.doctor import machine as module
 from llkd_ray.doctor.machine import (
     Gpus,
-    _driver,
     _unmet,
+    check_gpus,
     check_memory,
     check_packages,
     check_python,
@@ -25,8 +25,8 @@ from llkd_ray.doctor.machine import (
     check_temp_dir,
     check_vllm,
     gpus_asked_for,
-    judge_gpus,
     memory_of_models,
+    nvidia_driver,
 )
 from llkd_ray.storage.checkpoints import size_on_disk
 
@@ -60,15 +60,24 @@ versions = st.tuples(st.integers(0, 9), st.integers(0, 9)).map(lambda pair: f"{p
 
 @given(versions, versions, versions)
 def test_what_is_outside_of_its_range_is_told_and_nothing_else(low, high, there):
-    wrong = list(_unmet([f"tool>={low},<{high}"], {"tool": there}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "installed_version", {"tool": there}.get)
+        wrong = list(_unmet([f"tool>={low},<{high}"]))
     assert bool(wrong) != (Version(low) <= Version(there) < Version(high))
 
 
-def test_packages_of_an_extra_count_only_with_it():
+@pytest.mark.parametrize(
+    ("there", "extra", "wrong"),
+    [
+        ({}, "", ["tool is not installed"]),
+        ({"engine": "3", "tool": "1"}, "cpu", ["engine 3 is not ==2"]),
+        ({"tool": "1.5"}, "", []),
+    ],
+)
+def test_packages_of_an_extra_count_only_with_it(monkeypatch, there, extra, wrong):
+    monkeypatch.setattr(module, "installed_version", there.get)
     texts = ["tool>=1", 'engine==2; extra == "cpu"', 'other>=1; python_version < "3"']
-    assert list(_unmet(texts, {})) == ["tool is not installed"]
-    assert list(_unmet(texts, {"engine": "3", "tool": "1"}, "cpu")) == ["engine 3 is not ==2"]
-    assert list(_unmet(texts, {"tool": "1.5"})) == []
+    assert list(_unmet(texts, extra)) == wrong
 
 
 @pytest.mark.parametrize(
@@ -93,7 +102,7 @@ def test_packages_of_an_extra_count_only_with_it():
     ],
 )
 def test_vllm_is_told_apart_by_build_version_and_need(monkeypatch, there, needed, on_gpus, state, words):
-    monkeypatch.setattr(module, "installed_versions", lambda: there)
+    monkeypatch.setattr(module, "installed_version", there.get)
     finding = check_vllm(needed=needed, on_gpus=on_gpus)
     assert finding.state == state
     assert words in f"{finding.found}; {finding.remedy}"
@@ -120,7 +129,7 @@ FINE = Gpus("2.13.0", "13.0", 1, ("H100",), "13.1")
     ],
 )
 def test_gpus_are_judged_by_what_is_asked(gpus, asked, state, words):
-    finding = judge_gpus(gpus, asked, joins=False)
+    finding = check_gpus(gpus, asked, joins=False)
     assert finding.state == state
     assert words in f"{finding.found}; {finding.remedy}"
 
@@ -131,7 +140,7 @@ def test_gpus_are_judged_by_what_is_asked(gpus, asked, state, words):
     st.booleans(),
 )
 def test_a_gpu_is_a_problem_only_where_it_is_asked_for_on_this_machine(gpus, asked, joins):
-    finding = judge_gpus(gpus, asked, joins=joins)
+    finding = check_gpus(gpus, asked, joins=joins)
     assert (finding.state == "problem") == bool(asked and not joins and not gpus.torch_sees)
 
 
@@ -156,13 +165,13 @@ def test_what_the_driver_says_is_read(tmp_path, monkeypatch):
     esac"""
     program(tmp_path, "nvidia-smi", script)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    assert _driver() == (("NVIDIA H100 80GB HBM3", "NVIDIA L4"), "12.4")
+    assert nvidia_driver() == (("NVIDIA H100 80GB HBM3", "NVIDIA L4"), "12.4")
 
 
 def test_a_driver_that_fails_lists_nothing(tmp_path, monkeypatch):
     program(tmp_path, "nvidia-smi", "echo 'GPU access blocked'; exit 9")
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    assert _driver() == ((), None)
+    assert nvidia_driver() == ((), None)
 
 
 # --- memory and disks
