@@ -180,8 +180,8 @@ def test_a_run_that_can_be_gone_on_with(tmp_path):
 
 
 def test_a_driver_at_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT_S", 0.05)
-    monkeypatch.setattr(lock, "LOOK_S", 5.0)
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(lock, "TAKEOVER_S", 5.0)
     store = begin(tmp_path)
     config = of_run(tmp_path)
     with hold_lock(store):

@@ -19,8 +19,8 @@ NOT_HERE = "other-host pid:[1]"
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunStore:
-    monkeypatch.setattr(module, "BEAT_S", 0.05)
-    monkeypatch.setattr(module, "LOOK_S", 0.5)
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(module, "TAKEOVER_S", 0.5)
     return RunStore(str(tmp_path))
 
 
@@ -61,12 +61,12 @@ class TestFence:
 
     def test_now_and_then_is_not_every_time(self, store, monkeypatch):
         fence = Fence.claim(store, "a")
-        fence.check_now_and_then()
+        fence.check_throttled()
         Fence.claim(store, "b")
-        fence.check_now_and_then()
+        fence.check_throttled()
         monkeypatch.setattr(module, "THROTTLE_S", 0.0)
         with pytest.raises(Superseded):
-            fence.check_now_and_then()
+            fence.check_throttled()
 
 
 class TestAtWork:
@@ -78,7 +78,7 @@ class TestAtWork:
                 hold_lock(store, words.append),
             ):
                 pytest.fail("two are at work")
-            assert "looking for" in words[0]
+            assert "heartbeat" in words[0]
         with hold_lock(store, quiet) as third:
             third.check()
         assert len(store.names(EPOCHS_DIR)) == 2, "one that is refused takes no epoch"
@@ -108,8 +108,8 @@ class TestAtWork:
     def test_elsewhere_a_count_that_stands_still_tells(self, store):
         begin_elsewhere(store, beat=7)
         words: list[str] = []
-        with hold_lock(store, words.append) as mine:
-            mine.check()
+        with hold_lock(store, words.append) as own:
+            own.check()
         assert NOT_HERE in words[0]
 
     def test_elsewhere_a_count_that_moves_tells_too(self, store):
@@ -137,14 +137,14 @@ class TestAtWork:
 
         def stand_still(seconds: float) -> None:
             looks.append(seconds)
-            if len(looks) == module.LOOKS - 1:
+            if len(looks) == module.TAKEOVER_CHECKS - 1:
                 write_facts(store, beat=1)
 
         monkeypatch.setattr(module.time, "sleep", stand_still)
         monkeypatch.setattr(module.time, "monotonic", lambda: 1000.0 * len(looks))
         with pytest.raises(ConfigError, match="other-host"), hold_lock(store, quiet):
             pytest.fail("two are at work")
-        assert sum(looks) <= module.LOOK_S
+        assert sum(looks) <= module.TAKEOVER_S
 
     def test_a_clock_that_is_set_changes_nothing(self, store, monkeypatch):
         with hold_lock(store, quiet):
@@ -186,7 +186,7 @@ class TestAtWork:
 
 
 def hold(root: str) -> None:
-    module.BEAT_S = 0.05
+    module.HEARTBEAT_S = 0.05
     with hold_lock(RunStore(root), quiet):
         time.sleep(60)
 
