@@ -128,7 +128,7 @@ def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
         "round": k,
         **counts,
         **figures,
-        "loss": trained["loss"],
+        "loss": trained.get("loss"),  # none where the first batch after a restart is empty
         "staleness": selected["staleness"],
         "seconds": seconds,
         "pace": run.throughput.points(),
