@@ -208,7 +208,8 @@ def predict_all(folder: Path, kind: str) -> int:
     """Predict the whole corpus by a BERT of one narrow layer with MiniLM's tokenizer; returns the texts."""
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-    from llkd_ray.prediction.config import parse_predict
+    from llkd_ray.config.base import parse
+    from llkd_ray.prediction.config import PredictConfig
     from llkd_ray.prediction.job import predict
     from llkd_ray.student.model import resolve_model
 
@@ -228,7 +229,7 @@ def predict_all(folder: Path, kind: str) -> int:
         "corpus": {"uri": f"{folder}/pool*.{kind}", "id": "id"},
         "out": str(folder / "predicted"),
     }
-    return predict(parse_predict(settings), lambda said: print(said, file=sys.stderr, flush=True))[
+    return predict(parse(PredictConfig, settings), lambda said: print(said, file=sys.stderr, flush=True))[
         "predicted"
     ]
 

@@ -126,14 +126,15 @@ def plain_job(folder: str, corpus: str, max_tokens: int, actors: int, rows: int)
 def our_job(
     folder: str, corpus: str, max_tokens: int, pieces: int, flags: dict[str, Any]
 ) -> tuple[float, float]:
-    from llkd_ray.prediction.config import parse_predict
+    from llkd_ray.config.base import parse
+    from llkd_ray.prediction.config import PredictConfig
     from llkd_ray.prediction.job import predict
 
     said: list[str] = []
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as out:
         tree = {"model": folder, "corpus": {"uri": corpus}, "out": out, "piece_rows": pieces}
-        predict(parse_predict({**tree, "max_tokens": max_tokens, **flags}), said.append)
+        predict(parse(PredictConfig, {**tree, "max_tokens": max_tokens, **flags}), said.append)
     rate = float(said[-1].split(", ")[-1].split(" ")[0])
     return time.perf_counter() - began, pq.read_table(corpus).num_rows / rate
 

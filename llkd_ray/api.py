@@ -1,4 +1,4 @@
-"""What a Python program or a notebook calls: a distillation, a comparison, a prediction.
+"""The Python interface: a distillation, a comparison, a prediction.
 
 Each takes settings as a checked object, as a dictionary or as the path of a YAML file, with overrides, and
 returns a small typed result. Nothing is kept between two calls but files. Ray is started for a call and
@@ -39,7 +39,7 @@ class Distilled:
 
     run_dir: str
     config: Config = field(repr=False)
-    """As it was resolved."""
+    """The resolved settings."""
     summary: dict[str, Any] = field(repr=False)
     """What summary.json holds: the figures of teacher and student, counts and costs."""
     metrics: list[dict[str, Any]] = field(repr=False)
@@ -67,7 +67,7 @@ class Distilled:
 
 @dataclass(frozen=True)
 class Compared:
-    """A comparison, as far as it has come."""
+    """The state of a comparison."""
 
     out: str
     summary: list[dict[str, str]] = field(repr=False)
@@ -79,7 +79,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Predicted:
-    """A corpus that was gone through."""
+    """A labelled corpus."""
 
     out: str
     summary: dict[str, Any]
@@ -109,11 +109,11 @@ def distill(
     """
     settings = resolve(Config, config, overrides)
     with _shown(display) as there:
-        return _distilled(loop.start(settings, there))
+        return _distilled(loop.start_run(settings, there))
 
 
 def resume(run_dir: str | Path, overrides: Overrides = (), *, display: Display | None = None) -> Distilled:
-    """Go on with a run that was stopped; of a finished one, write anew what is made at its end.
+    """Resume a run that was stopped; of a finished one, write summary, model and report again.
 
     ``overrides`` may raise ``budget.rounds`` and ``budget.train`` of a finished run, which then goes on.
     """
@@ -131,11 +131,11 @@ def compare(
     report_only: bool = False,
     display: Display | None = None,
 ) -> Compared:
-    """Set policies against each other on the same labels, and go on where that was stopped.
+    """Compare policies on the same labels, resuming where an earlier call stopped.
 
     ``out`` is the folder for the results; for a YAML file it is ``runs/`` and the file's name unless it is
     given. ``only`` names teachers, lines and seeds to train for, ``add`` results.csv of other machines;
-    ``report_only`` trains nothing. Raises ConfigError for what the user can mend.
+    ``report_only`` trains nothing. Raises ConfigError for what the user can correct.
     """
     if isinstance(config, str | Path):
         comparison = load_comparison(config, overrides)
@@ -159,7 +159,7 @@ def predict(
     *,
     display: Display | None = None,
 ) -> Predicted:
-    """Let a classifier loose on a corpus of any size.
+    """Label a corpus of any size with a classifier.
 
     Settings are those of :class:`~llkd_ray.prediction.config.PredictConfig`; the least of them:
     ``{"model": run_dir, "corpus": {"uri": "reviews.csv", "text": "body"}, "out": "predicted"}``. Raises

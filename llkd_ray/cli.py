@@ -21,7 +21,7 @@ from llkd_ray.display import TEACHER_DOWN, Display, run_program
 from llkd_ray.export import export_model
 from llkd_ray.prediction.config import in_flags, predict_parser, settings_of
 from llkd_ray.report.pages import write_report
-from llkd_ray.run.loop import Outcome, resume, start
+from llkd_ray.run.loop import Outcome, resume, start_run
 from llkd_ray.run.plan import plan
 from llkd_ray.storage.run_dir import MODEL_DIR, REPORT, RunStore, join_uri
 from llkd_ray.teacher.base import TeacherDown
@@ -33,7 +33,7 @@ def distill_main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run_program(partial(_dispatch, options))
     except TeacherDown as error:
-        print(f"error: {error}; what is labelled is kept: go on with --resume RUN_DIR", file=sys.stderr)
+        print(f"error: {error}; what is labelled is kept: resume with --resume RUN_DIR", file=sys.stderr)
         return TEACHER_DOWN
 
 
@@ -46,21 +46,21 @@ def distill_parser() -> argparse.ArgumentParser:
     parser.add_argument("config", nargs="?", help="a YAML file; see configs/")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
-    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run that was stopped")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="resume a run that was stopped")
     return parser
 
 
 def _dispatch(options: argparse.Namespace, display: Display) -> None:
     if options.resume:
         if options.config:
-            raise ConfigError("--resume goes on with the run's own config; leave out CONFIG")
+            raise ConfigError("--resume uses the run's own config: leave out CONFIG")
         _finish([resume(options.resume, display, options.set)], display)
     elif options.config:
         config = resolve(Config, options.config, options.set)
         if options.dry_run:
             plan(config, display)
         else:
-            _finish([start(config, display)], display)
+            _finish([start_run(config, display)], display)
     else:
         from llkd_ray.quickstart.teacher import (
             prepare,  # it trains a teacher: seconds to import, for this run alone
@@ -78,10 +78,10 @@ def quickstart(config: Config, display: Display) -> list[Outcome]:
     """The configured policy, then ``random`` on the same labels with the same budget."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = [f"quickstart-{stamp}-{policy}" for policy in (config.selection.policy, "random")]
-    first = start(resolve(Config, config, {"run.name": names[0]}), display)
+    first = start_run(resolve(Config, config, {"run.name": names[0]}), display)
     display.say("once more with the policy 'random', on the labels that are there")
     baseline = resolve(Config, config, {"run.name": names[1], "selection.policy": "random"})
-    second = start(baseline, display)
+    second = start_run(baseline, display)
     write_report(RunStore(first.run_dir))  # once more, with the baseline as its reference
     return [first, second]
 

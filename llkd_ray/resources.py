@@ -1,8 +1,8 @@
-"""Whether a run finds room on its nodes: what must lie where, packed before anything starts.
+"""Whether the nodes have the resources of a run: its bundles are packed before anything starts.
 
-Ray places an actor or a rank when a node has room for it, and waits without a word until one has. So what
-does not fit is refused, with the sum that shows why. Nothing books memory; the selector, Ray Train's
-controller and Ray Data's own actors book no CPU.
+Ray places an actor or a rank when a node has room for it, and waits silently until one has. So what does not
+fit is refused, with the sum that shows why. Nothing books memory; the selector, Ray Train's controller and
+Ray Data's own actors book no CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llkd_ray.config.teacher import TeacherConfig
 LEASER_CPUS = 0.05
 """CPUs of the actor that reads the texts of tickets."""
 READING_CPUS = 0.5
-"""CPUs of a task that reads the corpus: below 1, so that it finds room beside actors of another run."""
+"""CPUs of a task that reads the corpus: below 1, so that it fits beside actors of another run."""
 TEACHER, STUDENT, LEASER = "teacher actor", "student rank", "reader of tickets"
 Resources = Mapping[str, float]
 """Amounts by Ray's names: CPU, GPU and custom ones."""
@@ -27,11 +27,11 @@ _UNITS = 10_000  # Ray counts resources in ten-thousandths
 
 @dataclass(frozen=True)
 class Bundle:
-    """What must lie on one node as a whole."""
+    """Resources that must be on one node."""
 
     what: str
     field: str
-    """The section of the config that asks for it."""
+    """The section of the config that requests it."""
     needs: tuple[tuple[str, int], ...]
     """Resources in ten-thousandths, so that sums are exact; none is 0."""
 
@@ -53,81 +53,81 @@ def of_a_rank(student: StudentConfig) -> dict[str, float]:
 
 def check_resources(config: Config, nodes: Sequence[Resources]) -> None:
     """Raises ConfigError where the run's smallest pools do not fit on nodes of so many resources each."""
-    if without_room(nodes, [Bundle.of("reading task", "corpus", {"CPU": READING_CPUS})]):
+    if unplaced(nodes, [Bundle.of("reading task", "corpus", {"CPU": READING_CPUS})]):
         raise ConfigError(
             f"corpus: a task that reads it needs {READING_CPUS:g} CPUs, but no node has them: "
             f"add a node, or start one with more CPUs"
         )
-    pieces = bundles_of(config, ranks_to_start(config.student, nodes))
-    for name in sorted({name for piece in pieces for name, _ in piece.needs}):
-        if _total(pieces, name) > sum(_units(node.get(name, 0)) for node in nodes):
-            raise ConfigError(_too_much(config, pieces, nodes, name))
-    if left := without_room(nodes, pieces):
-        raise ConfigError(_no_place(config, pieces, nodes, left))
+    bundles = bundles_of(config, ranks_to_start(config.student, nodes))
+    for name in sorted({name for bundle in bundles for name, _ in bundle.needs}):
+        if _total(bundles, name) > sum(_units(node.get(name, 0)) for node in nodes):
+            raise ConfigError(_too_much(config, bundles, nodes, name))
+    if left := unplaced(nodes, bundles):
+        raise ConfigError(_no_place(config, bundles, nodes, left))
 
 
 def bundles_of(config: Config, ranks: int) -> list[Bundle]:
-    """All that a run with so many student ranks needs at a time, its teachers' pools at their smallest."""
-    pieces = [Bundle.of(LEASER, "", {"CPU": LEASER_CPUS})]
+    """All that a run with so many student ranks needs at once, its teachers' pools at their minimum."""
+    bundles = [Bundle.of(LEASER, "", {"CPU": LEASER_CPUS})]
     for name, teacher in config.teacher.members():
         parts = _bundles_of_an_actor(teacher, member_field(name))
-        pieces += parts * teacher.min_actors
-    return pieces + [Bundle.of(STUDENT, "student", of_a_rank(config.student))] * ranks
+        bundles += parts * teacher.min_actors
+    return bundles + [Bundle.of(STUDENT, "student", of_a_rank(config.student))] * ranks
 
 
 def ranks_to_start(student: StudentConfig, nodes: Sequence[Resources]) -> int:
     """The ranks that Ray Train will start: of (min, max), as many as the nodes would hold if they were empty.
 
-    It does not see what the teachers hold of them, and would wait for ever for room for the last ones.
+    It ignores what the teachers use of them, and would wait for ever to place the last ranks.
     """
     rank = Bundle.of(STUDENT, "student", of_a_rank(student))
     held = sum(min(_units(node.get(name, 0)) // amount for name, amount in rank.needs) for node in nodes)
     return min(max(held, student.min_workers), student.max_workers)
 
 
-def without_room(nodes: Sequence[Resources], pieces: Sequence[Bundle]) -> list[Bundle]:
-    """The pieces for which there is no room; first fit, the largest first.
+def unplaced(nodes: Sequence[Resources], bundles: Sequence[Bundle]) -> list[Bundle]:
+    """The bundles that do not fit; first fit, the largest first.
 
-    A piece is as large as the largest share that it has of all there is of a resource.
+    The size of a bundle is its largest share of the total of a resource.
     """
-    names = {name for piece in pieces for name, _ in piece.needs}
+    names = {name for bundle in bundles for name, _ in bundle.needs}
     free = [{name: _units(node.get(name, 0)) for name in names} for node in nodes]
     there = {name: max(1, sum(node[name] for node in free)) for name in names}
 
-    def size(piece: Bundle) -> float:
-        return max((amount / there[name] for name, amount in piece.needs), default=0.0)
+    def size(bundle: Bundle) -> float:
+        return max((amount / there[name] for name, amount in bundle.needs), default=0.0)
 
     left = []
-    for piece in sorted(pieces, key=size, reverse=True):
-        node = next((one for one in free if all(one[name] >= n for name, n in piece.needs)), None)
+    for bundle in sorted(bundles, key=size, reverse=True):
+        node = next((one for one in free if all(one[name] >= n for name, n in bundle.needs)), None)
         if node is None:
-            left.append(piece)
+            left.append(bundle)
             continue
-        for name, amount in piece.needs:
+        for name, amount in bundle.needs:
             node[name] -= amount
     return left
 
 
 def _bundles_of_an_actor(teacher: TeacherConfig, field: str) -> list[Bundle]:
-    """Parts that share the work of a layer stay on one node; the stages of a pipeline need not."""
+    """Tensor-parallel parts stay on one node; the stages of a pipeline need not."""
     needs = of_one_part(teacher)
     if teacher.is_placed_in_parts and teacher.pipeline_parallel > 1:
         return [Bundle.of(f"part of a {TEACHER}", field, needs)] * teacher.parts
     if teacher.is_placed_in_parts:
         return [Bundle.of(TEACHER, field, {name: amount * teacher.parts for name, amount in needs.items()})]
-    # In one piece, or in several processes of one actor on CPUs.
+    # In one bundle, or in several processes of one actor on CPUs.
     return [Bundle.of(TEACHER, field, needs | {"CPU": teacher.cpus * teacher.parts})]
 
 
-# --- in words
+# --- messages
 
 
-def _too_much(config: Config, pieces: Sequence[Bundle], nodes: Sequence[Resources], name: str) -> str:
+def _too_much(config: Config, bundles: Sequence[Bundle], nodes: Sequence[Resources], name: str) -> str:
     """Why the nodes have too little of a resource in all."""
-    asking = [piece for piece in pieces if name in dict(piece.needs)]
+    asking = [bundle for bundle in bundles if name in dict(bundle.needs)]
     sums = {
-        what: _total([piece for piece in asking if kind in piece.what], name)
-        for what, kind in ((_actors(config), TEACHER), (f"the {LEASER}", LEASER), (_ranks(pieces), STUDENT))
+        what: _total([bundle for bundle in asking if kind in bundle.what], name)
+        for what, kind in ((_actors(config), TEACHER), (f"the {LEASER}", LEASER), (_ranks(bundles), STUDENT))
     }
     said = {what: amount for what, amount in sums.items() if amount}
     there = sum(_units(node.get(name, 0)) for node in nodes)
@@ -139,18 +139,18 @@ def _too_much(config: Config, pieces: Sequence[Bundle], nodes: Sequence[Resource
 
 
 def _no_place(
-    config: Config, pieces: Sequence[Bundle], nodes: Sequence[Resources], left: Sequence[Bundle]
+    config: Config, bundles: Sequence[Bundle], nodes: Sequence[Resources], left: Sequence[Bundle]
 ) -> str:
     """Why the nodes have enough in all, but not where it is needed."""
-    names = sorted({name for piece in pieces for name, _ in piece.needs})
+    names = sorted({name for bundle in bundles for name, _ in bundle.needs})
     shapes = Counter(", ".join(f"{name} {node.get(name, 0):g}" for name in names) for node in nodes)
-    homeless = Counter((piece.what, piece.needs) for piece in left)
+    homeless = Counter((bundle.what, bundle.needs) for bundle in left)
     lacking = " and ".join(
         f"{n} {what}(s) of {', '.join(f'{name} {_amount(amount)}' for name, amount in needs)}"
         for (what, needs), n in homeless.items()
     )
     return (
-        f"{_fields(left, names)}: {_actors(config)}, {_ranks(pieces)} and the {LEASER} need no more "
+        f"{_fields(left, names)}: {_actors(config)}, {_ranks(bundles)} and the {LEASER} need no more "
         f"than the cluster has, but each must lie on one node, and packed on "
         f"{' and '.join(f'{n} node(s) of {shape}' for shape, n in shapes.items())} no room is left for "
         f"{lacking}; {_REMEDY}, or take larger ones"
@@ -164,17 +164,17 @@ def _actors(config: Config) -> str:
     return f"{sum(teacher.min_actors for _, teacher in config.teacher.members())} {TEACHER}(s)"
 
 
-def _ranks(pieces: Sequence[Bundle]) -> str:
-    return f"{sum(piece.what == STUDENT for piece in pieces)} {STUDENT}(s)"
+def _ranks(bundles: Sequence[Bundle]) -> str:
+    return f"{sum(bundle.what == STUDENT for bundle in bundles)} {STUDENT}(s)"
 
 
 def _listed(things: Sequence[str]) -> str:
     return " and ".join([", ".join(things[:-1]), things[-1]] if things[1:] else things)
 
 
-def _fields(pieces: Sequence[Bundle], names: Sequence[str]) -> str:
-    """The settings by which the pieces ask for resources."""
-    asked = [(one.field, name) for one in pieces if one.field for name, _ in one.needs if name in names]
+def _fields(bundles: Sequence[Bundle], names: Sequence[str]) -> str:
+    """The settings by which the bundles ask for resources."""
+    asked = [(one.field, name) for one in bundles if one.field for name, _ in one.needs if name in names]
     settings = {"CPU": "cpus", "GPU": "gpus"}
     return ", ".join(dict.fromkeys(f"{field}.{settings.get(name, 'resources')}" for field, name in asked))
 
@@ -183,8 +183,8 @@ def _plural(name: str) -> str:
     return f"{name}s" if name in ("CPU", "GPU") else f"of {name!r}"
 
 
-def _total(pieces: Sequence[Bundle], name: str) -> int:
-    return sum(dict(piece.needs).get(name, 0) for piece in pieces)
+def _total(bundles: Sequence[Bundle], name: str) -> int:
+    return sum(dict(bundle.needs).get(name, 0) for bundle in bundles)
 
 
 def _units(amount: float) -> int:

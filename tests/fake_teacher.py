@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -60,14 +61,19 @@ class FakeTeacher:
 
 
 def leased(ticket: int, rows: Sequence[int], prefix: str = "id", words: str = "text") -> pa.Table:
-    """A ticket as the leaser hands it on: ids are ``prefix-row``, texts ``words row``."""
+    """A ticket as the leaser hands it on: ids are ``prefix-row``, texts ``words row``.
+
+    Hashes are not those of ``corpus.cleaning``: nothing behind the leaser may compute them again.
+    """
+    texts = [f"{words} {row}" for row in rows]
     columns = [
         pa.array([ticket] * len(rows), pa.int32()),
         pa.array(rows, pa.int64()),
         pa.array([f"{prefix}-{row}" for row in rows], pa.string()),
-        pa.array([f"{words} {row}" for row in rows], pa.string()),
+        pa.array(texts, pa.string()),
+        pa.array([zlib.crc32(text.encode()) for text in texts], pa.uint64()),
     ]
-    return pa.Table.from_arrays(columns, names=["ticket", "row", "id", "text"])
+    return pa.Table.from_arrays(columns, names=["ticket", "row", "id", "text", "text_hash"])
 
 
 def cost_of(numbers: Sequence[int]) -> int:

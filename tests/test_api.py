@@ -49,7 +49,7 @@ def started(monkeypatch) -> list:
         configs.append(config)
         raise ConfigError("stop here")
 
-    monkeypatch.setattr(loop, "start", start)
+    monkeypatch.setattr(loop, "start_run", start)
     return configs
 
 

@@ -1,4 +1,4 @@
-"""What does not fit on the nodes is refused with the sum; what is accepted has a place for each piece."""
+"""What does not fit on the nodes is refused with the sum; what is accepted has a place for each bundle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llkd_ray.resources import (
     bundles_of,
     check_resources,
     ranks_to_start,
-    without_room,
+    unplaced,
 )
 
 
@@ -33,15 +33,15 @@ def on_gpus(actors: int, tensor: int = 1, pipeline: int = 1) -> Config:
 
 amounts = st.integers(1, 30).map(lambda tenths: tenths / 10)
 some_needs = st.dictionaries(st.sampled_from(["CPU", "GPU", "teacher"]), amounts, min_size=1)
-some_pieces = st.lists(some_needs.map(lambda needs: Bundle.of("piece", "here", needs)), max_size=8)
+some_pieces = st.lists(some_needs.map(lambda needs: Bundle.of("bundle", "here", needs)), max_size=8)
 some_nodes = st.lists(st.dictionaries(st.sampled_from(["CPU", "GPU", "teacher"]), amounts), max_size=4)
 
 
-def can_be_placed(free: list[dict[str, int]], pieces: list[Bundle]) -> bool:
+def can_be_placed(free: list[dict[str, int]], bundles: list[Bundle]) -> bool:
     """By trying everything."""
-    if not pieces:
+    if not bundles:
         return True
-    first, *others = pieces
+    first, *others = bundles
     for node in free:
         if all(node.get(name, 0) >= amount for name, amount in first.needs):
             for name, amount in first.needs:
@@ -59,33 +59,33 @@ def in_units(nodes: list[dict[str, float]]) -> list[dict[str, int]]:
 
 class TestPacking:
     @given(some_nodes, some_pieces)
-    def test_what_finds_room_can_be_placed(self, nodes, pieces):
-        left = without_room(nodes, pieces)
-        placed = list(pieces)
-        for piece in left:
-            placed.remove(piece)
+    def test_what_finds_room_can_be_placed(self, nodes, bundles):
+        left = unplaced(nodes, bundles)
+        placed = list(bundles)
+        for bundle in left:
+            placed.remove(bundle)
         assert can_be_placed(in_units(nodes), placed)
 
     @given(some_nodes, some_pieces)
-    def test_what_cannot_be_placed_is_left(self, nodes, pieces):
-        if not can_be_placed(in_units(nodes), pieces):
-            assert without_room(nodes, pieces)
+    def test_what_cannot_be_placed_is_left(self, nodes, bundles):
+        if not can_be_placed(in_units(nodes), bundles):
+            assert unplaced(nodes, bundles)
 
     @given(some_nodes, some_pieces)
-    def test_alone_a_piece_fits_where_some_node_has_all_it_needs(self, nodes, pieces):
-        for piece in pieces:
-            fits = any(all(node.get(name, 0) >= n for name, n in piece.needs) for node in in_units(nodes))
-            assert (without_room(nodes, [piece]) == []) == fits
+    def test_alone_a_piece_fits_where_some_node_has_all_it_needs(self, nodes, bundles):
+        for bundle in bundles:
+            fits = any(all(node.get(name, 0) >= n for name, n in bundle.needs) for node in in_units(nodes))
+            assert (unplaced(nodes, [bundle]) == []) == fits
 
     def test_the_largest_goes_first(self):
         """One by one, in this order, the small ones would take the room of the last."""
-        pieces = [Bundle.of(what, "", {"CPU": cpus}) for what, cpus in (("a", 0.5), ("b", 0.5), ("c", 1.0))]
-        assert without_room([{"CPU": 1.0}, {"CPU": 1.0}], pieces) == []
+        bundles = [Bundle.of(what, "", {"CPU": cpus}) for what, cpus in (("a", 0.5), ("b", 0.5), ("c", 1.0))]
+        assert unplaced([{"CPU": 1.0}, {"CPU": 1.0}], bundles) == []
 
     def test_tenths_add_up(self):
         tenth = Bundle.of("tenth", "", {"CPU": 0.1})
-        assert without_room([{"CPU": 1.0}], [tenth] * 10) == []
-        assert without_room([{"CPU": 1.0}], [tenth] * 11) == [tenth]
+        assert unplaced([{"CPU": 1.0}], [tenth] * 10) == []
+        assert unplaced([{"CPU": 1.0}], [tenth] * 11) == [tenth]
 
 
 class TestRequireRoom:
@@ -98,8 +98,8 @@ class TestRequireRoom:
     )
     def test_a_refusal_has_its_reason(self, nodes, actors, ranks, of_actor, of_rank):
         run = config({"actors": actors, "cpus": of_actor}, {"workers": ranks, "cpus": of_rank})
-        pieces = bundles_of(run, ranks)
-        needed = sum(amount for piece in pieces for _, amount in piece.needs)
+        bundles = bundles_of(run, ranks)
+        needed = sum(amount for bundle in bundles for _, amount in bundle.needs)
         there = sum(node["CPU"] for node in in_units(nodes))
         try:
             check_resources(run, nodes)
@@ -110,17 +110,16 @@ class TestRequireRoom:
                 assert (float(total), float(has)) == pytest.approx((needed / 1e4, there / 1e4))
             elif "each must lie on one node" in str(error):
                 assert needed <= there
-                assert without_room(nodes, pieces)
+                assert unplaced(nodes, bundles)
             else:
                 assert max((node["CPU"] for node in nodes), default=0) < READING_CPUS
         else:
-            assert can_be_placed(in_units(nodes), pieces)
-
-    def test_a_run_that_just_fits(self):
-        run = config({"actors": 2, "cpus": 0.5}, {"workers": 2, "cpus": 0.45})
-        check_resources(run, [{"CPU": 1.0}, {"CPU": 1.0}])
+            assert can_be_placed(in_units(nodes), bundles)
 
     def test_a_little_too_much_is_refused_with_the_sum(self):
+        check_resources(
+            config({"actors": 2, "cpus": 0.5}, {"workers": 2, "cpus": 0.45}), [{"CPU": 1.0}, {"CPU": 1.0}]
+        )
         run = config({"actors": 2, "cpus": 0.5}, {"workers": 2, "cpus": 0.48})
         with pytest.raises(ConfigError) as caught:
             check_resources(run, [{"CPU": 1.0}, {"CPU": 1.0}])
@@ -139,8 +138,7 @@ class TestRequireRoom:
             "CPU 16, GPU 4 no room is left for 1 teacher actor(s) of CPU 4, GPU 8; lower teacher.actors, "
             "student.workers or one of these, or add nodes, or take larger ones"
         )
-
-    def test_the_stages_of_a_pipeline_may_lie_on_several_nodes(self):
+        # The stages of a pipeline may lie on several nodes.
         check_resources(on_gpus(1, pipeline=8), [{"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 4}])
 
     def test_parts_on_cpus_lie_on_one_node(self):
@@ -194,5 +192,5 @@ class TestRanksToStart:
         run = config({"cpus": 0.6}, {"workers": (1, 9), "cpus": 0.3, "resources": {"student": 1.0}})
         nodes = [{"CPU": 1.0}, {"CPU": 1.0, "student": 1.0}]
         assert ranks_to_start(run.student, nodes) == 1
-        assert sum(piece.what == STUDENT for piece in bundles_of(run, 1)) == 1
+        assert sum(bundle.what == STUDENT for bundle in bundles_of(run, 1)) == 1
         check_resources(run, nodes)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from llkd_ray.config.loading import parse_config
 from llkd_ray.config.schema import Config
+from llkd_ray.corpus.cleaning import text_hash
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import EXAMPLES_INDEX, LABELS_DIR, RunStore
 from llkd_ray.teacher.base import Answers, Usage
@@ -131,7 +132,8 @@ def make_run(
     store = RunStore(str(folder))
     texts, gold_N = toy_texts(n_pool + n_test, n_classes, seed)
     ids = [f"toy-{row}" for row in range(n_pool + n_test)]
-    columns = [pa.array(ids), pa.array(texts), pa.array(gold_N.astype(np.int16))]
+    hashes = pa.array([text_hash(text) for text in texts], pa.uint64())
+    columns = [pa.array(ids), pa.array(texts), pa.array(gold_N.astype(np.int16)), hashes]
     examples = pa.Table.from_arrays(columns, schema=tables.EXAMPLES)
     index: dict[str, list[dict[str, Any]]] = {"pool": [], "test": []}
     for part, first, end in (("pool", 0, n_pool), ("test", n_pool, n_pool + n_test)):

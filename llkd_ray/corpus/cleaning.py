@@ -37,12 +37,13 @@ def text_hash(text: str) -> int:
 
 
 class Example(NamedTuple):
-    """A row of EXAMPLES, and the :func:`text_hash` of its text."""
+    """A row of EXAMPLES."""
 
     id: str
     text: str
     gold: int
     hash: int
+    """The :func:`text_hash` of the text."""
 
 
 def clean_text(value: object, max_chars: int, field: str = "corpus") -> str | Refusal:

@@ -2,13 +2,15 @@
 
 1. Read: one Ray Data task per 32 MiB writes cleaned texts to staging shards, refused rows to the
    quarantine, and gives back only counts. A shard is named by its task, so order does not depend on
-   scheduling. Large files of lines are surveyed first, so that they, too, are read in pieces.
-2. De-duplicate (see ``duplicates``): texts that repeat an earlier one are found by their hashes. The test
+   scheduling. Large files of lines are scanned first, so that they, too, are read in pieces.
+2. De-duplicate: texts that repeat an earlier one are found by their hashes. The test
    set comes first, so a pool text that is in it goes.
-3. Settle: shards that lose rows are rewritten, the others moved; the index is written last.
+3. Finalise: shards that lose rows are rewritten, the others moved; the index is written last.
 
-One task per 4 million rows reads its share of the hashes of every lot and notes which rows must go; one task
-per lot that loses rows writes it anew. Neither reads what it does not need.
+One task per 4 million rows reads its share of the hashes of every group and notes which rows must go; one
+task per group that loses rows rewrites it. Neither reads what it does not need.
+
+Shapes in names: B buckets of hashes, G groups of shards, S shards, R repeated rows, N rows.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -33,14 +34,14 @@ from ray.data import DataContext
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import Config, SourceConfig
 from llkd_ray.corpus import sources
-from llkd_ray.corpus.cleaning import START_CHARS, Cleaner, Refusal, start_of_text
-from llkd_ray.corpus.readers import RawRow, Unit, read_rows, reading
-from llkd_ray.corpus.sources import Found, Stretch, pack, pieces, plan, stretches, survey
+from llkd_ray.corpus.cleaning import START_CHARS
+from llkd_ray.corpus.readers import Unit, reading
+from llkd_ray.corpus.sources import ByteRange, Found, byte_ranges, pack, pieces, plan, scan
 from llkd_ray.corpus.staging import (
     GROUP_ROWS,
     STAGING,
-    Lot,
-    Staged,
+    ShardGroup,
+    StagedShard,
     StagingWriter,
     buckets,
     read_hashes,
@@ -51,7 +52,7 @@ from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import EXAMPLES_INDEX, QUARANTINE_DIR, RunStore
 from llkd_ray.storage.tables import Examples
 
-SAY_SECONDS = 10.0  # between two words on progress
+REPORT_SECONDS = 10.0  # between two reports of progress
 
 
 def ingest(config: Config, store: RunStore, say: Callable[[str], None] = print) -> Examples:
@@ -70,7 +71,7 @@ def ingest(config: Config, store: RunStore, say: Callable[[str], None] = print) 
     parts = {"test": config.test, "pool": config.corpus}
     present = {part: source for part, source in parts.items() if source is not None}
     items = [item for part, source in present.items() for item in _read_items(part, source, say)]
-    _wipe(store)
+    _delete_leftovers(store)
     say(f"reading the corpus in {len(items)} task(s)")
     summaries = _read(items, present, config.labels.names, store, say)
 
@@ -78,17 +79,17 @@ def ingest(config: Config, store: RunStore, say: Callable[[str], None] = print) 
     quarantined: dict[str, Counter[str]] = {part: Counter() for part in parts}
     for summary in summaries:
         quarantined[summary["part"]].update(summary["reasons"])
-    lots = [(s["part"], Lot.from_dict(lot)) for s in summaries for lot in s["lots"]]
+    groups = [(s["part"], ShardGroup.from_dict(group)) for s in summaries for group in s["groups"]]
     for part, source in present.items():
-        kept = sum(lot.rows for of, lot in lots if of == part)
-        _require_rows(part, source, kept, rows_in[part], quarantined[part])
+        kept = sum(group.rows for of, group in groups if of == part)
+        _check_rows(part, source, kept, rows_in[part], quarantined[part])
 
-    lost_BL = find_repeats(store, lots)
-    shards, dropped = settle(store, lots, lost_BL)
+    lost_BG = find_repeats(store, groups)
+    shards, dropped = finalise(store, groups, lost_BG)
     for part, source in present.items():
         quarantined[part].update(dropped[part])
         kept = sum(shard["rows"] for shard in shards[part])
-        _require_rows(part, source, kept, rows_in[part], quarantined[part])
+        _check_rows(part, source, kept, rows_in[part], quarantined[part])
         refused = quarantined[part].total()
         assert rows_in[part] == kept + refused, f"{part}: {rows_in[part]} read, {kept} + {refused} left"
         reasons = f" ({_list(quarantined[part])})" if refused else ""
@@ -108,9 +109,7 @@ def _list(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
 
 
-def _require_rows(
-    part: str, source: SourceConfig, kept: int, rows_in: int, reasons: Mapping[str, int]
-) -> None:
+def _check_rows(part: str, source: SourceConfig, kept: int, rows_in: int, reasons: Mapping[str, int]) -> None:
     if kept:
         return
     uri = ", ".join(source.uris)
@@ -123,8 +122,8 @@ def _require_rows(
     )
 
 
-def _wipe(store: RunStore) -> None:
-    """Remove what an ingestion left that did not come to its end."""
+def _delete_leftovers(store: RunStore) -> None:
+    """Delete what an unfinished ingestion left."""
     store.fs.delete_dir_contents(store.path("examples"), missing_dir_ok=True)
     for name in store.names(QUARANTINE_DIR):
         if name.startswith(("pool-", "test-")):
@@ -145,31 +144,31 @@ def cut_large(
     units: Sequence[Unit], source: SourceConfig, field: str, say: Callable[[str], None]
 ) -> Iterator[Unit]:
     """The units, with large files of lines in pieces."""
-    cuts = [stretches(unit, sources.TASK_BYTES) for unit in units]
+    cuts = [byte_ranges(unit, sources.TASK_BYTES) for unit in units]
     items = [
-        {"stretch": pickle.dumps(stretch), "field": field, "max_chars": source.max_chars}
+        {"byte_range": pickle.dumps(byte_range), "field": field, "max_chars": source.max_chars}
         for cut in cuts
-        for stretch in cut
+        for byte_range in cut
     ]
     if items:
-        say(f"looking where {sum(map(bool, cuts))} large file(s) can be cut, in {len(items)} task(s)")
-    surveyed = iter(sorted(_run(_survey_task, items)))
+        say(f"finding where {sum(map(bool, cuts))} large file(s) can be cut, in {len(items)} task(s)")
+    scanned = iter(sorted(_run(_scan_task, items)))
     for unit, cut in zip(units, cuts, strict=True):
         if not cut:
             yield unit
             continue
-        found = [[Found(**one) for one in next(surveyed)[1]["found"]] for _ in cut]
+        found = [[Found(**one) for one in next(scanned)[1]["found"]] for _ in cut]
         with reading(unit, field):
             yield from pieces(list(zip(cut, found, strict=True)), source.max_chars)
 
 
-def _survey_task(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _scan_task(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     def found() -> dict[str, Any]:
-        stretch: Stretch = pickle.loads(batch["stretch"][0])
-        with reading(stretch.unit, str(batch["field"][0])):
-            return {"found": [asdict(one) for one in survey(stretch, int(batch["max_chars"][0]))]}
+        byte_range: ByteRange = pickle.loads(batch["byte_range"][0])
+        with reading(byte_range.unit, str(batch["field"][0])):
+            return {"found": [asdict(one) for one in scan(byte_range, int(batch["max_chars"][0]))]}
 
-    return _answer(batch, found)
+    return _as_answer(batch, found)
 
 
 def _read(
@@ -185,7 +184,7 @@ def _read(
     arguments = {"present": dict(present), "labels": tuple(labels), "store": store}
     for index, summary in _run(_read_task, items, **arguments):
         summaries[index] = summary
-        if time.monotonic() - last > SAY_SECONDS:
+        if time.monotonic() - last > REPORT_SECONDS:
             last = time.monotonic()
             rows = sum(one["rows_in"] for one in summaries.values())
             say(f"read {rows:,} rows in {len(summaries)} of {len(items)} task(s)")
@@ -195,7 +194,7 @@ def _read(
 def _run(
     task: Any, items: Sequence[dict[str, Any]], **arguments: Any
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Run one task for each item; yields the item's place and what :func:`_answer` said, as they come.
+    """Run one task for each item; yields the item's place and its answer, as they come.
 
     Raises the :class:`ConfigError` of the first task that had one.
     """
@@ -217,8 +216,8 @@ def _run(
     assert answers == len(items), f"{answers} of {len(items)} tasks answered"
 
 
-def _answer(batch: dict[str, np.ndarray], work: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
-    """What a task gives back. A user's mistake comes back as data, so that no Ray traceback is around it."""
+def _as_answer(batch: dict[str, np.ndarray], work: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
+    """What a task returns. A user's mistake is returned as data, so that no Ray traceback surrounds it."""
     try:
         answer = work()
     except ConfigError as error:
@@ -228,7 +227,7 @@ def _answer(batch: dict[str, np.ndarray], work: Callable[[], dict[str, Any]]) ->
 
 @contextmanager
 def quiet_ray_data() -> Iterator[None]:
-    """No progress bars: they would write over the run's own words."""
+    """No progress bars: they would overwrite the run's own output."""
     context = DataContext.get_current()
     before = context.enable_progress_bars, context.print_on_execution_start
     context.enable_progress_bars = context.print_on_execution_start = False
@@ -247,7 +246,7 @@ def _read_task(
     """Stage one item."""
     part, task = str(batch["part"][0]), int(batch["task"][0])
     units = pickle.loads(batch["units"][0])
-    return _answer(batch, lambda: _stage(part, task, units, present[part], labels, store))
+    return _as_answer(batch, lambda: _stage(part, task, units, present[part], labels, store))
 
 
 def _stage(
@@ -260,26 +259,14 @@ def _stage(
 ) -> dict[str, Any]:
     """Clean the rows of some units into staging shards and quarantine files; returns the counts."""
 
-    def rows() -> Iterator[tuple[str, RawRow]]:
-        for unit in units:
-            for row in read_rows(unit, source, _field(part), labels):
-                yield unit.source, row
-
-    cleaner = Cleaner(source, _field(part), labels)
     writer = StagingWriter(store, f"{part}-{task:06d}")
-    rows_in = 0
-    for name, row in islice(rows(), source.limit):
-        rows_in += 1
-        result = cleaner(row)
-        if isinstance(result, Refusal):
-            writer.refuse(name, row.position, result, start_of_text(row.text))
-        else:
-            writer.keep(name, row.position, result)
+    for kept in writer.clean(units, source, _field(part), labels):
+        writer.keep(*kept)
     writer.flush()
     return {
         "part": part,
-        "rows_in": rows_in,
-        "lots": [lot.as_dict() for lot in writer.lots],
+        "rows_in": writer.rows_in,
+        "groups": [group.as_dict() for group in writer.groups],
         "reasons": writer.reasons,
     }
 
@@ -287,14 +274,14 @@ def _stage(
 BUCKET_ROWS = 4_000_000  # hashes that one task compares: about 250 MB at work
 
 
-def find_repeats(store: RunStore, lots: Sequence[tuple[str, Lot]]) -> np.ndarray:
-    """int64[B, L]: how many rows each bucket found in each lot that must go.
+def find_repeats(store: RunStore, groups: Sequence[tuple[str, ShardGroup]]) -> np.ndarray:
+    """int64[B, G]: how many rows each bucket found in each group that must go.
 
-    Which ones they are is in the bucket's file: for each row its position in the lot, shifted left
-    by one bit, and the bit set where it leaked; lot after lot.
+    Which ones they are is in the bucket's file: for each row its position in the group, shifted left
+    by one bit, and the bit set where it leaked; group after group.
     """
-    shares = buckets(sum(lot.rows for _, lot in lots), BUCKET_ROWS)
-    shared: Any = ray.put(list(lots))
+    shares = buckets(sum(group.rows for _, group in groups), BUCKET_ROWS)
+    shared: Any = ray.put(list(groups))
     lost = ray.get([_repeats_in_bucket.remote(store, shared, b, share) for b, share in enumerate(shares)])
     return np.stack(lost)
 
@@ -305,68 +292,68 @@ def _bucket_file(bucket: int) -> str:
 
 @ray.remote(num_cpus=READING_CPUS)
 def _repeats_in_bucket(
-    store: RunStore, lots: Sequence[tuple[str, Lot]], bucket: int, share: tuple[int, int]
+    store: RunStore, groups: Sequence[tuple[str, ShardGroup]], bucket: int, share: tuple[int, int]
 ) -> np.ndarray:
-    """int64[L]: rows to drop from each lot, among those whose hash falls into the bucket's partitions."""
+    """int64[G]: rows to drop from each group, among those whose hash falls into the bucket's partitions."""
     with ThreadPoolExecutor(16) as pool:  # many small reads, on an object store each takes its time
-        records = list(pool.map(lambda one: read_hashes(store, one[1].hashes_file, *share), lots))
-    lot_N = np.repeat(np.arange(len(lots)), [one.size for one in records])
+        records = list(pool.map(lambda one: read_hashes(store, one[1].hashes_file, *share), groups))
+    group_N = np.repeat(np.arange(len(groups)), [one.size for one in records])
     record_N = np.concatenate(records)
-    test_L = np.array([part == "test" for part, _ in lots])
-    repeat_R, leaked_R = repeats(record_N["hash"], test_L[lot_N])
+    test_G = np.array([part == "test" for part, _ in groups])
+    repeat_R, leaked_R = repeats(record_N["hash"], test_G[group_N])
     marks_R = record_N["row"][repeat_R].astype("<i8") << 1 | leaked_R
     store.write_bytes(_bucket_file(bucket), marks_R.astype("<i8").tobytes())
-    return np.bincount(lot_N[repeat_R], minlength=len(lots))
+    return np.bincount(group_N[repeat_R], minlength=len(groups))
 
 
-def settle(
-    store: RunStore, lots: Sequence[tuple[str, Lot]], lost_BL: np.ndarray
+def finalise(
+    store: RunStore, groups: Sequence[tuple[str, ShardGroup]], lost_BG: np.ndarray
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Counter[str]]]:
     """Put the final shards in place; returns them by part, and what was dropped by part and reason."""
-    start_BL = np.cumsum(lost_BL, axis=1) - lost_BL
+    start_BG = np.cumsum(lost_BG, axis=1) - lost_BG
     whole = [
         shard
-        for (_, lot), lost in zip(lots, lost_BL.sum(axis=0), strict=True)
+        for (_, group), lost in zip(groups, lost_BG.sum(axis=0), strict=True)
         if not lost
-        for shard in lot.shards
+        for shard in group.shards
     ]
-    thinned: dict[int, Any] = {}
-    for index, (_, lot) in enumerate(lots):
+    rewritten: dict[int, Any] = {}
+    for index, (_, group) in enumerate(groups):
         marks = [
-            (int(b), int(start_BL[b, index]), int(lost_BL[b, index])) for b in lost_BL[:, index].nonzero()[0]
+            (int(b), int(start_BG[b, index]), int(lost_BG[b, index])) for b in lost_BG[:, index].nonzero()[0]
         ]
         if marks:
-            thinned[index] = _thin_out.remote(store, lot, marks)
+            rewritten[index] = _drop_repeats.remote(store, group, marks)
     with ThreadPoolExecutor(16) as pool:  # on an object store a move is a copy, which takes its time
         list(pool.map(lambda shard: _move(store, shard), whole))
     shards: dict[str, list[dict[str, Any]]] = {"pool": [], "test": []}
     dropped: dict[str, Counter[str]] = {"pool": Counter(), "test": Counter()}
-    for index, (part, lot) in enumerate(lots):
-        kept_S = [shard.rows for shard in lot.shards]
-        if index in thinned:
-            kept_S, reasons = ray.get(thinned.pop(index))
+    for index, (part, group) in enumerate(groups):
+        kept_S = [shard.rows for shard in group.shards]
+        if index in rewritten:
+            kept_S, reasons = ray.get(rewritten.pop(index))
             dropped[part].update(reasons)
         shards[part] += [
             {"file": _target(shard), "rows": kept}
-            for shard, kept in zip(lot.shards, kept_S, strict=True)
+            for shard, kept in zip(group.shards, kept_S, strict=True)
             if kept
         ]
     return shards, dropped
 
 
-def _target(shard: Staged) -> str:
+def _target(shard: StagedShard) -> str:
     return f"examples/{shard.name}.parquet"
 
 
-def _move(store: RunStore, shard: Staged) -> None:
+def _move(store: RunStore, shard: StagedShard) -> None:
     store.fs.move(store.path(shard.file), store.path(_target(shard)))
 
 
 @ray.remote(num_cpus=READING_CPUS)
-def _thin_out(
-    store: RunStore, lot: Lot, marks: Sequence[tuple[int, int, int]]
+def _drop_repeats(
+    store: RunStore, group: ShardGroup, marks: Sequence[tuple[int, int, int]]
 ) -> tuple[list[int], Mapping[str, int]]:
-    """Put the shards of a lot in place without its repeated rows.
+    """Put the shards of a group in place without its repeated rows.
 
     Returns the rows left by shard, and those dropped by reason. ``marks``: bucket, first mark and number of
     marks in that bucket's file.
@@ -376,11 +363,11 @@ def _thin_out(
         with store.fs.open_input_file(store.path(_bucket_file(bucket))) as file:
             pieces.append(np.frombuffer(file.read_at(8 * count, 8 * start), dtype="<i8"))
     mark_R = np.sort(np.concatenate(pieces))
-    end_S = np.cumsum([shard.rows for shard in lot.shards])
+    end_S = np.cumsum([shard.rows for shard in group.shards])
     of_shard = np.split(mark_R, np.searchsorted(mark_R >> 1, end_S[:-1]))
     reasons: Counter[str] = Counter()
     kept_S = []
-    for shard, end, shard_mark_R in zip(lot.shards, end_S, of_shard, strict=True):
+    for shard, end, shard_mark_R in zip(group.shards, end_S, of_shard, strict=True):
         kept_S.append(shard.rows - shard_mark_R.size)
         if shard_mark_R.size:
             position_R = (shard_mark_R >> 1) - (end - shard.rows)
@@ -391,7 +378,7 @@ def _thin_out(
 
 
 def _rewrite(
-    store: RunStore, shard: Staged, position_R: np.ndarray, leaked_R: np.ndarray
+    store: RunStore, shard: StagedShard, position_R: np.ndarray, leaked_R: np.ndarray
 ) -> Mapping[str, int]:
     """Write a shard without some of its rows, which go to the quarantine; returns these by reason."""
     table = store.read_table(shard.file)

@@ -3,15 +3,15 @@
 Everything that can be refused by looking at names, headers and footers is refused here, before a task
 starts.
 
-1. Stretches: about as many bytes each, cut blindly.
-2. A survey of each, which can run anywhere: where may its first record begin, and for each such place, where
-   does the first record behind the stretch begin, and how many rows lie between.
-3. Pieces: from the file's start on, each begins where the one before it ends. A place that was not surveyed
-   is surveyed now, so a wrong guess costs time and never a row.
+1. Byte ranges of about the same size, cut without looking at the content.
+2. A scan of each, which can run anywhere: where its first record may begin, and for each such place, where
+   the first record after the range begins and how many rows lie between.
+3. Pieces: from the start of the file, each begins where the previous one ends. A place that was not scanned
+   is scanned now, so a wrong guess costs time and never a row.
 
-In jsonl and txt a record begins behind any line break. In a csv file, the break may be inside of quotes: then
-the record begins behind the line whose quotes are odd in number. Quotes that are no csv quotes (``5" pipe``)
-make that guess fail; the third step notices. The survey reads the file once more than reading alone would.
+In jsonl and txt a record begins after any line break. In a csv file the break may be inside quotes: then the
+record begins after the line with an odd number of quotes. Quotes that are not csv quotes (``5" pipe``) make
+that guess fail, which the third step notices. The scan reads the file once more.
 """
 
 from __future__ import annotations
@@ -279,8 +279,8 @@ CHUNK = 1 << 20  # bytes looked at in one go
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Bytes [start, end) of a file of lines, which begin and end anywhere."""
+class ByteRange:
+    """Bytes [start, end) of a file of lines, wherever records begin."""
 
     unit: Unit
     start: int
@@ -289,71 +289,73 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Found:
-    """One way to read a stretch: records from byte ``start`` to ``stop``, with so many numbered rows."""
+    """One way to read a byte range: records from byte ``start`` to ``stop``, with so many numbered rows."""
 
     start: int
     stop: int
     rows: int
 
 
-def stretches(unit: Unit, size: int) -> list[Stretch]:
-    """Stretches of at most ``size`` bytes; none where the unit is small or can only be read in one go."""
+def byte_ranges(unit: Unit, size: int) -> list[ByteRange]:
+    """Byte ranges of at most ``size`` bytes; none where the unit is small or can only be read in one go."""
     if unit.kind in ("parquet", "hf") or unit.span or compression_of(unit) or unit.size <= size:
         return []
     count = -(-unit.size // size)
     edges = [unit.size * number // count for number in range(count + 1)]
-    return [Stretch(unit, start, end) for start, end in pairwise(edges)]
+    return [ByteRange(unit, start, end) for start, end in pairwise(edges)]
 
 
-def survey(stretch: Stretch, max_chars: int) -> list[Found]:
-    """The ways to read a stretch, none where no record begins in it.
+def scan(byte_range: ByteRange, max_chars: int) -> list[Found]:
+    """The ways to read a byte range, none where no record begins in it.
 
     ``max_chars`` is the source's: it decides how long a csv field may be.
     """
-    places = _places(stretch)
-    return [found_from(stretch, place, max_chars) for place in places if place < stretch.end]
+    places = _places(byte_range)
+    return [found_from(byte_range, place, max_chars) for place in places if place < byte_range.end]
 
 
-def pieces(surveyed: Sequence[tuple[Stretch, Sequence[Found]]], max_chars: int) -> Iterator[Unit]:
-    """The units that read one file, from all its stretches in order, with what was found in each."""
+def pieces(scanned: Sequence[tuple[ByteRange, Sequence[Found]]], max_chars: int) -> Iterator[Unit]:
+    """The units that read one file, from all its byte ranges in order, with what was found in each."""
     at, number = 0, 0
-    for stretch, found in surveyed:
-        if at >= stretch.end:  # the record before reaches beyond it
+    for byte_range, found in scanned:
+        if at >= byte_range.end:  # the record before reaches beyond it
             continue
-        here = next((one for one in found if one.start == at), None) or found_from(stretch, at, max_chars)
-        yield replace(stretch.unit, span=(at, here.stop), first=number, size=here.stop - at)
+        here = next((one for one in found if one.start == at), None) or found_from(byte_range, at, max_chars)
+        yield replace(byte_range.unit, span=(at, here.stop), first=number, size=here.stop - at)
         at, number = here.stop, number + here.rows
 
 
-def found_from(stretch: Stretch, start: int, max_chars: int) -> Found:
-    """How to read a stretch whose first record begins at ``start``."""
-    if stretch.unit.kind in ("csv", "tsv"):
-        return _csv_from(stretch, start, max_chars)
-    with _open(stretch.unit) as file:
-        stop = _behind_break(file, stretch.end, stretch.unit.size)
+def found_from(byte_range: ByteRange, start: int, max_chars: int) -> Found:
+    """How to read a byte range whose first record begins at ``start``."""
+    if byte_range.unit.kind in ("csv", "tsv"):
+        return _csv_from(byte_range, start, max_chars)
+    with _open(byte_range.unit) as file:
+        stop = _behind_break(file, byte_range.end, byte_range.unit.size)
         return Found(start, stop, _count(file, start, stop, b"\n"))
 
 
-def _csv_from(stretch: Stretch, start: int, max_chars: int) -> Found:
+def _csv_from(byte_range: ByteRange, start: int, max_chars: int) -> Found:
     rows, stop = 0, start
-    for fields, wrong, stop in csv_steps(replace(stretch.unit, span=(start, stretch.unit.size)), max_chars):
+    for fields, wrong, stop in csv_steps(
+        replace(byte_range.unit, span=(start, byte_range.unit.size)), max_chars
+    ):
         rows += bool(fields or wrong)
-        if stop >= stretch.end:
+        if stop >= byte_range.end:
             break
     else:
-        stop = stretch.unit.size
+        stop = byte_range.unit.size
     return Found(start, stop, max(0, rows - (start == 0)))  # the header is no row
 
 
-def _places(stretch: Stretch) -> list[int]:
-    """Where the first record of a stretch may begin."""
-    if stretch.start == 0:
+def _places(byte_range: ByteRange) -> list[int]:
+    """Where the first record of a byte range may begin."""
+    if byte_range.start == 0:
         return [0]
-    with _open(stretch.unit) as file:
-        outside = _behind_break(file, stretch.start, stretch.end)
-        if stretch.unit.kind not in ("csv", "tsv"):
+    with _open(byte_range.unit) as file:
+        outside = _behind_break(file, byte_range.start, byte_range.end)
+        if byte_range.unit.kind not in ("csv", "tsv"):
             return [outside]
-        return [outside, _behind_odd_line(file, outside, stretch.end)]
+        return [outside, _behind_odd_line(file, outside, byte_range.end)]
 
 
 def _open(unit: Unit) -> pa.NativeFile:

@@ -8,22 +8,24 @@ neighbouring partitions are one read, so that finding repeated texts takes time 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from llkd_ray.corpus.cleaning import Example, Refusal
+from llkd_ray.config.schema import SourceConfig
+from llkd_ray.corpus.cleaning import Cleaner, Example, Refusal, start_of_text
+from llkd_ray.corpus.readers import Unit, read_rows
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import QUARANTINE_DIR, RunStore
 
 STAGING = "examples/staging"
 SHARD_ROWS = 50_000
 SHARD_CHARS = 16 << 20  # of texts and ids in one shard: 64 MiB at most
-LOT_ROWS = 1_000_000  # whose hashes are in one file, about
+SHARD_GROUP_ROWS = 1_000_000  # whose hashes are in one file, about
 GROUP_ROWS = 1024  # the least that Examples.read reads for one row
 QUARANTINE_ROWS = 10_000  # in one file
 # Beside each staging shard: what the quarantine needs of a row that repeats another.
@@ -36,7 +38,7 @@ KEYS = pa.schema(
 
 
 @dataclass(frozen=True)
-class Staged:
+class StagedShard:
     """A staging shard; its files are in STAGING."""
 
     name: str
@@ -52,11 +54,11 @@ class Staged:
 
 
 @dataclass(frozen=True)
-class Lot:
-    """Neighbouring shards of one read task, whose hashes are in one file (see ``hashes``)."""
+class ShardGroup:
+    """Neighbouring shards of one read task, whose hashes are in one file."""
 
     name: str
-    shards: tuple[Staged, ...]
+    shards: tuple[StagedShard, ...]
 
     @property
     def rows(self) -> int:
@@ -71,8 +73,8 @@ class Lot:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, facts: dict[str, Any]) -> Lot:
-        return cls(facts["name"], tuple(Staged(**shard) for shard in facts["shards"]))
+    def from_dict(cls, facts: dict[str, Any]) -> ShardGroup:
+        return cls(facts["name"], tuple(StagedShard(**shard) for shard in facts["shards"]))
 
 
 class StagingWriter:
@@ -81,22 +83,38 @@ class StagingWriter:
     def __init__(self, store: RunStore, stem: str) -> None:
         self._store = store
         self._stem = stem
-        self._examples: list[tuple[str, str, int]] = []
+        self._examples: list[Example] = []
         self._keys: list[tuple[str, int]] = []
-        self._hashes: list[int] = []
         self._chars = 0
-        self._shards: list[Staged] = []
+        self._shards: list[StagedShard] = []
         self._hashes_of_shards: list[np.ndarray] = []
         self._shard_files = 0
         self._refused: list[tuple[str, int, str, str, str]] = []
         self._quarantine_files = 0
-        self.lots: list[Lot] = []
+        self.groups: list[ShardGroup] = []
+        self.rows_in = 0
         self.reasons: Counter[str] = Counter()
 
+    def clean(
+        self, units: Sequence[Unit], source: SourceConfig, field: str, labels: Sequence[str]
+    ) -> Iterator[tuple[str, int, Example]]:
+        """Read and clean the units' rows, ``source.limit`` at most: source, position and example of each.
+
+        Refused rows go to the quarantine. Raises :class:`ConfigError` where a file cannot be read to its end.
+        """
+        cleaner = Cleaner(source, field, labels)
+        rows = ((unit.source, row) for unit in units for row in read_rows(unit, source, field, labels))
+        for name, row in islice(rows, source.limit):
+            self.rows_in += 1
+            result = cleaner(row)
+            if isinstance(result, Refusal):
+                self.refuse(name, row.position, result, start_of_text(row.text))
+            else:
+                yield name, row.position, result
+
     def keep(self, source: str, position: int, example: Example) -> None:
-        self._examples.append(example[:3])
+        self._examples.append(example)
         self._keys.append((source, position))
-        self._hashes.append(example.hash)
         self._chars += len(example.text) + len(example.id)
         if len(self._examples) >= SHARD_ROWS or self._chars >= SHARD_CHARS:
             self._write_shard()
@@ -111,25 +129,25 @@ class StagingWriter:
         if self._examples:
             self._write_shard()
         if self._shards:
-            self._write_lot()
+            self._write_group()
         if self._refused:
             self._write_quarantine()
 
     def _write_shard(self) -> None:
-        shard = Staged(f"{self._stem}-{self._shard_files:05d}", len(self._examples))
+        shard = StagedShard(f"{self._stem}-{self._shard_files:05d}", len(self._examples))
         self._store.write_table(shard.file, _table(self._examples, tables.EXAMPLES), GROUP_ROWS)
         self._store.write_table(shard.keys_file, _table(self._keys, KEYS))
         self._shard_files += 1
         self._shards.append(shard)
-        self._hashes_of_shards.append(np.array(self._hashes, dtype=np.uint64))
-        self._examples, self._keys, self._hashes, self._chars = [], [], [], 0
-        if sum(one.rows for one in self._shards) >= LOT_ROWS:
-            self._write_lot()
+        self._hashes_of_shards.append(np.array([one.hash for one in self._examples], dtype=np.uint64))
+        self._examples, self._keys, self._chars = [], [], 0
+        if sum(one.rows for one in self._shards) >= SHARD_GROUP_ROWS:
+            self._write_group()
 
-    def _write_lot(self) -> None:
-        lot = Lot(f"{self._stem}-{len(self.lots):05d}", tuple(self._shards))
-        write_hashes(self._store, lot.hashes_file, np.concatenate(self._hashes_of_shards))
-        self.lots.append(lot)
+    def _write_group(self) -> None:
+        group = ShardGroup(f"{self._stem}-{len(self.groups):05d}", tuple(self._shards))
+        write_hashes(self._store, group.hashes_file, np.concatenate(self._hashes_of_shards))
+        self.groups.append(group)
         self._shards, self._hashes_of_shards = [], []
 
     def _write_quarantine(self) -> None:

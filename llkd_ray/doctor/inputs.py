@@ -149,7 +149,7 @@ def _corpus_bytes(config: Config) -> tuple[int, bool]:
 
 def check_runs(config: Config) -> Finding:
     """Whether the run's directory is free, and which runs can be resumed."""
-    from llkd_ray.storage.lock import require_free
+    from llkd_ray.storage.lock import wait_until_free
     from llkd_ray.storage.run_dir import CONFIG, RunStore, join_uri
 
     if config.run.name is None:
@@ -158,7 +158,7 @@ def check_runs(config: Config) -> Finding:
     store = RunStore(run_dir)
     if not store.exists(CONFIG):
         return ok("runs", f"run.name {config.run.name!r} is free")
-    require_free(store, lambda line: None)  # a ConfigError where a driver is at work there
+    wait_until_free(store, lambda line: None)  # a ConfigError where a driver is at work there
     if _is_finished(store):
         return problem("runs", f"run.name: {run_dir} holds a finished run", "choose another run.name")
     return problem(

@@ -39,7 +39,7 @@ from llkd_ray.prediction.pieces import (
     write_tasks,
 )
 from llkd_ray.prediction.results import Thresholds
-from llkd_ray.resources import READING_CPUS, Bundle, without_room
+from llkd_ray.resources import READING_CPUS, Bundle, unplaced
 from llkd_ray.storage.checkpoints import Checkpoint, inspect
 from llkd_ray.storage.run_dir import RunStore
 from llkd_ray.student.inference import load, score
@@ -113,7 +113,7 @@ def _workers(config: PredictConfig) -> dict[str, Any]:
     else:
         fewest, most = config.workers
     pieces = [Bundle.of("predictor", "", booked)] * fewest
-    if left := without_room(nodes, [*pieces, Bundle.of("reading task", "", {"CPU": READING_CPUS})]):
+    if left := unplaced(nodes, [*pieces, Bundle.of("reading task", "", {"CPU": READING_CPUS})]):
         has = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}s" for name in ("CPU", "GPU"))
         raise ConfigError(
             f"--workers: {fewest} actors of {booked['CPU']:g} CPUs and {gpus:g} GPUs and a reading task of "

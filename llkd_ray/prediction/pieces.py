@@ -8,17 +8,14 @@ its note and all the pieces in it are there. What is read again is read alike.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
 from llkd_ray.config.schema import SourceConfig
-from llkd_ray.corpus.cleaning import Cleaner, Example, Refusal, start_of_text
-from llkd_ray.corpus.readers import RawRow, Unit, read_rows
+from llkd_ray.corpus.readers import Unit
 from llkd_ray.corpus.staging import StagingWriter
 from llkd_ray.storage.run_dir import RunStore
 
@@ -140,26 +137,10 @@ def read_pieces(
     Refused rows go to quarantine. Raises :class:`ConfigError` where a file cannot be read to its end.
     """
     field = FIELDS[task.part]
-    cleaner = Cleaner(source, field, labels)
-    quarantine = StagingWriter(store, task.stem)
-    rows_in, counts = 0, []
+    writer = StagingWriter(store, task.stem)
+    counts: list[int] = []
     waiting: list[tuple[str, int, str, str, int]] = []
     chars = 0
-
-    def raw_rows() -> Iterator[tuple[str, RawRow]]:
-        for unit in task.units:
-            for row in read_rows(unit, source, field, labels):
-                yield unit.source, row
-
-    def kept_rows() -> Iterator[tuple[str, int, Example]]:
-        nonlocal rows_in
-        for name, row in islice(raw_rows(), source.limit):
-            rows_in += 1
-            result = cleaner(row)
-            if isinstance(result, Refusal):
-                quarantine.refuse(name, row.position, result, start_of_text(row.text))
-            else:
-                yield name, row.position, result
 
     def piece() -> Iterator[tuple[int, pa.Table]]:
         nonlocal waiting, chars
@@ -170,14 +151,14 @@ def read_pieces(
             yield len(counts) - 1, pa.Table.from_arrays(arrays, schema=TEXTS)
         waiting, chars = [], 0
 
-    for name, position, example in kept_rows():
+    for name, position, example in writer.clean(task.units, source, field, labels):
         waiting.append((name, position, example.id, example.text, example.gold))
         chars += len(example.text) + len(example.id)
         if len(waiting) >= piece_rows or chars >= PIECE_CHARS:
             yield from piece()
     if waiting:
         yield from piece()
-    quarantine.flush()
-    reasons = Counter(quarantine.reasons)
+    writer.flush()
+    rows_in, reasons = writer.rows_in, writer.reasons
     assert rows_in == sum(counts) + reasons.total(), f"{task.stem}: {rows_in} read, {counts} + {reasons} left"
     store.write_json(task.note_file, {"rows_in": rows_in, "pieces": counts, "reasons": dict(reasons)})

@@ -50,9 +50,9 @@ from llkd_ray.teacher.labels import count_unanswered
 
 
 def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
-    """Run the distillation whose files are at ``store_uri``, from where they say; returns its summary.
+    """Run the distillation at ``store_uri``, resuming from the files there; returns its summary.
 
-    Raises ConfigError for what the user can mend, and whatever broke otherwise.
+    Raises ConfigError for what the user can correct, and the original error otherwise.
     """
     began = time.monotonic()
     store = RunStore(store_uri)
@@ -88,7 +88,7 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
 
 
 def is_over(config: Config, lines: Sequence[dict[str, Any]]) -> bool:
-    """Whether the rounds are done, or the student has stopped to come closer to the teacher."""
+    """Whether the rounds are done, or agreement with the teacher has stopped growing."""
     budget = config.budget
     if len(lines) == budget.rounds:
         return True
@@ -97,14 +97,14 @@ def is_over(config: Config, lines: Sequence[dict[str, Any]]) -> bool:
 
 
 def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
-    """Wait for labels, let the student look at them, select, train; returns the line of metrics.
+    """Wait for labels and the student's scores, select, train; returns the line of metrics.
 
-    Raises ConfigError where the first round finds nothing to learn from.
+    Raises ConfigError where the first round has nothing to train on.
     """
     began = time.monotonic()
-    run.pace.begin_round(began)
+    run.throughput.begin_round(began)
     run.call("wait_labels", k)
-    labels_there = time.monotonic()
+    labelled_at = time.monotonic()
     run.call("wait_refreshed", k)
     selected = run.call("select", k)
     if k == 0 and not selected["selected"]:
@@ -120,7 +120,7 @@ def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
         )
     trained = run.call("wait_trained", k)
     figures = measure.round(k)
-    seconds = {"teach": labels_there - began, "select": selected["seconds"], **trained["seconds"]}
+    seconds = {"teach": labelled_at - began, "select": selected["seconds"], **trained["seconds"]}
     seconds["idle"] = max(0.0, time.monotonic() - began - sum(seconds.values()))
     totals = run.call("stats")
     counts = {key: totals[key] for key in ("labelled", "trained", "teacher_tokens")}
@@ -128,17 +128,17 @@ def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
         "round": k,
         **counts,
         **figures,
-        "loss": trained.get("loss"),
-        "staleness": selected.get("staleness"),  # none in a run begun by an older version
+        "loss": trained.get("loss"),  # none where the first batch after a restart is empty
+        "staleness": selected["staleness"],
         "seconds": seconds,
-        "pace": run.pace.points(),
+        "pace": run.throughput.points(),
     }
 
 
 def conclude(
     config: Config, store: RunStore, measure: Measure, last: int, totals: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
-    """Write what a run leaves behind that is finished after round ``last``: summary, model and report."""
+    """Write summary, model and report of a run whose last round is ``last``."""
     counts = {key: totals[key] for key in ("labelled", "trained", "teacher_tokens")}
     summary = {
         "teacher": measure.teacher(np.random.default_rng(0)),
@@ -148,7 +148,7 @@ def conclude(
         **spending(config, totals),
         "engines_started": len(store.names(ENGINES_DIR)),
         "texts_sent_but_not_answered": count_unanswered(store),
-        "lost": lost_teachers(store),
+        "lost": failed_teachers(store),
         "seconds": seconds,
     }
     store.write_json(SUMMARY, summary)
@@ -167,15 +167,15 @@ def conclude(
     return summary
 
 
-def lost_teachers(store: RunStore) -> list[dict[str, str]]:
-    """Teachers' actors that gave up, with the reason, each once."""
+def failed_teachers(store: RunStore) -> list[dict[str, str]]:
+    """Teacher actors that gave up, each once, with the reason."""
     files = (store.read_json(f"{LOST_DIR}/{name}") for name in store.names(LOST_DIR))
     of_actor = {facts["actor"]: {"teacher": facts["teacher"], "reason": facts["reason"]} for facts in files}
     return list(of_actor.values())
 
 
 def spending(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
-    """What each teacher has used and what that cost, and how it stands to the cap."""
+    """What each teacher has used, what that cost, and whether the cap was reached."""
     members = dict(config.teacher.members())
     usage = {
         name: one | {"cost": float(Usage(**one).cost(members[name].price))}
@@ -231,7 +231,7 @@ def describe(line: dict[str, Any]) -> str:
 
 
 MORE = ("budget.rounds", "budget.train")
-"""What may be raised in a finished run."""
+"""Settings that may be raised in a finished run."""
 
 
 @dataclass(frozen=True)
@@ -243,18 +243,18 @@ class Outcome:
     summary: dict[str, Any]
 
 
-def start(config: Config, display: Display) -> Outcome:
+def start_run(config: Config, display: Display) -> Outcome:
     """A new run, in a directory of its own."""
     name = config.run.name or f"{config.selection.policy}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = join_uri(config.run.dir, name)
     if RunStore(run_dir).exists(CONFIG):
-        raise ConfigError(f"run.name: {run_dir} holds a run already; go on with it by --resume, or rename")
+        raise ConfigError(f"run.name: {run_dir} holds a run already; resume it with --resume, or rename")
     display.say(f"run directory: {run_dir}")
     return Outcome(config, run_dir, distill(config, run_dir, display))
 
 
 def resume(run_dir: str, display: Display, overrides: Overrides = ()) -> Outcome:
-    """Go on with a run that was stopped, by its own config; with a finished one, by more rounds.
+    """Resume a run that was stopped, by its own config, or extend a finished one by more rounds.
 
     ``overrides`` may raise ``budget.rounds`` and ``budget.train`` of a run whose rounds are all done: until
     then they decide what the teacher reads for which round. Raises ConfigError for anything else.
@@ -271,7 +271,7 @@ def _with_more_rounds(config: Config, store: RunStore, overrides: Sequence[str])
         name = override.partition("=")[0]
         if name not in MORE:
             raise ConfigError(
-                f"--set {override!r}: a run goes on by its own settings; with --resume only "
+                f"--set {override!r}: a run is resumed with its own settings; with --resume only "
                 f"{' and '.join(MORE)} may be raised"
             )
     done = len(store.read_metrics())
@@ -297,5 +297,5 @@ def open_run(run_dir: str, field: str = "--resume") -> RunStore:
 
 
 def run_config(store: RunStore) -> Config:
-    """The settings of a run that was begun."""
+    """The settings of an existing run."""
     return parse_config(yaml.safe_load(store.read_bytes(CONFIG)))

@@ -1,7 +1,6 @@
-"""Where a run stands, in words: one line for a log, a few rows for a terminal, numbers for a dashboard.
+"""The status of a run: one line for a log, a few rows for a terminal, numbers for a dashboard.
 
-They come from the driver, so there is one source of each, whatever restarts. Ray puts ``ray_`` before the
-names.
+All come from the driver, so each has one source, whatever restarts. Ray prefixes metrics with ``ray_``.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ BAR = 24
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A moment of a run. None stands for what is not known, or not limited."""
+    """A snapshot of a run. None stands for what is not known, or not limited."""
 
     labelled: int
     to_label: int
@@ -34,12 +33,12 @@ class RunStatus:
     round_number: int
     rounds: int
     note: str
-    """What the student is doing."""
+    """The student's activity."""
     last: dict[str, Any]
     """The metrics of the last finished round; empty before."""
     seconds_left: float | None
     budget_left: str
-    """What the cap still allows, in words; '' without a cap."""
+    """What the cap still allows, as text; '' without a cap."""
 
     def line(self) -> str:
         """For a log."""
@@ -56,7 +55,7 @@ class RunStatus:
         return "; ".join(parts)
 
     def rows(self) -> list[tuple[str, str]]:
-        """For a terminal: what, and how it stands."""
+        """For a terminal: name and state of each part."""
         tokens = f"{count(self.tokens)} tokens"
         if self.tokens_a_second >= 0.5:
             tokens += f", {self.tokens_a_second:,.0f} a second"
@@ -97,18 +96,18 @@ class RunStatus:
 
 
 def seconds_left(lines: Sequence[dict[str, Any]], rounds: int, in_round: float) -> float | None:
-    """As long again for each round to come as the last one took; None before one is over.
+    """Each remaining round is taken to last as long as the last one; None before a round has finished.
 
-    The first one is a poor measure where it waited for engines to start, and there is no better yet.
+    The first is a poor measure where it waited for engines to start, but the only one there is.
     """
     if not lines:
         return None
-    last = sum(value or 0.0 for value in (lines[-1].get("seconds") or {}).values())
+    last = sum(lines[-1]["seconds"].values())
     return max(0.0, last * (rounds - len(lines)) - in_round)
 
 
 def budget_left(cap: dict[str, Any], used: dict[str, float], currency: str) -> str:
-    """What the limits of ``budget.cap`` still allow of texts, tokens and cost, in words."""
+    """What the limits of ``budget.cap`` still allow of texts, tokens and cost, as text."""
     said = []
     for unit in ("texts", "tokens"):
         if cap.get(unit) is not None:
@@ -137,29 +136,29 @@ def _bar(done: int, whole: int) -> str:
 
 
 def _rounded(seconds: float) -> float:
-    """An estimate has no need of seconds."""
+    """An estimate is shown to ten seconds, or to the minute."""
     return round(seconds / 10) * 10 if seconds < 300 else round(seconds / 60) * 60
 
 
 def _plain(text: str) -> str:
-    """Not every terminal has a narrow space."""
+    """Without narrow spaces, which some terminals lack."""
     return text.replace("\u202f", " ")
 
 
 WINDOW_S = 30.0
-"""The rate is that of the last so many seconds."""
+"""Seconds over which rates are averaged."""
 POINTS = 64
-"""Moments of a round that are kept, of which there are half as many at least once the round is long."""
+"""Points kept of a round at most; a long round keeps at least half as many."""
 
 
 class ThroughputMeter:
-    """Moments at which something was looked at: seconds, labelled texts, tokens. Times are the caller's."""
+    """Rates of labelling from observations of labelled texts and tokens; the caller gives the times."""
 
     def __init__(self) -> None:
         self._began: float | None = None
         self._round: list[tuple[float, int]] = []
         self._every, self._seen = 1, 0
-        self._lately: deque[tuple[float, int, int]] = deque()
+        self._recent: deque[tuple[float, int, int]] = deque()
         self._last: tuple[float, int] | None = None
 
     def begin_round(self, now: float) -> None:
@@ -168,16 +167,16 @@ class ThroughputMeter:
             self._round.append((0.0, self._last[1]))
 
     def note(self, now: float, labelled: int, tokens: int) -> None:
-        """So many texts are labelled by now, for so many tokens."""
+        """Texts labelled and tokens used by ``now``."""
         self._last = now, labelled
-        self._lately.append((now, labelled, tokens))
-        while now - self._lately[0][0] > WINDOW_S:
-            self._lately.popleft()
+        self._recent.append((now, labelled, tokens))
+        while now - self._recent[0][0] > WINDOW_S:
+            self._recent.popleft()
         if self._began is None:
             return
         moment = now - self._began, labelled
         if len(self._round) > 1 and self._round[-1][1] == self._round[-2][1] == labelled:
-            self._round[-1] = moment  # nothing happens: its begin and its end are enough
+            self._round[-1] = moment  # no change: first and last point of a pause are enough
             return
         if self._seen % self._every == 0:
             self._round.append(moment)
@@ -197,10 +196,10 @@ class ThroughputMeter:
         return [[round(seconds, 2), labelled] for seconds, labelled in found]
 
     def rates(self) -> tuple[float, float]:
-        """Labels and tokens a second, lately; 0 before anything is known."""
-        if len(self._lately) < 2:
+        """Labels and tokens a second over the last WINDOW_S; 0 before two observations."""
+        if len(self._recent) < 2:
             return 0.0, 0.0
-        (first, labels, tokens), (last, more_labels, more_tokens) = self._lately[0], self._lately[-1]
+        (first, labels, tokens), (last, more_labels, more_tokens) = self._recent[0], self._recent[-1]
         if last <= first:
             return 0.0, 0.0
         return (more_labels - labels) / (last - first), (more_tokens - tokens) / (last - first)
@@ -211,16 +210,16 @@ class ThroughputMeter:
 
 
 EVERY_S = 2.0
-"""Ray gathers metrics every few seconds; nobody sees more."""
+"""Seconds between two publications; Ray collects metrics no more often."""
 COUNTED = ("labelled_texts", "trained_texts", "teacher_tokens")
-"""What only grows is a counter, too, so that rates can be asked for."""
+"""Numbers that only grow, published as counters too, so that dashboards can compute rates."""
 
 
 class Gauges:
-    """A gauge for each number that comes, and counters of those that only grow."""
+    """A gauge for each number, and a counter for each that only grows."""
 
     def __init__(self, run: str) -> None:
-        """``run`` is the name that tells one run from another on the same cluster."""
+        """``run`` tags the metrics, so that runs on one cluster are told apart."""
         self.tags = {"run": run}
         self._gauges: dict[str, Gauge] = {}
         self._counters: dict[str, Counter] = {}
@@ -228,7 +227,7 @@ class Gauges:
         self._shown = -EVERY_S
 
     def show(self, numbers: Mapping[str, float]) -> None:
-        """Publish these, unless some were published a moment ago."""
+        """Publish the numbers, unless some were published less than EVERY_S ago."""
         now = time.monotonic()
         if now - self._shown < EVERY_S:
             return
@@ -236,7 +235,7 @@ class Gauges:
         for name, value in numbers.items():
             self._gauge(name).set(value, self.tags)
             if name in COUNTED:
-                # The first value may be of an earlier driver, and is no growth.
+                # The first value may come from an earlier driver, so it counts as no growth.
                 grown = value - self._counted.setdefault(name, value)
                 if grown > 0:
                     self._counter(name).inc(grown, self.tags)

@@ -1,4 +1,4 @@
-"""A run's three parts under watch: whoever waits for one hears at once when another has failed."""
+"""Selector, teacher stream and training run under supervision: waiting for one ends when another fails."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ class Run:
         display: Display,
         over: bool = False,
         lines: Sequence[dict[str, Any]] = (),
-    ):
-        """``over``: no more rounds are to come; ``lines``: the metrics of the rounds so far, as they come."""
+    ) -> None:
+        """``over``: no round is left; ``lines``: the metrics of finished rounds, a list that grows."""
         self.config, self.store, self.session = config, store, session
         self.schedule, self.display, self.over = schedule, display, over
         self.teacher: Background | None = None
         self.student: Background | None = None
         self.lines = lines
-        self.pace = ThroughputMeter()
+        self.throughput = ThroughputMeter()
         self.gauges = Gauges(store.root.rpartition("/")[2] if store else "")
         self._asked: list[int] | None = None
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
 
     def __enter__(self) -> Run:
         drop_all(self.store)
@@ -67,17 +67,17 @@ class Run:
 
     def __exit__(self, kind: object = None, error: BaseException | None = None, trace: object = None) -> None:
         if error is not None:
-            # Before anything is taken down: drivers have crashed in that, and nobody knew why they ended.
+            # Said first: a driver that crashes during shutdown has then told its reason.
             self.display.say(f"stopping: {' '.join(str(error).split()) or type(error).__name__}")
         ray.kill(self.selector)
-        # Its callers fail now. Calls of theirs that are under way when Ray is shut down can crash the driver.
+        # Its callers fail now. Calls still pending when Ray is shut down can crash the driver.
         if self.teacher:
             self.teacher.wait(STREAM_ENDS_S)
         drop_all(self.store)
 
     def _start_others(self) -> None:
         over = self.call("next_round") == self.schedule.rounds or self.over
-        # The selector has read all labels by now, and has put aside what is none.
+        # The selector has read all label files by now and has put damaged ones aside.
         self._asked = open_tickets(self.store, self.schedule, over)
         if self._asked:
             tickets = [*spare_tickets(self.config), *self._asked]
@@ -93,7 +93,7 @@ class Run:
         return ray.get(answer)
 
     def finish(self) -> None:
-        """No more rounds: let the teacher finish what is not for training, then let all go home."""
+        """After the last round: let the teacher label hold-out and test set; wait for all parts to end."""
         self.call("finish")
         for part in (self.teacher, self.student):
             while part and not part.ended:
@@ -108,23 +108,23 @@ class Run:
                 raise plain_error(part.error)
         stats = ray.get(self.selector.stats.remote())
         for line in stats["put_aside"]:
-            if line not in self._said:
+            if line not in self._reported:
                 self.display.say(line)
-                self._said.add(line)
+                self._reported.add(line)
         if self._asked is not None and not set(stats["damaged"]) <= set(self._asked):
-            # Found by a selector that has restarted; the teachers' tickets are under way without it.
+            # Found by a restarted selector, when the teachers' list of tickets is already fixed.
             raise TeacherDown("the label file of a ticket that was done is damaged")
         if stats["trouble"]:
             raise TeacherDown(stats["trouble"])
         self._show(stats)
 
     def _show(self, stats: dict[str, Any]) -> None:
-        """Tell the display, and Ray's metrics, where the run stands."""
+        """Publish the run's status on the display and in Ray's metrics."""
         now = time.monotonic()
-        self.pace.note(now, stats["labelled"], stats["teacher_tokens"])
-        labels_a_second, tokens_a_second = self.pace.rates()
+        self.throughput.note(now, stats["labelled"], stats["teacher_tokens"])
+        labels_a_second, tokens_a_second = self.throughput.rates()
         rounds = self.schedule.rounds
-        standing = RunStatus(
+        status = RunStatus(
             labelled=stats["labelled"],
             to_label=self.schedule.labels + self.schedule.holdout,
             trained=stats["trained"],
@@ -136,11 +136,11 @@ class Run:
             rounds=rounds,
             note=stats["note"],
             last=self.lines[-1] if self.lines else {},
-            seconds_left=seconds_left(self.lines, rounds, self.pace.in_round(now)),
+            seconds_left=seconds_left(self.lines, rounds, self.throughput.in_round(now)),
             budget_left=self._budget_left(stats["usage"]),
         )
-        self.gauges.show(standing.numbers())
-        self.display.update(standing.line(), standing.rows())
+        self.gauges.show(status.numbers())
+        self.display.update(status.line(), status.rows())
 
     def _budget_left(self, usage: dict[str, dict[str, Any]]) -> str:
         cap = self.config.budget.cap
@@ -157,7 +157,7 @@ class Run:
 
 
 def open_tickets(store: RunStore, schedule: Schedule, over: bool) -> list[int]:
-    """Tickets without a label file, in their order; once no round comes, of hold-out and test set only."""
+    """Tickets without a label file, in order; where no round is left, of hold-out and test set only."""
     done = {ticket_of(name) for name in store.names(LABELS_DIR, ".parquet")}
     wanted = schedule.fixed_tickets() if over else schedule.in_order()
     return [ticket for ticket in wanted if ticket not in done]

@@ -107,7 +107,7 @@ class Selector:
             if not self.teachers.given_back:
                 return ticket, _NO_ROWS
             ticket = self.teachers.given_back.popleft()
-        self.fence.check_now_and_then()
+        self.fence.check_throttled()
         rows = await self._rows_of(ticket)
         if rows.size:
             self.teachers.leased(ticket)

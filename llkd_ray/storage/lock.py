@@ -1,10 +1,9 @@
-"""Who works on a run directory: one driver at a time, and of each part the newest only.
+"""The lock of a run directory: one driver at a time, and of each actor the newest incarnation only.
 
-Whoever begins writes an epoch, a file named by a number one above all others and by the driver's session.
-The newest epoch is in charge; a part asks its :class:`Fence` before it writes what only the newest may
-write, and one that was taken for dead and was not is stopped there. A driver that lives says so by a count
-that moves, so clocks need not agree: where the count of the last driver stands still, its run may be taken
-over.
+Who starts work writes an epoch: a file named by a number one above all others and by the driver's session.
+The newest epoch holds the lock. An actor checks its :class:`Fence` before it writes what only the newest may
+write, so that one wrongly taken for dead is stopped there. A driver sends heartbeats as a count that grows,
+so clocks need not agree: where the last driver's count stands still, its run may be taken over.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ import psutil
 from llkd_ray.config.base import ConfigError
 from llkd_ray.storage.run_dir import EPOCHS_DIR, SESSIONS_DIR, RunStore
 
-BEAT_S = 5.0
-"""Between two signs of life."""
-LOOK_S = 3 * BEAT_S
-"""How long a count must stand still for its driver to count as dead."""
-LOOKS = 15
-"""Looks in that time. Counted, for a clock goes on where the whole machine stands still for a while."""
+HEARTBEAT_S = 5.0
+"""Seconds between two heartbeats."""
+TAKEOVER_S = 3 * HEARTBEAT_S
+"""Seconds without a heartbeat after which a driver counts as dead."""
+TAKEOVER_CHECKS = 15
+"""Checks in that time. They are counted, as a clock goes on while the whole machine is suspended."""
 SETTLE_S = 1.0
-"""Longer than two that begin at once take from their look at the epochs to their own; locally far less."""
+"""Seconds, longer than two drivers that start at once take from listing the epochs to writing their own."""
 THROTTLE_S = 5.0
 
 
 class Superseded(RuntimeError):
-    """Another driver, or a newer incarnation of an actor, is in charge of the run directory."""
+    """Another driver, or a newer incarnation of an actor, holds the run directory."""
 
 
 class Fence:
-    """Whether one's own epoch is still in charge."""
+    """Whether one's own epoch is still the newest."""
 
     def __init__(self, store: RunStore, session: str, number: int | None = None) -> None:
         """With a ``number``, only that epoch is one's own; without, all of the session are."""
@@ -48,7 +47,7 @@ class Fence:
 
     @classmethod
     def claim(cls, store: RunStore, session: str) -> Fence:
-        """Begin a new epoch."""
+        """Write a new epoch."""
         number = max((n for n, _ in _epochs(store)), default=0) + 1
         store.write_bytes(f"{EPOCHS_DIR}/{number:06d}-{session}", b"")
         return cls(store, session, number)
@@ -61,15 +60,15 @@ class Fence:
                 f"{self.store.root}: epoch {number} of session {session} has taken over this run"
             )
 
-    def check_now_and_then(self) -> None:
-        """The same, but not every time: for what is asked often and does no lasting harm."""
+    def check_throttled(self) -> None:
+        """The same at most every THROTTLE_S: for calls that are frequent and harmless."""
         if time.monotonic() - self._looked >= THROTTLE_S:
             self.check()
             self._looked = time.monotonic()
 
 
 class Session:
-    """A driver's hold on a run directory, with a sign of life in the background."""
+    """A driver's hold on a run directory, with heartbeats from a thread."""
 
     def __init__(self, store: RunStore) -> None:
         self.store = store
@@ -78,18 +77,18 @@ class Session:
         self.fence = Fence(store, self.id)
         self._facts = _identity() | {"beat": 0, "ended": False}
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._live, name="session", daemon=True)
+        self._thread = threading.Thread(target=self._send_heartbeats, name="session", daemon=True)
 
     def begin(self) -> None:
-        """Raises ConfigError where another driver has begun at the same moment."""
+        """Raises ConfigError where another driver has started at the same moment."""
         self._write()
-        mine = Fence.claim(self.store, self.id)
+        own = Fence.claim(self.store, self.id)
         time.sleep(SETTLE_S / 10 if self.store.is_local else SETTLE_S)
         try:
-            mine.check()
+            own.check()
         except Superseded:
             self._end()
-            raise ConfigError(_in_use(self.store, "begun at the same moment")) from None
+            raise ConfigError(_in_use(self.store, "started at the same moment")) from None
         self._thread.start()
 
     def check(self) -> None:
@@ -103,8 +102,8 @@ class Session:
         if not self.error:
             self._end()
 
-    def _live(self) -> None:
-        while not self._stop.wait(BEAT_S):
+    def _send_heartbeats(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
             try:
                 self.fence.check()
                 self._facts["beat"] += 1
@@ -112,7 +111,7 @@ class Session:
             except Superseded as error:
                 self.error = error
                 return
-            except OSError:  # a store that is out of reach for a while; the next beat comes
+            except OSError:  # the store is out of reach for a while; the next heartbeat may reach it
                 continue
 
     def _end(self) -> None:
@@ -125,8 +124,8 @@ class Session:
 
 @contextmanager
 def hold_lock(store: RunStore, say: Callable[[str], None] = print) -> Iterator[Session]:
-    """Hold the run directory. Raises ConfigError where another driver that lives holds it."""
-    require_free(store, say)
+    """Hold the run directory. Raises ConfigError where another live driver holds it."""
+    wait_until_free(store, say)
     session = Session(store)
     session.begin()
     try:
@@ -135,11 +134,8 @@ def hold_lock(store: RunStore, say: Callable[[str], None] = print) -> Iterator[S
         session.end()
 
 
-def require_free(store: RunStore, say: Callable[[str], None]) -> None:
-    """Return if the last driver has ended, or has died, which takes a look at its count to know.
-
-    Raises ConfigError where it lives.
-    """
+def wait_until_free(store: RunStore, say: Callable[[str], None]) -> None:
+    """Return once the last driver has ended or counts as dead; raises ConfigError where it lives."""
     epochs = _epochs(store)
     if not epochs:
         return
@@ -148,11 +144,11 @@ def require_free(store: RunStore, say: Callable[[str], None]) -> None:
     here = last["host"] == _identity()["host"]
     if last["ended"] or (here and not psutil.pid_exists(last["pid"])):
         return
-    # Its number may be another process's by now, and of other hosts nothing is known: does its count move?
+    # Its process id may be reused by now, and is unknown on other hosts: are there heartbeats?
     who = f"process {last['pid']} on {last['host']}"
-    say(f"the last driver, {who}, has not ended this run: looking for {LOOK_S:.0f} s whether it lives")
-    for _ in range(LOOKS):
-        time.sleep(LOOK_S / LOOKS)
+    say(f"the last driver, {who}, has not ended this run: waiting {TAKEOVER_S:.0f} s for a heartbeat")
+    for _ in range(TAKEOVER_CHECKS):
+        time.sleep(TAKEOVER_S / TAKEOVER_CHECKS)
         now = store.read_json(file)
         if now["ended"]:
             return
@@ -161,11 +157,11 @@ def require_free(store: RunStore, say: Callable[[str], None]) -> None:
 
 
 def _in_use(store: RunStore, who: str) -> str:
-    return f"{store.root}: another driver is at work on this run ({who}); wait for its end, or stop it first"
+    return f"{store.root}: another driver is at work on this run ({who}): wait for its end, or stop it first"
 
 
 def _identity() -> dict[str, Any]:
-    """Host, process namespace and number; no times, for a clock may be set."""
+    """Host, process namespace and process id; no times, as a clock may be set."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:  # no Linux

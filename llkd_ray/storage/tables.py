@@ -39,12 +39,14 @@ from llkd_ray.storage.run_dir import (
 )
 
 # One text a row. The dense row number is not stored: it is the shard's first row (manifest) plus the
-# position in the shard. ``gold`` is the index into labels.names, -1 where unknown.
+# position in the shard. ``gold`` is the index into labels.names, -1 where unknown. ``text_hash`` tells equal
+# texts, here and in other runs (``corpus.cleaning.text_hash``).
 EXAMPLES = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
         pa.field("text", pa.string(), nullable=False),
         pa.field("gold", pa.int16(), nullable=False),
+        pa.field("text_hash", pa.uint64(), nullable=False),
     ]
 )
 # EXAMPLES as they are read back, with the row number put on.

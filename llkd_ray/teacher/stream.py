@@ -47,7 +47,7 @@ class Leaser:
     async def __call__(self, tickets: pa.Table) -> AsyncIterator[pa.Table]:
         for number in tickets["ticket"].to_pylist():
             ticket, rows = await self.selector.lease.remote(number)
-            texts = await asyncio.to_thread(self.examples.read, rows, ["id", "text"])
+            texts = await asyncio.to_thread(self.examples.read, rows, ["id", "text", "text_hash"])
             column = pa.array(np.full(len(texts), ticket, dtype=np.int32))
             leased = texts.add_column(0, "ticket", column)
             yield leased.cast(pa.schema([_LEASED.field(name) for name in leased.column_names]))

@@ -25,7 +25,6 @@ import pyarrow.compute as pc
 from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
 from llkd_ray.config.teacher import TeacherConfig
-from llkd_ray.corpus.cleaning import text_hash
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import ENGINES_DIR, LABELS_DIR, QUARANTINE_DIR, SMALL_DIR, RunStore, ticket_file
 from llkd_ray.storage.tables import Examples
@@ -90,14 +89,14 @@ class TeacherWorker:
         maker.shutdown(wait=False)
 
     async def ask(self, ticket: int, texts: pa.Table) -> TicketAnswers:
-        """Answers to ``texts`` (row, id, text), from an earlier run where there is one.
+        """Answers to ``texts`` (row, id, text, text_hash), from an earlier run where there is one.
 
         The caller puts the labels in place and then calls :meth:`forget`. Raises
         :class:`~llkd_ray.teacher.base.TeacherDown` where the teacher has given up.
         """
         await asyncio.shield(asyncio.wrap_future(self._made))
         began = time.monotonic()
-        hash_M = np.array([text_hash(text) for text in texts["text"].to_pylist()], dtype=np.uint64)
+        hash_M = texts["text_hash"].to_numpy()
         found_M, reused = await asyncio.to_thread(self._reuse, hash_M, texts)
         usage = Usage(reused_texts=len(reused), reused_tokens=_tokens(reused))
         if found_M.all():

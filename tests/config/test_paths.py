@@ -42,15 +42,19 @@ def test_every_path_of_a_config_is_found(tmp_path, monkeypatch):
     )
     here = str(tmp_path)
     assert config.corpus.uri == (f"{here}/a.csv", "hf://owner/data")
-    assert config.test is not None and config.test.uri == f"{here}/test.parquet"
+    assert config.test is not None
+    assert config.test.uri == f"{here}/test.parquet"
     assert (config.student.model, config.run.dir) == (f"{here}/model", f"{here}/runs")
-    assert config.teacher.recorded is not None and config.teacher.recorded.uri == f"{here}/answers.parquet"
-    (_, small_), (_, large_) = config.teacher.members()
-    assert (small_.model, small_.cache) == (f"{here}/model", f"{here}/cache")
-    assert small_.prompt.template == f"{here}/prompt.j2"
-    assert small_.prompt.draw is not None and small_.prompt.draw.uri == f"{here}/shots.csv"
-    assert (large_.model, large_.cache, large_.prompt.template) == ("owner/name", "auto", "{{ text }}")
-    assert large_.server is not None and large_.server.tokenizer == f"{here}/model"
+    assert config.teacher.recorded is not None
+    assert config.teacher.recorded.uri == f"{here}/answers.parquet"
+    (_, first), (_, second) = config.teacher.members()
+    assert (first.model, first.cache) == (f"{here}/model", f"{here}/cache")
+    assert first.prompt.template == f"{here}/prompt.j2"
+    assert first.prompt.draw is not None
+    assert first.prompt.draw.uri == f"{here}/shots.csv"
+    assert (second.model, second.cache, second.prompt.template) == ("owner/name", "auto", "{{ text }}")
+    assert second.server is not None
+    assert second.server.tokenizer == f"{here}/model"
     assert with_absolute_paths(config) == config
 
 

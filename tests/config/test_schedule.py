@@ -111,41 +111,29 @@ class TestBudgets:
         assert [schedule.tickets_before(k) for k in range(4)] == [2, 3, 4, 5]
         assert [schedule.train_target(k) for k in range(4)] == [13, 40, 93, 200]
 
-    def test_growth_of_two_doubles_the_new_texts(self):
-        schedule = plan(1000, rounds=4, train=150, growth=2.0)
-        assert [schedule.train_target(k) for k in range(4)] == [10, 30, 70, 150]
-
-    def test_growth_leaves_every_round_a_text(self):
-        schedule = plan(1000, rounds=4, train=5, growth=10.0)
-        assert [schedule.train_target(k) for k in range(4)] == [1, 2, 3, 5]
+    @pytest.mark.parametrize(
+        ("train", "growth", "targets"), [(150, 2.0, [10, 30, 70, 150]), (5, 10.0, [1, 2, 3, 5])]
+    )
+    def test_growth_multiplies_the_new_texts_and_leaves_every_round_one(self, train, growth, targets):
+        schedule = plan(1000, rounds=4, train=train, growth=growth)
+        assert [schedule.train_target(k) for k in range(4)] == targets
 
     def test_first_labels_of_one_labels_all_before_round_0(self):
         schedule = plan(500, rounds=5, first_labels=1.0)
         assert {schedule.tickets_before(k) for k in range(5)} == {schedule.pool_tickets.stop}
 
-    def test_holdout_is_cut_to_a_tenth(self):
+    def test_what_is_more_than_there_is_is_cut(self):
         assert plan(100, holdout=200, train=0.5).holdout == 10
         assert plan(100, holdout=200, train=0.5, labels=50).holdout == 5
-
-    def test_no_teacher_on_test(self):
-        schedule = plan(500, 80, on_test=False)
-        assert schedule.test == 0
-        assert len(schedule.test_tickets) == 0
-
-    def test_more_labels_than_texts(self):
+        assert plan(500, 80, on_test=False).n_tickets == plan(500).n_tickets
         schedule = plan(300, labels=10_000)
         assert schedule.labels + schedule.holdout == 300
+        assert plan(1000, labels=200, holdout=0, train=0.9).train == 200
 
-    def test_train_is_cut_to_what_is_labelled(self):
-        schedule = plan(1000, labels=200, holdout=0, train=0.9)
-        assert schedule.train == 200
-
-    def test_too_few_texts_for_the_rounds(self):
-        with pytest.raises(
-            ConfigError, match=r"^budget\.train: 0\.1 of a pool of 40 texts makes 4 texts for 5"
-        ):
-            plan(40, rounds=5, train=0.1)
-
-    def test_the_budget_of_labels_can_be_what_is_too_small(self):
-        with pytest.raises(ConfigError, match=r"budget\.labels"):
-            plan(1000, rounds=5, labels=3, train=0.5)
+    @pytest.mark.parametrize(
+        ("n_pool", "budget", "field"),
+        [(40, {"train": 0.1}, "train"), (1000, {"labels": 3, "train": 0.5}, "labels")],
+    )
+    def test_too_little_for_the_rounds_is_refused(self, n_pool, budget, field):
+        with pytest.raises(ConfigError, match=rf"^budget\.{field}: "):
+            plan(n_pool, rounds=5, **budget)

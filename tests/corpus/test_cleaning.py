@@ -61,12 +61,9 @@ def test_refused_texts(raw: object, reason: str) -> None:
     assert refusal.reason == reason
 
 
-def test_max_chars_counts_the_clean_text() -> None:
+def test_a_refusal_says_what_is_wrong_with_the_clean_text() -> None:
     assert clean_text("  1234567890\x00 ", 10) == "1234567890"
     assert clean_text("12345678901", 10, "test") == Refusal("too_long", "11 characters; test.max_chars is 10")
-
-
-def test_undecodable_names_the_byte() -> None:
     assert clean_text(b"caf\xe9", 10) == Refusal("undecodable", "byte 0xe9 at character 3")
 
 

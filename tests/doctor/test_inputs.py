@@ -153,8 +153,8 @@ def test_a_runs_name_is_free_unfinished_or_taken(tmp_path):
 
 
 def test_a_driver_at_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT_S", 0.05)
-    monkeypatch.setattr(lock, "LOOK_S", 5.0)
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(lock, "TAKEOVER_S", 5.0)
     config = of_run(tmp_path)
     with hold_lock(begin(tmp_path)):
         (finding,) = [one for one in run_checks(storage_checks(config)) if one.check == "runs"]

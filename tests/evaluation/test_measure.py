@@ -45,7 +45,7 @@ class HandMade:
         index = {}
         for part, start, stop in (("pool", 0, N_POOL), ("test", N_POOL, len(gold))):
             rows = range(start, stop)
-            columns = [[f"id-{row}" for row in rows], [f"text {row}" for row in rows], gold[start:stop]]
+            columns = [[f"id-{row}" for row in rows], [f"text {row}" for row in rows], gold[start:stop], rows]
             self.store.write_table(f"examples/{part}.parquet", pa.table(columns, schema=tables.EXAMPLES))
             index[part] = [{"file": f"examples/{part}.parquet", "rows": len(rows)}]
         self.store.write_json(EXAMPLES_INDEX, index)

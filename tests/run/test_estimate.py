@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from llkd_ray.config.schema import CapConfig
 from llkd_ray.config.teacher import PriceConfig
-from llkd_ray.run.estimate import NOTHING, Bill, Estimate, bill, hours, mean, what_caps_do
+from llkd_ray.run import estimate
+from llkd_ray.run.estimate import (
+    NOTHING,
+    UTILISATION,
+    Bill,
+    Estimate,
+    bill,
+    count_weights,
+    hours,
+    matmul_flops,
+    mean,
+    tokens_per_s,
+    what_caps_do,
+)
 from llkd_ray.teacher.footprint import Asking, by_trie, by_votes
 from llkd_ray.teacher.label_trie import LabelTrie
 
@@ -52,7 +68,7 @@ class TestMean:
 
 class TestWords:
     @pytest.mark.parametrize(
-        ("estimate", "words"),
+        ("found", "words"),
         [
             (exactly(1234.4), "1,234"),
             (Estimate(1100, 1200, 1300), "1,200 (1,100 to 1,300)"),
@@ -60,8 +76,8 @@ class TestWords:
             (Estimate(1.1, 1.2, 1.3), "1"),
         ],
     )
-    def test_they_say_no_more_than_is_known(self, estimate, words):
-        assert estimate.words() == words
+    def test_they_say_no_more_than_is_known(self, found, words):
+        assert found.words() == words
 
     def test_an_unknown_factor_leaves_no_middle(self):
         assert Estimate(10, 11, 12).times(2) == Estimate(20, 22, 24)
@@ -134,3 +150,42 @@ class TestCaps:
         assert what_caps_do(CapConfig(), self.whole, "EUR") == []
         nothing = Bill(NOTHING, NOTHING, NOTHING, NOTHING)
         assert all("is enough" in line for line in what_caps_do(CapConfig(texts=1, tokens=1), nothing, "EUR"))
+
+
+# --- speed
+
+
+def test_weights_are_those_that_work_on_every_token(tiny_llm):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llm)
+    working = sum(one.numel() for one in model.model.layers.parameters()) + model.model.norm.weight.numel()
+    assert count_weights(Path(tiny_llm)) == working
+
+
+def test_what_is_no_checkpoint_here_has_no_guess(tmp_path):
+    assert count_weights(tmp_path / "nothing") == count_weights(tmp_path) == 0
+    assert tokens_per_s("org/model", "auto", on_gpu=False) is None
+    assert tokens_per_s(str(tmp_path), "auto", on_gpu=False) is None
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", torch.float32), ("auto", torch.bfloat16)])
+def test_the_guess_follows_the_machine_and_the_model(tiny_llm, monkeypatch, dtype, kind):
+    measured = []
+
+    def flops(device, kind):
+        measured.append((device, kind))
+        return 1e12
+
+    monkeypatch.setattr(estimate, "matmul_flops", flops)
+    found = tokens_per_s(tiny_llm, dtype, on_gpu=False)
+    most = 1e12 / (2 * count_weights(Path(tiny_llm)))
+    assert found == pytest.approx(tuple(share * most for share in UTILISATION))
+    assert measured == [("cpu", kind)]
+
+
+def test_products_are_measured_on_this_machine_only(tiny_llm, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tokens_per_s(tiny_llm, "auto", on_gpu=True) is None, "a GPU is not guessed from a CPU"
+    clock = iter([0.0, 0.1, 0.2, 0.5])
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(estimate, "SIZE", 8)
+    assert matmul_flops("cpu", torch.float32) == pytest.approx(2 * 8**3 * 2 / 0.5)

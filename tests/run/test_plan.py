@@ -120,18 +120,15 @@ class TestTokens:
         text = said(config({"test": None}, confidence={"method": "votes", "samples": 7}))
         assert "1 request and 7 answer tokens a text" in text
 
-    def test_a_server_without_a_tokenizer_is_an_estimate(self, config):
+    def test_a_server_is_an_estimate_without_a_tokenizer_and_counted_with_one(self, config, tiny_llm):
         server = {"base_url": "http://127.0.0.1:9/v1"}
         text = said(config(kind="openai", server=server, model="gpt", gpus=0))
         assert "an estimate: server.tokenizer is not set, so 4 characters are a token" in text
         assert "by top_logprobs or votes: the first request finds out" in text
         assert "hours: unknown until a first run has measured it" in text
-
-    def test_a_server_with_one_is_counted(self, config, tiny_llm):
-        server = {"base_url": "http://127.0.0.1:9/v1", "tokenizer": tiny_llm, "scores": "label_ids"}
-        served = said(config(kind="openai", server=server, model="gpt", gpus=0))
-        local = said(config())
-        assert line_with("prompts of the pool", served) == line_with("prompts of the pool", local)
+        with_one = server | {"tokenizer": tiny_llm, "scores": "label_ids"}
+        served = said(config(kind="openai", server=with_one, model="gpt", gpus=0))
+        assert line_with("prompts of the pool", served) == line_with("prompts of the pool", said(config()))
 
 
 class TestCascade:
@@ -149,19 +146,16 @@ class TestCascade:
         both = line_with("both teachers", text)
         assert number(r"to ([\d,]+) prompt tokens", both) == pytest.approx(2 * most, abs=1)
 
-    def test_a_recorded_small_one_takes_nothing(self, config, tiny_llm, tmp_path):
-        settings = self.settings(tiny_llm)
+    def test_recorded_answers_take_nothing(self, config, tiny_llm, tmp_path):
         recorded = {"kind": "recorded", "recorded": {"uri": str(tmp_path / "answers.parquet")}}
+        settings = self.settings(tiny_llm)
         settings["cascade"]["small"] = recorded
         text = said(config({"test": None}, **settings))
         assert "small: recorded answers; nothing is asked of an LLM" in text
         assert "large: 0 to 600 texts" in text
-
-
-def test_recorded_answers_take_nothing(config, tmp_path):
-    text = said(config(kind="recorded", model=None, recorded={"uri": str(tmp_path / "answers.parquet")}))
-    assert "teacher: recorded answers; nothing is asked of an LLM" in text
-    assert "first prompt" not in text
+        text = said(config(model=None, **recorded))
+        assert "teacher: recorded answers; nothing is asked of an LLM" in text
+        assert "first prompt" not in text
 
 
 class TestCap:
@@ -176,11 +170,6 @@ class TestCap:
     )
     def test_it_says_whether_the_cap_ends_the_run(self, config, cap, words):
         assert words in said(config({"budget": {"cap": cap}}, price={"input": 100.0}))
-
-    def test_what_is_answered_already_does_not_count(self, config, tmp_path):
-        one = config({"budget": {"cap": {"texts": 340}}})
-        answer(one, tmp_path, N_POOL + N_TEST)
-        assert "cap: budget.cap.texts of 340 texts is enough" in said(one)
 
 
 def answer(config, tmp_path, n: int, usage: Usage | None = None) -> str:
@@ -221,15 +210,14 @@ class TestEarlierRuns:
         assert number(r"([\d,]+) \([\d,]+ to [\d,]+\) prompt", text) == pytest.approx(whole / 2, rel=0.02)
         assert number(r"saves about ([\d,]+) tokens and", text) == pytest.approx(whole / 2, rel=0.15)
 
-    def test_when_all_is_answered_nothing_is_asked(self, config, tmp_path):
-        one = config()
+    def test_when_all_is_answered_nothing_is_asked_but_by_another_prompt(self, config, tmp_path):
+        one = config({"budget": {"cap": {"texts": 340}}})
         answer(one, tmp_path, N_POOL + N_TEST)
         text = said(one)
         assert "teacher: 0 texts, 0 prompt tokens, 0 answer tokens, free of charge" in text
-
-    def test_another_prompt_has_no_answers(self, config, tmp_path):
-        answer(config(), tmp_path, N_POOL)
+        assert "cap: budget.cap.texts of 340 texts is enough" in text
         assert "have answered 0 of" in said(config(prompt={"instruction": "Which topic?"}))
+        assert "earlier runs" not in said(config(cache=None))
 
     def test_their_speed_is_taken(self, config, tmp_path):
         one = config({"test": None}, actors=2)
@@ -243,15 +231,13 @@ class TestEarlierRuns:
         minutes = number(r"hours: less than one, ([\d.]+)", text)
         assert minutes == pytest.approx(tokens / 8 / 60, abs=0.1)
 
-    def test_without_a_cache_nobody_is_asked(self, config):
-        assert "earlier runs" not in said(config(cache=None))
-
 
 class TestHours:
-    def test_a_local_model_on_a_cpu_is_guessed(self, config):
+    def test_a_local_model_on_a_cpu_is_guessed_but_no_quantised_one(self, config):
         line = line_with("hours", said(config(gpus=0)))
         assert "no more than a guess" in line
         assert "10% to 50%" in line
+        assert "hours: unknown" in said(config(gpus=0, quantization="fp8"))
 
     def test_a_pool_that_may_grow_takes_from_its_largest_to_its_smallest(self, config):
         text = said(config({"test": None}, actors=(1, 4), tokens_per_s=2.0))
@@ -260,9 +246,6 @@ class TestHours:
         fast, slow = re.findall(r"hours: ([\d.]+) to ([\d.]+), at teacher.tokens_per_s", text)[0]
         in_hours = [float(tokens.replace(",", "")) / 2.0 / 3600 for tokens in (fewest, most)]
         assert (float(fast), float(slow)) == pytest.approx((in_hours[0] / 4, in_hours[1]), abs=0.06)
-
-    def test_a_quantised_one_is_not(self, config):
-        assert "hours: unknown" in said(config(gpus=0, quantization="fp8"))
 
 
 class TestPool:
@@ -275,16 +258,17 @@ class TestPool:
         text = said(one.model_copy(update={"corpus": corpus}))
         assert f"corpus: about {N_POOL} rows (estimated from bytes)" in text
 
-    def test_refused_rows_are_named(self, config, tmp_path):
-        one = config({"labels": {"names": list(NAMES[:2])}})
-        text = said(one)
+    def test_refused_rows_are_named(self, config):
+        text = said(config({"labels": {"names": list(NAMES[:2])}}))
         assert re.search(r"corpus: \d+ of 500 rows .* are usable, \d+ unknown_gold; about \d+ texts", text)
 
-    def test_nothing_usable_is_a_mistake(self, config):
-        one = config({"labels": {"names": ["x", "y"]}})
-        with pytest.raises(ConfigError, match=r"^corpus.uri: none of the 500 rows .*unknown_gold"):
-            said(one)
-
-    def test_a_budget_that_does_not_fit_is_refused_as_by_the_run(self, config):
-        with pytest.raises(ConfigError, match=r"^budget.train: 0.001 of a pool of 600"):
-            said(config({"budget": {"train": 0.001}}))
+    @pytest.mark.parametrize(
+        ("sections", "mistake"),
+        [
+            ({"labels": {"names": ["x", "y"]}}, r"corpus.uri: none of the 500 rows .*unknown_gold"),
+            ({"budget": {"train": 0.001}}, "budget.train: 0.001 of a pool of 600"),
+        ],
+    )
+    def test_what_cannot_run_is_refused(self, config, sections, mistake):
+        with pytest.raises(ConfigError, match=f"^{mistake}"):
+            said(config(sections))

@@ -1,10 +1,26 @@
-"""Where a run stands, in words and in numbers."""
+"""Where a run stands, in words and in numbers, how fast labels come in, and what Prometheus is told."""
 
 from __future__ import annotations
 
+import contextlib
+import time
+import urllib.request
 from dataclasses import replace
+from typing import ClassVar
 
-from llkd_ray.run.progress import RunStatus, budget_left, seconds_left
+import pytest
+
+from llkd_ray.run import progress as module
+from llkd_ray.run.progress import (
+    EVERY_S,
+    POINTS,
+    WINDOW_S,
+    Gauges,
+    RunStatus,
+    ThroughputMeter,
+    budget_left,
+    seconds_left,
+)
 
 START = RunStatus(
     labelled=0,
@@ -36,11 +52,8 @@ LATER = replace(
 )
 
 
-def test_a_line_at_the_start_says_what_is_known():
+def test_a_line_says_what_is_known():
     assert START.line() == "labelled 0 of 8000, trained on 0 of 400; starting"
-
-
-def test_a_line_in_the_midst_says_all():
     assert LATER.line() == (
         "labelled 2000 of 8000, 512/s, trained on 100 of 400; round 1: training, step 20 of 60; "
         "left: 1,200 texts; about 3 min 10 s to go"
@@ -67,12 +80,126 @@ def test_numbers_leave_out_what_is_not_known():
 
 def test_time_left_is_that_of_the_last_round_for_each_to_come():
     assert seconds_left([], 4, 10.0) is None
-    lines = [{"seconds": {"train": 90.0}}, {"seconds": {"train": 20.0, "idle": 10.0, "teach": None}}]
+    lines = [{"seconds": {"train": 90.0}}, {"seconds": {"train": 20.0, "idle": 10.0}}]
     assert seconds_left(lines, 4, 5.0) == 55.0
     assert seconds_left(lines, 2, 5.0) == 0.0
-    assert seconds_left([{}], 4, 5.0) == 0.0
 
 
 def test_budget_left_is_never_less_than_nothing():
     cap = {"texts": 100, "tokens": None, "cost": 2.0}
     assert budget_left(cap, {"texts": 120.0, "tokens": 5.0, "cost": 0.5}, "EUR") == "0 texts, 1.50 EUR"
+
+
+# --- how fast; times are the tests' own
+
+
+def test_a_round_keeps_when_labels_came():
+    meter = ThroughputMeter()
+    meter.note(99.0, 40, 0)
+    meter.begin_round(100.0)
+    for now, labelled in ((101.0, 50), (102.0, 70), (103.0, 70), (104.0, 70), (105.0, 70), (106.0, 90)):
+        meter.note(now, labelled, 0)
+    assert meter.points() == [[0.0, 40], [1.0, 50], [2.0, 70], [5.0, 70], [6.0, 90]]
+
+
+def test_a_long_round_keeps_no_more_and_never_loses_its_end():
+    meter = ThroughputMeter()
+    meter.begin_round(0.0)
+    for second in range(1, 10_001):
+        meter.note(float(second), 3 * second, 0)
+        assert len(meter.points()) <= POINTS + 1
+    points = meter.points()
+    assert points[-1] == [10_000.0, 30_000]
+    assert len(points) > POINTS // 2
+    assert all(labelled == 3 * seconds for seconds, labelled in points)
+
+
+def test_a_new_round_begins_anew():
+    meter = ThroughputMeter()
+    meter.note(-1.0, 5, 5)
+    assert (meter.points(), meter.in_round(2.0)) == ([], 0.0), "before any round"
+    meter.begin_round(0.0)
+    meter.note(5.0, 10, 0)
+    meter.begin_round(8.0)
+    meter.note(9.0, 12, 0)
+    assert meter.points() == [[0.0, 10], [1.0, 12]]
+    assert meter.in_round(10.0) == 2.0
+
+
+def test_rates_are_those_of_the_last_while():
+    meter = ThroughputMeter()
+    assert meter.rates() == (0.0, 0.0)
+    meter.note(0.0, 0, 0)
+    assert meter.rates() == (0.0, 0.0)
+    meter.note(10.0, 100, 1000)
+    assert meter.rates() == (10.0, 100.0)
+    for second in range(11, 11 + int(WINDOW_S) + 5):
+        meter.note(float(second), 100, 1000)
+    assert meter.rates() == (0.0, 0.0)
+
+
+# --- metrics
+
+
+class Recorder:
+    """Stands in for one of Ray's metrics."""
+
+    made: ClassVar[dict[str, Recorder]] = {}
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+        self.values: list[float] = []
+        assert tag_keys == ("run",)
+        self.made[name] = self
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        self.values.append(value)
+        assert tags == {"run": "mine"}
+
+    inc = set
+
+
+@pytest.fixture
+def made(monkeypatch):
+    monkeypatch.setattr(Recorder, "made", {})
+    for kind in ("Gauge", "Counter"):
+        monkeypatch.setattr(module, kind, Recorder)
+    return Recorder.made
+
+
+def test_what_grows_is_counted_from_where_the_driver_found_it(made, monkeypatch):
+    now = [50.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    gauges = Gauges("mine")
+    for labelled in (400.0, 400.0, 450.0, 520.0):
+        gauges.show({"labelled_texts": labelled, "macro_f1": 0.5})
+        now[0] += EVERY_S
+    assert made["llkd_labelled_texts"].values == [400.0, 400.0, 450.0, 520.0]
+    assert made["llkd_new_labelled_texts"].values == [50.0, 70.0]
+    assert made["llkd_macro_f1"].values == [0.5] * 4
+    assert "llkd_new_macro_f1" not in made
+
+
+def test_nothing_is_published_more_often_than_it_is_read(made, monkeypatch):
+    monkeypatch.setattr(module.time, "monotonic", lambda: 50.0)
+    gauges = Gauges("mine")
+    for value in (1.0, 2.0, 3.0):
+        gauges.show({"round": value})
+    assert made["llkd_round"].values == [1.0]
+
+
+@pytest.mark.timeout(120)
+def test_ray_exports_them(local_ray):
+    import ray
+
+    gauges = Gauges("exported-run")
+    address = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    labelled, lines, shown = 0.0, {}, []
+    while len(lines) < 3:  # pytest's limit ends it
+        labelled += 10
+        gauges.show({"labelled_texts": labelled, "macro_f1": 0.5})
+        time.sleep(EVERY_S)
+        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=10) as answer:
+            shown = answer.read().decode().splitlines()
+        lines = {line.split("{")[0]: line for line in shown if 'run="exported-run"' in line}
+    assert set(lines) == {"ray_llkd_labelled_texts", "ray_llkd_new_labelled_texts_total", "ray_llkd_macro_f1"}
+    assert lines["ray_llkd_macro_f1"].endswith(" 0.5")

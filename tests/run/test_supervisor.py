@@ -74,7 +74,7 @@ def test_before_tickets_are_known_damage_is_what_they_are_made_from(run, stats):
 def test_what_the_cap_still_allows_is_shown(run, stats):
     usage = {"texts": 4, "prompt_tokens": 90, "answer_tokens": 4}
     run.config = make_config(budget={"cap": {"texts": 10, "tokens": 100}})
-    run.lines = [{"round": 0, "loss": 0.5, "macro_f1": 0.612, "seconds": {"train": 30.0, "idle": None}}]
+    run.lines = [{"round": 0, "loss": 0.5, "macro_f1": 0.612, "seconds": {"train": 30.0}}]
     stats |= {
         "labelled": 4,
         "trained": 2,

@@ -63,21 +63,13 @@ def test_without_trackers_nothing_is_done(tmp_path):
     assert not store.exists(IDS)
 
 
-def test_a_package_that_is_missing_is_named_before_anything_starts(monkeypatch):
+def test_what_cannot_be_tracked_is_refused_before_anything_starts(monkeypatch):
+    check_trackers(make_config())
     monkeypatch.setitem(trackers_module.PACKAGES, "wandb", "no_such_package_here")
     with pytest.raises(ConfigError, match=r"'wandb' needs the package .*pip install wandb"):
         check_trackers(make_config(run={"trackers": ["wandb"]}))
-    check_trackers(make_config())
-
-
-def test_tensorboard_wants_a_local_run_directory():
     with pytest.raises(ConfigError, match=r"must be local for it; run\.dir is 's3://bucket/runs'"):
         check_trackers(make_config(run={"trackers": ["tensorboard"], "dir": "s3://bucket/runs"}))
-
-
-def test_an_unknown_tracker_is_refused():
-    with pytest.raises(ConfigError, match=r"run\.trackers"):
-        make_config(run={"trackers": ["scribe"]})
 
 
 class Broken:
@@ -94,26 +86,20 @@ class Broken:
         raise AssertionError("a tracker that was left out is left alone")
 
 
-def test_one_that_breaks_is_left_out_with_a_word(tmp_path, monkeypatch):
-    made = Broken()
-    monkeypatch.setattr(trackers_module, "Mlflow", lambda *arguments: made)
-    trackers, _, said = run_of(tmp_path, "mlflow")
-    with trackers:
-        trackers.log_round(LINE)
-        trackers.log_round(LINE)
-    assert made.asked == 1
-    assert said == ["mlflow is left out from here on: the server is gone"]
-
-
-def test_one_that_does_not_begin_is_left_out_with_a_word(tmp_path, monkeypatch):
+def test_one_that_breaks_or_does_not_start_is_left_out(tmp_path, monkeypatch):
     def refuse(*arguments: object) -> None:
         raise RuntimeError
 
+    broken = Broken()
+    monkeypatch.setattr(trackers_module, "Mlflow", lambda *arguments: broken)
     monkeypatch.setattr(trackers_module, "Wandb", refuse)
-    trackers, store, said = run_of(tmp_path, "wandb")
+    trackers, store, said = run_of(tmp_path, "mlflow", "wandb")
     with trackers:
         trackers.log_round(LINE)
-    assert said == ["wandb is left out from here on: RuntimeError"]
+        trackers.log_round(LINE)
+    assert broken.asked == 1
+    assert [line.partition(" ")[0] for line in said] == ["wandb", "mlflow"]
+    assert said[1].endswith("the server is gone")
     assert not store.exists(IDS)
 
 
@@ -157,8 +143,7 @@ def test_wandb_keeps_figures_offline_and_goes_on_after_a_resume(tmp_path, monkey
     parts = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert {part.stem for part in parts} == {f"run-{store.read_json(IDS)['wandb']}"}, "the same run goes on"
     # Its service may still be writing when it says that a run is finished.
-    end = time.monotonic() + 30
-    while b"final/student/accuracy" not in parts[1].read_bytes() and time.monotonic() < end:
+    while b"final/student/accuracy" not in parts[1].read_bytes():  # pytest's limit ends it
         time.sleep(0.05)
     first, second = (part.read_bytes() for part in parts)
     for name in (b"my-run", b"student.model", b"seconds/train"):

@@ -1,40 +1,35 @@
-"""Files are whole or not there, and texts come back by row number."""
+"""Files are whole or not there, and an address is found again by another store."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from toys import make_run, put_label_file, toy_texts
 
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import (
     LABELS_DIR,
     RunStore,
+    join_uri,
+    open_filesystem,
     predictions_file,
     round_file,
     ticket_file,
     ticket_of,
 )
-from llkd_ray.storage.tables import Examples, Shard, list_column, matrix_of, read_labels
 
-N_POOL, N_TEST = 150, 40
+OPTIONS = "?endpoint_override=127.0.0.1:9000&scheme=http&region=us-east-1"
 
 
 @pytest.fixture
 def store(tmp_path):
     return RunStore(str(tmp_path / "run"))
-
-
-@pytest.fixture(scope="module")
-def examples(tmp_path_factory):
-    """Shards of 64, 64, 22 and 40 rows in row groups of 16."""
-    return Examples.open(make_run(tmp_path_factory.mktemp("run"), N_POOL, N_TEST))
 
 
 class DyingStream:
@@ -66,21 +61,18 @@ class DyingFileSystem:
 
 
 class TestWriting:
-    def test_what_is_written_is_read(self, store):
+    def test_what_is_written_is_read(self, store, tmp_path):
         store.write_bytes("a/b/c.bin", b"\x00abc")
         assert store.read_bytes("a/b/c.bin") == b"\x00abc"
         store.write_bytes("a/b/c.bin", b"second")
         assert store.read_bytes("a/b/c.bin") == b"second"
+        assert [path.name for path in (tmp_path / "run" / "a/b").iterdir()] == ["c.bin"], (
+            "nothing else is left"
+        )
+        store.write_bytes("x.gz", b"plain")  # the name packs and unpacks nothing
+        assert store.read_bytes("x.gz") == b"plain"
         store.write_json("x.json", {"name": "é", "list": [1, None]})
         assert store.read_json("x.json") == {"name": "é", "list": [1, None]}
-
-    def test_nothing_else_is_left(self, store, tmp_path):
-        store.write_bytes("folder/one.txt", b"1")
-        assert [path.name for path in (tmp_path / "run" / "folder").iterdir()] == ["one.txt"]
-
-    def test_a_gz_name_is_not_packed_or_unpacked(self, store):
-        store.write_bytes("x.gz", b"plain")
-        assert store.read_bytes("x.gz") == b"plain"
 
     @pytest.mark.parametrize("there_before", [False, True])
     def test_failure_in_the_middle_leaves_what_was(self, store, tmp_path, there_before):
@@ -190,91 +182,41 @@ class TestNames:
         assert predictions_file(3, 1, 4) == "rounds/0003/predictions-0001-of-0004.parquet"
 
 
-class TestMatrices:
-    @settings(deadline=None)
-    @given(n=st.integers(0, 20), c=st.integers(1, 5), cut=st.integers(0, 20))
-    def test_column_and_back(self, n, c, cut):
-        matrix_NC = np.random.default_rng(0).uniform(size=(n, c)).astype(np.float32)
-        column = list_column(matrix_NC)
-        assert column.type == tables.LABELS.field("probs").type
-        assert matrix_of(pa.chunked_array([column]), c).tolist() == matrix_NC.tolist()
-        halves = pa.chunked_array([column.slice(0, cut), column.slice(cut)])
-        assert matrix_of(halves, c).tolist() == matrix_NC.tolist()
-        assert matrix_of(halves.slice(cut), c).tolist() == matrix_NC[cut:].tolist()
-
-    def test_no_chunks(self):
-        assert matrix_of(pa.chunked_array([], pa.list_(pa.float32())), 4).shape == (0, 4)
+# --- addresses
 
 
-def test_read_labels_leaves_out_tickets_without_a_file(store):
-    for ticket, row in ((0, 5), (2, 9)):
-        put_label_file(store, ticket, np.array([row]), np.array([[0.5, 0.5]]))
-    assert read_labels(store, [2, 1, 0])["row"].to_pylist() == [9, 5]
-    assert read_labels(store, [1]).equals(tables.LABELS.empty_table())
-    assert read_labels(store, []).schema == tables.LABELS
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("runs", "runs/one/labels"),
+        ("/data/runs/", "/data/runs/one/labels"),
+        ("/data/what?/runs", "/data/what?/runs/one/labels"),  # a mark in a local name begins no options
+        ("s3://bucket/runs", "s3://bucket/runs/one/labels"),
+        ("s3://bucket/runs/", "s3://bucket/runs/one/labels"),
+        (f"s3://bucket/runs{OPTIONS}", f"s3://bucket/runs/one/labels{OPTIONS}"),
+        (f"s3://bucket{OPTIONS}", f"s3://bucket/one/labels{OPTIONS}"),
+    ],
+)
+def test_join(folder: str, expected: str) -> None:
+    assert join_uri(folder, "one", "labels") == expected
+    assert join_uri(join_uri(folder, "one"), "labels") == expected
 
 
-class TestExamples:
-    def test_counts(self, examples):
-        assert (examples.n_pool, examples.n_test, examples.n_rows) == (N_POOL, N_TEST, N_POOL + N_TEST)
-        assert examples.test_rows.tolist() == list(range(N_POOL, N_POOL + N_TEST))
+def test_address_of_a_part_is_found_by_another_store(tmp_path: Path) -> None:
+    store = RunStore(str(tmp_path / "run"))
+    store.write_bytes("labels/a", b"1")
+    assert RunStore(store.uri("labels")).read_bytes("a") == b"1"
 
-    @settings(max_examples=100, deadline=None)
-    @given(st.lists(st.integers(0, N_POOL + N_TEST - 1), max_size=80))
-    def test_any_rows_in_any_order_with_repeats(self, examples, rows):
-        texts, gold_N = toy_texts(N_POOL + N_TEST, 3, seed=0)
-        table = examples.read(np.array(rows, dtype=np.int64))
-        assert table.schema == tables.NUMBERED_EXAMPLES
-        assert table["row"].to_pylist() == rows
-        assert table["id"].to_pylist() == [f"toy-{row}" for row in rows]
-        assert table["text"].to_pylist() == [texts[row] for row in rows]
-        assert table["gold"].to_pylist() == [gold_N[row] for row in rows]
 
-    @pytest.mark.parametrize("rows", [[], [70, 3]])
-    def test_columns_come_in_the_order_asked_for(self, examples, rows):
-        assert examples.read(rows, ["text", "id"]).column_names == ["row", "text", "id"]
-        assert examples.read(rows, ["gold"]).column_names == ["row", "gold"]
+def test_address_of_a_part_on_s3_keeps_scheme_and_options() -> None:
+    store = RunStore(f"s3://bucket/runs/one{OPTIONS}")  # nothing is asked of a server yet
+    assert (store.root, store.path("labels")) == ("bucket/runs/one", "bucket/runs/one/labels")
+    assert store.uri("labels") == f"s3://bucket/runs/one/labels{OPTIONS}"
+    other = RunStore(store.uri("labels"))
+    assert (other.root, other.fs) == ("bucket/runs/one/labels", store.fs)
 
-    def test_nothing(self, examples):
-        assert examples.read([]).equals(tables.NUMBERED_EXAMPLES.empty_table())
 
-    @pytest.mark.parametrize("rows", [[-1], [0, N_POOL + N_TEST]])
-    def test_row_that_is_not_there(self, examples, rows):
-        with pytest.raises(IndexError, match=f"of {N_POOL + N_TEST}"):
-            examples.read(rows)
-
-    def test_opens_only_what_it_needs(self, examples, monkeypatch):
-        opened, groups_read = [], []
-        plain_init, plain_read = pq.ParquetFile.__init__, pq.ParquetFile.read_row_groups
-
-        def counting_init(self, source, **options):
-            opened.append(source.rpartition("/")[2])
-            plain_init(self, source, **options)
-
-        def counting_read(self, groups, **options):
-            groups_read.append(groups)
-            return plain_read(self, groups, **options)
-
-        monkeypatch.setattr(pq.ParquetFile, "__init__", counting_init)
-        monkeypatch.setattr(pq.ParquetFile, "read_row_groups", counting_read)
-        rows = [63, 17, 63, 0, N_POOL + 33]
-        assert examples.read(rows)["row"].to_pylist() == rows
-        assert opened == ["pool-00000.parquet", "test-00000.parquet"]
-        assert groups_read == [[0, 1, 3], [2]]
-
-    def test_shards_without_rows(self, store):
-        def write(name, ids):
-            columns = [ids, [f"text of {one}" for one in ids], [-1] * len(ids)]
-            store.write_table(name, pa.table(columns, schema=tables.EXAMPLES))
-            return Shard(name, len(ids))
-
-        pool = [write("a", []), write("b", ["b0", "b1"]), write("c", []), write("d", ["d0"])]
-        examples = Examples(store, pool, [write("e", []), write("f", ["f0"])])
-        assert examples.read([3, 0, 2, 1])["id"].to_pylist() == ["f0", "b0", "d0", "b1"]
-
-    def test_examples_of_a_run_with_further_facts_in_the_index(self, tmp_path):
-        store = make_run(tmp_path / "run", 10)
-        index = store.read_json("examples/index.json")
-        store.write_json("examples/index.json", index | {"rows_in": {"pool": 12}})
-        assert Examples.open(store).n_rows == 10
-        assert Examples.open(store).test_rows.size == 0
+def test_an_option_of_ours_does_not_override_the_user_s() -> None:
+    fs, path = open_filesystem(f"s3://bucket/runs{OPTIONS}&allow_delayed_open=false")
+    assert path == "bucket/runs"
+    assert not fs.equals(open_filesystem(f"s3://bucket/runs{OPTIONS}")[0])

@@ -21,7 +21,7 @@ from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
 from llkd_ray.config.teacher import TeacherConfig
-from llkd_ray.run.loop import lost_teachers
+from llkd_ray.run.loop import failed_teachers
 from llkd_ray.selection.selector import Selector
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import LABELS_DIR, QUARANTINE_DIR, SENT_DIR, SMALL_DIR, RunStore, ticket_file
@@ -528,7 +528,7 @@ class TestAnActorThatIsLost:
         selector = asyncio.run(self.teach(store, labellers))
         assert selector.teachers.trouble() is None
         assert len(store.names(LABELS_DIR)) == selector.schedule.n_tickets
-        assert [one["reason"] for one in lost_teachers(store)] == ["the server is gone"]
+        assert [one["reason"] for one in failed_teachers(store)] == ["the server is gone"]
         asked = [row for labeller in labellers for rows in labeller.asked for row in rows]
         assert sorted(asked) == list(range(N_POOL + N_TEST)), "each text once"
         assert len(labellers[0].asked) <= calls + 1
@@ -536,7 +536,7 @@ class TestAnActorThatIsLost:
     def test_when_none_is_left_the_user_is_told(self, store):
         selector = asyncio.run(self.teach(store, [DownAfter(2), DownAfter(3)]))
         assert selector.teachers.trouble() == ("the teacher has given up, all 2 actor(s): the server is gone")
-        assert len(lost_teachers(store)) == 2
+        assert len(failed_teachers(store)) == 2
         assert 0 < len(store.names(LABELS_DIR)) < selector.schedule.n_tickets
 
 

@@ -15,7 +15,6 @@ from fake_teacher import FakeTeacher, cost_of, leased, numbered
 from toys import make_config
 
 from llkd_ray.config.schema import Config
-from llkd_ray.corpus.cleaning import text_hash
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import ENGINES_DIR, LABELS_DIR, SENT_DIR, SMALL_DIR, RunStore
 from llkd_ray.storage.tables import matrix_of
@@ -109,11 +108,12 @@ def numbers_of(labels: pa.Table) -> list[int]:
 class TestFresh:
     def test_labels_are_the_texts_own_and_in_their_order(self, bench):
         labeller = FakeTeacher()
-        asked = bench.answer(bench.asker("first", labeller), 3, leased(3, [5, 2, 9]))
+        texts = leased(3, [5, 2, 9])
+        asked = bench.answer(bench.asker("first", labeller), 3, texts)
         assert asked.labels.schema == tables.LABELS
         assert asked.labels["row"].to_pylist() == [5, 2, 9]
         assert asked.labels["id"].to_pylist() == ["id-5", "id-2", "id-9"]
-        assert asked.labels["text_hash"].to_pylist() == [text_hash(f"text {row}") for row in (5, 2, 9)]
+        assert asked.labels["text_hash"].equals(texts["text_hash"]), "as they were kept at ingestion"
         assert matrix_of(asked.labels["probs"], 3) == pytest.approx(np.stack([*map(numbered, (5, 2, 9))]))
         assert asked.labels["off_label"].to_pylist() == pytest.approx([0.65, 0.68, 0.61])
         assert asked.labels["prompt_tokens"].to_pylist() == [15, 12, 19]
@@ -144,13 +144,11 @@ class TestReuse:
         first = bench.answer(bench.asker("first", FakeTeacher()), 0, leased(0, [5, 2, 9]))
         labeller = FakeTeacher(errors=[AssertionError("nobody is to be asked")])
         # Its rows, ids and tickets are others; its texts are the same.
-        texts = leased(7, [40, 41, 42], prefix="mine").set_column(
-            3, "text", pa.array(["text 9", "text 5", "text 2"])
-        )
+        texts = leased(7, [9, 5, 2], prefix="mine").set_column(1, "row", pa.array([40, 41, 42]))
         second = bench.answer(bench.asker("second", labeller), 7, texts)
         assert labeller.asked == []
         assert second.labels["row"].to_pylist() == [40, 41, 42]
-        assert second.labels["id"].to_pylist() == ["mine-40", "mine-41", "mine-42"]
+        assert second.labels["id"].to_pylist() == ["mine-9", "mine-5", "mine-2"]
         assert second.labels["reused"].to_pylist() == [True] * 3
         assert numbers_of(second.labels) == [9, 5, 2]
         as_before = ["text_hash", "probs", "off_label", "prompt_tokens", "cached_tokens", "answer_tokens"]
