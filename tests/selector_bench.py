@@ -73,7 +73,7 @@ class Bench:
     async def teach_for(self, k):
         """All tickets that round ``k`` waits for, as far as they are not labelled."""
         for ticket in range(self.schedule.tickets_before(k)):
-            if ticket not in self.selector.intake.done:
+            if ticket not in self.selector.ingest.done:
                 await self.teach(ticket)
 
     def opinion(self, k):
@@ -101,6 +101,13 @@ class Bench:
         facts = await self.selector.select(k)
         await self.selector.trained(k, {"ranks": 1, "loss": 1.0 / (k + 1)})
         return facts
+
+    async def rounds(self, stop=4, start=0):
+        """Rounds one after another, each with its snapshot."""
+        for k in range(start, stop):
+            await self.round(k)
+            if self.selector.snapshot_task:
+                await self.selector.snapshot_task
 
     def batch(self, k):
         return self.store.read_table(round_file(k, BATCH))

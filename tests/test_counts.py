@@ -147,13 +147,13 @@ class TestSelector:
         sections = {"teacher": teacher, "evaluation": {"holdout": 0}, "test": None}
         selector = Selector(make_config(**sections, budget={"rounds": 1, "train": 10}), store.root)
         fitted_on = CountedRange(n_tickets)
-        monkeypatch.setattr(selector.intake, "_fitted_on", lambda: fitted_on)
+        monkeypatch.setattr(selector.ingest, "_fitted_on", lambda: fitted_on)
         p_MC = np.tile([0.2, 0.6, 0.1], (4, 1))
         for ticket in reversed(range(n_tickets)):
-            assert selector.intake.calibrator is None
+            assert selector.ingest.calibrator is None
             row_M = np.arange(4 * ticket, 4 * ticket + 4)
-            selector.intake.take(ticket, TicketLabels(row_M, p_MC, np.zeros(4), {}, 0))
-        assert selector.intake.done == set(range(n_tickets))
+            selector.ingest.take(ticket, TicketLabels(row_M, p_MC, np.zeros(4), {}, 0))
+        assert selector.ingest.done == set(range(n_tickets))
         assert fitted_on.gone_through == 1
 
     def test_the_round_of_a_ticket_is_found_in_few_looks(self, monkeypatch):

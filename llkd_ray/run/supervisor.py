@@ -15,7 +15,7 @@ from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
 from llkd_ray.display import Display
 from llkd_ray.run.progress import Gauges, RunStatus, ThroughputMeter, budget_left, seconds_left
-from llkd_ray.selection.recovery import drop_all
+from llkd_ray.selection.recovery import delete_snapshots
 from llkd_ray.selection.selector import start_selector
 from llkd_ray.storage.lock import Session
 from llkd_ray.storage.run_dir import LABELS_DIR, RunStore, ticket_of
@@ -56,7 +56,7 @@ class Run:
         self._reported: set[str] = set()
 
     def __enter__(self) -> Run:
-        drop_all(self.store)
+        delete_snapshots(self.store)
         self.selector = start_selector(self.config, self.store.uri(), self.session.id)
         try:
             self._start_others()
@@ -73,7 +73,7 @@ class Run:
         # Its callers fail now. Calls still pending when Ray is shut down can crash the driver.
         if self.teacher:
             self.teacher.wait(STREAM_ENDS_S)
-        drop_all(self.store)
+        delete_snapshots(self.store)
 
     def _start_others(self) -> None:
         over = self.call("next_round") == self.schedule.rounds or self.over

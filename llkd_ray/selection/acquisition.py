@@ -1,9 +1,9 @@
 """Acquisition: which unread texts the teacher reads next, from what the student thinks of them.
 
-A policy gives every unread text a value, from its columns, the run's seed and a random number of its own;
-those of largest value are read, next to a share that is drawn at random for exploration. Texts are looked
-at a chunk at a time, and the choice is the same however they are divided (``scan.py``). Shapes in names: N
-unread texts of a chunk, M chosen.
+A policy gives every unread text a value, from its columns, the run's seed and a random number of its own.
+The texts of largest value are read, and a share drawn at random for exploration. Texts come in chunks, and
+the choice does not depend on how they are divided (``search.py``). Shapes in names: N unread texts of a
+chunk, M chosen.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class AcquisitionPolicy:
         seed: int = 0,
         explore: float = 0.0,
     ) -> Ints:
-        """int64[M]: at most ``n`` rows, ascending, because neighbours are cheap to read together.
+        """int64[M]: at most ``n`` rows, ascending, because neighbouring rows are cheap to read together.
 
-        A share ``explore`` of them is drawn at random from all unread texts, so that what the student is
-        wrongly sure of is seen, too; the rest are those of largest value.
+        A share ``explore`` of them is drawn at random from all unread texts, so that the teacher also reads
+        texts of which the student is wrongly sure; the rest are those of largest value.
         """
         draw, explorer = RowRandom.from_rng(rng), RowRandom.from_rng(rng)
         explore = explore if self.explores else 0.0
@@ -89,7 +89,7 @@ def acquisition_policy(
 
 @acquisition_policy("sequential", uses_student=False, explores=False)
 def value_sequential(unread: Unread, seed: int, draw: RowRandom) -> Floats:
-    """In corpus order, all of it: ``acquisition.explore`` does not apply."""
+    """In corpus order; ``acquisition.explore`` does not apply."""
     return -unread.row_N.astype(np.float64)
 
 
@@ -101,13 +101,13 @@ def value_random(unread: Unread, seed: int, draw: RowRandom) -> Floats:
 
 @acquisition_policy("entropy", uses_student=True)
 def value_entropy(unread: Unread, seed: int, draw: RowRandom) -> Floats:
-    """Where the student's entropy is largest; what it never scored comes first, at random."""
+    """Where the student's entropy is largest; texts it never scored come first, at random."""
     return _known(unread.uncertainty_N, unread, draw)
 
 
 @acquisition_policy("margin", uses_student=True)
 def value_margin(unread: Unread, seed: int, draw: RowRandom) -> Floats:
-    """Where the student's two best labels are closest; what it never scored comes first, at random."""
+    """Where the student's two best labels are closest; texts it never scored come first, at random."""
     return _known(1.0 - unread.margin_N.astype(np.float64), unread, draw)
 
 
@@ -116,7 +116,7 @@ def value_m_raru(unread: Unread, seed: int, draw: RowRandom) -> Floats:
     """Randomised accept or reject by normalised uncertainty (M-RARU, arXiv 2511.11574).
 
     A text is accepted with a probability equal to its entropy over log C. The random number is a hash of
-    seed and row, so that any number of machines decides alike without shared state. Ours: the paper draws
+    seed and row, so that no state is shared. Ours: the paper draws
     until the batch is full; here the accepted come first and the rejected fill up, both by how far the
     entropy lies above or below the number.
     """
@@ -125,5 +125,5 @@ def value_m_raru(unread: Unread, seed: int, draw: RowRandom) -> Floats:
 
 
 def _known(signal_N: Floats, unread: Unread, draw: RowRandom) -> Floats:
-    """The student's signal, and for what it never scored a random number above all of them."""
+    """The student's signal; for a text that it never scored, a random number above all signals."""
     return np.where(np.isnan(signal_N), 1.0 + draw(unread.row_N), signal_N)

@@ -1,14 +1,15 @@
 """Selection: which labelled texts the student trains on next.
 
-A policy gives every candidate a value, pure numpy of columns; the candidates of largest value are taken,
-within class quotas if these are asked for. It sees them a chunk at a time, next to what is known of all of
-them together, so that the choice is the same however they are divided (``scan.py``). Policies are
-registered under their names and may have options. Shapes in names: N candidates of a chunk, M chosen, C
-classes.
+A policy gives every candidate a value, by numpy on columns. The candidates of largest value are taken,
+within class quotas where these are set. A policy sees a chunk of the candidates and statistics of all of
+them, so the choice does not depend on how they are divided (``search.py``). Policies are registered by name
+and may have options.
 
-Quotas show the student more of the rare pseudo-classes than the pool has, so that it learns them. Left at
-that, it would also expect so many of them. Here the two are taken apart: what it is shown is one thing, what
-its answers reckon with another. Pure numpy. Shapes in names: N texts, C classes.
+Quotas show the student more texts of the rare pseudo-classes than the pool has, so that it learns them; on
+its own, that would also make it predict them too often. So the class prior that its answers assume
+(:func:`target_prior`) is set apart from the shares it is trained on.
+
+Shapes in names: N candidates of a chunk, M chosen, C classes.
 """
 
 from __future__ import annotations
@@ -29,24 +30,24 @@ from llkd_ray.selection.table import Candidates, Chunked, slices
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a policy thinks of the candidates."""
+    """A policy's values and loss weights of the candidates."""
 
     value_N: Floats
     """The largest are taken first; ``NEVER`` keeps a text out of this round."""
     weight_N: Floats | None = None
-    """What each would count in the loss, on any scale; None: all alike."""
+    """Weight of each in the loss, on any scale; None: all equal."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen rows, most wanted first, and what each counts in the loss (mean 1)."""
+    """The chosen rows, largest value first, and the weight of each in the loss (mean 1)."""
 
     row_M: Ints
     weight_M: Floats
     candidates: int
     """How many they were chosen from."""
     thresholds: Mapping[str, Floats] | None = None
-    """float64[C] of each signal: what a text of each class had to reach; None where the policy has none."""
+    """float64[C] of each signal: the threshold of each class; None where the policy has none."""
 
     def __len__(self) -> int:
         return int(self.row_M.size)
@@ -54,7 +55,7 @@ class Selection:
 
 SelectionRule = Callable[..., Judgement]
 ThresholdsOf = Callable[[Pool, Mapping[str, Any]], dict[str, Floats]]
-"""Of a pool and a policy's options; see ``Selection.thresholds``."""
+"""From a pool and a policy's options; see ``Selection.thresholds``."""
 _TIE = 1e-9
 """Where all texts have the same signal, its mean is equal to it, and rounding must not decide."""
 _KINDS = {bool: "truth value", float: "number", str: "word"}
@@ -70,13 +71,13 @@ class SelectionPolicy:
     uses_student: bool
     """Whether the student must score the candidates first."""
     quota: float | None = None
-    """The class quota's exponent where the config does not name one; None: no quotas."""
+    """The class quota's exponent where the config does not set one; None: no quotas."""
     prior: float | None = None
-    """The exponent of what the student is to reckon with where the config does not name one."""
+    """The exponent of the target prior where the config does not set one."""
     ranks: bool = False
     """Whether the rule asks for :meth:`Pool.rank`, for which confidences are counted by grade."""
     thresholds: ThresholdsOf | None = None
-    """What texts have to reach, for people to look at."""
+    """The thresholds, for the report."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -85,15 +86,15 @@ class SelectionPolicy:
         return {keyword.name: keyword.default for keyword in keywords}
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raise ValueError, with what there is, for an option or a value that the rule does not have."""
-        if strangers := sorted(set(options) - set(self.options)):
+        """Raise ValueError, with the known options, for an unknown option or value."""
+        if unknown := sorted(set(options) - set(self.options)):
             known = ", ".join(f"{name} ({value})" for name, value in self.options.items())
-            raise ValueError(f"{strangers[0]!r} is no option of the policy; it has {known or 'none'}")
+            raise ValueError(f"{unknown[0]!r} is no option of the policy; it has {known or 'none'}")
         for name, value in options.items():
             kind = type(self.options[name])
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise ValueError(f"{name} is {value!r}: use a {_KINDS[kind]} like {self.options[name]}")
-        # The rule itself knows its values; it refuses them here and not after hours of labelling.
+        # The rule checks the values of its options: here rather than after hours of labelling.
         self.rule(_NO_CANDIDATES, Pool(PoolStats.empty(2, self.ranks), RowRandom(0)), **options)
 
     def choose(
@@ -159,8 +160,8 @@ def selection_policy(
 ) -> Callable[[SelectionRule], SelectionRule]:
     """Register a rule ``(candidates, pool, **options) -> Judgement``.
 
-    It judges each candidate by its columns and by what ``pool`` knows of all of them, which has the random
-    numbers, too; never by the others of its chunk.
+    It judges each candidate by its columns and by ``pool``, which has the statistics of all candidates and
+    the random numbers; never by the others of its chunk.
     """
 
     def register(rule: SelectionRule) -> SelectionRule:
@@ -175,13 +176,13 @@ def selection_policy(
 
 @selection_policy("all", uses_student=False)
 def judge_all(candidates: Candidates, pool: Pool) -> Judgement:
-    """Whatever is labelled, in corpus order: with ``budget.train: 1.0``, all pseudo-labels."""
+    """In corpus order: with ``budget.train: 1.0``, all pseudo-labels."""
     return Judgement(np.zeros(len(candidates)))
 
 
 @selection_policy("random", uses_student=False)
 def judge_random(candidates: Candidates, pool: Pool) -> Judgement:
-    """Uniformly at random, all weighing the same: the baseline of every comparison."""
+    """Uniformly at random, with equal weights: the baseline of every comparison."""
     return Judgement(pool.random(candidates))
 
 
@@ -205,7 +206,7 @@ def judge_margin(candidates: Candidates, pool: Pool) -> Judgement:
 
 @selection_policy("product", uses_student=True)
 def judge_product(candidates: Candidates, pool: Pool) -> Judgement:
-    """Confidence × uncertainty, largest first, which is the weight in the loss, too."""
+    """Confidence × uncertainty, largest first; also the weight in the loss."""
     value_N = candidates.confidence_N * known(candidates.uncertainty_N)
     return Judgement(value_N, value_N)
 
@@ -219,16 +220,16 @@ def judge_freematch(candidates: Candidates, pool: Pool) -> Judgement:
     """At random where the teacher's confidence reaches the self-adaptive threshold of its pseudo-class.
 
     FreeMatch's threshold (arXiv 2205.07246, eq. 8; see ``search.class_thresholds``) on the teacher
-    instead of the model in training; the student is not looked at.
+    instead of the model in training; the student is not asked.
     """
     return Judgement(np.where(_is_sure(candidates, pool), pool.random(candidates), NEVER))
 
 
-# --- LLKD and what came of it --------------------------------------------------------------------------
+# --- LLKD and its descendants --------------------------------------------------------------------------
 
 
 def _llkd_thresholds(pool: Pool, options: Mapping[str, Any]) -> dict[str, Floats]:
-    """Those of :func:`judge_llkd`; before the student has looked, its own is none."""
+    """Those of :func:`judge_llkd`; without scores of the student, that of the confidence only."""
     found = {"confidence": pool.confidence_threshold_C, "uncertainty": pool.uncertainty_threshold_C}
     if options.get("thresholds") == "global":
         found = {
@@ -303,11 +304,11 @@ def judge_llkd_sample(
     one kind of text. The draw is without replacement (Efraimidis & Spirakis 2006: the largest of
     u ** (1 / weight), here in logarithms).
 
-    Raises ValueError for a negative exponent, which would turn its factor round.
+    Raises ValueError for a negative exponent, which would invert its factor.
     """
     for option, exponent in (("trust", trust), ("need", need), ("support", support)):
         if exponent < 0:
-            raise ValueError(f"{option} is {exponent}: use 0, which leaves it out, or more")
+            raise ValueError(f"{option} is {exponent}: use 0, which switches it off, or more")
     rank_N = pool.rank(candidates)
     student_N = known(candidates.uncertainty_N) ** need
     student_N = student_N * known(candidates.support_N) ** support
@@ -322,12 +323,12 @@ def judge_llkd_sample(
 def class_quotas(count_C: Ints, n: int, quota: float, trained_C: Ints | None = None) -> Ints:
     """int[C], summing to at most ``n``: how many texts each pseudo-class should bring to a round.
 
-    All that is trained on by the end of the round, earlier rounds included, is to be shared out between
-    the classes as :func:`tempered` says. A class that already has its share gets nothing. Remainders of
-    a text go to the largest fractions, the rarer class first.
+    All texts trained on by the end of the round, earlier rounds included, are divided between the classes
+    by :func:`tempered`. A class that already has its share gets nothing. Rounding goes to the largest
+    fractions, the rarer class first.
     """
     trained_C = np.zeros_like(count_C) if trained_C is None else trained_C
-    # Classes are known by what is left and what was taken of them.
+    # The size of a class is what is left of it and what was taken.
     seen_C = count_C + trained_C
     due_C = np.maximum(tempered(seen_C, quota) * (n + trained_C.sum()) - trained_C, 0.0)
     if not due_C.sum():
@@ -354,7 +355,7 @@ def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def _mean_one(value_M: Floats) -> Floats:
-    """Values as weights with mean one; all alike where they carry nothing."""
+    """Values as weights with mean one; all equal where the values are zero."""
     mean = float(np.mean(value_M)) if value_M.size else 0.0
     return value_M / mean if mean > 0 else np.ones(value_M.size)
 
@@ -364,7 +365,7 @@ Exponent = float | Literal["off"] | None
 
 
 def effective(setting: Exponent, own: float | None) -> float | None:
-    """The exponent that holds; None for none at all."""
+    """The exponent that applies; None for none."""
     if setting is None:
         return own
     return None if setting == "off" else setting
@@ -373,22 +374,22 @@ def effective(setting: Exponent, own: float | None) -> float | None:
 def tempered(count_C: Ints, exponent: float) -> Floats:
     """float[C], summing to one: shares in proportion to ``count ** exponent``; a class without texts gets 0.
 
-    1 is as the texts are, 0 all classes alike. What is between tempers skew without denying it: weakly
-    supervised training takes 0.5 (Mahajan et al., arXiv 1805.00932, sec. 2.2), multilingual pre-training 0.3
-    (XLM-R, arXiv 1911.02116, sec. 3.1). Zeros everywhere where there are no texts.
+    1 keeps the proportions, 0 makes all classes equal. Values between reduce the skew: weakly supervised
+    training takes 0.5 (Mahajan et al., arXiv 1805.00932, sec. 2.2), multilingual pre-training 0.3
+    (XLM-R, arXiv 1911.02116, sec. 3.1). All zeros without texts.
     """
-    wish_C = np.where(count_C > 0, np.maximum(count_C, 1) ** float(exponent), 0.0)
-    return wish_C / max(wish_C.sum(), 1.0)
+    weight_C = np.where(count_C > 0, np.maximum(count_C, 1) ** float(exponent), 0.0)
+    return weight_C / max(weight_C.sum(), 1.0)
 
 
 def target_prior(
     count_C: Ints, setting: Exponent, own: float | None, known: Sequence[float]
 ) -> Floats | None:
-    """float[C], summing to one: what the student's answers are to reckon with; None: with what it is shown.
+    """float[C], summing to one: the class prior that the student's answers assume; None: as in training.
 
-    Takes the teacher's counts, the config's exponent and the policy's own, and the shares that are known, if
-    any. Those go before the counts, which carry the teacher's bias: it over-uses some labels. Hence the
-    exponent, with which the counts are trusted by half where it is 0.5.
+    Takes the teacher's counts, the config's exponent and the policy's own, and the known shares, if any.
+    Known shares take precedence over the counts, which carry the teacher's bias: it over-uses some labels.
+    For the same reason the counts are tempered by the exponent.
     """
     exponent = effective(setting, own)
     if known and setting != "off":

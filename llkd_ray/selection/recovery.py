@@ -1,9 +1,9 @@
-"""What a new selector starts from: rounds in files and memory, and the last snapshot.
+"""What a restarted selector resumes from: the files of rounds, and the last snapshot of the score table.
 
-Files are the truth, and a driver that begins reads them all. But where a selector dies in mid-run, every
-teacher and every rank waits for the next one: at 100 million texts that would read some hundred thousand
-label files, and a snapshot takes seconds. It is of one driver's session, and the last one replaces those
-before. One that is cut off or damaged is left out.
+The run's files are the source of truth, and a new driver reads all of them. But when a selector dies within
+a run, all teachers and ranks wait for the next one: with 100 million texts, reading some hundred thousand
+label files takes minutes, and a snapshot seconds. A snapshot belongs to one driver's session and replaces
+the one before. One that is truncated or damaged is ignored.
 """
 
 from __future__ import annotations
@@ -37,46 +37,46 @@ from llkd_ray.teacher.base import Usage
 
 
 class Progress:
-    """Which rounds are scored, selected and trained; all of it is also in the score table."""
+    """Which rounds are scored, selected and trained."""
 
     def __init__(self, store: RunStore, table: ScoreTable) -> None:
         self.store, self.table = store, table
         self.refreshed: set[int] = set()
         self.selected: dict[int, dict[str, Any]] = {}
-        """What is to be known of each selection."""
+        """The record of each selection."""
         self.trained: dict[int, dict[str, Any]] = {}
-        """What the student reported of each round."""
+        """The student's record of each round."""
         self.finished = False
-        """No round comes any more."""
+        """No further round will come."""
         self.note = ""
-        """What the student is doing, for people."""
+        """What the student is doing, for the progress display."""
 
     def rounds_on_disk(self) -> int:
-        """Rounds of which there may be files."""
+        """Number of rounds that may have files."""
         return len(self.store.folders(ROUNDS_DIR))
 
     def note_refreshed(self, k: int) -> None:
-        """The table has all that the student thinks before a round."""
+        """Write the scores of a round, which are complete in the table."""
         row_M, scores = self.table.scores(k)
         columns = [row_M, scores.uncertainty_M, scores.margin_M, scores.support_M]
         table = pa.Table.from_arrays([pa.array(column) for column in columns], schema=tables.SCORES)
         self.store.write_table(round_file(k, SCORES), table)
         self.refreshed.add(k)
 
-    def note_selected(self, k: int, batch: pa.Table, facts: dict[str, Any]) -> None:
-        """A round trains on a batch (ROUND)."""
+    def note_selected(self, k: int, batch: pa.Table, record: dict[str, Any]) -> None:
+        """Write a round's batch (ROUND) and record."""
         self.store.write_table(round_file(k, BATCH), batch)
-        self.store.write_json(round_file(k, SELECTED), facts)  # the batch exists once this file does
+        self.store.write_json(round_file(k, SELECTED), record)  # the batch exists once this file does
         self.table.mark_trained(k, batch["row"].to_numpy())
-        self.selected[k] = facts
+        self.selected[k] = record
 
-    def note_trained(self, k: int, facts: dict[str, Any]) -> None:
-        """The student has finished a round and its files are in place."""
-        self.store.write_json(round_file(k, TRAINED), facts)
-        self.trained[k] = facts
+    def note_trained(self, k: int, record: dict[str, Any]) -> None:
+        """Write the student's record of a finished round, whose files exist."""
+        self.store.write_json(round_file(k, TRAINED), record)
+        self.trained[k] = record
 
     def restore(self, k: int, in_table: bool) -> None:
-        """Bring a round back from its files, and into the table unless that has it."""
+        """Load a round from its files, and into the table unless the table has it."""
         if self.store.exists(round_file(k, SCORES)):
             if not in_table:
                 file = self.store.read_table(round_file(k, SCORES))
@@ -92,53 +92,53 @@ class Progress:
             self.trained[k] = self.store.read_json(round_file(k, TRAINED))
 
 
-_TICKETS, _FACTS = "tickets", "facts"
+_TICKETS, _META = "tickets", "meta"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The score table's columns, and what they are made of."""
+    """The score table's columns, and which tickets and rounds they include."""
 
     columns: Mapping[str, NDArray[Any]]
     """See :meth:`~llkd_ray.selection.table.ScoreTable.copy_into`."""
     tickets: Ints
-    """int64[M]: the tickets whose labels are among it."""
+    """int64[M]: the tickets whose labels are included."""
     rounds: int
-    """All that was noted of rounds below this number is among it."""
+    """Rounds below this number are included."""
     usage: Mapping[str, Usage]
-    """What these tickets have used, by teacher."""
+    """Usage of these tickets, by teacher."""
     unasked: int
-    """Texts of these tickets that were not asked for."""
+    """Texts of these tickets that no teacher was asked about."""
 
     def write(self, out: IO[bytes]) -> None:
-        """As a ``.npz`` file; needs no memory of its own."""
+        """Write it as a ``.npz`` file, without a copy in memory."""
         usage = {teacher: one.as_dict() for teacher, one in self.usage.items()}
-        facts = json.dumps({"rounds": self.rounds, "usage": usage, "unasked": self.unasked}).encode()
-        own = {_TICKETS: self.tickets, _FACTS: np.frombuffer(facts, dtype=np.uint8)}
+        meta = json.dumps({"rounds": self.rounds, "usage": usage, "unasked": self.unasked}).encode()
+        own = {_TICKETS: self.tickets, _META: np.frombuffer(meta, dtype=np.uint8)}
         np.savez(out, **own, **self.columns)  # type: ignore[arg-type]  # numpy's stubs take names for options
 
     @classmethod
     def read(cls, source: IO[bytes]) -> Snapshot:
-        """What :meth:`write` wrote. Raises ValueError for a file that is cut off or damaged."""
+        """Read what :meth:`write` wrote. Raises ValueError for a truncated or damaged file."""
         try:
             with np.load(source) as saved:
                 columns = {name: saved[name] for name in saved.files}
-                facts = json.loads(columns.pop(_FACTS).tobytes())
+                meta = json.loads(columns.pop(_META).tobytes())
                 tickets = columns.pop(_TICKETS)
         except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
             raise ValueError(f"not a whole snapshot: {error}") from None
-        usage = {teacher: Usage(**one) for teacher, one in facts["usage"].items()}
-        return cls(columns, tickets, facts["rounds"], usage, facts["unasked"])
+        usage = {teacher: Usage(**one) for teacher, one in meta["usage"].items()}
+        return cls(columns, tickets, meta["rounds"], usage, meta["unasked"])
 
 
-def keep(store: RunStore, session: str, snapshot: Snapshot) -> None:
-    """Put a session's snapshot in the place of its last one."""
+def save_snapshot(store: RunStore, session: str, snapshot: Snapshot) -> None:
+    """Write a session's snapshot in place of its last one."""
     with store.writing(_file(session)) as out:
         snapshot.write(out)
 
 
-def kept(store: RunStore, session: str) -> Snapshot | None:
-    """A session's snapshot; None where there is none, or none that is whole."""
+def load_snapshot(store: RunStore, session: str) -> Snapshot | None:
+    """A session's snapshot; None where there is none, or it is damaged."""
     try:
         with store.fs.open_input_file(store.path(_file(session))) as source:
             return Snapshot.read(source)
@@ -146,8 +146,8 @@ def kept(store: RunStore, session: str) -> Snapshot | None:
         return None
 
 
-def drop_all(store: RunStore) -> None:
-    """Nobody will ask for them any more: a driver begins, or the run is over. Left ones do no harm."""
+def delete_snapshots(store: RunStore) -> None:
+    """Delete all snapshots, as a driver starts or a run ends. Failing to do so does no harm."""
     with suppress(OSError):
         store.fs.delete_dir(store.path(SNAPSHOTS_DIR))
 
@@ -157,10 +157,10 @@ def _file(session: str) -> str:
 
 
 def apply_human_labels(answers: AuditAnswers, table: ScoreTable) -> None:
-    """Put people's labels in place of those in the table; a second time changes nothing.
+    """Replace labels in the table by people's; a second call changes nothing.
 
-    They count as the answers of a better teacher, so that a cascade does not ask about them once more. What
-    the student said of the old label goes, so rows that have theirs already are left alone.
+    They count as those of a better teacher, so that a cascade does not review them. Replacing a label drops
+    its support, so rows that have their human label already are left as they are.
     """
     label_M, confidence_M = table.label[answers.row_M], table.confidence[answers.row_M]
     new = (label_M != NONE) & ((label_M != answers.label_M) | (confidence_M != -1.0))

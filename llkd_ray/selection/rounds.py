@@ -1,15 +1,12 @@
-"""A round's selection from the score table: what the student looks at before it, and what is chosen.
+"""A round's selection from the score table: which texts the student scores before it, and which are chosen.
 
-Scoring everything is the largest cost of a round, and most of it goes to texts that have no chance of being
-selected. Where the student is to look at a share only (``selection.refresh_share``), the policy itself is
-asked what it would take if the student were as unsure of each text as could be hoped for: of one that it has
-never seen, wholly; of one that it saw some rounds ago, more than it was then. What it would take first is
-looked at. Chance is that of the selection to come, so what the draw keeps out is not scored either. Shapes
-in names: N texts of a chunk, M chosen.
+Scoring every text is the largest cost of a round, and most texts have no chance of being selected. Where the
+student scores a share only (``selection.refresh_share``), the policy is asked for what it would choose under
+an optimistic estimate of the student's uncertainty: 1 for a text never scored, and growing with the rounds
+since it was. What it would choose first is scored. The random numbers are those of the selection itself, so
+texts that the draw excludes are not scored either.
 
-Shapes in names: M texts of the round, C labels.
-
-The report draws it. Nothing else reads it, so a run without it goes on as well.
+Shapes in names: N texts of a chunk, M texts of the round, C labels.
 """
 
 from __future__ import annotations
@@ -33,14 +30,14 @@ from llkd_ray.storage.tables import Examples, list_column, matrix_of, read_label
 
 # First words of the seeds of the generators that are drawn from, so that no two share a stream.
 _SELECT_SEED, _SCORE_SEED = 3, 4
-FADE = 0.5
-"""What is left of the student's sureness of a text after a round in which it did not look at it again."""
+DECAY = 0.5
+"""Factor on the student's certainty of a text for each round since it was scored."""
 _TIE_BREAK = 1e-3
 
 
 @dataclass(frozen=True)
 class RoundSelection:
-    """One round's questions to the score table; as long as that is the same, so are the answers."""
+    """The selection of one round; depends on config, policies and score table alone."""
 
     config: Config
     policy: SelectionPolicy
@@ -53,8 +50,8 @@ class RoundSelection:
     def choose(self, n: int) -> Selection:
         """At most ``n`` texts to train on.
 
-        Where the student looks at a share only, what it has never looked at is left out, if the rest is
-        enough: it was passed over because it is not as promising as a missing score would make it look.
+        Where the student scores a share only, texts that it never scored are left out if the others are
+        enough: they were not worth scoring, and a missing score would rate them too high.
         """
         candidates = self.table.candidate_chunks(self.tickets_below)
         chosen = None
@@ -65,28 +62,28 @@ class RoundSelection:
         return chosen
 
     def to_score(self) -> Ints:
-        """int64[M], ascending: what the student is to look at before it is chosen from.
+        """int64[M], ascending: the rows that the student scores before the selection.
 
-        Unread texts are among it where acquisition asks for the student.
+        Unread texts are among them where acquisition asks for the student.
         """
         settings = self.config.selection
         if settings.refresh_share == 1:
             if self.acquisition.uses_student:
                 return self.table.untrained()
             return self.table.candidates(self.tickets_below).row_N
-        hopeful = self._hopeful_candidates()
-        rows = [self._choose(hopeful, ceil(settings.refresh_share * len(hopeful))).row_M]
+        optimistic = self._optimistic_candidates()
+        rows = [self._choose(optimistic, ceil(settings.refresh_share * len(optimistic))).row_M]
         if self.acquisition.uses_student:
-            unread = self._hopeful_unread()
+            unread = self._optimistic_unread()
             n = ceil(settings.refresh_share * len(unread))
             rng, seed = self._rng(_SCORE_SEED), self.config.run.seed
             rows.append(self.acquisition.choose(unread, n, rng, seed=seed))
         return np.sort(np.concatenate(rows))
 
     def staleness(self, row_M: Ints) -> dict[str, float | int | None]:
-        """How old the student's opinion of some rows is, in rounds, and how many it never looked at.
+        """How old the student's scores of some rows are, in rounds, and how many it never scored.
 
-        The mean is None where it has looked at none of them.
+        The mean is None where it has scored none of them.
         """
         refreshed_M = self.table.refreshed[row_M]
         scored = refreshed_M != NONE
@@ -109,47 +106,47 @@ class RoundSelection:
     def _rng(self, purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.config.run.seed, purpose, self.round_number])
 
-    def _hopeful_candidates(self) -> Chunked[Candidates]:
-        """The candidates with what the student might think of them now, at best."""
+    def _optimistic_candidates(self) -> Chunked[Candidates]:
+        """The candidates with the most uncertainty that the student might have of them now."""
 
         def read() -> Iterator[Candidates]:
             for chunk in self.table.candidate_chunks(self.tickets_below):
-                left_N, doubt_N = self._left_and_doubt(chunk.row_N)
+                decay_N, at_most_N = self._decay_and_uncertainty(chunk.row_N)
                 yield replace(
                     chunk,
-                    uncertainty_N=doubt_N - left_N * (1.0 - _known(chunk.uncertainty_N)),
-                    margin_N=1.0 - doubt_N + left_N * _known(chunk.margin_N),
-                    support_N=1.0 - left_N * (1.0 - _known(chunk.support_N)),
+                    uncertainty_N=at_most_N - decay_N * (1.0 - _known(chunk.uncertainty_N)),
+                    margin_N=1.0 - at_most_N + decay_N * _known(chunk.margin_N),
+                    support_N=1.0 - decay_N * (1.0 - _known(chunk.support_N)),
                 )
 
         return Chunked(read)
 
-    def _hopeful_unread(self) -> Chunked[Unread]:
+    def _optimistic_unread(self) -> Chunked[Unread]:
         """The unread texts, likewise."""
 
         def read() -> Iterator[Unread]:
             for chunk in self.table.unread_chunks():
-                left_N, doubt_N = self._left_and_doubt(chunk.row_N)
-                uncertainty_N = doubt_N - left_N * (1.0 - _known(chunk.uncertainty_N))
-                yield Unread(chunk.row_N, uncertainty_N, 1.0 - doubt_N + left_N * _known(chunk.margin_N))
+                decay_N, at_most_N = self._decay_and_uncertainty(chunk.row_N)
+                uncertainty_N = at_most_N - decay_N * (1.0 - _known(chunk.uncertainty_N))
+                yield Unread(chunk.row_N, uncertainty_N, 1.0 - at_most_N + decay_N * _known(chunk.margin_N))
 
         return Chunked(read)
 
-    def _left_and_doubt(self, row_N: Ints) -> tuple[Floats, Floats]:
-        """float64[N] each: what still counts of the student's last opinion, and its doubt without one.
+    def _decay_and_uncertainty(self, row_N: Ints) -> tuple[Floats, Floats]:
+        """float64[N] each: the weight of the student's last score, and the uncertainty without one.
 
-        The latter is 1, and for what it has never seen a little less, by chance, or row numbers would
-        decide between such texts.
+        The latter is 1, and a little less, at random, for a text never scored, or row numbers would decide
+        between such texts.
         """
         refreshed_N = self.table.refreshed[row_N].astype(np.int64)
         is_new_N = refreshed_N == NONE
-        left_N = np.where(is_new_N, 0.0, FADE ** np.maximum(self.round_number - refreshed_N, 0.0))
+        decay_N = np.where(is_new_N, 0.0, DECAY ** np.maximum(self.round_number - refreshed_N, 0.0))
         chance_N = hash_uniform(self.config.run.seed * 1_000 + self.round_number, row_N)
-        return left_N, 1.0 - np.where(is_new_N, _TIE_BREAK * chance_N, 0.0)
+        return decay_N, 1.0 - np.where(is_new_N, _TIE_BREAK * chance_N, 0.0)
 
 
 def _scored_only(chunks: Chunked[Candidates]) -> Chunked[Candidates]:
-    """The candidates that the student has looked at, in this round or before."""
+    """The candidates that the student has scored, in this round or before."""
     return Chunked(lambda: (chunk.take(np.flatnonzero(~np.isnan(chunk.uncertainty_N))) for chunk in chunks))
 
 
@@ -165,7 +162,7 @@ def batch_of(
     reviews: Iterable[int],
     calibrator: Calibrator,
 ) -> pa.Table:
-    """ROUND of the chosen texts; ``reviews`` are the tickets that have looked at labels again so far."""
+    """ROUND of the chosen texts; ``reviews`` are the tickets of all reviews so far."""
     row_M = np.asarray(chosen.row_M, dtype=np.int64)
     texts = examples.read(row_M, ["text"])["text"]
     # Reviews come last, and of several answers to a row the last counts.
@@ -183,18 +180,19 @@ def batch_of(
     return pa.Table.from_arrays(columns, schema=tables.ROUND)
 
 
-AT_MOST = 1_000
-"""Texts that were selected, and about as many that were not."""
+SAMPLE_SIZE = 1_000
+"""Of the selected texts, and about as many of the others."""
 
 
 def sample_candidates(table: ScoreTable, tickets_below: int, candidates: int, chosen_M: Ints) -> pa.Table:
     """CANDIDATE_SAMPLE of a round, from the table as it is before the round's texts are marked as trained on.
 
-    ``candidates`` is how many there are. The sample is every so-manieth row, so that no chance is used up.
+    ``candidates`` is their number. The sample is every n-th row, without random numbers. Only the report
+    reads it.
     """
     chosen_M = np.asarray(chosen_M, dtype=np.int64)
-    spread = np.linspace(0, chosen_M.size - 1, min(AT_MOST, chosen_M.size)).round().astype(np.int64)
-    seen = table.candidate_sample(tickets_below, step=max(1, candidates // AT_MOST))
+    spread = np.linspace(0, chosen_M.size - 1, min(SAMPLE_SIZE, chosen_M.size)).round().astype(np.int64)
+    seen = table.candidate_sample(tickets_below, step=max(1, candidates // SAMPLE_SIZE))
     others = seen.take(np.flatnonzero(~np.isin(seen.row_N, chosen_M)))
     parts = [(table.look_up(chosen_M[spread]), True), (others, False)]
     columns = [

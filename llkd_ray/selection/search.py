@@ -19,11 +19,11 @@ from llkd_ray.metrics.uncertainty import Floats, Ints, RowRandom
 from llkd_ray.selection.table import CHUNK, UNIT, Candidates, class_sums
 
 NEVER = -np.inf
-"""The value of a text that must not be taken."""
+"""The value of a text that must not be chosen."""
 
 
 def known(signal_N: Floats) -> Floats:
-    """float64[N]: what the student thinks, and 1 of a text that it never scored: as unknown as can be."""
+    """float64[N]: the student's signal, and 1, the most uncertain, for a text that it never scored."""
     return np.where(np.isnan(signal_N), 1.0, signal_N.astype(np.float64))
 
 
@@ -37,9 +37,9 @@ class PoolStats:
     uncertainty_C: NDArray[np.int64]
     """Sum of the student's uncertainty, 1 for a text that it has not scored."""
     n_scored: int = 0
-    """Texts that the student has scored."""
+    """Texts scored by the student."""
     grade_CK: NDArray[np.int64] | None = None
-    """Texts by class and grade of confidence (``search.confidence_grade``), where ranks are asked for."""
+    """Texts by class and grade of confidence (``search.confidence_grade``), where ranks are needed."""
 
     @classmethod
     def empty(cls, n_classes: int, with_ranks: bool) -> PoolStats:
@@ -60,7 +60,7 @@ class PoolStats:
         return stats
 
     def add(self, candidates: Candidates) -> None:
-        """Count these candidates, too."""
+        """Add these candidates."""
         label_N, n_classes = candidates.label_N, candidates.n_classes
         self.count_C += np.bincount(label_N, minlength=n_classes)
         self.confidence_C += class_sums(candidates.confidence_N, label_N, n_classes)
@@ -78,14 +78,14 @@ class PoolStats:
 
 @dataclass(frozen=True)
 class Pool:
-    """All candidates together, for a policy that judges a chunk of them; and its chance."""
+    """Statistics of all candidates, for a policy that judges a chunk of them, and its random numbers."""
 
     stats: PoolStats
     draw: RowRandom
 
     @property
     def is_scored(self) -> bool:
-        """Whether the student has an opinion of any candidate."""
+        """Whether the student has scored any candidate."""
         return self.stats.n_scored > 0
 
     def random(self, candidates: Candidates) -> Floats:
@@ -123,7 +123,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Scored:
-    """Some texts and what a policy thinks of them."""
+    """Some texts with the values and weights that a policy gives them."""
 
     row_M: Ints
     label_M: Ints
@@ -150,13 +150,13 @@ class TopK:
         none = np.empty(0, dtype=np.int64)
         self._parts = [Scored(none, none, np.empty(0), np.empty(0))]
         self._n_kept = self._n_waiting = 0
-        # What a value has to be above: of any class, or of each.
+        # A value has to be above it: one for all classes, or one of each.
         self._floor_C: Floats = np.full(1 if share_C is None else share_C.size, NEVER)
 
     def add(
         self, row_N: Ints, value_N: Floats, label_N: Ints | None = None, weight_N: Floats | None = None
     ) -> None:
-        """Take from these what may be among the best; labels matter where classes have shares."""
+        """Keep those of these texts that may be among the best; labels matter where classes have shares."""
         index_M = self._above_floor(value_N, label_N)
         if not index_M.size:
             return
@@ -164,7 +164,7 @@ class TopK:
         weight_M = np.ones(index_M.size) if weight_N is None else weight_N[index_M]
         self._parts.append(Scored(row_N[index_M], label_M, value_N[index_M], weight_M))
         self._n_waiting += index_M.size
-        # Not before there is much to leave out, so that the work is in proportion to what comes in.
+        # Only once enough has come to drop, so that the work is proportional to the input.
         if self._n_waiting >= max(self._n_kept, CHUNK // 16):
             self._shrink()
 
@@ -175,12 +175,12 @@ class TopK:
         return kept.take(best(kept.value_M, kept.label_M, self.n, self.share_C))
 
     def _above_floor(self, value_N: Floats, label_N: Ints | None) -> Ints:
-        """int64[M], ascending: the places of what has to be kept for now."""
+        """int64[M], ascending: the places of the texts to keep for now."""
         is_above_N = value_N > float(self._floor_C.min())
         if self.share_C is None or label_N is None:
             return np.flatnonzero(is_above_N)
-        # Where most are below the lowest floor of all, only the few others' own floors are looked up. A class
-        # that has less than its share lets anything in, and then there is nothing to be gained.
+        # Where most are below the lowest floor, only the others' own floors are looked up. While a class has
+        # less than its share, its floor is -inf, and this saves nothing.
         if np.count_nonzero(is_above_N) > value_N.size // 8:
             return np.flatnonzero(value_N > self._floor_C.take(label_N))
         index_M = np.flatnonzero(is_above_N)
@@ -198,7 +198,7 @@ class TopK:
                 best_of_class = of_class[_among_largest(kept.value_M[of_class], share)]
                 is_kept[best_of_class] = True
                 self._floor_C[c] = min(self._floor_C[c], _floor(kept.value_M[best_of_class], share))
-            # A class of which nothing has come yet and which has a share takes anything.
+            # A class with a share and without texts so far takes any text.
             is_absent_C = np.bincount(kept.label_M, minlength=self.share_C.size) == 0
             self._floor_C[is_absent_C & (self.share_C > 0)] = NEVER
         self._parts = [kept.take(np.flatnonzero(is_kept))]
@@ -208,8 +208,8 @@ class TopK:
 def best(value_N: Floats, label_N: Ints, n: int, share_C: Ints | None = None) -> Ints:
     """int64[M]: the places of the at most ``n`` largest values, largest first.
 
-    With shares, which sum to at most ``n``, each class first fills its share; what is left over then goes
-    to the largest values of any class. Ties go to the lower place.
+    With shares, which sum to at most ``n``, each class first fills its share; the rest goes to the largest
+    values of any class. Ties go to the lower place.
     """
     allowed_N = np.flatnonzero(value_N > NEVER)
     if share_C is None:
@@ -253,30 +253,30 @@ def _by_class(label_N: Ints, share_C: Ints) -> Iterable[tuple[int, Ints]]:
 
 
 def _floor(kept_M: Floats, n: int) -> float:
-    """What a value has to be above to come among the ``n`` largest, of which these are the best so far."""
+    """The bound above which a value is among the ``n`` largest, given the best so far."""
     if n <= 0:
         return np.inf
     return NEVER if kept_M.size < n else float(kept_M.min())
 
 
 RANK_BITS = 12
-"""Low bits of a float32 that a rank does without: 11 of the 23 behind the point remain."""
+"""Low bits of a float32 that a rank ignores: 11 of the 23 of the mantissa remain."""
 RANK_KEYS = (24 << 23 >> RANK_BITS) + 1
-"""49,153 grades of confidence: doubts from 2**-24, the least that float32 tells from none, to 1."""
+"""49,153 grades of confidence: 1 - confidence from 2**-24, the smallest in float32, to 1."""
 _MAX_COUNTS = 1 << 24
 
 
 def rank_step(n_classes: int) -> int:
-    """How many grades are taken as one, so that counts by class and grade take 128 MiB at most."""
+    """How many grades are merged into one, so that counts by class and grade take 128 MiB at most."""
     return 1 << max(0, (n_classes * RANK_KEYS - 1).bit_length() - _MAX_COUNTS.bit_length() + 1)
 
 
 def confidence_grade(confidence_N: Floats) -> NDArray[np.int32]:
-    """int32[N] in [0, 49,152]: the larger the surer, fine where a teacher is nearly certain.
+    """int32[N] in [0, 49,152]: larger means more confident; fine steps where a teacher is nearly certain.
 
     The upper bits of the doubt, 1 - confidence, as a float32: 2,048 grades from one power of two to the next.
-    So .9999 and .99991 differ as much as .9 and .91 do. A teacher's confidences crowd near 1, and there the
-    confidence's own upper bits would be all alike.
+    So .9999 and .99991 differ as much as .9 and .91 do. A teacher's confidences crowd near 1, where the
+    upper bits of the confidence itself would not differ.
     """
     doubt_N = np.float32(1) - np.asarray(confidence_N, dtype=np.float32)
     bits_N = doubt_N.view(np.int32) - np.int32(103 << 23)  # those of 2**-24
@@ -286,10 +286,10 @@ def confidence_grade(confidence_N: Floats) -> NDArray[np.int32]:
 def mean_ranks(count_CK: Ints) -> Floats:
     """float64[C, K] in (0, 1]: the rank of a text within its class, from counts by class and ascending grade.
 
-    The raw confidence of different labels cannot be compared: a label that the teacher over-uses looks the
-    surest. Its rank within the label can. Texts of one grade share the mean of their ranks, so that the
-    ranks of a class have the same mean whatever the ties. With the highest rank instead, a class of which
-    the teacher is always equally sure would be the surest of all.
+    Raw confidences of different labels cannot be compared: a label that the teacher over-uses gets the
+    highest. Ranks within the label can. Texts of one grade share the mean of their ranks, so that the ranks
+    of a class have the same mean whatever the ties. With the highest rank instead, a class with one and the
+    same confidence everywhere would rank above all others.
     """
     upto_CK = np.cumsum(count_CK, axis=1)
     return (upto_CK - (count_CK - 1) / 2) / np.maximum(upto_CK[:, -1:], 1)

@@ -1,9 +1,8 @@
 """The selector: one named actor that decides what the teacher reads and what the student learns.
 
-It holds the score table and waits on it: teachers ask for leases and bring labels, student ranks ask for
-rows to score and for batches, the driver asks for the next selection. Every call may come twice and then
-gives the same answer. What must survive is in files before anybody is told of it, so a new selector
-rebuilds itself from the run directory.
+It holds the score table: teachers lease tickets and bring labels, student ranks ask for rows to score and for
+batches, the driver asks for the next selection. Every call is idempotent. State that must survive is written
+to files before it is returned, so a new selector rebuilds itself from the run directory.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from llkd_ray.config.schema import Config
 from llkd_ray.metrics.uncertainty import Floats, Ints, StudentScores
 from llkd_ray.selection.acquisition import find_acquisition
 from llkd_ray.selection.policies import find_selection, target_prior
-from llkd_ray.selection.recovery import Progress, Snapshot, apply_human_labels, keep, kept
+from llkd_ray.selection.recovery import Progress, Snapshot, apply_human_labels, load_snapshot, save_snapshot
 from llkd_ray.selection.rounds import RoundSelection, batch_of, sample_candidates
 from llkd_ray.selection.table import ScoreTable
 from llkd_ray.selection.tickets import LabelIngest, Leases, TeacherWatch
@@ -44,24 +43,24 @@ from llkd_ray.teacher.base import Usage
 from llkd_ray.teacher.budget import Ledger
 from llkd_ray.teacher.labels import TicketLabels, read_all, read_lost_usage
 
-MAX_WAITING = 100_000
-"""Calls at a time. Those that wait count, two or more a teacher: at Ray's default of 1,000, the labels that
-they wait for would never be let in."""
+MAX_CONCURRENT_CALLS = 100_000
+"""Waiting calls count, two or more a teacher: at Ray's default of 1,000, the calls that bring the labels they
+wait for could not run."""
 _NO_ROWS: Ints = np.empty(0, dtype=np.int64)
 
 
 class ScoresLost(RuntimeError):
-    """Some of a round's scores went to an incarnation of the selector that has died."""
+    """Some of a round's scores went to a selector that has died."""
 
 
 class Selector:
     """The actor's class; also runs without Ray, in a test's event loop."""
 
     def __init__(self, config: Config, store_uri: str, session: str = "") -> None:
-        """``session`` is the driver's: teachers that an earlier one has lost are not this one's."""
+        """``session`` is the driver's: actors lost in an earlier session do not count."""
         self.config, self.session = config, session
         self.store = RunStore(store_uri)
-        # Before anything is read: what an older incarnation writes from now on it was to write before.
+        # Before anything is read, so that an older selector cannot write after that.
         self.fence = Fence.claim(self.store, session)
         self.examples = Examples.open(self.store)
         self.schedule = Schedule.plan(config, self.examples.n_pool, self.examples.n_test)
@@ -70,43 +69,43 @@ class Selector:
         self.policy = find_selection(config.selection)
         self.acquisition = find_acquisition(config.acquisition)
         self.put_aside: list[str] = []
-        """A line about each label file that could not be read."""
+        """A line about each unreadable label file."""
         self.damaged: set[int] = set()
-        """Their tickets, as far as they were done."""
-        # Before the leases, which may have been planned after it.
-        snapshot = kept(self.store, session)
+        """Tickets of these files that were done."""
+        # Before the leases, which may be newer than the snapshot.
+        snapshot = load_snapshot(self.store, session)
         if snapshot:
             self.table.restore(snapshot.columns)
-        self.keeping: asyncio.Task[None] | None = None
-        """The last snapshot as it is written."""
-        self.intake = LabelIngest(config, self.store, self.examples, self.schedule, self.table)
+        self.snapshot_task: asyncio.Task[None] | None = None
+        """Writes the last snapshot."""
+        self.ingest = LabelIngest(config, self.store, self.examples, self.schedule, self.table)
         self.teachers = TeacherWatch(config)
         self.ledger = Ledger(config.budget.cap, {name: one.price for name, one in config.teacher.members()})
         self.leases = Leases(config, self.acquisition, self.store, self.examples, self.schedule, self.table)
         self.state = Progress(self.store, self.table)
         self.audited = AuditAnswers.read(self.store)
-        """What people have said of some rows, as of now."""
+        """Human labels, as of now."""
         self._to_score: dict[int, Ints] = {}
         self._scored: Counter[int] = Counter()
-        """By round: the scores that this incarnation has been told."""
+        """By round: scores received by this instance."""
         self.changed = asyncio.Condition()
         self._rebuild(snapshot)
 
-    # --- what the teacher asks -----------------------------------------------------------------------
+    # --- called by teachers -----------------------------------------------------------------------
 
     async def lease(self, ticket: int) -> tuple[int, Ints]:
-        """The ticket, and int64[M]: the rows that it stands for; none where the run needs no more labels.
+        """The ticket, and int64[M]: its rows; none where the run needs no more labels.
 
-        Pool tickets wait until the round that is being taught is at most one ahead of the round that is
-        being trained, so that the newest student's opinion can decide what is read. Where it does decide,
-        they wait until that round is selected, so that the opinion is complete. A negative number is a
-        spare ticket: it stands for one that a teacher has given back, when there is one.
+        Pool tickets wait until their round is at most one ahead of the round in training, so that acquisition
+        can use the newest scores. Where it does use them, they wait until that round is selected, so that
+        the scores are complete. A negative number is a spare ticket: it stands for one that a teacher has
+        returned, when there is one.
         """
         if ticket < 0:
-            await self._until(lambda: self._teaching_is_over() or bool(self.teachers.given_back))
-            if not self.teachers.given_back:
+            await self._until(lambda: self._teaching_is_over() or bool(self.teachers.returned))
+            if not self.teachers.returned:
                 return ticket, _NO_ROWS
-            ticket = self.teachers.given_back.popleft()
+            ticket = self.teachers.returned.popleft()
         self.fence.check_throttled()
         rows = await self._rows_of(ticket)
         if rows.size:
@@ -116,7 +115,7 @@ class Selector:
         return ticket, rows
 
     async def reserve(self, ticket: int, attempt: str, teacher: str, usage: dict[str, Any]) -> bool:
-        """Whether a ticket may use so much more of a teacher; waits while others may leave some of theirs."""
+        """Whether a ticket may use so much more of a teacher; waits while others may release some."""
         claim = self._account(ticket, teacher), attempt, teacher, Usage(**usage)
         async with self.changed:
             while (verdict := self.ledger.reserve(*claim)) == "wait":
@@ -125,20 +124,20 @@ class Selector:
         return verdict == "granted"
 
     async def put_labels(self, ticket: int, labels: TicketLabels) -> int:
-        """Note the labels of a ticket, whose file is in place; returns how many are new."""
+        """Store the labels of a ticket, whose file exists; returns how many are new."""
         self.teachers.finished(ticket)
-        self._settle(ticket, labels.usage)
-        new = self.intake.take(ticket, labels)
+        self._commit(ticket, labels.usage)
+        new = self.ingest.take(ticket, labels)
         await self._notify()
         return new
 
-    async def settle(self, ticket: int, teacher: str, usage: dict[str, Any]) -> None:
-        """The small teacher of a cascade is done with a ticket."""
-        self._settle(ticket, {teacher: Usage(**usage)})
+    async def commit_usage(self, ticket: int, teacher: str, usage: dict[str, Any]) -> None:
+        """The small teacher of a cascade has finished a ticket: book its usage."""
+        self._commit(ticket, {teacher: Usage(**usage)})
         await self._notify()
 
     async def give_back(self, ticket: int, teacher: str, actor: str, reason: str, call: str) -> None:
-        """A teacher's actor has given up; another is to take its ticket. ``call`` is another each time."""
+        """A teacher's actor gives up; another takes its ticket. ``call`` is unique to the call."""
         said = dict[str, Any](ticket=ticket, teacher=teacher, actor=actor, reason=reason, call=call)
         with suppress(OSError):  # where the disk is full, which is the reason; the file is for a restart only
             self.store.write_json(f"{LOST_DIR}/{actor}-{call}.json", said | {"session": self.session})
@@ -147,25 +146,25 @@ class Selector:
         await self._notify()
 
     async def wait_taught(self) -> None:
-        """Return when no teacher has anything left to do."""
+        """Return when the teachers have nothing left to do."""
         await self._until(self._teaching_is_over)
 
-    # --- what the student asks -----------------------------------------------------------------------
+    # --- called by the student -----------------------------------------------------------------------
 
     async def wait_first_labels(self) -> None:
         """Return when the first ticket is done, in this run or before it was stopped."""
-        await self._until(lambda: self.state.finished or bool(self.intake.done))
+        await self._until(lambda: self.state.finished or bool(self.ingest.done))
 
     async def next_round(self) -> int:
-        """The first round that no student has finished."""
+        """The first round that is not trained."""
         return len(self.state.trained)
 
     async def last_trained(self) -> dict[str, Any] | None:
-        """What was reported of the last finished round."""
+        """The student's record of the last finished round."""
         return self.state.trained[max(self.state.trained)] if self.state.trained else None
 
     async def holdout_rows(self) -> Ints:
-        """int64[M]: the rows on which the student is held against the teacher."""
+        """int64[M]: the rows on which student and teacher are compared."""
         return self.table.held_out()
 
     async def rows_to_score(self, round_number: int) -> tuple[Ints, Ints]:
@@ -173,38 +172,37 @@ class Selector:
 
         Waits for the labels; one is negative where the row has none.
 
-        Nothing where the policy does not ask for it, before the first round, or where the round is
-        selected already.
+        None where no policy uses the student, before the first round, or where the round is selected.
         """
         await self.wait_labels(round_number)
         done = self.state.finished or round_number in self.state.selected
         if round_number == 0 or done or not self._student_is_asked():
             return _NO_ROWS, self.table.label[_NO_ROWS]
         if round_number not in self._to_score:
-            # Once, for scores that come in change what would be looked at.
+            # Once, because incoming scores change the answer.
             self._to_score = {round_number: self._selection(round_number).to_score()}
         row_M = self._to_score[round_number]
-        if not row_M.size:  # nobody will say that they are scored
+        if not row_M.size:  # no rank will call refresh_done
             self.state.refreshed.add(round_number)
             await self._notify()
         return row_M, self.table.label[row_M]
 
     async def refresh(self, round_number: int, row_M: Ints, scores: StudentScores) -> None:
-        """Note the student's scores of some rows before a round."""
+        """Store the student's scores of some rows before a round."""
         self.table.refresh(round_number, row_M, scores)
         self._scored[round_number] += row_M.size
 
     async def refresh_done(self, round_number: int, n_rows: int) -> None:
-        """All ranks have brought what they scored for the round, ``n_rows`` in all.
+        """All ranks have sent their scores for the round, ``n_rows`` in all.
 
-        Raises ScoresLost where an earlier incarnation was told some of them: they are in no file before this
-        call, so the ranks are to score again, as they do after any other failure.
+        Raises ScoresLost where an earlier selector received some of them: they are in no file before this
+        call, so the ranks score again, as after any other failure.
         """
         self.fence.check()
         lost = n_rows - self._scored[round_number]
         if lost > 0 and round_number not in self.state.refreshed:
             raise ScoresLost(f"round {round_number}: {lost} of {n_rows} scores went to a selector that died")
-        self.audited.keep_for(self.store, round_number)  # the scores speak of these labels
+        self.audited.keep_for(self.store, round_number)  # the scores are about these labels
         self.state.note_refreshed(round_number)
         await self._notify()
 
@@ -216,7 +214,7 @@ class Selector:
         return [round_file(k, BATCH) for k in range(round_number + 1)]
 
     async def target_prior(self, round_number: int) -> Floats | None:
-        """float[C]: the shares of the classes that the student of a selected round is to reckon with."""
+        """float[C]: the class prior of a selected round; see :func:`policies.target_prior`."""
         prior = self.state.selected[round_number].get("prior")  # none in a run begun by an older version
         return None if prior is None else np.array(prior)
 
@@ -224,34 +222,34 @@ class Selector:
         """Raises Superseded where another driver, or a newer selector, has taken over the run."""
         self.fence.check()
 
-    async def trained(self, round_number: int, facts: dict[str, Any]) -> None:
-        """The student has finished a round and its files are in place."""
+    async def trained(self, round_number: int, record: dict[str, Any]) -> None:
+        """The student has finished a round and its files are written."""
         self.fence.check()
-        self.state.note_trained(round_number, facts)
+        self.state.note_trained(round_number, record)
         await self._notify()
-        is_idle = self.keeping is None or self.keeping.done()
+        is_idle = self.snapshot_task is None or self.snapshot_task.done()
         if is_idle and len(self.state.trained) < self.schedule.rounds:
-            self.keeping = asyncio.create_task(self._keep_snapshot())
+            self.snapshot_task = asyncio.create_task(self._write_snapshot())
 
     async def say(self, note: str) -> None:
-        """A word on what the student is doing, for the progress display."""
+        """What the student is doing, for the progress display."""
         self.state.note = note
 
-    # --- what the driver asks ------------------------------------------------------------------------
+    # --- called by the driver ------------------------------------------------------------------------
 
     async def wait_labels(self, round_number: int) -> None:
         """Return when every ticket that the round may choose from is labelled."""
         needed = set(self.schedule.needed_for(round_number))
-        await self._until(lambda: self.state.finished or needed <= self.intake.done)
+        await self._until(lambda: self.state.finished or needed <= self.ingest.done)
 
     async def wait_refreshed(self, round_number: int) -> None:
-        """Return when the student has scored what the round chooses from, if the policy asks for it."""
+        """Return when the student has scored the round's candidates, if a policy uses it."""
         if round_number > 0 and self._student_is_asked():
             done = self.state.selected, self.state.refreshed
             await self._until(lambda: any(round_number in rounds for rounds in done))
 
     async def select(self, round_number: int) -> dict[str, Any]:
-        """Choose the round's texts and put its batch in place; the second call changes nothing."""
+        """Choose the round's texts and write its batch; a second call changes nothing."""
         if round_number not in self.state.selected:
             began = time.monotonic()
             self.fence.check()
@@ -266,12 +264,12 @@ class Selector:
                 self.policy.prior,
                 self.config.labels.known_prior,
             )
-            assert self.intake.calibrator is not None
+            assert self.ingest.calibrator is not None
             reviews = self.schedule.review_tickets[:round_number]
-            batch = batch_of(chosen, self.store, self.examples, self.table, reviews, self.intake.calibrator)
+            batch = batch_of(chosen, self.store, self.examples, self.table, reviews, self.ingest.calibrator)
             self.audited.keep_for(self.store, round_number)
             batch = self.audited.correct(batch, self.n_classes)
-            facts = {
+            record = {
                 "selected": len(chosen),
                 "candidates": chosen.candidates,
                 "staleness": selection.staleness(chosen.row_M),
@@ -282,17 +280,17 @@ class Selector:
             }
             candidate_sample = sample_candidates(self.table, before, chosen.candidates, chosen.row_M)
             self.store.write_table(round_file(round_number, CANDIDATE_SAMPLE), candidate_sample)
-            self.state.note_selected(round_number, batch, facts)
+            self.state.note_selected(round_number, batch, record)
             await self._notify()
         return self.state.selected[round_number]
 
     async def wait_trained(self, round_number: int) -> dict[str, Any]:
-        """What the student reported of the round, once it has finished it."""
+        """The student's record of the round, once it is finished."""
         await self._until(lambda: round_number in self.state.trained)
         return self.state.trained[round_number]
 
     async def finish(self) -> None:
-        """No round comes after this: open leases come back empty and the ranks go home."""
+        """No round comes after this: waiting leases return no rows, and the ranks end."""
         self.state.finished = True
         await self._notify()
 
@@ -301,10 +299,10 @@ class Selector:
         return {
             "labelled": self.table.count_labelled(),
             "trained": self.table.count_trained(),
-            "teacher_tokens": sum(usage.tokens for usage in self.intake.usage.values()),
-            "usage": {name: usage.as_dict() for name, usage in self.intake.usage.items()},
-            "tickets_done": len(self.intake.done),
-            "unasked": self.intake.unasked,
+            "teacher_tokens": sum(usage.tokens for usage in self.ingest.usage.values()),
+            "usage": {name: usage.as_dict() for name, usage in self.ingest.usage.items()},
+            "tickets_done": len(self.ingest.done),
+            "unasked": self.ingest.unasked,
             "cap_reached": self.ledger.reached,
             "rounds_trained": len(self.state.trained),
             "note": self.state.note,
@@ -331,19 +329,19 @@ class Selector:
         return RoundSelection(self.config, self.policy, self.acquisition, self.table, round_number, before)
 
     def _teaching_is_over(self) -> bool:
-        """Whether every ticket is done; once no round comes, those of hold-out and test set are enough."""
-        if self.teachers.all_lost() or len(self.intake.done) == self.schedule.n_tickets:
+        """Whether every ticket is done; after the last round, those of hold-out and test set are enough."""
+        if self.teachers.all_lost() or len(self.ingest.done) == self.schedule.n_tickets:
             return True
-        return self.state.finished and self.intake.done.issuperset(self.schedule.fixed_tickets())
+        return self.state.finished and self.ingest.done.issuperset(self.schedule.fixed_tickets())
 
     def _account(self, ticket: int, teacher: str) -> int:
-        """A ticket's account in the ledger: one for each teacher that may read it."""
+        """The ticket's number in the ledger, which has one for each teacher of a ticket."""
         members = list(self.teachers.members)
         return ticket * len(members) + members.index(teacher)
 
-    def _settle(self, ticket: int, usage: Mapping[str, Usage]) -> None:
+    def _commit(self, ticket: int, usage: Mapping[str, Usage]) -> None:
         for teacher, one in usage.items():
-            self.ledger.settle(self._account(ticket, teacher), {teacher: one})
+            self.ledger.commit(self._account(ticket, teacher), {teacher: one})
 
     async def _rows_of(self, ticket: int) -> Ints:
         if not self.schedule.is_fixed(ticket):
@@ -357,57 +355,60 @@ class Selector:
         return self.leases.of(ticket)
 
     async def _notify_done(self, ticket: int) -> None:
-        """A ticket without rows is done as it is."""
+        """Mark a ticket without rows as done."""
         if not self.state.finished:
-            self.intake.take(ticket, TicketLabels.empty(self.n_classes))
+            self.ingest.take(ticket, TicketLabels.empty(self.n_classes))
         await self._notify()
 
-    async def _keep_snapshot(self) -> None:
-        """Others are served meanwhile; what they change will be read again on top of it."""
-        tickets = np.array(sorted(self.intake.done), dtype=np.int64)
-        rounds, usage, unasked = len(self.state.trained), dict(self.intake.usage), self.intake.unasked
+    async def _write_snapshot(self) -> None:
+        """Other calls are served meanwhile; a restart repeats their updates from the files."""
+        tickets = np.array(sorted(self.ingest.done), dtype=np.int64)
+        rounds, usage, unasked = len(self.state.trained), dict(self.ingest.usage), self.ingest.unasked
         columns: dict[str, NDArray[Any]] = {}
         for _ in self.table.copy_into(columns):
             await asyncio.sleep(0)
         snapshot = Snapshot(columns, tickets, rounds, usage, unasked)
-        # One that cannot be written is not missed before a selector dies, which then reads all labels.
+        # Without it, a restarted selector reads all label files.
         with suppress(OSError):
-            await asyncio.to_thread(keep, self.store, self.session, snapshot)
+            await asyncio.to_thread(save_snapshot, self.store, self.session, snapshot)
 
     def _rebuild(self, snapshot: Snapshot | None) -> None:
-        """Bring the table to what the files say, some of which a snapshot may have said before."""
+        """Build the table from the files, except for what is in the snapshot."""
         if snapshot:
             tickets = snapshot.tickets.tolist()
-            self.intake.restore(tickets, snapshot.usage, snapshot.unasked)
+            self.ingest.restore(tickets, snapshot.usage, snapshot.unasked)
             accounts = [self._account(t, name) for t in tickets for name in self.teachers.members]
-            self.ledger.restore_settled(accounts, snapshot.usage)
+            self.ledger.restore_committed(accounts, snapshot.usage)
         self.ledger.restore(read_lost_usage(self.store))
-        known = frozenset(self.intake.done)
+        known = frozenset(self.ingest.done)
         reviews: dict[int, TicketLabels] = {}
         for ticket, labels in read_all(self.store, LABELS_DIR, self.n_classes, self._note_damaged, known):
-            self._settle(ticket, labels.usage)
+            self._commit(ticket, labels.usage)
             if ticket in self.schedule.review_tickets:
-                reviews[ticket] = labels  # at its time: the student's opinion of the new label came later
+                reviews[ticket] = labels  # in its round, because the student scored the new label later
             else:
-                self.intake.take(ticket, labels)
+                self.ingest.take(ticket, labels)
         for ticket, labels in read_all(self.store, SMALL_DIR, self.n_classes, self._note_unused, known):
-            self._settle(ticket, labels.usage)
+            self._commit(ticket, labels.usage)
         for ticket in self.leases.empty_reviews():
-            self.intake.take(ticket, TicketLabels.empty(self.n_classes))
+            self.ingest.take(ticket, TicketLabels.empty(self.n_classes))
         for name in self.store.names(LOST_DIR):
-            facts = self.store.read_json(f"{LOST_DIR}/{name}")
-            if facts["session"] == self.session and facts["ticket"] not in self.intake.done | reviews.keys():
-                self.teachers.leased(facts["ticket"])
-                self.teachers.lost(**{name: said for name, said in facts.items() if name != "session"})
+            record = self.store.read_json(f"{LOST_DIR}/{name}")
+            if (
+                record["session"] == self.session
+                and record["ticket"] not in self.ingest.done | reviews.keys()
+            ):
+                self.teachers.leased(record["ticket"])
+                self.teachers.lost(**{name: said for name, said in record.items() if name != "session"})
         for k in range(self.state.rounds_on_disk()):
             for ticket in self.schedule.review_tickets[k - 1 : k] if k else ():
                 if ticket in reviews:
-                    self.intake.take(ticket, reviews.pop(ticket))
-            # At their time, too: what the student said after it was of the new label.
+                    self.ingest.take(ticket, reviews.pop(ticket))
+            # In their round, too, for the same reason.
             apply_human_labels(AuditAnswers.of_round(self.store, k), self.table)
             self.state.restore(k, in_table=snapshot is not None and k < snapshot.rounds)
         for ticket, labels in reviews.items():
-            self.intake.take(ticket, labels)
+            self.ingest.take(ticket, labels)
         apply_human_labels(self.audited, self.table)
         self.state.finished = len(self.state.trained) == self.schedule.rounds
 
@@ -416,14 +417,14 @@ class Selector:
         self.put_aside.append(line)
 
     def _note_unused(self, ticket: int, line: str) -> None:
-        """Of a small teacher: whether its ticket is done does not depend on it."""
+        """A file of a small teacher: its ticket is done without it."""
         self.put_aside.append(line)
 
 
 def start_selector(config: Config, store_uri: str, session: str) -> Any:
-    """The actor's handle. It restarts, and its callers' calls with it, wherever its node may go.
+    """Start the actor and return its handle. Ray restarts it, on another node if need be, and repeats calls.
 
-    It begins on the driver's node, which a run needs anyway, rather than on one that may be taken away.
+    It starts on the driver's node, which a run needs anyway, rather than on one that may be pre-empted.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return (
@@ -432,7 +433,7 @@ def start_selector(config: Config, store_uri: str, session: str) -> Any:
             num_cpus=0,
             max_restarts=-1,
             max_task_retries=-1,
-            max_concurrency=MAX_WAITING,
+            max_concurrency=MAX_CONCURRENT_CALLS,
             scheduling_strategy=here,
         )
         .remote(config, store_uri, session)

@@ -1,8 +1,8 @@
-"""The score table: what is known of every text, in one dense numpy column each.
+"""The score table: the state of every text, one dense numpy column for each signal.
 
-Columns are indexed by row number, so an update is one fancy assignment. All updates are idempotent: a label,
-once there, stays. 20 bytes a row, and whoever asks for rows goes through the columns in chunks, so that 100
-million rows fit one process. A call never names a row twice. No Ray here.
+Columns are indexed by row number, so an update is one fancy assignment. All updates are idempotent: the first
+label of a row stays. A row takes 20 bytes, and queries go through the columns in chunks, so that 100 million
+rows fit one process. A call never names a row twice. No Ray here.
 
 The sum of floats depends on their order in the last bits, and so on the chunks; that of whole numbers does
 not. Shapes in names: N texts, C classes.
@@ -21,7 +21,7 @@ from llkd_ray.metrics.uncertainty import Floats, Ints, Mask, StudentScores
 
 NONE = -1
 HELD_OUT = -2
-"""In the column ``trained``: the teacher labels it, the student never trains on it."""
+"""In the column ``trained``: labelled by the teacher, never trained on."""
 COLUMNS = ("label", "confidence", "uncertainty", "margin", "support", "refreshed", "trained", "ticket")
 _ROWS_A_STEP = 1 << 20
 Part = slice
@@ -59,7 +59,7 @@ class Candidates:
         )
 
     def by_row(self) -> Candidates:
-        """In ascending row order, so that a choice does not depend on how they came."""
+        """In ascending row order, so that a choice does not depend on the order of input."""
         if (self.row_N[1:] > self.row_N[:-1]).all():
             return self
         return self.take(np.argsort(self.row_N, kind="stable"))
@@ -84,7 +84,7 @@ class Unread:
 
 
 class ScoreTable:
-    """One entry for each row of the run, pool first and test set behind it.
+    """One entry for each row of the run: the pool, then the test set.
 
     Rounds are numbered up to 32,767, labels up to 32,766, tickets up to 2,147,483,647.
     """
@@ -112,20 +112,20 @@ class ScoreTable:
         """Of the columns: 20 a row."""
         return sum(getattr(self, name).nbytes for name in COLUMNS)
 
-    # --- what is noted -------------------------------------------------------------------------------------
+    # --- updates -------------------------------------------------------------------------------------
 
     def hold_out(self, row_M: Ints) -> None:
-        """Keep these rows, which nobody has trained on, from training for good."""
+        """Exclude these rows, none of which is trained on, from training for good."""
         self.trained[row_M] = HELD_OUT
 
     def lease(self, ticket: int, row_M: Ints) -> None:
-        """Note that a ticket has these rows; they are not unread any more."""
+        """Assign these rows to a ticket; they are not unread any more."""
         self.ticket[row_M] = ticket
 
     def put_labels(self, row_M: Ints, label_M: Ints, confidence_M: Floats, member_M: Ints) -> int:
-        """Note what a teacher said and return how many rows are new. The first answer stays.
+        """Store a teacher's labels and return how many rows are new. The first label of a row stays.
 
-        ``member_M`` is which teacher of a cascade it was, 0 for the first.
+        ``member_M`` is the teacher's place in the cascade, 0 for the first.
         """
         new = self.label[row_M] == NONE
         fresh = row_M[new]
@@ -136,9 +136,9 @@ class ScoreTable:
         return int(fresh.size)
 
     def relabel(self, row_M: Ints, label_M: Ints, confidence_M: Floats, member_M: Ints) -> int:
-        """Note what a better teacher said of rows that have a label; returns 0, for none is new.
+        """Replace labels by those of a better teacher; returns 0, for no row is new.
 
-        What the student said of the old label goes: it has to look again.
+        The support of the old label is dropped: the student has to score the row again.
         """
         is_trained_M = self.trained[row_M] >= 0
         self._trained_C += self._by_class(label_M[is_trained_M])
@@ -149,7 +149,7 @@ class ScoreTable:
         return 0
 
     def refresh(self, round_number: int, row_M: Ints, scores: StudentScores) -> None:
-        """Note the student's scores before ``round_number``; an older round changes nothing.
+        """Store the student's scores before ``round_number``; those of an older round change nothing.
 
         Where a row has another label by now, its support is unknown.
         """
@@ -162,13 +162,13 @@ class ScoreTable:
         self.refreshed[row_M] = round_number
 
     def mark_trained(self, round_number: int, row_M: Ints) -> None:
-        """Note the first round that trains on these rows."""
+        """Store the first round that trains on these rows."""
         first = row_M[self.trained[row_M] == NONE]
         self.trained[first] = round_number
         self._n_trained += int(first.size)
         self._trained_C += self._by_class(self.label[first])
 
-    # --- what is asked -------------------------------------------------------------------------------------
+    # --- queries -------------------------------------------------------------------------------------
 
     def held_out(self) -> Ints:
         """int64[M], ascending: the rows that the student never trains on."""
@@ -177,8 +177,8 @@ class ScoreTable:
     def contradicted(self, lead: float, limit: int) -> Ints:
         """int64[M], ascending: untrained pool rows whose label by the first teacher a student contradicts.
 
-        Its best answer leads by more than ``lead``, which is 0.5 at least, and is another label: a label with
-        less support than the lead cannot be the best. Of more than ``limit``, the largest leads.
+        The margin of its best label is above ``lead``, which is 0.5 at least, and that label is another one:
+        a label with less support than that cannot be the best. At most ``limit`` rows, of largest margin.
         """
 
         def is_contradicted(part: Part) -> Mask:
@@ -204,14 +204,14 @@ class ScoreTable:
         return Chunked(lambda: map(self._unread, self._chunks(self._is_unread, self.n_pool)))
 
     def untrained(self) -> Ints:
-        """int64[N]: pool rows, labelled or not, that the student may still come to train on."""
+        """int64[N]: pool rows, labelled or not, that the student may still train on."""
         return self._rows(self._is_open, self.n_pool)
 
     def candidates(self, tickets_below: int) -> Candidates:
         """Labelled, untrained pool rows of the tickets below a number, ascending.
 
-        The bound makes a round depend on the tickets it waited for, and not on what else the teacher
-        happened to have finished by then. All at once: for many, see :meth:`candidate_chunks`.
+        The bound makes a round depend on the tickets it waited for, and not on others that happen to be
+        finished. All at once: for many, see :meth:`candidate_chunks`.
         """
         return self._candidates(self._rows(self._may_be_chosen(tickets_below), self.n_pool))
 
@@ -227,15 +227,15 @@ class ScoreTable:
         return self.look_up(row_N[labelled_N & (self.trained[row_N] == NONE)])
 
     def look_up(self, row_M: Ints) -> Candidates:
-        """What is known of some rows that have a label."""
+        """Some rows that have a label."""
         return self._candidates(row_M)
 
     def labelled_of_class(self, tickets_below: int) -> Ints:
         """int64[C]: pool texts of each pseudo-class, of the tickets below a number."""
         count_C = np.zeros(self.n_classes, dtype=np.int64)
         for part in slices(self.n_pool):
-            is_there = (self.label[part] != NONE) & (self.ticket[part] < tickets_below)
-            count_C += np.bincount(self.label[part][is_there], minlength=self.n_classes)
+            is_labelled = (self.label[part] != NONE) & (self.ticket[part] < tickets_below)
+            count_C += np.bincount(self.label[part][is_labelled], minlength=self.n_classes)
         return count_C
 
     def trained_of_class(self) -> Ints:
@@ -252,10 +252,10 @@ class ScoreTable:
     # --- snapshots -----------------------------------------------------------------------------------------
 
     def copy_into(self, columns: dict[str, NDArray[Any]]) -> Iterator[None]:
-        """Copy the columns in steps of a million rows, so that others are served in between.
+        """Copy the columns in steps of a million rows, so that other calls are served in between.
 
-        Every row is whole, but rows are of different moments: what is noted from the first step on has to be
-        noted again on top of the snapshot. Updates are idempotent, so nothing comes of those that it has.
+        Every row is consistent, but rows are of different moments: updates made from the first step on have
+        to be repeated on top of the snapshot. They are idempotent, so repeating too many does no harm.
         """
         columns.update({name: np.empty_like(getattr(self, name)) for name in COLUMNS})
         for start in range(0, len(self), _ROWS_A_STEP):
@@ -265,16 +265,16 @@ class ScoreTable:
             yield
 
     def restore(self, columns: Mapping[str, NDArray[Any]]) -> None:
-        """Go back to a snapshot of this table or one of the same size, which becomes the table's own.
+        """Load a snapshot of this table or one of the same size; the table takes over its arrays.
 
         Raises ValueError where its columns are not those of this table.
         """
         for name in COLUMNS:
             own, other = getattr(self, name), columns.get(name)
             if other is None or (other.dtype, other.shape) != (own.dtype, own.shape):
-                there = "missing" if other is None else f"{other.dtype}[{other.size}]"
+                found = "missing" if other is None else f"{other.dtype}[{other.size}]"
                 raise ValueError(
-                    f"snapshot column {name} is {there}, the table's is {own.dtype}[{own.size}]: "
+                    f"snapshot column {name} is {found}, the table's is {own.dtype}[{own.size}]: "
                     "leave the snapshot out and rebuild the table from labels and rounds"
                 )
         for name in COLUMNS:
@@ -284,7 +284,7 @@ class ScoreTable:
     # --- inside --------------------------------------------------------------------------------------------
 
     def _count(self) -> None:
-        """Bring the counts, which updates keep, to what the columns say."""
+        """Compute from the columns the counts that updates maintain."""
         self._n_labelled = self._n_trained = 0
         self._trained_C = np.zeros(self.n_classes, dtype=np.int64)
         for part in slices(len(self)):
@@ -312,8 +312,8 @@ class ScoreTable:
         return may_be_chosen
 
     def _rows(self, mask: Callable[[Part], Mask], stop: int) -> Ints:
-        """int64[M], ascending: the rows below ``stop`` that a mask of a part lets through."""
-        # Counted first: nothing else is as long as the answer.
+        """int64[M], ascending: the rows below ``stop`` where a mask holds."""
+        # Counted first, so that no other array is as long as the result.
         row_M = np.empty(sum(np.count_nonzero(mask(part)) for part in slices(stop)), dtype=np.int64)
         at = 0
         for part in slices(stop):
@@ -323,7 +323,7 @@ class ScoreTable:
         return row_M
 
     def _chunks(self, mask: Callable[[Part], Mask], stop: int) -> Iterator[Ints | Part]:
-        """The same in chunks: row numbers, or the part itself where all of it is let through."""
+        """The same in chunks: row numbers, or a slice where the mask holds for all of it."""
         for part in slices(stop):
             found = np.flatnonzero(mask(part))
             yield part if found.size == part.stop - part.start else found + part.start
@@ -374,7 +374,7 @@ T = TypeVar("T", bound=Texts)
 
 
 class Chunked(Generic[T]):
-    """Texts in ascending row order, read anew each time they are gone through and never there all at once."""
+    """Texts in ascending row order, read chunk by chunk at each iteration and never all in memory."""
 
     def __init__(self, read: Callable[[], Iterable[T]]) -> None:
         self._read = read
@@ -387,11 +387,11 @@ class Chunked(Generic[T]):
 
 
 UNIT = 2.0**-32
-"""What sums count in. Any float32 from 2**-9 on is a whole number of it; int64 holds two billion ones."""
+"""Unit of sums. Any float32 from 2**-9 on is a multiple of it; int64 holds a sum of two billion ones."""
 UNKNOWN = np.uint16(65535)
 """Stands for nan in 16 bits."""
 _STEPS = 65534
-# A look-up, because that is as fast as the division and needs no second pass for what is unknown.
+# A look-up table: as fast as the division, and nan needs no second pass.
 _SHARE_OF_CODE = np.append(np.arange(65535) / _STEPS, np.nan).astype(np.float32)
 
 

@@ -1,9 +1,7 @@
-"""Tickets: which rows each one stands for, what comes back of it, and which teachers have one.
+"""Tickets: the rows of each, the labels that come back, and the teachers at work on them.
 
-What is chosen is in a file before anybody acts on it, so that a selector that comes later leases the same.
-
-Nothing counts as labelled before the calibrator is there, so that a label never changes after somebody has
-acted on it.
+A choice of rows is written to a file before it is used, so that a restarted selector leases the same rows.
+No row counts as labelled before the calibrator is fitted, so that a label never changes after it was used.
 """
 
 from __future__ import annotations
@@ -28,13 +26,13 @@ from llkd_ray.storage.tables import Examples, read_calibrator
 from llkd_ray.teacher.base import Usage, add_usages
 from llkd_ray.teacher.labels import TicketLabels
 
-# First word of the seed of the generator that acquisition draws from; the selector's others differ.
+# First word of the seed of acquisition's generator, different from the selector's others.
 _ACQUIRE_SEED = 2
 _REVIEW = "review-"
 
 
 class Leases:
-    """Rows by ticket, noted in the score table; planned a round at a time."""
+    """Rows by ticket, stored in the score table; planned a round at a time."""
 
     def __init__(
         self,
@@ -48,7 +46,7 @@ class Leases:
         self.config, self.policy = config, policy
         self.store, self.schedule, self.table = store, schedule, table
         self.rows: dict[int, Ints] = {}
-        """int64[M] of each ticket that is planned."""
+        """int64[M] by planned ticket."""
         self._planned = 0
         """All rounds below this one are planned."""
         self._note_fixed(draw_holdout(config, examples, schedule), examples.test_rows)
@@ -60,18 +58,18 @@ class Leases:
             if ticket in self.schedule.review_tickets:
                 self._plan_review(ticket)
             else:
-                # In order, so that what a round reads does not depend on which ticket asks first.
+                # In order, so that a round's rows do not depend on which ticket is leased first.
                 for k in range(self._planned, self.schedule.round_of(ticket) + 1):
                     self._plan_round(k)
                     self._planned = k + 1
         return self.rows[ticket]
 
     def empty_reviews(self) -> list[int]:
-        """Reviews that were planned and found nothing to look at; they have no label file."""
+        """Planned reviews without rows; they have no label file."""
         return [t for t in self.schedule.review_tickets if t in self.rows and not self.rows[t].size]
 
     def _plan_round(self, round_number: int) -> None:
-        """Choose the rows of all tickets that a round is the first to choose from, if that is not done."""
+        """Choose the rows of the tickets that are new in a round, unless that is done."""
         below = self.schedule.tickets_before(round_number)
         start = self.schedule.tickets_before(round_number - 1) if round_number else 0
         tickets = range(max(start, self.schedule.pool_tickets.start), below)
@@ -91,7 +89,7 @@ class Leases:
         self._note(ticket_M, row_M)
 
     def _plan_review(self, ticket: int) -> None:
-        """Choose the labelled rows that a review looks at again."""
+        """Choose the labelled rows of a review."""
         cascade = self.config.teacher.cascade
         assert cascade is not None
         assert cascade.review_margin is not None
@@ -112,7 +110,7 @@ class Leases:
             self.table.lease(ticket, rows)
 
     def _note_fixed(self, holdout: Ints, test: Ints) -> None:
-        """Hold-out and test rows do not depend on anything that happens in the run."""
+        """Assign the hold-out and test rows, which are fixed before the run."""
         self.table.hold_out(holdout)
         for tickets, rows in (
             (self.schedule.holdout_tickets, holdout),
@@ -132,12 +130,12 @@ class Leases:
                 self._note(ticket_M, row_M)
 
 
-# First word of the seed of the generator that the hold-out is drawn by; the selector's others differ.
+# First word of the seed of the hold-out's generator, different from the selector's others.
 _HOLDOUT_SEED = 1
 
 
 class LabelIngest:
-    """Tickets that are done, what they have used, and the calibrator between them and the score table."""
+    """Takes labels in: calibrates them, stores them in the score table and sums up usage."""
 
     def __init__(
         self, config: Config, store: RunStore, examples: Examples, schedule: Schedule, table: ScoreTable
@@ -151,11 +149,12 @@ class LabelIngest:
         self.calibrator = read_calibrator(store, config)
         self._waiting: dict[int, TicketLabels] = {}
         self._n_to_fit_on = 0
-        """How many of those that wait the calibrator is fitted on."""
+        """Waiting tickets that the calibrator is fitted on."""
 
     def take(self, ticket: int, labels: TicketLabels) -> int:
-        """Note a ticket's labels, whose file is in place, now or when the calibrator is fitted; a second time
-        changes nothing. Returns how many rows are new in the table.
+        """Store the labels of a ticket, whose file exists, now or once the calibrator is fitted.
+
+        A second call changes nothing. Returns how many rows are new in the table.
         """
         if ticket in self.done or ticket in self._waiting:
             return 0
@@ -174,7 +173,7 @@ class LabelIngest:
         return sum(self._note(*one) for one in sorted(waiting.items()))
 
     def restore(self, tickets: Iterable[int], usage: Mapping[str, Usage], unasked: int) -> None:
-        """These tickets, which have used so much, are done and in the table."""
+        """Mark tickets as done that are in the table already, with their usage."""
         self.done.update(tickets)
         self.usage = add_usages(self.usage, usage)
         self.unasked += unasked
@@ -187,15 +186,15 @@ class LabelIngest:
         return put(labels.row_M, p_MC.argmax(axis=1), confidence(p_MC), labels.member_M)
 
     def _fitted_on(self) -> range:
-        """The tickets whose answers the calibrator is fitted on: read before any student chose."""
+        """The tickets that the calibrator is fitted on: read before any selection."""
         if self.config.method == "temperature":
             return self.schedule.holdout_tickets
         return range(self.schedule.tickets_before(0))
 
     def _fit(self) -> Calibrator:
-        there = [self._waiting[ticket] for ticket in self._fitted_on()]
-        row_M = np.concatenate([np.empty(0, dtype=np.int64), *(one.row_M for one in there)])
-        mass_MC = np.concatenate([np.empty((0, self.n_classes)), *(one.probs_MC for one in there)])
+        tickets = [self._waiting[ticket] for ticket in self._fitted_on()]
+        row_M = np.concatenate([np.empty(0, dtype=np.int64), *(one.row_M for one in tickets)])
+        mass_MC = np.concatenate([np.empty((0, self.n_classes)), *(one.probs_MC for one in tickets)])
         gold_M = self.examples.read(row_M, ["gold"])["gold"].to_numpy()
         try:
             return Calibrator.fit(self.config, mass_MC, gold_M)
@@ -206,8 +205,8 @@ class LabelIngest:
 def draw_holdout(config: Config, examples: Examples, schedule: Schedule) -> np.ndarray:
     """int64[holdout], ascending: pool rows that the teacher labels and the student never trains on.
 
-    Drawn at random by the run's seed; where a temperature is to be fitted on them, from the texts with known
-    gold as far as there are. Raises :class:`ConfigError` where those are too few.
+    Drawn at random by the run's seed; where a temperature is fitted on them, first from the texts with known
+    gold. Raises :class:`ConfigError` where those are too few.
     """
     rng, n = np.random.default_rng([config.run.seed, _HOLDOUT_SEED]), schedule.holdout
     if config.teacher.confidence.method != "temperature":
@@ -226,57 +225,57 @@ def draw_holdout(config: Config, examples: Examples, schedule: Schedule) -> np.n
 
 
 class TeacherWatch:
-    """Tickets at the teachers, those that came back undone, and the actors that gave up."""
+    """Tickets at the teachers, tickets returned undone, and the actors that gave up."""
 
     def __init__(self, config: Config) -> None:
         self.members = dict(config.teacher.members())
-        self.given_back: deque[int] = deque()
-        """Tickets that wait for another actor."""
+        self.returned: deque[int] = deque()
+        """Tickets waiting for another actor."""
         self._under_way: set[int] = set()
         self._calls: set[str] = set()
-        """Those by which tickets came back: one that is repeated is known by it."""
+        """Ids of the calls that returned tickets, to recognise a repeated call."""
         self._lost: dict[str, dict[str, str]] = {name: {} for name in self.members}
-        self._last_sign = time.monotonic()
+        self._last_progress = time.monotonic()
 
     def leased(self, ticket: int) -> None:
-        self._sign()
+        self._note_progress()
         self._under_way.add(ticket)
 
     def finished(self, ticket: int) -> None:
-        self._sign()
+        self._note_progress()
         self._under_way.discard(ticket)
 
     def lost(self, ticket: int, teacher: str, actor: str, reason: str, call: str) -> None:
-        """An actor that has given up gives its ticket back; the same ``call`` again changes nothing.
+        """An actor that has given up returns its ticket; the same ``call`` again changes nothing.
 
-        Another call of the same actor with the same ticket does: it works on several at a time, and while
-        one of its places has given the ticket back, another may have been handed it.
+        Another call of the same actor with the same ticket counts: the actor works on several tickets at a
+        time, and one of its slots may have been given the ticket that another returned.
         """
-        self._sign()
+        self._note_progress()
         self._lost[teacher][actor] = reason
         if ticket in self._under_way and call not in self._calls:
             self._under_way.discard(ticket)
-            if ticket not in self.given_back:  # a selector that begins anew hears of all calls at once
-                self.given_back.append(ticket)
+            if ticket not in self.returned:  # a restarted selector replays all calls at once
+                self.returned.append(ticket)
         self._calls.add(call)
 
     def all_lost(self) -> bool:
-        """Whether some teacher has no actor left, so that its tickets can never be done.
+        """Whether all actors of some teacher have given up, so that its tickets can never be done.
 
-        A pool that may grow replaces who has given up, until as many have as there may be.
+        A pool that may grow replaces an actor that gave up, up to its largest number of actors.
         """
         return any(len(self._lost[name]) >= one.max_actors for name, one in self.members.items())
 
     def failure_reason(self) -> str | None:
-        """Why teaching cannot go on, in a sentence for the user, or None."""
+        """Why labelling cannot continue, in a sentence for the user, or None."""
         for name, teacher in self.members.items():
             lost = self._lost[name]
             if len(lost) >= teacher.max_actors:
                 who = "the teacher" if name == "teacher" else f"the {name} teacher"
                 return f"{who} has given up, all {teacher.max_actors} actor(s): {_reasons(lost)}"
-        quiet = time.monotonic() - self._last_sign
+        quiet = time.monotonic() - self._last_progress
         patience = max(teacher.no_progress_timeout_s for teacher in self.members.values())
-        waiting = len(self._under_way) + len(self.given_back)
+        waiting = len(self._under_way) + len(self.returned)
         if waiting and quiet > patience:
             return (
                 f"the teachers have made no progress for {quiet:.0f} s with {waiting} ticket(s) "
@@ -285,8 +284,8 @@ class TeacherWatch:
             )
         return None
 
-    def _sign(self) -> None:
-        self._last_sign = time.monotonic()
+    def _note_progress(self) -> None:
+        self._last_progress = time.monotonic()
 
 
 def _reasons(lost: dict[str, str]) -> str:

@@ -33,7 +33,7 @@ class SmallStage(Stage):
                 write_ticket, self.store, SMALL_DIR, ticket, asked.labels, usage, asked.unasked, in_flight
             )
             await self.asker.forget(asked)
-            await self.selector.settle.remote(ticket, self.asker.name, asked.usage.as_dict())
+            await self.selector.commit_usage.remote(ticket, self.asker.name, asked.usage.as_dict())
         return leased
 
 

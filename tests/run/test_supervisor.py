@@ -97,7 +97,7 @@ def test_the_reason_is_said_and_the_stream_has_ended_before_ray_is_shut_down(run
     order: list[str] = []
     killed = threading.Event()
     monkeypatch.setattr(run_module.ray, "kill", lambda selector: killed.set())
-    monkeypatch.setattr(run_module, "drop_all", lambda store: order.append("files dropped"))
+    monkeypatch.setattr(run_module, "delete_snapshots", lambda store: order.append("files dropped"))
     monkeypatch.setattr(run.display, "say", order.append)
 
     def stream() -> None:

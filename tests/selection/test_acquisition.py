@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schema import AcquisitionConfig
 from llkd_ray.metrics.uncertainty import RowRandom
 from llkd_ray.selection import table
-from llkd_ray.selection.acquisition import ACQUISITION
+from llkd_ray.selection.acquisition import ACQUISITION, find_acquisition
 from llkd_ray.selection.table import Chunked, Unread
 
 WITH_STUDENT = sorted(name for name, policy in ACQUISITION.items() if policy.uses_student)
@@ -37,49 +41,38 @@ def test_registry():
     assert WITH_STUDENT == ["entropy", "m_raru", "margin"]
 
 
-@pytest.mark.parametrize("scored", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("name", sorted(ACQUISITION))
-class TestContract:
-    @settings(max_examples=30, deadline=None)
-    @given(
-        n_unread=st.integers(0, 200),
-        n=st.integers(0, 250),
-        seed=st.integers(0, 2**32),
-        explore=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-    )
-    def test_size_order_and_membership(self, name, scored, n_unread, n, seed, explore):
-        unread = make_unread(n_unread, seed, scored)
-        rows = choose(name, unread, n, seed, explore)
-        assert rows.size == min(n, n_unread)
-        assert (np.diff(rows) > 0).all(), "ascending, and none twice"
-        assert np.isin(rows, unread.row_N).all()
+@settings(max_examples=25, deadline=None)
+@given(
+    n_unread=st.integers(0, 200),
+    n=st.integers(0, 250),
+    seed=st.integers(0, 2**32),
+    scored=st.sampled_from([0.0, 0.5, 1.0]),
+    explore=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    chunk=st.integers(1, 60),
+    borders=st.lists(st.integers(0, 200), max_size=4),
+)
+def test_contract(name, n_unread, n, seed, scored, explore, chunk, borders):
+    """Size, order, no row twice; the same for a seed whatever the chunks; each text valued by itself."""
+    unread = make_unread(n_unread, seed, scored)
+    before = [column.copy() for column in vars(unread).values()]
+    rows = choose(name, unread, n, seed, explore)
+    assert rows.size == min(n, n_unread)
+    assert (np.diff(rows) > 0).all(), "ascending, and none twice"
+    assert np.isin(rows, unread.row_N).all()
 
-    def test_same_seed_same_choice(self, name, scored):
-        unread = make_unread(150, scored=scored)
-        first, second = (choose(name, unread, 40, seed=3, explore=0.2) for _ in range(2))
-        np.testing.assert_array_equal(first, second)
+    edges = [0, *sorted(min(border, n_unread) for border in borders), n_unread]
+    chunked = Chunked(lambda: (unread.take(slice(*edge)) for edge in pairwise(edges)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "CHUNK", chunk)
+        for same in (unread, chunked):
+            np.testing.assert_array_equal(choose(name, same, n, seed, explore), rows)
 
-    def test_chunks_do_not_matter(self, name, scored, monkeypatch):
-        unread = make_unread(150, scored=scored)
-        whole = choose(name, unread, 40, seed=3, explore=0.2)
-        borders = [slice(0, 0), slice(0, 1), slice(1, 90), slice(90, 90), slice(90, 150)]
-        monkeypatch.setattr(table, "CHUNK", 7)
-        for parts in (unread, Chunked(lambda: map(unread.take, borders))):
-            np.testing.assert_array_equal(choose(name, parts, 40, seed=3, explore=0.2), whole)
-
-    def test_a_text_is_valued_by_itself(self, name, scored):
-        unread, rule = make_unread(60, scored=scored), ACQUISITION[name].rule
-        order = np.random.default_rng(1).permutation(60)
-        np.testing.assert_array_equal(
-            rule(unread.take(order), 5, RowRandom(7)), rule(unread, 5, RowRandom(7))[order]
-        )
-
-    def test_input_is_left_alone(self, name, scored):
-        unread = make_unread(50, scored=scored)
-        before = [column.copy() for column in vars(unread).values()]
-        choose(name, unread, 20, explore=0.5)
-        for old, new in zip(before, vars(unread).values(), strict=True):
-            np.testing.assert_array_equal(old, new)
+    rule, order = ACQUISITION[name].rule, np.random.default_rng(1).permutation(n_unread)
+    value_N = rule(unread, seed, RowRandom(7))
+    np.testing.assert_array_equal(rule(unread.take(order), seed, RowRandom(7)), value_N[order])
+    for old, new in zip(before, vars(unread).values(), strict=True):
+        np.testing.assert_array_equal(old, new)
 
 
 @pytest.mark.parametrize("name", sorted(set(ACQUISITION) - {"sequential"}))
@@ -101,17 +94,11 @@ def test_random_reads_all_parts_alike():
     assert np.mean(upper) == pytest.approx(0.5, abs=0.021)
 
 
-def test_entropy_reads_where_the_student_is_unsure():
+def test_reads_where_the_student_is_unsure_or_two_labels_are_close():
     unread = make_unread(100)
-    chosen = places(unread, choose("entropy", unread, 20))
-    assert set(chosen) == set(np.argsort(-unread.uncertainty_N)[:20])
-
-
-def test_margin_reads_where_two_labels_are_close():
-    unread = make_unread(100)
-    chosen = places(unread, choose("margin", unread, 20))
+    assert set(places(unread, choose("entropy", unread, 20))) == set(np.argsort(-unread.uncertainty_N)[:20])
     cutoff = np.sort(unread.margin_N)[19]  # float16 has ties
-    assert (unread.margin_N[chosen] <= cutoff).all()
+    assert (unread.margin_N[places(unread, choose("margin", unread, 20))] <= cutoff).all()
 
 
 @pytest.mark.parametrize("name", ["entropy", "margin"])
@@ -147,14 +134,6 @@ class TestMRaru:
     def value(self, unread, seed=5):
         return ACQUISITION["m_raru"].rule(unread, seed, RowRandom(99))
 
-    def test_a_texts_value_does_not_depend_on_the_others(self):
-        unread = make_unread(500)
-        whole = self.value(unread)
-        order = np.random.default_rng(1).permutation(500)
-        np.testing.assert_array_equal(self.value(unread.take(order)), whole[order])
-        parts = [self.value(unread.take(part)) for part in np.array_split(np.arange(500), 7)]
-        np.testing.assert_array_equal(np.concatenate(parts), whole)
-
     def test_nothing_is_drawn(self):
         unread = make_unread(50)
         one, other = (ACQUISITION["m_raru"].rule(unread, 5, RowRandom(s)) for s in (1, 2))
@@ -177,3 +156,8 @@ class TestMRaru:
     def test_never_scored_is_always_accepted(self):
         unread = make_unread(300, scored=0.5)
         assert (self.value(unread)[np.isnan(unread.uncertainty_N)] > 0).all()
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(ConfigError, match=r"acquisition\.policy: 'margins' .* m_raru"):
+        find_acquisition(AcquisitionConfig(policy="margins"))

@@ -167,9 +167,58 @@ class TestTopK:
         ]
         np.testing.assert_array_equal(np.sort(top.best().row_M), np.sort(np.concatenate(expected)))
 
-    def test_a_class_that_comes_late_gets_its_share(self, monkeypatch):
-        monkeypatch.setattr(search, "CHUNK", 16)  # so that it drops texts as soon as it can
-        top = TopK(1, np.array([0, 1]))
-        top.add(np.array([0]), np.array([2.0]), np.array([0]))
-        top.add(np.array([1]), np.array([1.0]), np.array([1]))
-        assert top.best().row_M.tolist() == [1]
+
+class TestClassThresholds:
+    @pytest.mark.parametrize(
+        ("signal", "label", "expected"),
+        [
+            # Global mean 0.55; class means 0.8, none, 0.3; the largest is 0.8.
+            ([0.9, 0.7, 0.4, 0.2], [0, 0, 2, 2], [0.55, 0.55, 0.55 * 0.3 / 0.8]),
+            ([], [], [0, 0, 0]),
+            ([0, 0, 0], [0, 1, 1], [0, 0, 0]),
+        ],
+    )
+    def test_the_global_mean_is_scaled_by_the_class_over_the_largest(self, signal, label, expected):
+        label_N = np.array(label, dtype=np.int64)
+        sum_C, count_C = np.bincount(label_N, signal, minlength=3), np.bincount(label_N, minlength=3)
+        np.testing.assert_allclose(search.class_thresholds(sum_C, count_C), expected)
+
+
+class TestConfidenceGrade:
+    @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30))
+    def test_keeps_the_order_and_the_range(self, confidences):
+        confidence = np.sort(np.array(confidences, dtype=np.float32))
+        grade = search.confidence_grade(confidence)
+        assert (np.diff(grade) >= 0).all()
+        assert grade.min() >= 0
+        assert grade.max() < search.RANK_KEYS
+
+    def test_the_ends(self):
+        ends = search.confidence_grade(np.array([0.0, 1.0, 1.0 + 1e-7]))
+        assert ends.tolist() == [0, search.RANK_KEYS - 1, search.RANK_KEYS - 1]
+
+    @given(doubt=st.floats(1e-3, 0.99), share=st.floats(0.998, 0.999))
+    def test_a_thousandth_of_the_doubt_makes_a_difference(self, doubt, share):
+        sure, surer = search.confidence_grade(1 - np.array([doubt, doubt * share]))
+        assert surer > sure
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=60))
+def test_mean_ranks_are_places_in_the_order_of_the_grades_and_ties_share_their_mean(texts):
+    grade, label = np.array([g for g, _ in texts]), np.array([c for _, c in texts])
+    count = np.zeros((4, 10), dtype=int)
+    np.add.at(count, (label, grade), 1)
+    rank = search.mean_ranks(count)[label, grade]
+    for c in np.unique(label):
+        of_class = grade[label == c]
+        below = (of_class[None, :] < of_class[:, None]).sum(axis=1)
+        ties = (of_class[None, :] == of_class[:, None]).sum(axis=1)
+        np.testing.assert_allclose(rank[label == c], (below + (ties + 1) / 2) / of_class.size)
+        assert rank[label == c].mean() == pytest.approx((of_class.size + 1) / 2 / of_class.size)
+
+
+@pytest.mark.parametrize("n_classes", [2, 341, 342, 1_000, 32_767])
+def test_counts_by_grade_stay_small(n_classes):
+    step = search.rank_step(n_classes)
+    assert n_classes * search.RANK_KEYS / step <= 2**24
+    assert step == 1 or 2 * n_classes * search.RANK_KEYS / step > 2**24, "no coarser than need be"

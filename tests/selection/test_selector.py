@@ -15,8 +15,7 @@ from toys import toy_texts
 
 from llkd_ray.config.base import ConfigError
 from llkd_ray.metrics.uncertainty import entropy, margin, support
-from llkd_ray.selection.acquisition import ACQUISITION
-from llkd_ray.selection.recovery import drop_all
+from llkd_ray.selection.recovery import delete_snapshots
 from llkd_ray.selection.selector import ScoresLost, Selector
 from llkd_ray.storage import tables
 from llkd_ray.storage.lock import Fence, Superseded
@@ -80,8 +79,7 @@ class TestLease:
 
     def test_sizes_are_those_of_the_schedule(self, bench):
         async def script():
-            for k in range(4):
-                await bench.round(k)
+            await bench.rounds()
             return [len(await bench.lease(t)) for t in range(bench.schedule.n_tickets)]
 
         assert run(script()) == [bench.schedule.ticket_rows(t) for t in range(bench.schedule.n_tickets)]
@@ -128,11 +126,6 @@ class TestLease:
         assert stats["rounds_trained"] == 6
         bench.restart()
         assert run(bench.selector.stats())["labelled"] == N_POOL
-
-    def test_sequential_acquisition_reads_in_corpus_order(self, tmp_path):
-        bench = Bench(tmp_path / "run", acquisition={"policy": "sequential"}, evaluation={"holdout": 0})
-        leased = [run(bench.lease(t)) for t in range(bench.schedule.tickets_before(1))]
-        assert np.concatenate(leased).tolist() == list(range(sum(len(rows) for rows in leased)))
 
 
 class TestLookAhead:
@@ -236,22 +229,17 @@ class TestLabels:
 
         run(script())
 
-    def test_the_first_of_them_are_waited_for_once(self, bench):
+    @pytest.mark.parametrize("is_over", [False, True])
+    def test_the_first_of_them_or_the_end_of_the_run_is_waited_for(self, bench, is_over):
         async def script():
             waiting = asyncio.create_task(bench.selector.wait_first_labels())
             assert await still_waits(waiting)
-            await bench.teach(next(iter(bench.schedule.holdout_tickets)))
+            if is_over:
+                await bench.selector.finish()
+            else:
+                await bench.teach(next(iter(bench.schedule.holdout_tickets)))
             await released(waiting)
             await bench.selector.wait_first_labels()
-
-        run(script())
-
-    def test_nobody_waits_for_the_first_of_them_when_the_run_is_over(self, bench):
-        async def script():
-            waiting = asyncio.create_task(bench.selector.wait_first_labels())
-            assert await still_waits(waiting)
-            await bench.selector.finish()
-            await released(waiting)
 
         run(script())
 
@@ -264,9 +252,9 @@ class TestLabels:
 
 
 class TestScoring:
-    @pytest.mark.parametrize("k", [0, 1])
-    def test_nothing_is_scored_for_random(self, tmp_path, k):
-        bench = Bench(tmp_path / "run", selection={"policy": "random"})
+    @pytest.mark.parametrize(("policy", "k"), [("random", 1), ("llkd", 0)])
+    def test_nothing_is_scored_for_random_nor_before_the_first_round(self, tmp_path, policy, k):
+        bench = Bench(tmp_path / "run", selection={"policy": policy})
 
         async def script():
             for earlier in range(k):
@@ -274,14 +262,6 @@ class TestScoring:
             await bench.teach_for(k)
             assert (await bench.rows_to_score(k)).size == 0
             await asyncio.wait_for(bench.selector.wait_refreshed(k), timeout=5)
-
-        run(script())
-
-    def test_before_the_first_round_the_student_knows_nothing(self, bench):
-        async def script():
-            await bench.teach_for(0)
-            assert (await bench.rows_to_score(0)).size == 0
-            await asyncio.wait_for(bench.selector.wait_refreshed(0), timeout=5)
 
         run(script())
 
@@ -331,11 +311,6 @@ class TestScoring:
         assert scores["uncertainty"].to_numpy() == pytest.approx(entropy(p_MC), abs=1e-5)
         assert scores["margin"].to_numpy() == pytest.approx(margin(p_MC), abs=1e-3)
         assert scores["support"].to_numpy() == pytest.approx(support(p_MC, label_M), abs=1e-3)
-        before = bench.selector.table
-        after = bench.restart().table
-        for column in ("uncertainty", "margin", "support"):
-            one, other = getattr(before, column), getattr(after, column)
-            assert np.array_equal(one, other, equal_nan=True), column
 
 
 class TestSelect:
@@ -365,21 +340,21 @@ class TestSelect:
         run(script())
 
     @pytest.mark.parametrize("policy", ["random", "llkd"])
-    def test_rows_are_of_the_pool_labelled_and_never_twice(self, tmp_path, policy):
-        bench = Bench(tmp_path / "run", selection={"policy": policy})
+    def test_rows_are_of_the_pool_never_twice_and_the_same_for_a_seed(self, tmp_path, policy):
+        def finished(name, seed):
+            bench = Bench(tmp_path / name, selection={"policy": policy}, run={"seed": seed})
+            run(bench.rounds())
+            return bench
 
-        async def script():
-            for k in range(4):
-                await bench.round(k)
-            return await bench.selector.holdout_rows(), await bench.selector.stats()
-
-        holdout, stats = run(script())
+        bench = finished("a", seed=1)
         chosen = np.concatenate(bench.batch_rows())
-        assert np.unique(chosen).size == chosen.size == stats["trained"]
+        assert np.unique(chosen).size == chosen.size == run(bench.selector.stats())["trained"]
         assert chosen.max() < N_POOL
-        assert not np.isin(chosen, holdout).any()
+        assert not np.isin(chosen, run(bench.selector.holdout_rows())).any()
         if policy == "random":
             assert [len(rows) for rows in bench.batch_rows()] == [15, 15, 15, 15]
+        assert finished("b", seed=1).batch_rows() == bench.batch_rows()
+        assert finished("c", seed=2).batch_rows() != bench.batch_rows()
 
     def test_a_round_looks_only_at_the_tickets_it_waited_for(self, tmp_path):
         late, early = Bench(tmp_path / "late"), Bench(tmp_path / "early")
@@ -394,17 +369,6 @@ class TestSelect:
 
         run(script())
         assert late.batch(0).equals(early.batch(0))
-
-    def test_weights_are_the_policys(self, tmp_path):
-        bench = Bench(tmp_path / "run", selection={"policy": "llkd"})
-
-        async def script():
-            await bench.round(0)
-            await bench.round(1)
-
-        run(script())
-        weights = bench.batch(1)["weight"].to_numpy()
-        assert 1 < weights.size == len(set(weights))
 
     def test_fewer_candidates_than_wanted_are_made_up_for_later(self, tmp_path):
         bench = Bench(tmp_path / "run", selection={"policy": "random"}, budget={"rounds": 2, "train": 170})
@@ -487,20 +451,17 @@ class TestSelect:
         )
         order = np.argsort(-np.where(passing, value, -1), kind="stable")[: min(15, passing.sum())]
         assert bench.batch(1)["row"].to_pylist() == candidates.row_N[order].tolist()
+        weights = bench.batch(1)["weight"].to_numpy()
+        assert weights == pytest.approx(value[order] / value[order].mean(), rel=1e-5)
 
-    @pytest.mark.parametrize(("quota", "expected"), [(0.0, [20, 20, 20]), (None, None)])
-    def test_quota_shares_all_rounds_out_between_the_classes(self, tmp_path, quota, expected):
+    @pytest.mark.parametrize("quota", [0.0, None])
+    def test_quota_shares_all_rounds_out_between_the_classes(self, tmp_path, quota):
         bench = Bench(tmp_path / "run", selection={"policy": "random", "quota": quota})
-
-        async def script():
-            for k in range(4):
-                await bench.round(k)
-
-        run(script())
+        run(bench.rounds())
         labels = np.concatenate([bench.batch(k)["label"].to_numpy() for k in range(4)])
         counts = np.bincount(labels, minlength=N_CLASSES).tolist()
         assert sum(counts) == 60
-        assert (counts == [20, 20, 20]) == (expected is not None)
+        assert (counts == [20, 20, 20]) == (quota == 0.0)
 
     def test_the_student_is_told_what_to_reckon_with(self, tmp_path):
         bench = Bench(tmp_path / "run", selection={"policy": "random", "prior": 0.5})
@@ -582,8 +543,7 @@ class TestAcquisitionByTheStudent:
         bench = self.make(tmp_path / "run", policy)
 
         async def script():
-            await bench.round(0)
-            await bench.round(1)
+            await bench.rounds(2)
             unread = bench.selector.table.unread().row_N
             return unread, await self.lease_for(bench, 2)
 
@@ -593,14 +553,6 @@ class TestAcquisitionByTheStudent:
         cutoff = np.sort(sure_M)[leased.size - 1]
         assert leased.size < unread.size
         assert sure_M[np.isin(unread, leased)].max() <= cutoff + 1e-3, "margins are kept in 16 bits"
-
-    def test_before_the_student_has_an_opinion_chance_decides(self, tmp_path):
-        def leased(name, seed):
-            bench = self.make(tmp_path / name, run={"seed": seed})
-            return run(self.lease_for(bench, 0)).tolist()
-
-        assert leased("a", 1) == leased("b", 1)
-        assert leased("c", 2) != leased("d", 1)
 
     def test_explore_and_seed_reach_the_policy(self, tmp_path, monkeypatch):
         bench = self.make(tmp_path / "run", acquisition={"explore": 0.25}, run={"seed": 5})
@@ -618,15 +570,10 @@ class TestAcquisitionByTheStudent:
         run(bench.lease(bench.schedule.pool_tickets.start))
         assert seen == [{"seed": 5, "explore": 0.25}]
 
-    @pytest.mark.parametrize("policy", sorted(name for name, it in ACQUISITION.items() if it.uses_student))
-    def test_a_restarted_selector_leases_the_same(self, tmp_path, policy):
-        async def until_round_2(bench):
-            await bench.round(0)
-            await bench.round(1)
-
-        kept, dying = (self.make(tmp_path / name, policy) for name in ("kept", "dying"))
+    def test_a_restarted_selector_leases_the_same(self, tmp_path):
+        kept, dying = (self.make(tmp_path / name, "margin") for name in ("kept", "dying"))
         for bench in (kept, dying):
-            run(until_round_2(bench))
+            run(bench.rounds(2))
         # Once before the leases are in a file, so that they come from the scores in theirs; once after.
         dying.restart()
         first = run(self.lease_for(dying, 2)).tolist()
@@ -651,23 +598,6 @@ class TestAcquisitionByTheStudent:
             return bench.batch_rows()
 
         assert rounds("once", restart=False) == rounds("often", restart=True)
-
-
-class TestChance:
-    @pytest.mark.parametrize("policy", ["random", "llkd"])
-    def test_same_seed_same_rounds(self, tmp_path, policy):
-        def batches(name, seed):
-            bench = Bench(tmp_path / name, selection={"policy": policy}, run={"seed": seed})
-
-            async def script():
-                for k in range(4):
-                    await bench.round(k)
-
-            run(script())
-            return bench.batch_rows()
-
-        assert batches("a", seed=1) == batches("b", seed=1)
-        assert batches("c", seed=2) != batches("a2", seed=1)
 
 
 STAGES = ("leases", "labels", "scores", "batch without mark", "select", "trained")
@@ -764,11 +694,7 @@ class TestRebuild:
         assert_same_table(bench.selector.table, bench.restart().table)
 
     def test_a_run_whose_rounds_are_over_is_finished(self, bench):
-        async def script():
-            for k in range(4):
-                await bench.round(k)
-
-        run(script())
+        run(bench.rounds())
         assert bench.restart().state.finished
         assert run(bench.selector.batch_files(4)) is None
 
@@ -796,12 +722,6 @@ class TestSnapshot:
         bench.restart("one")
         return bench
 
-    async def rounds(self, bench, n):
-        for k in range(n):
-            await bench.round(k)
-            if bench.selector.keeping:
-                await bench.selector.keeping
-
     def spy_on_files(self, bench, monkeypatch) -> list[str]:
         """Will hold the names of label files and score files that are read from now on."""
         read: list[str] = []
@@ -817,11 +737,11 @@ class TestSnapshot:
 
     def test_what_is_in_it_is_not_read_again(self, bench, monkeypatch):
         async def script():
-            await self.rounds(bench, 2)
-            done = set(bench.selector.intake.done)
+            await bench.rounds(2)
+            done = set(bench.selector.ingest.done)
             await bench.teach_for(2)
             await bench.score(2)
-            return bench.selector.intake.done - done
+            return bench.selector.ingest.done - done
 
         later = run(script())
         assert later
@@ -837,13 +757,7 @@ class TestSnapshot:
 
     def test_the_rounds_are_those_of_an_undisturbed_run(self, bench, undisturbed):
         for k in range(4):
-
-            async def script(k=k):
-                await bench.round(k)
-                if bench.selector.keeping:
-                    await bench.selector.keeping
-
-            run(script())
+            run(bench.rounds(k + 1, start=k))
             bench.restart("one")
         batches, stats = undisturbed
         assert bench.batch_rows() == batches
@@ -857,8 +771,8 @@ class TestSnapshot:
             await bench.round(0)
             for ticket in range(bench.schedule.tickets_before(0), bench.schedule.tickets_before(1)):
                 await bench.teach(ticket)
-            assert not bench.selector.keeping.done()
-            await bench.selector.keeping
+            assert not bench.selector.snapshot_task.done()
+            await bench.selector.snapshot_task
 
         run(script())
         before = bench.selector
@@ -866,23 +780,22 @@ class TestSnapshot:
         assert_same_table(before.table, after.table)
         assert run(after.stats()) == run(before.stats())
 
-    @pytest.mark.parametrize("left", [0.0, 0.5, 0.99])
-    def test_one_half_written_is_left_out(self, bench, left):
-        run(self.rounds(bench, 2))
+    def test_one_half_written_is_left_out(self, bench):
+        run(bench.rounds(2))
         before = bench.selector
         (name,) = bench.store.names(SNAPSHOTS_DIR)
         content = bench.store.read_bytes(f"{SNAPSHOTS_DIR}/{name}")
-        bench.store.write_bytes(f"{SNAPSHOTS_DIR}/{name}", content[: int(left * len(content))])
+        bench.store.write_bytes(f"{SNAPSHOTS_DIR}/{name}", content[: len(content) // 2])
         after = bench.restart("one")
         assert_same_table(before.table, after.table)
         assert run(after.stats()) == run(before.stats())
 
     def test_another_driver_reads_the_files(self, bench, monkeypatch):
         """What it finds damaged is asked again; nobody has looked at the files since."""
-        run(self.rounds(bench, 2))
+        run(bench.rounds(2))
         read = self.spy_on_files(bench, monkeypatch)
         bench.restart("two")
-        done = bench.selector.intake.done
+        done = bench.selector.ingest.done
         assert done
         assert {ticket_file(LABELS_DIR, ticket) for ticket in done} <= set(read)
 
@@ -890,24 +803,24 @@ class TestSnapshot:
         def no_space(*_):
             raise OSError("no space left on device")
 
-        monkeypatch.setattr("llkd_ray.selection.selector.keep", no_space)
-        run(self.rounds(bench, 2))
+        monkeypatch.setattr("llkd_ray.selection.selector.save_snapshot", no_space)
+        run(bench.rounds(2))
         assert bench.store.names(SNAPSHOTS_DIR) == []
         before = bench.selector
         assert_same_table(before.table, bench.restart("one").table)
 
     def test_the_last_round_needs_none(self, bench):
-        run(self.rounds(bench, 3))
+        run(bench.rounds(3))
         bench.store.delete(f"{SNAPSHOTS_DIR}/{bench.store.names(SNAPSHOTS_DIR)[0]}")
 
         async def last():
-            bench.selector.keeping = None
+            bench.selector.snapshot_task = None
             await bench.round(3)
-            return bench.selector.keeping
+            return bench.selector.snapshot_task
 
         assert run(last()) is None
-        drop_all(bench.store)
-        drop_all(bench.store)  # a second time, there is nothing left
+        delete_snapshots(bench.store)
+        delete_snapshots(bench.store)  # a second time, there is nothing left
         assert bench.store.names(SNAPSHOTS_DIR) == []
 
 
@@ -921,17 +834,13 @@ class TestDamage:
         assert stats["damaged"] == [ticket]
         (line,) = stats["put_aside"]
         assert line.startswith(f"{ticket_file(LABELS_DIR, ticket)} cannot be read (")
-        assert ticket not in selector.intake.done
+        assert ticket not in selector.ingest.done
         run(bench.teach(ticket))
         assert run(bench.restart().stats())["damaged"] == []
 
     @pytest.mark.parametrize("part", ["leases", "scores", "batch", "selected"])
     def test_what_cannot_be_made_again_is_named(self, bench, part):
-        async def script():
-            await bench.round(0)
-            await bench.round(1)
-
-        run(script())
+        run(bench.rounds(2))
         file = {
             "leases": f"{LEASES_DIR}/{bench.store.names(LEASES_DIR)[0]}",
             "scores": round_file(1, SCORES),
@@ -1016,8 +925,7 @@ class TestTeachers:
             assert (ticket, again.tolist()) == (0, rows.tolist())
             other = asyncio.create_task(bench.selector.lease(-2))
             assert await still_waits(other)
-            for k in range(4):
-                await bench.round(k)
+            await bench.rounds()
             for ticket in bench.schedule.test_tickets:
                 await bench.teach(ticket)
             assert (await released(other))[1].size == 0, "nothing was left to be taken"
@@ -1034,7 +942,7 @@ class TestTeachers:
             assert "no memory" in (await same.stats())["trouble"]
             later = Selector(bench.config, bench.store.root, "another driver")
             assert (await later.stats())["trouble"] is None
-            assert not later.teachers.given_back
+            assert not later.teachers.returned
 
         run(script())
 

@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 
-from llkd_ray.selection.recovery import Snapshot, drop_all, keep, kept
+from llkd_ray.selection.recovery import Snapshot, delete_snapshots, load_snapshot, save_snapshot
 from llkd_ray.storage.run_dir import SNAPSHOTS_DIR, RunStore
 from llkd_ray.teacher.base import Usage
 
@@ -43,37 +43,37 @@ def assert_same(one: Snapshot | None, other: Snapshot) -> None:
 
 
 def test_it_comes_back(store):
-    keep(store, "a", SNAPSHOT)
-    assert_same(kept(store, "a"), SNAPSHOT)
+    save_snapshot(store, "a", SNAPSHOT)
+    assert_same(load_snapshot(store, "a"), SNAPSHOT)
 
 
 def test_the_last_one_counts_and_is_the_only_one(store):
-    keep(store, "a", Snapshot({}, np.empty(0, dtype=np.int64), 1, {}, 0))
-    keep(store, "a", SNAPSHOT)
-    assert_same(kept(store, "a"), SNAPSHOT)
+    save_snapshot(store, "a", Snapshot({}, np.empty(0, dtype=np.int64), 1, {}, 0))
+    save_snapshot(store, "a", SNAPSHOT)
+    assert_same(load_snapshot(store, "a"), SNAPSHOT)
     assert len(store.names(SNAPSHOTS_DIR)) == 1
 
 
 def test_it_is_of_one_session(store):
-    keep(store, "a", SNAPSHOT)
-    assert kept(store, "b") is None
+    save_snapshot(store, "a", SNAPSHOT)
+    assert load_snapshot(store, "b") is None
 
 
 def test_none_is_left(store, tmp_path):
-    drop_all(store)  # there is nothing yet
-    keep(store, "a", SNAPSHOT)
+    delete_snapshots(store)  # there is nothing yet
+    save_snapshot(store, "a", SNAPSHOT)
     (tmp_path / "run" / SNAPSHOTS_DIR / "a.npz.0123.tmp").write_bytes(b"of a writer that was killed")
-    drop_all(store)
+    delete_snapshots(store)
     assert not (tmp_path / "run" / SNAPSHOTS_DIR).exists()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_one_that_is_cut_off_is_none(store, share):
     content = written()
-    keep(store, "a", SNAPSHOT)
+    save_snapshot(store, "a", SNAPSHOT)
     (name,) = store.names(SNAPSHOTS_DIR)
     store.write_bytes(f"{SNAPSHOTS_DIR}/{name}", content[: int(share * len(content))])
-    assert kept(store, "a") is None
+    assert load_snapshot(store, "a") is None
 
 
 def test_a_damaged_byte_is_found():
@@ -86,5 +86,5 @@ def test_a_damaged_byte_is_found():
 def test_of_something_else_is_refused():
     out = io.BytesIO()
     np.savez(out, label=np.zeros(3))
-    with pytest.raises(ValueError, match=r"not a whole snapshot: .*facts"):
+    with pytest.raises(ValueError, match=r"not a whole snapshot: .*meta"):
         Snapshot.read(io.BytesIO(out.getvalue()))

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from llkd_ray.metrics.uncertainty import StudentScores, entropy
 from llkd_ray.selection import table as table_module
-from llkd_ray.selection.table import COLUMNS, ScoreTable, Unread, from_16_bits
+from llkd_ray.selection.table import (
+    COLUMNS,
+    UNIT,
+    Chunked,
+    ScoreTable,
+    Unread,
+    class_sums,
+    from_16_bits,
+    slices,
+    to_16_bits,
+)
 
 STEP = 1 / 65_534
 """Between two uncertainties that the table tells apart."""
@@ -156,13 +166,6 @@ def test_labelled_of_class_counts_the_pool_below_a_ticket(table):
     assert table.labelled_of_class(4).tolist() == [1, 0, 2]
 
 
-def test_trained_of_class_counts_pseudo_labels(table):
-    assert table.trained_of_class().tolist() == [0, 0, 0]
-    label(table, [0, 1, 2, 3], [2, 2, 0, 1])
-    table.mark_trained(0, np.array([0, 1, 2]))
-    assert table.trained_of_class().tolist() == [1, 0, 2]
-
-
 def test_untrained_leaves_out_test_holdout_and_trained(table):
     table.mark_trained(0, np.array([2, 3]))
     assert table.untrained().tolist() == [0, 1, 4, 5, 6, 8, 9]
@@ -179,7 +182,7 @@ def test_the_last_round_label_and_ticket_there_can_be():
     table = ScoreTable(n_classes=32_767, n_pool=2)
     table.lease(2**31 - 1, np.array([0]))
     label(table, [0], [32_766])
-    refresh(table, 32_767, np.array([0]), np.eye(32_767)[:1])
+    refresh(table, 32_767, np.array([0]), np.full((1, 32_767), 1 / 32_767))
     table.mark_trained(32_767, np.array([0]))
     assert (table.ticket[0], table.label[0]) == (2**31 - 1, 32_766)
     assert (table.refreshed[0], table.trained[0]) == (32_767, 32_767)
@@ -337,28 +340,6 @@ class TestSnapshot:
         for name in COLUMNS:
             np.testing.assert_array_equal(columns[name], before[name])
 
-    def test_what_came_after_it_can_be_noted_again_on_top(self):
-        """A selector takes the snapshot and then goes through all files, those that are in it, too."""
-        rows, p = np.arange(4), p_of(0.2, 0.3, 0.4, 0.5)
-        before, after = ScoreTable(3, 10), ScoreTable(3, 10)
-
-        def note(table: ScoreTable, last: bool) -> None:
-            table.lease(0, rows)
-            label(table, rows.tolist(), [0, 1, 2, 0])
-            refresh(table, 1, rows, p)
-            table.mark_trained(1, rows[:2])
-            if last:
-                refresh(table, 2, rows, p[::-1])
-                table.mark_trained(2, rows[1:])
-
-        note(before, last=False)
-        after.restore(copy_of(before))
-        note(after, last=True)
-        note(before, last=True)
-        for name in COLUMNS:
-            np.testing.assert_array_equal(getattr(after, name), getattr(before, name), err_msg=name)
-        assert after.count_trained() == before.count_trained() == 4
-
     def test_what_is_noted_between_its_steps_can_be_noted_again_on_top(self, monkeypatch):
         monkeypatch.setattr(table_module, "_ROWS_A_STEP", 10)
         table, restored = ScoreTable(3, 45), ScoreTable(3, 45)
@@ -407,3 +388,69 @@ class TestSnapshot:
         with pytest.raises(ValueError, match=message):
             filled.restore(columns)
         np.testing.assert_array_equal(filled.label, before)
+
+
+@given(n=st.integers(0, 200), chunk=st.integers(1, 50))
+def test_slices_cover_every_row_once_and_in_order(n, chunk):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table_module, "CHUNK", chunk)
+        parts = list(slices(n))
+    assert np.concatenate([np.arange(n)[part] for part in parts]).tolist() == list(range(n))
+    assert all(0 < part.stop - part.start <= chunk for part in parts) or parts == [slice(0, 0)]
+
+
+def test_what_is_chunked_can_be_gone_through_again():
+    chunked = Chunked(lambda: iter([[1, 2], [], [3]]))
+    assert list(chunked) == list(chunked) == [[1, 2], [], [3]]
+    assert len(chunked) == 3
+
+
+@given(st.lists(st.floats(0, 1), min_size=1))
+def test_a_share_comes_back_to_half_a_step(shares):
+    back = from_16_bits(to_16_bits(np.array(shares)))
+    assert back.dtype == np.float32
+    # The second term is what float32 adds.
+    np.testing.assert_allclose(back, shares, atol=1 / 131_068 + 2**-24, rtol=0)
+
+
+def test_every_code_comes_back():
+    codes = np.arange(65_536, dtype=np.uint16)
+    np.testing.assert_array_equal(to_16_bits(from_16_bits(codes)), codes)
+
+
+def test_unknown_stays_unknown_and_the_ends_are_exact():
+    with np.errstate(all="raise"):
+        back = from_16_bits(to_16_bits(np.array([np.nan, 0.0, 1.0])))
+    np.testing.assert_array_equal(back, [np.nan, 0.0, 1.0])
+
+
+@given(
+    texts=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 2)), max_size=40),
+    order=st.randoms(use_true_random=False),
+    border=st.integers(0, 40),
+)
+def test_sums_do_not_depend_on_order_or_parts(texts, order, border):
+    def of(some):
+        signal, label = np.array([s for s, _ in some]), np.array([c for _, c in some], dtype=np.int16)
+        return class_sums(signal, label, 3)
+
+    whole = of(texts)
+    np.testing.assert_array_equal(of(texts[:border]) + of(texts[border:]), whole)
+    order.shuffle(texts)
+    np.testing.assert_array_equal(of(texts), whole)
+
+
+def test_sums_of_several_chunks(monkeypatch):
+    monkeypatch.setattr(table_module, "CHUNK", 10)
+    rng = np.random.default_rng(0)
+    signal, label = rng.uniform(0.01, 1, 95).astype(np.float32), rng.integers(0, 3, 95)
+    # Such a float32 is a whole number of units, so its sum is exact.
+    exact = [int(sum(int(s / UNIT) for s in signal[label == c].tolist())) for c in range(3)]
+    assert class_sums(signal, label, 3).tolist() == exact
+
+
+def test_the_largest_chunk_is_added_up_exactly():
+    ones = np.ones(table_module.CHUNK)
+    ones[0] = UNIT
+    total = class_sums(ones, np.zeros(ones.size, dtype=np.int16), 1)
+    assert total.tolist() == [(table_module.CHUNK - 1) * 2**32 + 1]

@@ -41,29 +41,29 @@ class TestGivenBack:
         watch.leased(3)
         for _ in range(2):
             watch.lost(3, "teacher", "actor-a", "gone", "call with 3")
-        assert list(watch.given_back) == [3]
+        assert list(watch.returned) == [3]
 
     def test_nor_does_it_once_another_actor_has_it(self):
         watch = one_teacher(actors=2)
         watch.leased(3)
         watch.lost(3, "teacher", "actor-a", "gone", "call with 3")
-        watch.leased(watch.given_back.popleft())
+        watch.leased(watch.returned.popleft())
         watch.lost(3, "teacher", "actor-a", "gone", "call with 3")
-        assert list(watch.given_back) == []
+        assert list(watch.returned) == []
 
     def test_it_may_come_back_from_each_actor(self):
         watch = one_teacher(actors=3)
         for actor in ("actor-a", "actor-b"):
             watch.leased(3)
             watch.lost(3, "teacher", actor, "gone", f"call of {actor}")
-            assert watch.given_back.popleft() == 3
+            assert watch.returned.popleft() == 3
 
     def test_an_actor_gives_back_all_of_its_tickets(self):
         watch = one_teacher(actors=2)
         for ticket in (3, 4):
             watch.leased(ticket)
             watch.lost(ticket, "teacher", "actor-a", "gone", f"call with {ticket}")
-        assert list(watch.given_back) == [3, 4]
+        assert list(watch.returned) == [3, 4]
         assert not watch.all_lost()
 
     def test_one_that_an_actors_other_place_was_handed_comes_back_again(self):
@@ -71,23 +71,23 @@ class TestGivenBack:
         for call in ("first place", "second place"):
             watch.leased(3)
             watch.lost(3, "teacher", "actor-a", "gone", call)
-            assert watch.given_back.popleft() == 3
+            assert watch.returned.popleft() == 3
         watch.lost(3, "teacher", "actor-a", "gone", "first place")
-        assert list(watch.given_back) == []
+        assert list(watch.returned) == []
 
     def test_who_hears_of_all_calls_at_once_has_it_come_back_once(self):
         watch = one_teacher(actors=3)
         for call in ("first place", "second place"):
             watch.leased(3)
             watch.lost(3, "teacher", "actor-a", "gone", call)
-        assert list(watch.given_back) == [3]
+        assert list(watch.returned) == [3]
 
     def test_what_is_finished_does_not_come_back(self):
         watch = one_teacher(actors=2)
         watch.leased(3)
         watch.finished(3)
         watch.lost(3, "teacher", "actor-a", "gone", "call with 3")
-        assert list(watch.given_back) == []
+        assert list(watch.returned) == []
 
 
 class TestAllLost:

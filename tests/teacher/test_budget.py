@@ -45,13 +45,13 @@ class TestReserve:
         books.reserve(1, "a", "small", usage(80))
         assert books.reserve(2, "b", "small", usage(50)) == "wait"
         assert not books.reached
-        books.settle(1, {"small": usage(50)})
+        books.commit(1, {"small": usage(50)})
         assert books.reserve(2, "b", "small", usage(50)) == "granted"
         assert books.spent == {"small": usage(50)}
 
     def test_it_does_not_wait_for_what_cannot_come(self):
         books = ledger(texts=10)
-        books.settle(0, {"small": usage(texts=4)})
+        books.commit(0, {"small": usage(texts=4)})
         books.reserve(1, "a", "small", usage(texts=3))
         assert books.reserve(2, "b", "small", usage(texts=7)) == "denied"
 
@@ -61,7 +61,7 @@ class TestReserve:
         books.reserve(2, "b", "small", usage(50))
         assert books.reserve(1, "a", "small", usage(10)) == "wait"
         assert books.reserve(2, "b", "small", usage(10)) == "denied"
-        books.settle(2, {"small": usage(50)})
+        books.commit(2, {"small": usage(50)})
         assert books.reserve(1, "a", "small", usage(10)) == "denied", "nobody is left to leave anything"
 
     def test_who_holds_nothing_keeps_nobody_waiting(self):
@@ -84,9 +84,9 @@ class TestReserve:
         for ticket, holds in ((1, 30), (2, 30), (3, 40)):
             books.reserve(ticket, "a", "small", usage(holds))
         assert [books.reserve(ticket, "a", "small", usage(15)) for ticket in (1, 2)] == ["wait"] * 2
-        books.settle(3, {"small": usage(30)})
+        books.commit(3, {"small": usage(30)})
         assert books.reserve(1, "a", "small", usage(15)) == "wait", "2 may find that it has enough"
-        books.settle(2, {"small": usage(20)})
+        books.commit(2, {"small": usage(20)})
         assert books.reserve(1, "a", "small", usage(15)) == "granted"
 
     def test_what_is_abandoned_is_spent_and_keeps_nobody_waiting(self):
@@ -103,14 +103,14 @@ class TestReserve:
         books = ledger(cost=0.3)  # 0.1 + 0.1 + 0.1 is above 0.3 in binary
         for ticket in range(3):
             assert books.reserve(ticket, "a", "small", usage(1_000_000)) == "granted"
-            books.settle(ticket, {"small": usage(1_000_000)})
+            books.commit(ticket, {"small": usage(1_000_000)})
         assert books.cost == pytest.approx(0.3)
         assert books.reserve(3, "a", "small", usage(1)) == "denied"
 
     def test_cost_is_reserved_as_if_nothing_were_cached(self):
         books = ledger(cost=3.0)
         assert books.reserve(1, "a", "large", usage(1_000_000)) == "granted"
-        books.settle(1, {"large": Usage(prompt_tokens=1_000_000, cached_tokens=900_000)})
+        books.commit(1, {"large": Usage(prompt_tokens=1_000_000, cached_tokens=900_000)})
         assert books.cost == pytest.approx(0.3 + 0.27)
         assert books.reserve(2, "a", "large", usage(800_000)) == "granted"
 
@@ -123,7 +123,7 @@ class TestReserve:
         assert books.open
         assert books.reserve(1, "a", "small", usage(10**12)) == "granted"
         assert books.spent == {}
-        books.settle(1, {"small": usage(7)})
+        books.commit(1, {"small": usage(7)})
         assert (books.spent, books.reached) == ({"small": usage(7)}, False)
 
 
@@ -131,8 +131,8 @@ class TestCallsThatComeTwice:
     def test_a_second_settlement_changes_nothing(self):
         books = ledger(tokens=100)
         books.reserve(1, "a", "small", usage(80))
-        books.settle(1, {"small": usage(30)})
-        books.settle(1, {"small": usage(40)})
+        books.commit(1, {"small": usage(30)})
+        books.commit(1, {"small": usage(40)})
         assert books.spent == {"small": usage(30)}
 
     def test_what_a_dead_attempt_held_is_spent_for_good(self):
@@ -140,7 +140,7 @@ class TestCallsThatComeTwice:
         books.reserve(1, "a", "small", usage(60))
         assert books.reserve(1, "b", "small", usage(30)) == "granted"
         assert books.spent == books.lost == {"small": usage(60)}
-        books.settle(1, {"small": usage(20)})
+        books.commit(1, {"small": usage(20)})
         assert books.spent == {"small": usage(80)}
         assert books.reserve(2, "c", "small", usage(21)) == "denied"
 
@@ -150,14 +150,14 @@ class TestCallsThatComeTwice:
         books.reserve(1, "b", "small", usage(20))
         assert books.reserve(1, "a", "small", usage(1)) == "denied"
         assert books.lost == {"small": usage(10)}
-        books.settle(1, {"small": usage(20)})
+        books.commit(1, {"small": usage(20)})
         assert books.reserve(1, "b", "small", usage(1)) == "denied", "the ticket is finished"
         assert not books.reached, "neither says anything about the cap"
 
     def test_a_ticket_that_another_attempt_finished(self):
         books = ledger(tokens=100)
         books.reserve(1, "a", "small", usage(60))
-        books.settle(1, {"small": Usage(reused_texts=8, reused_tokens=60)})  # it found all answers elsewhere
+        books.commit(1, {"small": Usage(reused_texts=8, reused_tokens=60)})  # it found all answers elsewhere
         assert books.lost == {"small": usage(60)}
 
     def test_what_a_killed_run_may_have_used_counts(self):
@@ -238,7 +238,7 @@ class Bookkeeping(RuleBasedStateMachine):
         self.settled.add(ticket)
         self.used_for_good = add_usages(self.used_for_good, used)
         for _ in range(1 + twice):
-            self.books.settle(ticket, used)
+            self.books.commit(ticket, used)
 
     @invariant()
     def no_cap_is_exceeded(self):
@@ -294,7 +294,7 @@ def test_nobody_waits_for_ever(cap, needs, in_flight, seed):
             done = needs[ticket][: len(needs[ticket]) - len(active.pop(ticket))]
             really = sum(chance.randint(0, part) for part in done)
             used += really
-            books.settle(ticket, {"small": usage(really)})
+            books.commit(ticket, {"small": usage(really)})
             waiting.clear()
     assert used <= sum(one.tokens for one in books.spent.values()) <= cap
 
@@ -436,7 +436,7 @@ def test_ledger_and_allowances_together(cap, texts, seed):
                 if await allowance.take(texts=1, prompt_tokens=need):
                     mine += need
             used += mine
-            books.settle(ticket, {"small": usage(mine)})
+            books.commit(ticket, {"small": usage(mine)})
             async with changed:
                 changed.notify_all()
 

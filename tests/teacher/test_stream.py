@@ -244,7 +244,7 @@ class TestSmallStage:
         assert usage.keys() == {"small"}
         assert usage["small"].tokens == cost_of([5, 2, 9])
         assert unasked == 0
-        assert cascade.selector.calls == [("settle", (3, "small", usage["small"].as_dict()))]
+        assert cascade.selector.calls == [("commit_usage", (3, "small", usage["small"].as_dict()))]
         assert quarantined(store, 3) == [], "the large one may answer it"
         assert store.names(LABELS_DIR) == store.names(SENT_DIR) == []
 
@@ -394,7 +394,7 @@ class TestTeacherDown:
         assert len(asyncio.run(script())) == 0
         ((*given_back, _),) = selector.told("give_back")
         assert given_back == [3, name, stage.actor, "the server is gone"]
-        assert selector.told("put_labels") == selector.told("settle") == []
+        assert selector.told("put_labels") == selector.told("commit_usage") == []
         assert store.names(LABELS_DIR) == store.names(SMALL_DIR) == []
         assert len(store.names(SENT_DIR)) == 1
         assert quarantined(store, 3) == []
