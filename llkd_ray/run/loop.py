@@ -128,7 +128,7 @@ def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
         **counts,
         **figures,
         "loss": trained.get("loss"),
-        "staleness": selected.get("staleness"),  # none in a run begun by an older version
+        "staleness": selected["staleness"],
         "seconds": seconds,
         "pace": run.pace.points(),
     }
