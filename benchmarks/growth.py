@@ -189,6 +189,8 @@ def report(rounds: int, names: Sequence[str], folder: Path) -> Work:
     config = yaml.safe_load(store.read_bytes(CONFIG))
     config["labels"]["names"] = list(names)  # most are never selected, but all stand in the report
     store.write_bytes(CONFIG, yaml.safe_dump(config).encode())
+    for k in range(rounds):
+        report_runs.write_selection(store, k, names, np.random.default_rng(k))
     return lambda: write_report(store)
 
 

@@ -20,7 +20,7 @@ from llkd_ray.config.schema import Config
 from llkd_ray.display import TEACHER_DOWN, Display, run_program
 from llkd_ray.export import export_model
 from llkd_ray.prediction.config import in_flags, predict_parser, settings_of
-from llkd_ray.report.pages import write_report
+from llkd_ray.report.pages import write_pages
 from llkd_ray.run.loop import Outcome, resume, start_run
 from llkd_ray.run.plan import plan
 from llkd_ray.storage.run_dir import MODEL_DIR, REPORT, RunStore, join_uri
@@ -82,7 +82,7 @@ def quickstart(config: Config, display: Display) -> list[Outcome]:
     display.say("once more with the policy 'random', on the labels that are there")
     baseline = resolve(Config, config, {"run.name": names[1], "selection.policy": "random"})
     second = start_run(baseline, display)
-    write_report(RunStore(first.run_dir))  # once more, with the baseline as its reference
+    write_pages(RunStore(first.run_dir), RunStore(second.run_dir))
     return [first, second]
 
 

@@ -69,6 +69,7 @@ def make_run(folder, *, rounds=5, gold=True, finished=True, labels=LABELS, teach
     store.write_json(EXAMPLES_INDEX, index)
     for number in range(rounds):
         write_round(store, number, labels, rng)
+        write_selection(store, number, labels, np.random.default_rng(number))
         progress = 1 - 0.5 ** (number + 1)
         line = {
             "round": number,
@@ -88,6 +89,7 @@ def make_run(folder, *, rounds=5, gold=True, finished=True, labels=LABELS, teach
                 "evaluate": 2.1,
                 "idle": 1.5 if number else 9.0,
             },
+            "pace": [[0.0, 1000 * number], [5.0, 1000 * number + 400], [14.0, 1000 * (number + 1)]],
         }
         store.append_metrics(line)
     if finished and rounds:
@@ -95,8 +97,8 @@ def make_run(folder, *, rounds=5, gold=True, finished=True, labels=LABELS, teach
             "accuracy": 0.742,
             "macro_f1": 0.664,
             "ece": 0.081,
-            "by_confidence": [0.93, 0.84, 0.76, 0.66, 0.52],
             "off_label": 0.013,
+            "quality": None,
         }
         student = {
             "accuracy": 0.7421 if gold else None,
@@ -136,10 +138,10 @@ def write_round(store, number, labels, rng, n=160):
 
 
 def add_teacher(store, *, calibrator=None, gold=True, cap=None, lost=()) -> dict:
-    """What later versions add to the summary on the teacher; gives it back as it is read."""
+    """Add the teacher's quality and usage to the summary; returns it as it is read."""
     summary, config = store.read_json(SUMMARY), yaml.safe_load(store.read_bytes(CONFIG))
     calibrator = calibrator or Calibrator()
-    config["teacher"].setdefault("confidence", {})["method"] = calibrator.method
+    config["teacher"]["confidence"]["method"] = calibrator.method
     config["teacher"]["price"] = {"currency": "EUR", "input": 0.3, "cached": None, "output": 0.6}
     store.write_bytes(CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
     if gold:
@@ -225,31 +227,32 @@ def render(store) -> Page:
         return Page(file.read())
 
 
-def enrich(store: RunStore, labels=LABELS, rounds=5, per_round=2_000, sure=0.9, seed=5) -> RunStore:
-    """Add to a made-up run what later versions write."""
-    rng = np.random.default_rng(seed)
+def write_selection(store, k, labels, rng, texts=40, sure=0.9):
+    """A round's candidate sample and the record of its selection; in round 0 nothing is scored."""
     n_classes = len(labels)
+    columns = [
+        k * texts + np.arange(texts),
+        rng.integers(0, n_classes, texts).astype(np.int16),
+        1 - (1 - sure) * rng.random(texts),
+        rng.random(texts) if k else np.full(texts, np.nan),
+        rng.random(texts).astype(np.float16),
+        np.arange(texts) % 2 == 0,
+    ]
+    arrays = [pa.array(x, field.type) for x, field in zip(columns, tables.CANDIDATE_SAMPLE, strict=True)]
+    store.write_table(
+        round_file(k, CANDIDATE_SAMPLE), pa.Table.from_arrays(arrays, schema=tables.CANDIDATE_SAMPLE)
+    )
+    levels = {"confidence": rng.random(n_classes).tolist(), "uncertainty": rng.random(n_classes).tolist()}
+    selected = {"labelled_of_class": [100 * (k + 1)] * n_classes, "prior": None}
+    selected["thresholds"] = levels if k else {"confidence": levels["confidence"]}
+    store.write_json(round_file(k, SELECTED), selected)
+
+
+def enrich(store: RunStore, labels=LABELS, rounds=5, per_round=2_000, sure=0.9, seed=5) -> RunStore:
+    """Larger candidate samples, and texts to read."""
+    rng = np.random.default_rng(seed)
     for k in range(rounds):
-        unsure_N = rng.random(per_round) if k else np.full(per_round, np.nan)
-        columns = [
-            k * per_round + np.arange(per_round),
-            rng.integers(0, n_classes, per_round).astype(np.int16),
-            1 - (1 - sure) * rng.random(per_round),
-            unsure_N,
-            rng.random(per_round).astype(np.float16),
-            np.arange(per_round) % 2 == 0,
-        ]
-        arrays = [pa.array(x, field.type) for x, field in zip(columns, tables.CANDIDATE_SAMPLE, strict=True)]
-        store.write_table(
-            round_file(k, CANDIDATE_SAMPLE), pa.Table.from_arrays(arrays, schema=tables.CANDIDATE_SAMPLE)
-        )
-        levels = {"confidence": rng.random(n_classes).tolist(), "uncertainty": rng.random(n_classes).tolist()}
-        facts = {"labelled_of_class": [100 * (k + 1)] * n_classes, "prior": None}
-        facts["thresholds"] = levels if k else {"confidence": levels["confidence"]}
-        store.write_json(round_file(k, SELECTED), facts)
-    for line in store.read_metrics():
-        start = 1000 * line["round"]
-        store.append_metrics(line | {"pace": [[0.0, start], [5.0, start + 400], [14.0, start + 1000]]})
+        write_selection(store, k, labels, rng, per_round, sure)
     looked_at = {"text": ATTACK, "gold": 1, "teacher": 0, "teacher_confidence": 0.97}
     insight = {
         "confusion": [[0, 0, 90], [0, 1, 30], [1, 1, 70], [1, 0, 10]],
@@ -258,7 +261,7 @@ def enrich(store: RunStore, labels=LABELS, rounds=5, per_round=2_000, sure=0.9, 
             {"texts": 100, "accuracy": 0.5, "confidence": 0.6},
             {"texts": 100, "accuracy": 0.9, "confidence": 0.95},
         ],
-        "pool_gold": [50] * n_classes,
+        "pool_gold": [50] * len(labels),
         "disagreements": [looked_at | {"student": 1, "student_confidence": 0.88}],
         "useful": [looked_at | {"uncertainty": 0.91}],
         "doubtful": [looked_at | {"uncertainty": None, "gold": None, "text": "Hm."}],

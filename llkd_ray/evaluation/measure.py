@@ -1,8 +1,7 @@
-"""What a round and a run have come to: figures from files, so that a resumed driver finds the same.
+"""The figures of a round and of a run, computed from files, so that a resumed driver finds the same.
 
-What is known against the truth (gold) and what is known against the teacher are kept apart.
-
-Kept in a file of its own, small however large the run, so that the report need not go through the texts.
+Comparisons with gold and comparisons with the teacher are kept apart. ``write_insight`` keeps what the report
+shows of texts in a small file, so that the report need not read all texts.
 
 Legend: N texts, C classes, B blocks of rows.
 """
@@ -20,7 +19,6 @@ from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
 from llkd_ray.metrics.calibration import Calibrator
 from llkd_ray.metrics.quality import (
-    accuracy_by_confidence,
     agreement,
     bootstrap_interval,
     classification,
@@ -33,7 +31,7 @@ from llkd_ray.storage.tables import Examples, matrix_of, read_calibrator, read_l
 
 
 class Measure:
-    """Reads a run's predictions, labels and gold, and holds them against each other."""
+    """Reads a run's predictions, labels and gold, and compares them."""
 
     def __init__(self, store: RunStore, schedule: Schedule, config: Config) -> None:
         self.store, self.schedule, self.config = store, schedule, config
@@ -65,20 +63,17 @@ class Measure:
         return figures
 
     def teacher(self, rng: np.random.Generator) -> dict[str, Any] | None:
-        """The teacher's own figures on the test set, and what its confidence is worth there; where it has not
-        labelled the test set, the latter on pool texts with gold; None where no gold is known at all.
+        """The teacher's figures and the quality of its confidence on the test set.
 
-        Of the hold-out nothing counts, for a temperature is fitted on it.
+        Where it has not labelled the test set: its quality on pool texts with gold; None without any gold.
+        The hold-out is left out, as a temperature is fitted on it.
         """
         labels = read_labels(self.store, self.schedule.test_tickets)
-        row_N, p_NC = self._teacher_opinion(labels)
+        row_N, p_NC = self._teacher_probabilities(labels)
         figures = self._against_gold(row_N, p_NC)
         if figures is None:
             quality = self._quality(read_labels(self.store, self.schedule.pool_tickets), rng)
             return quality and {"quality": {"on": "pool texts with gold", **quality}}
-        known, gold_N = self.gold(row_N)
-        correct_N = p_NC[known].argmax(axis=1) == gold_N[known]
-        figures["by_confidence"] = accuracy_by_confidence(confidence(p_NC[known]), correct_N)
         figures["off_label"] = float(np.mean(labels["off_label"].to_numpy()))
         quality = self._quality(labels, rng)
         assert quality is not None
@@ -89,7 +84,7 @@ class Measure:
         return str(self.store.read_json(round_file(round_number, TRAINED))["checkpoint"])
 
     def predictions(self, round_number: int) -> tuple[Ints, Floats]:
-        """int64[N], float[N, C]: rows of test set and hold-out, and the student's answers after a round."""
+        """int64[N], float[N, C]: rows of test set and hold-out, and the student's probabilities."""
         return read_predictions(self.store, round_number, self.n_classes)
 
     def gold(self, row_N: Ints) -> tuple[np.ndarray, Ints]:
@@ -101,7 +96,7 @@ class Measure:
 
     @cached_property
     def _gold_of_test(self) -> Ints:
-        """int64[n_test]: the same in every round."""
+        """int64[n_test]"""
         gold = self.examples.read(self.examples.test_rows, ["gold"])["gold"]
         return gold.to_numpy().astype(np.int64)
 
@@ -123,20 +118,20 @@ class Measure:
         return calibrator
 
     def _teacher_agreement(self, row_N: Ints, p_NC: Floats) -> float | None:
-        teacher_row, p_teacher = self._teacher_on_holdout
-        both, mine, theirs = np.intersect1d(row_N, teacher_row, return_indices=True)
-        return agreement(p_NC[mine], p_teacher[theirs]) if both.size else None
+        teacher_row_N, p_teacher_NC = self._teacher_on_holdout
+        both, mine, theirs = np.intersect1d(row_N, teacher_row_N, return_indices=True)
+        return agreement(p_NC[mine], p_teacher_NC[theirs]) if both.size else None
 
     @cached_property
     def _teacher_on_holdout(self) -> tuple[Ints, Floats]:
-        """Labelled before the first round is selected, and then for good."""
-        return self.teacher_opinion(self.schedule.holdout_tickets)
+        """The same in every round: it is labelled before the first one is selected."""
+        return self.teacher_probabilities(self.schedule.holdout_tickets)
 
-    def teacher_opinion(self, tickets: Iterable[int]) -> tuple[Ints, Floats]:
-        """int64[N], float[N, C]: the rows of some tickets, and the teacher's answers as they are used."""
-        return self._teacher_opinion(read_labels(self.store, tickets))
+    def teacher_probabilities(self, tickets: Iterable[int]) -> tuple[Ints, Floats]:
+        """int64[N], float[N, C]: the rows of some tickets, and the teacher's calibrated probabilities."""
+        return self._teacher_probabilities(read_labels(self.store, tickets))
 
-    def _teacher_opinion(self, labels: pa.Table) -> tuple[Ints, Floats]:
+    def _teacher_probabilities(self, labels: pa.Table) -> tuple[Ints, Floats]:
         return labels["row"].to_numpy(), self._calibrator().apply(matrix_of(labels["probs"], self.n_classes))
 
     def _pseudo_label_accuracy(self, round_number: int) -> float | None:
@@ -147,13 +142,13 @@ class Measure:
 
 
 SAMPLES = 8
-"""Texts of a kind that are kept."""
+"""Texts kept of each kind."""
 SAMPLE_CHARS = 500
-POOL_LOOK = 200_000
-"""Pool texts whose gold is counted at most."""
+MAX_POOL_GOLD = 200_000
+"""Most pool texts whose gold is counted."""
 BLOCK = 10_000
-PAIRS = 5_000
-"""Pairs of true and answered class that are kept at most, the most frequent."""
+MAX_PAIRS = 5_000
+"""Most pairs of true and predicted class that are kept, the most frequent first."""
 
 
 def write_insight(store: RunStore, measure: Measure, last: int) -> None:
@@ -165,7 +160,7 @@ def write_insight(store: RunStore, measure: Measure, last: int) -> None:
             **_against_gold(measure, row_N, p_NC),
             "pool_gold": _pool_gold(measure),
             "disagreements": _disagreements(measure, row_N, p_NC),
-            **_looked_at(store, measure, last),
+            **_candidates_to_read(store, measure, last),
         },
     )
 
@@ -176,19 +171,19 @@ def _against_gold(measure: Measure, row_N: Ints, p_NC: Floats) -> dict[str, Any]
     if not known_N.any():
         return {"confusion": None, "reliability": None}
     gold_N, p_NC = gold_N[known_N], p_NC[known_N]
-    answer_N = p_NC.argmax(axis=1)
-    pairs, times = np.unique(np.stack([gold_N, answer_N], axis=1), axis=0, return_counts=True)
-    kept = np.sort(np.argsort(-times, kind="stable")[:PAIRS])
+    predicted_N = p_NC.argmax(axis=1)
+    pairs, times = np.unique(np.stack([gold_N, predicted_N], axis=1), axis=0, return_counts=True)
+    kept = np.sort(np.argsort(-times, kind="stable")[:MAX_PAIRS])
     return {
         "confusion": [[*pair, n] for pair, n in zip(pairs[kept].tolist(), times[kept].tolist(), strict=True)],
-        "reliability": reliability(confidence(p_NC), answer_N == gold_N),
+        "reliability": reliability(confidence(p_NC), predicted_N == gold_N),
     }
 
 
 def _pool_gold(measure: Measure) -> list[int] | None:
-    """int[C]: pool texts of each true class, as far as that is known; of blocks all over a large pool."""
+    """int[C]: pool texts of each true class where gold is known; from spaced blocks of a large pool."""
     examples = measure.examples
-    n_blocks = -(-min(examples.n_pool, POOL_LOOK) // BLOCK)
+    n_blocks = -(-min(examples.n_pool, MAX_POOL_GOLD) // BLOCK)
     start_B = np.linspace(0, max(0, examples.n_pool - BLOCK), n_blocks).astype(np.int64)
     row_N = np.unique(np.concatenate([np.arange(start, start + BLOCK) for start in start_B]))
     gold_N = examples.read(row_N[row_N < examples.n_pool], ["gold"])["gold"].to_numpy()
@@ -197,15 +192,15 @@ def _pool_gold(measure: Measure) -> list[int] | None:
 
 
 def _disagreements(measure: Measure, row_N: Ints, p_NC: Floats) -> list[dict[str, Any]]:
-    """Of texts that nobody was trained on, those where student and teacher are surest of different labels."""
+    """Texts outside training where student and teacher are most confident of different labels."""
     tickets = [*measure.schedule.holdout_tickets, *measure.schedule.test_tickets]
-    teacher_row, p_teacher = measure.teacher_opinion(tickets)
+    teacher_row, p_teacher = measure.teacher_probabilities(tickets)
     both_N, mine, theirs = np.intersect1d(row_N, teacher_row, return_indices=True)
     p_student_NC, p_teacher_NC = p_NC[mine], p_teacher[theirs]
     student_N, teacher_N = p_student_NC.argmax(axis=1), p_teacher_NC.argmax(axis=1)
-    sure_N = np.minimum(confidence(p_student_NC), confidence(p_teacher_NC))
+    confidence_N = np.minimum(confidence(p_student_NC), confidence(p_teacher_NC))
     differ = np.flatnonzero(student_N != teacher_N)
-    chosen = differ[np.argsort(-sure_N[differ], kind="stable")[:SAMPLES]]
+    chosen = differ[np.argsort(-confidence_N[differ], kind="stable")[:SAMPLES]]
     return [
         text
         | {
@@ -218,13 +213,11 @@ def _disagreements(measure: Measure, row_N: Ints, p_NC: Floats) -> list[dict[str
     ]
 
 
-def _looked_at(store: RunStore, measure: Measure, last: int) -> dict[str, list[dict[str, Any]]]:
-    """Of what rounds chose from, at a glance: where both signals were high, and where both sides doubted."""
-    files = [file for k in range(last + 1) if store.exists(file := round_file(k, CANDIDATE_SAMPLE))]
-    glances = [store.read_table(file) for file in files]
-    if not glances:  # a run of an older version
-        return {"useful": [], "doubtful": []}
-    table = pa.concat_tables(glances)
+def _candidates_to_read(store: RunStore, measure: Measure, last: int) -> dict[str, list[dict[str, Any]]]:
+    """From the rounds' candidate samples: selected texts where both signals are high, and those where neither
+    the teacher nor the student is confident.
+    """
+    table = pa.concat_tables(store.read_table(round_file(k, CANDIDATE_SAMPLE)) for k in range(last + 1))
     confidence_N, uncertainty_N = (table[name].to_numpy() for name in ("confidence", "uncertainty"))
     is_useful_N = table["selected"].to_numpy() & ~np.isnan(uncertainty_N)
     doubt_N = (1.0 - confidence_N) * np.where(np.isnan(uncertainty_N), 1.0, uncertainty_N)

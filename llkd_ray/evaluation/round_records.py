@@ -1,8 +1,8 @@
-"""What the files of a run say of single rounds, classes and texts, thinned to what a page can bear.
+"""What the files of a run say of single rounds, classes and texts, reduced to what fits on a page.
 
-Runs of older versions lack some of these files; what they would tell is empty then.
+A run that has not finished lacks some of these files; the records are empty then.
 
-Legend: N texts of a candidate_sample, C classes.
+Legend: N texts of a candidate sample, C classes.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import yaml
 
 from llkd_ray.evaluation.run_record import RunRecord
 from llkd_ray.metrics.uncertainty import Floats, Ints
 from llkd_ray.storage.run_dir import (
     CANDIDATE_SAMPLE,
-    CONFIG,
     INSIGHT,
     QUARANTINE_DIR,
     SELECTED,
@@ -27,28 +25,28 @@ from llkd_ray.storage.run_dir import (
 )
 
 POINTS = 1_600
-"""Texts that the page draws, over all rounds."""
+"""Texts in the scatter plots, over all rounds."""
 PANELS = 6
-"""Rounds that are drawn: the first, the last, and some between."""
+"""Rounds with a scatter plot: the first, the last, and some between."""
 PER_REASON = 2
-"""Rows of each reason for quarantine that are shown."""
+"""Quarantined rows shown for each reason."""
 QUARANTINE_FILES = 20
-"""Files of quarantine that are looked into."""
+"""Quarantine files that are read."""
 
 
 class CandidateSample(NamedTuple):
-    """Some of what a round could choose from."""
+    """Some of the texts that a round could select."""
 
     round_number: int
     label_N: Ints
     confidence_N: Floats
     uncertainty_N: Floats
-    """nan where the student had not looked."""
+    """nan where the student had not scored the text."""
     selected_N: np.ndarray
 
 
 class Balance(NamedTuple):
-    """How a class stands, as shares of all; None where it is not known."""
+    """A class's shares; None where they are not known."""
 
     label: str
     pool: float | None
@@ -59,14 +57,14 @@ class Balance(NamedTuple):
 
 @dataclass(frozen=True)
 class RoundRecords:
-    """All that the page says of single rounds, classes and texts."""
+    """What the report shows of single rounds, classes and texts."""
 
-    glances: list[CandidateSample]
+    samples: list[CandidateSample]
     thresholds: list[tuple[int, dict[str, list[float]]]]
-    """Round, and by signal the threshold of each class."""
+    """Round, and the threshold of each class by signal."""
     balance: list[Balance]
     confusion_CC: Ints | None
-    """Test texts by true class (row) and the student's answer (column)."""
+    """Test texts by true class (row) and predicted class (column)."""
     reliability: list[dict[str, Any]]
     useful: list[dict[str, Any]]
     doubtful: list[dict[str, Any]]
@@ -74,7 +72,7 @@ class RoundRecords:
     quarantined: list[dict[str, Any]]
 
     def mistakes(self, at_most: int) -> list[tuple[int, int, int]]:
-        """True class, answer and count of the most frequent mistakes."""
+        """True class, predicted class and count of the most frequent mistakes."""
         if self.confusion_CC is None:
             return []
         wrong_CC = self.confusion_CC * (1 - np.eye(len(self.confusion_CC), dtype=np.int64))
@@ -83,35 +81,31 @@ class RoundRecords:
         return [(int(g), int(a), int(wrong_CC[g, a])) for g, a in pairs if wrong_CC[g, a]]
 
 
-def read_round_records(store: RunStore, run: RunRecord) -> RoundRecords:
-    """Read glances, selections, INSIGHT and quarantine of a run."""
-    done = [line["round"] for line in run.rounds]
-    selections = [(k, store.read_json(file)) for k in done if store.exists(file := round_file(k, SELECTED))]
+def read_round_records(store: RunStore, record: RunRecord) -> RoundRecords:
+    """Read candidate samples, selections, INSIGHT and quarantine of a run."""
+    done = [line["round"] for line in record.rounds]
+    selections = [(k, store.read_json(round_file(k, SELECTED))) for k in done]
     insight = store.read_json(INSIGHT) if store.exists(INSIGHT) else {}
     return RoundRecords(
-        glances=_candidate_samples(store, done),
-        thresholds=[(k, facts["thresholds"]) for k, facts in selections if facts.get("thresholds")],
-        balance=_balance(run, selections[-1][1] if selections else {}, insight),
-        confusion_CC=_confusion(insight.get("confusion"), len(run.labels)),
+        samples=_read_candidate_samples(store, done),
+        thresholds=[(k, one["thresholds"]) for k, one in selections if one["thresholds"]],
+        balance=_balance(record, selections[-1][1] if selections else {}, insight),
+        confusion_CC=_confusion(insight.get("confusion"), len(record.labels)),
         reliability=insight.get("reliability") or [],
         useful=insight.get("useful") or [],
         doubtful=insight.get("doubtful") or [],
         disagreements=insight.get("disagreements") or [],
-        quarantined=_quarantined(store),
+        quarantined=_read_quarantined(store),
     )
 
 
-def _candidate_samples(store: RunStore, rounds: list[int]) -> list[CandidateSample]:
-    there = [k for k in rounds if store.exists(round_file(k, CANDIDATE_SAMPLE))]
-    spread = np.unique(np.linspace(0, len(there) - 1, min(PANELS, len(there))).round().astype(int))
-    return [
-        _thinned(k, store.read_table(round_file(k, CANDIDATE_SAMPLE)))
-        for k in np.array(there, dtype=int)[spread]
-    ]
+def _read_candidate_samples(store: RunStore, rounds: list[int]) -> list[CandidateSample]:
+    spread = np.unique(np.linspace(0, len(rounds) - 1, min(PANELS, len(rounds))).round().astype(int))
+    return [_thin(rounds[i], store.read_table(round_file(rounds[i], CANDIDATE_SAMPLE))) for i in spread]
 
 
-def _thinned(round_number: int, table: pa.Table) -> CandidateSample:
-    """Half of a panel's points are for what was selected, which comes last and so on top."""
+def _thin(round_number: int, table: pa.Table) -> CandidateSample:
+    """Half of a plot's points are selected texts; these come last, so that they are drawn on top."""
     selected_N = table["selected"].to_numpy()
     kept = []
     for part in (np.flatnonzero(~selected_N), np.flatnonzero(selected_N)):
@@ -119,32 +113,32 @@ def _thinned(round_number: int, table: pa.Table) -> CandidateSample:
         kept.append(part[np.linspace(0, part.size - 1, n).round().astype(int)])
     slim = table.take(pa.array(np.concatenate(kept)))
     columns = (slim[name].to_numpy() for name in ("label", "confidence", "uncertainty", "selected"))
-    return CandidateSample(int(round_number), *columns)
+    return CandidateSample(round_number, *columns)
 
 
-def _balance(run: RunRecord, selection: dict[str, Any], insight: dict[str, Any]) -> list[Balance]:
+def _balance(record: RunRecord, selection: dict[str, Any], insight: dict[str, Any]) -> list[Balance]:
     counts = (
         insight.get("pool_gold"),
         selection.get("labelled_of_class"),
-        [one.texts for one in run.selected],
+        [one.texts for one in record.selected],
     )
     shares = [
-        [None] * len(run.labels) if not count or not sum(count) else [n / sum(count) for n in count]
+        [None] * len(record.labels) if not count or not sum(count) else [n / sum(count) for n in count]
         for count in counts
     ]
-    return [Balance(*one) for one in zip(run.labels, *shares, strict=True)]
+    return [Balance(*one) for one in zip(record.labels, *shares, strict=True)]
 
 
 def _confusion(pairs: list[list[int]] | None, n_classes: int) -> Ints | None:
     if not pairs:
         return None
     found_CC = np.zeros((n_classes, n_classes), dtype=np.int64)
-    gold, answer, times = np.array(pairs).T
-    found_CC[gold, answer] = times
+    gold, predicted, times = np.array(pairs).T
+    found_CC[gold, predicted] = times
     return found_CC
 
 
-def _quarantined(store: RunStore) -> list[dict[str, Any]]:
+def _read_quarantined(store: RunStore) -> list[dict[str, Any]]:
     """Some rows of each reason, from the first files."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name in store.names(QUARANTINE_DIR, ".parquet")[:QUARANTINE_FILES]:
@@ -157,53 +151,14 @@ def _quarantined(store: RunStore) -> list[dict[str, Any]]:
     return [row for _, rows in sorted(found.items()) for row in rows]
 
 
-BASELINE = "random"
-SAME = ("corpus", "test", "labels", "teacher", "student", "budget", "evaluation")
-"""Sections in which the two must agree."""
-LOOK_AT = 200
-"""Runs beside this one that are looked at, the last by name."""
-
-
-class Reference(NamedTuple):
-    """The other run."""
+class Baseline(NamedTuple):
+    """Another run, to compare this one with."""
 
     name: str
     rounds: list[dict[str, Any]]
     """Its metrics."""
 
 
-def find_reference(store: RunStore, config: dict[str, Any]) -> Reference | None:
-    """The run by random selection in the folder of this one, with all else alike; one of the same seed first.
-
-    None where there is none, where this run is one itself, and where the folder may not be listed.
-    """
-    if config["selection"]["policy"] == BASELINE:
-        return None
-    folder, _, own = store.uri().partition("?")[0].rpartition("/")
-    options = store.uri()[len(folder) + 1 + len(own) :]
-    try:
-        names = RunStore(folder + options).folders("")[-LOOK_AT:]
-    except OSError:  # a key may open its own folder only; the report is whole without the line
-        return None
-    found = []
-    for name in names:
-        other = RunStore(f"{folder}/{name}{options}")
-        if name == own or not other.exists(CONFIG):
-            continue
-        content = other.read_bytes(CONFIG)
-        if f"policy: {BASELINE}".encode() not in content:  # reading YAML takes its time
-            continue
-        settings = yaml.safe_load(content)
-        if _is_alike(settings, config) and (rounds := other.read_metrics()):
-            is_same_seed = settings["run"]["seed"] == config["run"]["seed"]
-            found.append((is_same_seed, name, rounds))
-    if not found:
-        return None
-    _, name, rounds = max(found, key=lambda one: one[:2])
-    return Reference(name, rounds)
-
-
-def _is_alike(other: dict[str, Any], config: dict[str, Any]) -> bool:
-    return other["selection"]["policy"] == BASELINE and all(
-        other.get(section) == config.get(section) for section in SAME
-    )
+def read_baseline(store: RunStore) -> Baseline:
+    """Read the metrics of the run in a directory."""
+    return Baseline(store.root.rpartition("/")[2], store.read_metrics())

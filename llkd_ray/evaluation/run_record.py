@@ -1,6 +1,6 @@
-"""What the files of a run directory say about the run, read once, for report, card and comparison.
+"""What the files of a run directory say about the run, for report and model card.
 
-Nothing here draws or writes. Whatever a run has not produced yet, or cannot know, is None or empty.
+What a run has not produced yet, or cannot know, is None or empty.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llkd_ray.storage.run_dir import (
 
 PHASES = ("teach", "select", "train", "refresh", "evaluate", "idle")
 SAMPLES_PER_CLASS = 3
-TEACHER_KEYS = ("accuracy", "macro_f1", "ece", "by_confidence", "off_label", "quality")
+TEACHER_KEYS = ("accuracy", "macro_f1", "ece", "off_label", "quality")
 STUDENT_KEYS = (
     "accuracy",
     "macro_f1",
@@ -62,7 +62,7 @@ class Selected(NamedTuple):
 
 
 class PartRows(NamedTuple):
-    """What became of the rows of the pool or of the test set."""
+    """Row counts of the pool or of the test set."""
 
     read: int
     kept: int
@@ -71,7 +71,7 @@ class PartRows(NamedTuple):
 
 
 class Spent(NamedTuple):
-    """What a run has used of its teachers. Empty where it is not known."""
+    """What a run has used of its teachers; empty where it is not known."""
 
     usage: dict[str, dict[str, Any]]
     """By teacher (``answers.Usage``), with its cost."""
@@ -87,7 +87,7 @@ class Spent(NamedTuple):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that report and card say, read once. Shares are in [0, 1]; None stands for unknown."""
+    """All that report and card say. Shares are in [0, 1]; None stands for unknown."""
 
     name: str
     config_text: str
@@ -100,16 +100,16 @@ class RunRecord:
     totals: dict[str, Any]
     selected: list[Selected]
     prior: dict[str, float]
-    """What shares of the classes the student reckons with; empty where it is what it was shown."""
+    """The class shares that the student is trained for; empty where they are those of its training texts."""
     rows: dict[str, PartRows]
     """Of "pool" and "test"; empty while the corpus has not been read."""
     unanswered: dict[str, int]
-    """Rows kept that the teacher gave no answer to, by reason."""
+    """Rows kept that the teacher did not answer, by reason."""
     spent: Spent
     calibration: dict[str, Any] = field(default_factory=dict)
-    """The student's temperature (``student_calibration``); empty in runs of older versions."""
+    """The student's temperature (``student_calibration``); empty before the end of the run."""
     audit: dict[str, Any] = field(default_factory=dict)
-    """What people who were asked about labels have found (``audit.estimate``); empty where nobody was."""
+    """The results of an audit by people (``audit.estimate``); empty without one."""
 
     @property
     def labels(self) -> list[str]:
@@ -134,12 +134,12 @@ class RunRecord:
     @property
     def prompts(self) -> list[str]:
         """Hashes of the teachers' prompts, as far as they have one."""
-        facts = self.manifest.get("teacher") or {}
-        return [one["prompt_hash"] for one in (facts, *facts.values()) if "prompt_hash" in _mapping(one)]
+        teacher = self.manifest.get("teacher") or {}
+        return [one["prompt_hash"] for one in (teacher, *teacher.values()) if "prompt_hash" in _mapping(one)]
 
     @property
     def sources(self) -> list[str]:
-        """Where the pool came from; of local files name and folder, for a card is read elsewhere."""
+        """Where the pool came from; of local files name and folder only, for readers elsewhere."""
         return _uris(self.config["corpus"])
 
     @property
@@ -149,10 +149,8 @@ class RunRecord:
 
     @property
     def methods(self) -> dict[str, str]:
-        """How each teacher's confidence is had; runs of older versions knew one way only."""
-        return {
-            name: member.get("confidence", {}).get("method", "raw") for name, member in self.teachers.items()
-        }
+        """The confidence method of each teacher."""
+        return {name: member["confidence"]["method"] for name, member in self.teachers.items()}
 
 
 def read_run_record(store: RunStore) -> RunRecord:
@@ -225,7 +223,7 @@ def _pick(keys: Sequence[str], *sources: dict[str, Any] | None) -> dict[str, Any
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON as Python writes it may hold NaN; here it means the same as null."""
+    """Python's JSON may hold NaN; here it means the same as null."""
     if isinstance(value, dict):
         return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -234,8 +232,8 @@ def _without_nan(value: Any) -> Any:
 
 
 def phase_seconds(line: dict[str, Any]) -> dict[str, float]:
-    """Seconds of each phase in one line of the metrics; a phase that was not timed counts nothing."""
-    spent = line.get("seconds") or {}
+    """Seconds of each phase in one line of the metrics; zero where a phase did not run."""
+    spent = line["seconds"]
     return {phase: spent.get(phase) or 0.0 for phase in PHASES}
 
 
@@ -269,19 +267,19 @@ def _round_files(store: RunStore, name: str) -> list[str]:
 def _read_prior(store: RunStore, labels: Sequence[str]) -> dict[str, float]:
     """Of the last round that is selected."""
     files = _round_files(store, SELECTED)
-    prior = store.read_json(files[-1]).get("prior") if files else None
+    prior = store.read_json(files[-1])["prior"] if files else None
     return dict(zip(labels, prior, strict=True)) if prior else {}
 
 
 def _read_selected(store: RunStore, labels: Sequence[str]) -> list[Selected]:
-    """Counts of each class, and the heaviest, the middle and the lightest of its texts."""
+    """Counts of each class, and its texts of largest, median and smallest weight."""
     files = _round_files(store, BATCH)
     slim = pa.schema([tables.ROUND.field(name) for name in ("row", "label", "weight")])
     batches = [store.read_table(file, columns=slim.names) for file in files]
     table = pa.concat_tables(batches) if batches else slim.empty_table()
     file_N = np.repeat(np.arange(len(batches)), [batch.num_rows for batch in batches])
     row_N, label_N, weight_N = (table[name].to_numpy() for name in slim.names)
-    # A text that came again in a later round counts once.
+    # A text that is selected again in a later round counts once.
     first_N = np.unique(row_N, return_index=True)[1]
     file_N, row_N, label_N, weight_N = (x[first_N] for x in (file_N, row_N, label_N, weight_N))
 

@@ -1,15 +1,15 @@
-"""A student's temperature: what its confidence is divided by, so that it says how often the student is right.
+"""A student's temperature, which makes its confidence match its accuracy.
 
-It is fitted to texts that the student was not trained on, by the best gold there is:
+It is fitted to texts that the student was not trained on, by the best gold available:
 
 1. texts of the pool whose gold is known, where they are 100 at least: the hold-out's, by the corpus or by
    people, and those of an audit's random sample; measured on the test set where that has gold;
-2. the test set's gold; measured in folds, for no text may judge a temperature that was fitted on it;
-3. fewer texts of the pool, in folds too;
-4. what the teacher says of the hold-out: then confidence says how often the student agrees with the teacher.
+2. the test set's gold; measured in folds, so that no text is judged by a temperature fitted on it;
+3. fewer texts of the pool, also in folds;
+4. the teacher's labels of the hold-out: confidence is then the chance of agreement with the teacher.
 
-Stored in config.json of model/ under ``llkd_calibration``, where jobs/predict.py finds it. Labels stay
-as they are. Shapes in names: N texts, C labels.
+Stored in config.json of model/ under ``llkd_calibration``, which jobs/predict.py reads. Predicted labels do
+not change. Shapes in names: N texts, C labels.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from llkd_ray.storage.tables import (
 
 CONFIG_FILE = f"{MODEL_DIR}/config.json"
 ENOUGH = 100
-"""Texts of the pool from which on the test set's gold is not fitted on, and left to judge."""
+"""With so many pool texts, the test set's gold is used for measuring only."""
 _FOLDS_SEED = 0
 
 
 @dataclass(frozen=True)
-class Known:
-    """Texts whose label is known, with what the student says of them."""
+class LabelledTexts:
+    """Texts with labels, and the student's probabilities."""
 
     words: str
-    """Whose labels, on which texts; for people."""
+    """Whose labels, and of which texts; shown to people."""
     p_NC: Floats
     gold_N: Ints
 
@@ -64,7 +64,7 @@ def fit_student(
 ) -> dict[str, Any]:
     """The temperature of the student after round ``last``, and what it does to the calibration error.
 
-    ``audited`` are rows beside the hold-out, with the student's probabilities, that people may have labelled.
+    ``audited``: more pool rows that people may have labelled, with the student's probabilities.
     ``temperature`` is None where there is none, and ``reason`` says why.
     """
     pool, test, agreement = _sources(store, config, last, audited)
@@ -83,7 +83,7 @@ def fit_student(
     }
 
 
-def _fitted(fitted_on: Known, measured_on: Known) -> dict[str, Any]:
+def _fitted(fitted_on: LabelledTexts, measured_on: LabelledTexts) -> dict[str, Any]:
     is_right_N = fitted_on.p_NC.argmax(axis=1) == fitted_on.gold_N
     if is_right_N.all() or not is_right_N.any():
         all_alike = "right" if is_right_N.all() else "wrong"
@@ -111,7 +111,7 @@ def _fitted(fitted_on: Known, measured_on: Known) -> dict[str, Any]:
 
 
 def write_calibration(store: RunStore, found: dict[str, Any]) -> None:
-    """Put what was found into the config of the run's model."""
+    """Write it into the config of the run's model."""
     tree = json.loads(store.read_bytes(CONFIG_FILE))
     store.write_bytes(CONFIG_FILE, (json.dumps(tree | {CALIBRATION_KEY: found}, indent=2) + "\n").encode())
 
@@ -131,7 +131,7 @@ def describe(found: dict[str, Any]) -> str:
 def audited_sample(store: RunStore) -> Ints:
     """int64[M]: rows of an audit's random sample that people have answered and no round has trained on.
 
-    What else people were asked about was chosen for being doubtful, and would make the student look worse.
+    The other audited texts were chosen because they are doubtful, which would bias the figures.
     """
     if not store.exists(ASKED):
         return np.empty(0, dtype=np.int64)
@@ -143,14 +143,14 @@ def audited_sample(store: RunStore) -> Ints:
 
 def _sources(
     store: RunStore, config: Config, last: int, audited: tuple[Ints, Floats] | None
-) -> tuple[Known, Known, Known]:
+) -> tuple[LabelledTexts, LabelledTexts, LabelledTexts]:
     """Gold of the pool, gold of the test set, and the teacher's labels of the hold-out."""
     n_classes, examples = len(config.labels.names), Examples.open(store)
     row_N, p_NC = read_predictions(store, last, n_classes)
     in_pool_N = row_N < examples.n_pool
     gold_N = examples.read(row_N, ["gold"])["gold"].to_numpy().astype(np.int64)
     test_N = ~in_pool_N & (gold_N >= 0)
-    test = Known("gold of the test set", p_NC[test_N], gold_N[test_N])
+    test = LabelledTexts("gold of the test set", p_NC[test_N], gold_N[test_N])
 
     pool_row_N, pool_p_NC = row_N[in_pool_N], p_NC[in_pool_N]
     if audited is not None:
@@ -169,16 +169,18 @@ def _sources(
     words = "gold of pool texts that it was not trained on"
     if by_people:
         words += f", {by_people} of them labelled by people"
-    pool = Known(words, pool_p_NC[known_N], pool_gold_N[known_N])
+    pool = LabelledTexts(words, pool_p_NC[known_N], pool_gold_N[known_N])
     return pool, test, _agreement(store, config, examples, row_N[in_pool_N], p_NC[in_pool_N])
 
 
-def _agreement(store: RunStore, config: Config, examples: Examples, row_N: Ints, p_NC: Floats) -> Known:
+def _agreement(
+    store: RunStore, config: Config, examples: Examples, row_N: Ints, p_NC: Floats
+) -> LabelledTexts:
     words = "the teacher's labels of the hold-out, for there is no gold: it is agreement, not accuracy"
     schedule = Schedule.plan(config, examples.n_pool, examples.n_test)
     labels, calibrator = read_labels(store, schedule.holdout_tickets), read_calibrator(store, config)
     if calibrator is None:
-        return Known(words, np.empty((0, p_NC.shape[1])), np.empty(0, dtype=np.int64))
+        return LabelledTexts(words, np.empty((0, p_NC.shape[1])), np.empty(0, dtype=np.int64))
     _, mine, theirs = np.intersect1d(row_N, labels["row"].to_numpy(), return_indices=True)
     said_NC = calibrator.apply(matrix_of(labels["probs"], p_NC.shape[1]))
-    return Known(words, p_NC[mine], said_NC[theirs].argmax(axis=1))
+    return LabelledTexts(words, p_NC[mine], said_NC[theirs].argmax(axis=1))

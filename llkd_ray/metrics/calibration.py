@@ -1,11 +1,9 @@
 """Making probabilities comparable: batch calibration without gold, a temperature with gold.
 
-Shapes in names: N texts, C classes.
-
-It is fitted on what the teacher reads before the first round, hold-out and first tickets, which are random
-draws from the pool, and is never fitted again. Later texts are chosen by the student: their mean is no
-estimate of the pool's, and their gold, where it is known, is that of unusual texts. And a label must not
-change once a student has been trained on it, or a resumed run would go on from others than it stopped at.
+A calibrator is fitted once, on what the teacher reads before the first round: hold-out and first tickets,
+which are random draws from the pool. Later texts are chosen by the student, so neither their mean nor their
+gold represents the pool. And a label must not change once a student has been trained on it, or a resumed run
+would go on from other labels than it stopped at.
 
 Shapes in names: N texts, C classes. ``mass_NC`` is probability mass as the teacher gave it, not normalised;
 a row of zeros says nothing and stays uniform whatever the method.
@@ -13,7 +11,7 @@ a row of zeros says nothing and stays uniform whatever the method.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,12 +20,12 @@ import numpy as np
 from llkd_ray.config.teacher import ConfidenceConfig
 from llkd_ray.metrics.uncertainty import Floats, Ints, normalise
 
-NAMED = 1e-6
-"""What a label's probability is taken for at least, under a temperature.
+MIN_PROBABILITY = 1e-6
+"""Lower bound of a label's probability under a temperature.
 
-Servers that name their 20 likeliest tokens say nothing of the others, which are recorded as 0 and stand just
-below the smallest named, about 1e-6. Taken for 1e-12, the few texts whose gold is not named alone decide the
-temperature, and make it far too high.
+Servers return their 20 likeliest tokens only. The others are recorded as 0, although they are just below the
+smallest returned one, about 1e-6. With 1e-12 as the bound, the few texts whose gold was not returned decide
+the temperature, and make it far too high.
 """
 
 
@@ -66,18 +64,18 @@ def fit_temperature(p_NC: Floats, gold_N: Ints) -> float:
 
 
 def cross_fitted(p_NC: Floats, gold_N: Ints, rng: np.random.Generator, folds: int = 5) -> Floats:
-    """float[N, C]: each text at the temperature that the other folds ask for, so that none judges itself."""
+    """float[N, C]: each text at the temperature fitted on the other folds."""
     fold_N = rng.permutation(gold_N.size) % folds
-    warm_NC = np.empty_like(p_NC)
+    scaled_NC = np.empty_like(p_NC)
     for fold in np.unique(fold_N):
         is_in = fold_N == fold
-        warm_NC[is_in] = at_temperature(p_NC[is_in], fit_temperature(p_NC[~is_in], gold_N[~is_in]))
-    return warm_NC
+        scaled_NC[is_in] = at_temperature(p_NC[is_in], fit_temperature(p_NC[~is_in], gold_N[~is_in]))
+    return scaled_NC
 
 
 def at_temperature(p_NC: Floats, temperature: float) -> Floats:
     """float[N, C]: the probabilities with their logarithms divided by a temperature."""
-    log_NC = np.log(np.maximum(p_NC, NAMED)) / temperature
+    log_NC = np.log(np.maximum(p_NC, MIN_PROBABILITY)) / temperature
     return normalise(np.exp(log_NC - log_NC.max(axis=1, keepdims=True)))
 
 
@@ -87,24 +85,17 @@ MIN_GOLD = 20
 
 @dataclass(frozen=True)
 class MeanAnswer:
-    """The mean of a teacher's distributions, gathered block by block; adds up in any order."""
+    """The mean of a teacher's distributions."""
 
     sum_C: Floats
     texts: int
 
     @classmethod
     def of(cls, mass_NC: Floats) -> MeanAnswer:
-        """Of some answers; those without any mass do not count."""
+        """Rows without any mass do not count."""
         mass_NC = np.asarray(mass_NC, dtype=np.float64)
         said_N = mass_NC.sum(axis=1) > 0
         return cls(normalise(mass_NC[said_N]).sum(axis=0), int(np.count_nonzero(said_N)))
-
-    @classmethod
-    def of_blocks(cls, blocks: Iterable[Floats], n_classes: int) -> MeanAnswer:
-        return sum((cls.of(block) for block in blocks), cls(np.zeros(n_classes), 0))
-
-    def __add__(self, other: MeanAnswer) -> MeanAnswer:
-        return MeanAnswer(self.sum_C + other.sum_C, self.texts + other.texts)
 
     def mean(self) -> Floats:
         """float[C], sums to one: the mean with one more text that is wholly undecided.

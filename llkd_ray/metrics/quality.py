@@ -1,17 +1,13 @@
-"""How good are the answers: against the truth, against the teacher, and how sure is the figure itself.
+"""The quality of a classifier's answers, with intervals.
 
-Two questions are kept apart: accuracy and macro-F1 compare with true labels (gold), agreement compares
-with the teacher, which may be wrong. All here is pure; chance comes in as an argument.
-
-Legend: N texts, C classes, R resamples, K distinct pairs of true and predicted class.
-``gold_N`` and ``predicted_N`` are int[N] in [0, C), ``p_NC`` is float[N, C], a distribution a row.
+Accuracy and macro-F1 compare with true labels (gold), agreement with the teacher, which may be wrong.
 
 All figures are plain numbers for a JSON file; None stands for what cannot be known, such as the precision of
-a label that is never answered. Calibration is asked of the answer given, the likeliest label ("confidence
-calibration", Guo et al. 2017, arXiv 1706.04599); log loss and Brier score judge the whole distribution.
+a label that is never predicted. Calibration is that of the likeliest label ("confidence calibration", Guo et
+al. 2017, arXiv 1706.04599); log loss and Brier score judge the whole distribution.
 
-Legend: N texts, C classes, M bins of confidence, R resamples, B resamples of one block. ``gold_N`` is int[N]
-in [0, C), ``p_NC`` float[N, C].
+Legend: N texts, C classes, M bins of confidence, R resamples, B resamples of one block, K distinct pairs of
+true and predicted class. ``gold_N`` and ``predicted_N`` are int[N] in [0, C), ``p_NC`` is float[N, C].
 """
 
 from __future__ import annotations
@@ -26,11 +22,15 @@ from llkd_ray.metrics.calibration import Calibrator
 from llkd_ray.metrics.uncertainty import Floats, Ints, confidence, normalise
 
 Metric = Literal["accuracy", "macro_f1"]
+BINS = 15
+DECILES = 10
+BLOCK = 4_000_000
+"""Draws held in memory at a time by the bootstrap."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A classifier against the truth; all three are in [0, 1]."""
+    """A classifier compared with gold; all three are in [0, 1]."""
 
     accuracy: float
     macro_f1: float
@@ -54,7 +54,7 @@ def classification(gold_N: np.ndarray, p_NC: np.ndarray, labels: int) -> Scores:
             f"gold_N holds {gold_N.min()}..{gold_N.max()}, outside 0..{labels - 1}: "
             "leave out the texts whose true label is unknown"
         )
-    from sklearn.metrics import accuracy_score, f1_score  # a second to import, and not what a run begins with
+    from sklearn.metrics import accuracy_score, f1_score  # takes a second to import
 
     predicted_N = p_NC.argmax(axis=1)
     return Scores(
@@ -95,7 +95,7 @@ def bootstrap_interval(
     resamples: int = 1000,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a metric over texts drawn anew, with replacement.
+    """Percentile bootstrap interval of a metric over texts drawn with replacement.
 
     Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. Both metrics depend only on
     how often each pair of true and predicted class occurs, so a resample is one multinomial draw of the
@@ -160,26 +160,14 @@ def has_plateaued(value_K: Sequence[float], patience: int, min_gain: float) -> b
     return bool(before) and max(last) < max(before) + min_gain
 
 
-def accuracy_by_confidence(confidence_N: np.ndarray, correct_N: np.ndarray, parts: int = 5) -> list[float]:
-    """Accuracy of each of ``parts`` equal parts of the texts, the most confident part first.
-
-    Parts differ in size by one text at most; with fewer texts than parts, each text is a part.
-    """
-    confidence_N, correct_N = np.asarray(confidence_N), np.asarray(correct_N, dtype=float)
-    _check_pair(confidence_N, correct_N, "confidence_N", "correct_N")
-    if parts < 1:
-        raise ValueError(f"parts is {parts}: at least 1 is needed")
-    return [float(correct_N[part].mean()) for part in surest_first(confidence_N, parts)]
-
-
-def surest_first(confidence_N: np.ndarray, parts: int) -> list[np.ndarray]:
+def by_falling_confidence(confidence_N: np.ndarray, parts: int) -> list[np.ndarray]:
     """int[N / parts] each: the texts by falling confidence, in parts that differ by one text at most."""
-    order_N = np.argsort(-np.asarray(confidence_N), kind="stable")
+    order_N = np.argsort(-confidence_N, kind="stable")
     return np.array_split(order_N, min(parts, order_N.size))
 
 
 def _check_pair(one_N: np.ndarray, other_N: np.ndarray, one: str, other: str) -> None:
-    """Both arrays speak of the same texts, of at least one, in finite numbers."""
+    """Both arrays have the same texts, at least one, and finite values."""
     if one_N.shape[:1] != other_N.shape[:1]:
         raise ValueError(f"{one} has {one_N.shape[:1]} texts and {other} {other_N.shape[:1]}: not the same")
     if not len(one_N):
@@ -187,12 +175,6 @@ def _check_pair(one_N: np.ndarray, other_N: np.ndarray, one: str, other: str) ->
     for values, name in ((one_N, one), (other_N, other)):
         if not np.isfinite(values).all():
             raise ValueError(f"{name} holds a value that is not finite: has the model diverged?")
-
-
-BINS = 15
-DECILES = 10
-BLOCK = 4_000_000
-"""Draws held in memory at a time by the bootstrap."""
 
 
 def quality_of(
@@ -224,10 +206,10 @@ def teacher_quality(
     - ``accuracy``, ``macro_f1``, ``ece``: as in :mod:`llkd_ray.metrics.quality`; ``ece_interval``: 95 %.
     - ``nll``: mean of minus the logarithm of gold's probability, which counts as 1e-12 at least.
     - ``brier``: mean over texts of the summed squared differences to gold, 0 to 2 (Brier 1950, eq. 2).
-    - ``auroc``: the chance that of a right and a wrong answer the right one is the surer (Hendrycks & Gimpel
-      2017, arXiv 1610.02136); None where all are right or all wrong.
-    - ``by_decile``: tenths of the texts, the surest first; ``reliability``: 15 equal bins of confidence
-      (DeGroot & Fienberg 1983); ``per_class``: each label's figures, in the order of the labels.
+    - ``auroc``: the probability that a right answer has a higher confidence than a wrong one (Hendrycks &
+      Gimpel 2017, arXiv 1610.02136); None where all are right or all wrong.
+    - ``by_decile``: tenths of the texts, the most confident first; ``reliability``: 15 equal bins of
+      confidence (DeGroot & Fienberg 1983); ``per_class``: each label's figures, in the order of the labels.
 
     Raises ValueError on empty input, on shapes that do not fit, and on gold outside [0, C).
     """
@@ -236,7 +218,7 @@ def teacher_quality(
         raise ValueError(f"p_NC has shape {p_NC.shape}: expected one row a text")
     if (p_NC < 0).any():
         raise ValueError(f"p_NC holds {p_NC.min()}: a probability is not negative")
-    from sklearn.metrics import roc_auc_score  # see evaluate.classification
+    from sklearn.metrics import roc_auc_score  # see classification
 
     scores = classification(gold_N, p_NC, p_NC.shape[1])
     p_NC = normalise(p_NC)
@@ -253,7 +235,9 @@ def teacher_quality(
         "nll": float(-np.log(np.maximum(p_gold_N, 1e-12)).mean()),
         "brier": float(np.square(p_NC - np.eye(p_NC.shape[1])[gold_N]).sum(axis=1).mean()),
         "auroc": None if one_sided else float(roc_auc_score(correct_N, confidence_N)),
-        "by_decile": [_part(confidence_N[i], correct_N[i]) for i in surest_first(confidence_N, DECILES)],
+        "by_decile": [
+            _part(confidence_N[i], correct_N[i]) for i in by_falling_confidence(confidence_N, DECILES)
+        ],
         "reliability": reliability(confidence_N, correct_N),
         "per_class": _per_class(gold_N, predicted_N, confidence_N, p_NC.shape[1]),
     }
@@ -266,7 +250,7 @@ def ece_interval(
     resamples: int = 1000,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Bootstrap interval of the expected calibration error, over texts drawn anew with replacement.
+    """Bootstrap interval of the expected calibration error, over texts drawn with replacement.
 
     The basic interval (Davison & Hinkley 1997, eq. 5.6): twice the estimate less the resamples' quantiles,
     never below 0. The estimate is too high by what chance does to the bins, and resamples are too high by it

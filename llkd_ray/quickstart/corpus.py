@@ -198,15 +198,11 @@ def _prose_lines(docstring: str) -> Iterator[tuple[int, str]]:
         yield indent, text
 
 
-def mask_names(text: str, module: str) -> str:
-    """Replace the parts of the module's dotted path and well-known package names by ``it``.
+def names_to_mask(module: str) -> re.Pattern[str]:
+    """Matches the parts of the module's dotted path and well-known package names.
 
     Whole words only, in any case, singular or plural.
     """
-    return _names_to_mask(module).sub(MASK, text)
-
-
-def _names_to_mask(module: str) -> re.Pattern[str]:
     parts = {part.strip("_") for part in module.split(".")}
     names = sorted(
         {*(part for part in parts if len(part) > 1), *_BRANDS}, key=lambda name: (-len(name), name)
@@ -377,7 +373,7 @@ def read_area(
         source = Path(file).read_bytes() if room > 0 else b""
         if b'"""' not in source and b"'''" not in source:
             continue
-        names = _names_to_mask(module)
+        names = names_to_mask(module)
         try:
             texts = [names.sub(MASK, text) for doc in docstrings(source) for text in sentences(doc)]
         except (SyntaxError, ValueError):  # a template, or written for another version of Python

@@ -1,6 +1,6 @@
-"""What all figures of a page have in common: axes, colours that everyone can tell apart, the <svg> itself.
+"""What all figures share (axes, accessible colours, the <svg> element), and the figures of a whole run.
 
-A figure takes its ink and its grid from the page, so that it reads on light and on dark.
+A figure takes the colours of text and grid from the page, for its light and dark schemes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from llkd_ray.display import NARROW, count, duration, percent
-from llkd_ray.evaluation.round_records import Reference
+from llkd_ray.evaluation.round_records import Baseline
 from llkd_ray.evaluation.run_record import PHASES, RunRecord, phase_seconds
 
-# Okabe & Ito's colours, which people with any common colour blindness can tell apart.
+# Okabe & Ito's colours, distinguishable with any common colour blindness.
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = (
     "#0072B2",
     "#D55E00",
@@ -93,9 +93,9 @@ def _curve(
     key: str,
     name: str,
     colour: str,
-    is_reference: bool = False,
+    is_baseline: bool = False,
 ) -> str:
-    """Draw one measure against the texts trained on, and say in words how it went; '' if unknown."""
+    """Draw one measure against the texts trained on; returns its description, '' if it is unknown."""
     points = [
         (line["trained"], line[key])
         for line in rounds
@@ -104,7 +104,7 @@ def _curve(
     if not points:
         return ""
     look: dict[str, Any] = {"marker": "o", "markersize": 4.5}
-    if is_reference:
+    if is_baseline:
         look = {"marker": ".", "markersize": 4, "linestyle": ":", "linewidth": 1.4}
     axes.plot(*zip(*points, strict=True), color=colour, label=name, **look)
     (first_x, first), (last_x, last) = points[0], points[-1]
@@ -112,27 +112,27 @@ def _curve(
     return f"{name}: {start}{percent(last)} after {count(last_x)} texts."
 
 
-def _finish_curve(figure: Figure, axes: Axes, run: RunRecord, prefix: str, said: Sequence[str]) -> Markup:
+def _finish_curve(figure: Figure, axes: Axes, record: RunRecord, prefix: str, said: Sequence[str]) -> Markup:
     axes.set_xlabel("texts trained on")
     axes.yaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 4):g}{NARROW}%")
     axes.xaxis.set_major_formatter(lambda value, _: count(value))
-    tick_at(axes, run, "trained", at_most=6)
+    tick_at(axes, record, "trained", at_most=6)
     axes.margins(x=0.06, y=0.12)
     figure.legend(loc="outside upper left", ncols=2, **LEGEND)
     return svg_element(figure, prefix, " ".join(part for part in said if part))
 
 
-def tick_at(axes: Axes, run: RunRecord, key: str, at_most: int) -> None:
+def tick_at(axes: Axes, record: RunRecord, key: str, at_most: int) -> None:
     """Ticks where the rounds are, or at round numbers where they are too many."""
-    places = [line[key] for line in run.rounds if line.get(key) is not None]
+    places = [line[key] for line in record.rounds if line.get(key) is not None]
     if len(places) <= at_most:
         axes.set_xticks(places)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=at_most, integer=True))
 
 
-def learning_curve(run: RunRecord, reference: Reference | None = None) -> Markup | None:
-    """Accuracy and macro-F1 on gold; dashed the teacher's, dotted those of a run by random selection."""
+def learning_curve(record: RunRecord, baseline: Baseline | None = None) -> Markup | None:
+    """Accuracy and macro-F1 on gold; dashed the teacher's, dotted the baseline's."""
     figure = new_figure()
     axes = add_axes(figure)
     said = []
@@ -140,37 +140,37 @@ def learning_curve(run: RunRecord, reference: Reference | None = None) -> Markup
         ("accuracy", "Student's accuracy", ACCURACY_COLOUR),
         ("macro_f1", "Student's macro-F1", F1_COLOUR),
     ):
-        said.append(_curve(axes, run.rounds, key, name, colour))
-        if said[-1] and (level := run.teacher[key]) is not None:
+        said.append(_curve(axes, record.rounds, key, name, colour))
+        if said[-1] and (level := record.teacher[key]) is not None:
             teachers = name.replace("Student", "Teacher")
             axes.axhline(level, color=colour, linestyle="--", linewidth=1.2, label=teachers)
             said.append(f"{teachers}: {percent(level)}.")
-        if said[-1] and reference:
-            randoms = name.replace("Student's", "Random's")
-            said.append(_curve(axes, reference.rounds, key, randoms, colour, is_reference=True))
-    return _finish_curve(figure, axes, run, "curve", said) if any(said) else None
+        if said[-1] and baseline:
+            baselines = name.replace("Student's", "Baseline's")
+            said.append(_curve(axes, baseline.rounds, key, baselines, colour, is_baseline=True))
+    return _finish_curve(figure, axes, record, "curve", said) if any(said) else None
 
 
-def agreement_curve(run: RunRecord, reference: Reference | None = None) -> Markup | None:
+def agreement_curve(record: RunRecord, baseline: Baseline | None = None) -> Markup | None:
     """Agreement with the teacher on the hold-out."""
     figure = new_figure()
     axes = add_axes(figure)
-    said = [_curve(axes, run.rounds, "teacher_agreement", "Same answer as the teacher", AGREEMENT_COLOUR)]
-    if said[0] and reference:
-        name = "The same, selected at random"
-        rounds = reference.rounds
-        said.append(_curve(axes, rounds, "teacher_agreement", name, AGREEMENT_COLOUR, is_reference=True))
-    return _finish_curve(figure, axes, run, "agreement", said) if said[0] else None
+    said = [_curve(axes, record.rounds, "teacher_agreement", "Same answer as the teacher", AGREEMENT_COLOUR)]
+    if said[0] and baseline:
+        name = "The same, baseline"
+        rounds = baseline.rounds
+        said.append(_curve(axes, rounds, "teacher_agreement", name, AGREEMENT_COLOUR, is_baseline=True))
+    return _finish_curve(figure, axes, record, "agreement", said) if said[0] else None
 
 
-def time_bars(run: RunRecord) -> Markup | None:
+def time_bars(record: RunRecord) -> Markup | None:
     """Seconds of each phase, round by round."""
-    spent = [phase_seconds(line) for line in run.rounds]
+    spent = [phase_seconds(line) for line in record.rounds]
     if not any(sum(one.values()) for one in spent):
         return None
     figure = new_figure()
     axes = add_axes(figure)
-    rounds = [line["round"] for line in run.rounds]
+    rounds = [line["round"] for line in record.rounds]
     below = np.zeros(len(rounds))
     for phase in PHASES:
         height = np.array([one[phase] for one in spent])
@@ -179,21 +179,21 @@ def time_bars(run: RunRecord) -> Markup | None:
             below += height
     axes.set_xlabel("round")
     axes.set_ylabel("seconds")
-    tick_at(axes, run, "round", at_most=12)
+    tick_at(axes, record, "round", at_most=12)
     axes.set_xlim(rounds[0] - 1, rounds[-1] + 1)
     figure.legend(loc="outside upper left", ncols=6, **LEGEND)
     totals = ", ".join(f"{phase} {duration(sum(one[phase] for one in spent))}" for phase in PHASES)
     return svg_element(figure, "time", f"Time of each phase, over all rounds: {totals}.")
 
 
-def reliability_diagram(run: RunRecord) -> Markup | None:
-    """The teacher's answers as they are given and as they are used."""
-    quality = run.teacher["quality"]
+def reliability_diagram(record: RunRecord) -> Markup | None:
+    """The teacher's probabilities as given and as used."""
+    quality = record.teacher["quality"]
     if not quality:
         return None
-    series = [("as it is used", quality["used"]["reliability"], ACCURACY_COLOUR, "o")]
-    if is_changed(run):
-        series.insert(0, ("as it answers", quality["raw"]["reliability"], F1_COLOUR, "s"))
+    series = [("as used", quality["used"]["reliability"], ACCURACY_COLOUR, "o")]
+    if is_changed(record):
+        series.insert(0, ("as given", quality["raw"]["reliability"], F1_COLOUR, "s"))
     return _reliability(series, "reliability")
 
 
@@ -207,18 +207,29 @@ def _reliability(series: Sequence[tuple[str, Sequence[dict[str, Any]], str, str]
     figure = new_figure(4.8, 4.2)
     axes = add_axes(figure)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
-    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1.2, linestyle="--", label="as sure as right")
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1.2, linestyle="--", label="calibrated")
     said = []
     for name, bins, colour, marker in series:
         filled = [one for one in bins if one["texts"]]
-        sure, right, texts = (
+        confidence_M, accuracy_M, texts_M = (
             np.array([one[k] for one in filled]) for k in ("confidence", "accuracy", "texts")
         )
-        axes.plot(sure, right, color=colour, linewidth=1, alpha=0.6)
-        area = 12 + 260 * texts / texts.sum()
-        axes.scatter(sure, right, area, color=colour, marker=marker, alpha=0.75, linewidths=0, label=name)
-        mean_sure, mean_right = (float((texts * x).sum() / texts.sum()) for x in (sure, right))
-        said.append(f"{name}: sure of {percent(mean_sure)} and right on {percent(mean_right)}")
+        axes.plot(confidence_M, accuracy_M, color=colour, linewidth=1, alpha=0.6)
+        area_M = 12 + 260 * texts_M / texts_M.sum()
+        axes.scatter(
+            confidence_M,
+            accuracy_M,
+            area_M,
+            color=colour,
+            marker=marker,
+            alpha=0.75,
+            linewidths=0,
+            label=name,
+        )
+        mean_confidence, accuracy = (
+            float((texts_M * x).sum() / texts_M.sum()) for x in (confidence_M, accuracy_M)
+        )
+        said.append(f"{name}: confidence {percent(mean_confidence)}, accuracy {percent(accuracy)}")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{round(100 * value):d}{NARROW}%")
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.03), ylim=(0, 1.03))
@@ -230,6 +241,6 @@ def _reliability(series: Sequence[tuple[str, Sequence[dict[str, Any]], str, str]
     return svg_element(figure, prefix, words)
 
 
-def is_changed(run: RunRecord) -> bool:
-    """Whether the teacher's answers are used otherwise than they were given."""
-    return run.teacher["quality"]["method"] not in ("raw", "votes")
+def is_changed(record: RunRecord) -> bool:
+    """Whether a calibrator changes the teacher's probabilities."""
+    return record.teacher["quality"]["method"] not in ("raw", "votes")

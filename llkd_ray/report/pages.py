@@ -21,7 +21,7 @@ from llkd_ray.display import (
     percent_range,
     shorten,
 )
-from llkd_ray.evaluation.round_records import find_reference, read_round_records
+from llkd_ray.evaluation.round_records import read_baseline, read_round_records
 from llkd_ray.evaluation.run_record import RunRecord, phase_seconds, read_run_record
 from llkd_ray.report.figures import (
     agreement_curve,
@@ -34,14 +34,14 @@ from llkd_ray.report.round_figures import describe_shares, selected_figure, thre
 from llkd_ray.storage.run_dir import CARD, REPORT, RunStore
 
 MATRIX_CLASSES = 16
-"""Up to so many classes, who is taken for whom is shown as a whole table."""
+"""With at most so many classes, the confusion matrix is shown."""
 MISTAKES = 12
-"""Pairs of classes that are shown beside it."""
+"""Pairs of classes listed beside it."""
 # What follows "Its confidence", by ``teacher.confidence.method``.
 METHOD_WORDS = {
-    "raw": "is taken as it says",
-    "batch": "is had by dividing its answers by their mean before the first round",
-    "temperature": "is set by a temperature that was fitted before the first round",
+    "raw": "is used as given",
+    "batch": "is its answers divided by their mean before the first round (batch calibration)",
+    "temperature": "is scaled by a temperature that was fitted before the first round",
     "votes": "is the share of its sampled answers that agree",
 }
 COSTS = (
@@ -56,50 +56,51 @@ COSTS = (
 )
 
 
-def write_pages(store: RunStore) -> None:
-    """The card and the report of a run that has a model, together, so that they say the same."""
+def write_pages(store: RunStore, baseline: RunStore | None = None) -> None:
+    """Write the model card and the report of a run that has a model; both from the same files."""
     store.write_bytes(CARD, model_card(store).encode())
-    write_report(store)
+    write_report(store, baseline)
 
 
-def write_report(store: RunStore) -> str:
-    """Write report.html into the run directory, from its files, and return where it is.
+def write_report(store: RunStore, baseline: RunStore | None = None) -> str:
+    """Write report.html into the run directory, from its files, and return its path.
 
-    A run by random selection on the same data that lies beside it is drawn in as a reference.
+    The learning curves of ``baseline``, a run on the same data, are drawn as dotted lines.
 
     Works at any time of a run: rounds, summary, test set and true labels may be missing. Raises
     ValueError where the directory holds no run.
     """
-    facts = read_run_record(store)
-    details, reference = read_round_records(store, facts), find_reference(store, facts.config)
+    record = read_run_record(store)
+    rounds = read_round_records(store, record)
+    compared = read_baseline(baseline) if baseline else None
     page = (
         page_environment()
         .get_template("report.html.j2")
         .render(
-            run=facts,
-            conclusion=conclusion(facts),
-            held_out=held_out(facts),
-            curve=learning_curve(facts, reference),
-            agreement=agreement_curve(facts, reference),
-            reference=reference,
-            times=time_bars(facts),
-            timeline=timeline_figure(facts),
-            reliability=reliability_diagram(facts),
-            details=details,
-            scatter=selected_figure(facts, details),
-            thresholds=thresholds_figure(facts, details),
-            leaning=describe_shares(details),
-            student_reliability=student_reliability(details.reliability),
-            mistakes=details.mistakes(MISTAKES),
+            record=record,
+            conclusion=conclusion(record),
+            held_out=held_out(record),
+            curve=learning_curve(record, compared),
+            agreement=agreement_curve(record, compared),
+            baseline=compared,
+            times=time_bars(record),
+            timeline=timeline_figure(record),
+            reliability=reliability_diagram(record),
+            rounds=rounds,
+            scatter=selected_figure(record, rounds),
+            thresholds=thresholds_figure(record, rounds),
+            shares=describe_shares(rounds),
+            student_reliability=student_reliability(rounds.reliability),
+            mistakes=rounds.mistakes(MISTAKES),
             matrix_classes=MATRIX_CLASSES,
             method_words=METHOD_WORDS,
-            calibration=describe_calibration(facts),
-            audit=describe_audit(facts),
+            calibration=describe_calibration(record),
+            audit=describe_audit(record),
             costs=COSTS,
-            caps=caps(facts),
-            manifest_text=json.dumps(facts.manifest, indent=2, ensure_ascii=False),
-            columns=_round_columns(facts),
-            most_selected=max((one.texts for one in facts.selected), default=0),
+            caps=caps(record),
+            manifest_text=json.dumps(record.manifest, indent=2, ensure_ascii=False),
+            columns=_round_columns(record),
+            most_selected=max((one.texts for one in record.selected), default=0),
         )
     )
     store.write_bytes(REPORT, page.encode())
@@ -108,58 +109,58 @@ def write_report(store: RunStore) -> str:
 
 def model_card(store: RunStore) -> str:
     """Markdown for model/README.md: what the model is, how it was made, how good it is, its limits."""
-    facts = read_run_record(store)
+    record = read_run_record(store)
     return (
         page_environment()
         .get_template("model_card.md.j2")
         .render(
-            run=facts,
-            conclusion=conclusion(facts),
-            held_out=held_out(facts),
+            record=record,
+            conclusion=conclusion(record),
+            held_out=held_out(record),
             method_words=METHOD_WORDS,
-            calibration=describe_calibration(facts),
-            audit=describe_audit(facts),
-            caps=caps(facts),
+            calibration=describe_calibration(record),
+            audit=describe_audit(record),
+            caps=caps(record),
         )
     )
 
 
-def caps(run: RunRecord) -> str:
-    """The limits that the budget set, in words; '' where it set none."""
-    limits = run.spent.cap or {}
+def caps(record: RunRecord) -> str:
+    """The budget's limits in words; '' without any."""
+    limits = record.spent.cap or {}
     said = [f"{count(limits[unit])} {unit}" for unit in ("texts", "tokens") if limits.get(unit) is not None]
     if limits.get("cost") is not None:
-        said.append(money(limits["cost"], run.spent.currency or ""))
+        said.append(money(limits["cost"], record.spent.currency or ""))
     return " or ".join(said)
 
 
-def describe_calibration(run: RunRecord) -> str:
+def describe_calibration(record: RunRecord) -> str:
     """The student's temperature and what it does, or why there is none; '' before the end of the run."""
-    found = run.calibration
+    found = record.calibration
     if not found:
         return ""
     if found["temperature"] is None:
         return f"Its confidence is not calibrated: {found['reason']}."
     return (
-        f"Its confidence is set by a temperature of {decimals(found['temperature'])}, fitted on "
+        f"Its confidence is scaled by a temperature of {decimals(found['temperature'])}, fitted on "
         f"{count(found['texts'])} texts ({found['fitted_on']}). The expected calibration error is "
         f"{decimals(found['ece_before'])} before and {decimals(found['ece_after'])} after, on "
         f"{count(found['measured_texts'])} texts ({found['measured_on']})."
     )
 
 
-def describe_audit(run: RunRecord) -> list[str]:
-    """Sentences on what people who looked at labels have found; none where nobody did."""
-    if not run.audit or not run.audit["pseudo_labels"]["texts"]:
+def describe_audit(record: RunRecord) -> list[str]:
+    """Sentences on the results of an audit; none without one."""
+    if not record.audit or not record.audit["pseudo_labels"]["texts"]:
         return []
-    sample, student, missing = (run.audit[n] for n in ("pseudo_labels", "student", "unanswered_in_sample"))
+    sample, student, missing = (record.audit[n] for n in ("pseudo_labels", "student", "unanswered_in_sample"))
     said = (
-        f"People looked at {count(run.audit['answered'])} of the teacher's labels. Of a random sample of "
-        f"{count(sample['texts'])}, which stands for all {count(run.audit['labelled'])}, "
+        f"People looked at {count(record.audit['answered'])} of the teacher's labels. Of a random sample of "
+        f"{count(sample['texts'])}, which represents all {count(record.audit['labelled'])}, "
         f"{percent(sample['share'])} are right (95 % interval {percent_range(sample['interval'])})"
     )
     said += f"; {count(missing)} more of the sample have no answer" if missing else ""
-    found = [f"{said}. The others were chosen for being doubtful and count nothing in this."]
+    found = [f"{said}. The others were chosen because they are doubtful and are not counted here."]
     if student["texts"]:
         found.append(
             f"On {count(student['texts'])} of the sample that the student was not trained on, it is right on "
@@ -168,37 +169,37 @@ def describe_audit(run: RunRecord) -> list[str]:
     return found
 
 
-def conclusion(run: RunRecord) -> str:
+def conclusion(record: RunRecord) -> str:
     """The outcome in plain sentences."""
-    if not run.rounds:
-        return "No round has finished yet, so there is nothing to conclude."
-    outcome = _agreement_only(run) if run.student["accuracy"] is None else _accuracy(run)
+    if not record.rounds:
+        return "No round has finished yet, so there are no results."
+    outcome = _agreement_only(record) if record.student["accuracy"] is None else _accuracy(record)
     return (
-        f"{outcome} The student was trained on {count(run.totals['trained'])} of the "
-        f"{count(run.totals['labelled'])} texts that the teacher labelled."
+        f"{outcome} The student was trained on {count(record.totals['trained'])} of the "
+        f"{count(record.totals['labelled'])} texts that the teacher labelled."
     )
 
 
-def _agreement_only(run: RunRecord) -> str:
-    said = "How accurate the student is remains unknown: there were no test texts with true labels."
-    agreement = run.student["teacher_agreement"]
+def _agreement_only(record: RunRecord) -> str:
+    said = "The student's accuracy is unknown: there are no test texts with true labels."
+    agreement = record.student["teacher_agreement"]
     if agreement is None:
         return said
     return (
-        f"{said} On {held_out(run)} it gives the teacher's answer {percent(agreement)} of the time; "
+        f"{said} On {held_out(record)} it predicts the teacher's label {percent(agreement)} of the time; "
         "that is agreement, not accuracy, for the teacher may be wrong."
     )
 
 
-def held_out(run: RunRecord) -> str:
+def held_out(record: RunRecord) -> str:
     """The texts on which student and teacher are compared."""
-    number = run.manifest.get("rows", {}).get("holdout")
+    number = record.manifest.get("rows", {}).get("holdout")
     return f"{count(number)} held-out texts" if number else "held-out texts"
 
 
-def _accuracy(run: RunRecord) -> str:
-    student, teacher = run.student["accuracy"], run.teacher["accuracy"]
-    interval = run.student["accuracy_interval"]
+def _accuracy(record: RunRecord) -> str:
+    student, teacher = record.student["accuracy"], record.teacher["accuracy"]
+    interval = record.student["accuracy_interval"]
     sure = f" (95{NARROW}% interval {percent_range(interval)})" if interval else ""
     said = f"The student is right on {percent(student)} of the test texts{sure}"
     if teacher is None:
@@ -209,7 +210,7 @@ def _accuracy(run: RunRecord) -> str:
     word = "above" if points > 0 else "below"
     said = f"{said}, {abs(points):.1f} points {word} the teacher's {percent(teacher)}."
     if interval and interval[0] <= teacher <= interval[1]:
-        return f"{said} The teacher's figure lies inside the interval: take the two as level."
+        return f"{said} The teacher's figure lies inside the interval: the difference may be chance."
     return said
 
 
@@ -227,8 +228,8 @@ def page_environment() -> Environment:
     return environment
 
 
-def _round_columns(run: RunRecord) -> list[tuple[str, list[str]]]:
-    """Heading and cells of each column of the table of rounds; columns that know nothing are left out."""
+def _round_columns(record: RunRecord) -> list[tuple[str, list[str]]]:
+    """Heading and cells of each column of the table of rounds; columns without any value are left out."""
     kinds = [
         ("Round", "round", count),
         ("Labelled", "labelled", count),
@@ -241,8 +242,8 @@ def _round_columns(run: RunRecord) -> list[tuple[str, list[str]]]:
         ("Pseudo-labels right", "pseudo_label_accuracy", percent),
     ]
     columns = [
-        (heading, [show(line.get(key)) for line in run.rounds])
+        (heading, [show(line.get(key)) for line in record.rounds])
         for heading, key, show in kinds
-        if any(line.get(key) is not None for line in run.rounds)
+        if any(line.get(key) is not None for line in record.rounds)
     ]
-    return [*columns, ("Time", [duration(sum(phase_seconds(line).values())) for line in run.rounds])]
+    return [*columns, ("Time", [duration(sum(phase_seconds(line).values())) for line in record.rounds])]

@@ -1,4 +1,4 @@
-"""Figures of single rounds: what was selected, the thresholds, and teacher and student side by side."""
+"""Figures of single rounds: what was selected, the thresholds, and the timeline of teacher and student."""
 
 from __future__ import annotations
 
@@ -31,43 +31,43 @@ from llkd_ray.report.figures import (
     svg_element,
 )
 
-# Colour and marker together, so that a class is known by either.
-CLASS_LOOKS = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"), (SKY, "P"))
+# Colour and marker each identify the class.
+CLASS_STYLES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"), (SKY, "P"))
 CROWDED = 0.97
-"""Where the median confidence is above it, the scale is that of the nines."""
+"""Above this median confidence, the axis is logarithmic in 1 - confidence."""
 MOST_NINES = 6
-"""A confidence is no better known, in 32 bits."""
+"""The precision of a confidence in 32 bits."""
 LABELLED_BINS = 60
 
 
-def selected_figure(run: RunRecord, details: RoundRecords) -> Markup | None:
-    """The teacher's confidence against the student's uncertainty, a panel a round."""
-    glances = details.glances
-    if not glances:
+def selected_figure(record: RunRecord, rounds: RoundRecords) -> Markup | None:
+    """The teacher's confidence against the student's uncertainty; a panel for each round."""
+    samples = rounds.samples
+    if not samples:
         return None
-    columns = min(2, len(glances))
-    rows = -(-len(glances) // columns)
+    columns = min(2, len(samples))
+    rows = -(-len(samples) // columns)
     figure = new_figure(4.8, 0.75 + 2.05 * rows)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
-    is_crowded, low = _set_scales(panels[0], glances)
-    for axes, candidate_sample in zip(panels, glances, strict=False):
-        _panel(axes, candidate_sample, len(run.labels), is_crowded, low)
-    for axes in panels[len(glances) :]:
+    is_crowded, low = _set_scales(panels[0], samples)
+    for axes, sample in zip(panels, samples, strict=False):
+        _panel(axes, sample, len(record.labels), is_crowded, low)
+    for axes in panels[len(samples) :]:
         axes.set_visible(False)
     figure.supxlabel("teacher's confidence", fontsize=10)
     figure.supylabel("student's uncertainty", fontsize=10)
-    figure.legend(handles=_class_legend(run.labels), loc="outside upper left", ncols=3, **LEGEND)
-    said = "; ".join(_describe(candidate_sample) for candidate_sample in glances)
+    figure.legend(handles=_class_legend(record.labels), loc="outside upper left", ncols=3, **LEGEND)
+    said = "; ".join(_describe(sample) for sample in samples)
     words = f"The teacher's confidence against the student's uncertainty of a sample of texts. {said}."
     return svg_element(figure, "scatter", words)
 
 
-def _set_scales(axes: Axes, glances: Sequence[CandidateSample]) -> tuple[bool, float]:
-    """Limits and ticks for all panels: what is used of the height, and of the confidence what tells apart.
+def _set_scales(axes: Axes, samples: Sequence[CandidateSample]) -> tuple[bool, float]:
+    """Set limits and ticks for all panels.
 
-    Returns whether the confidence is in nines, and the lowest height.
+    Returns whether the confidence axis is logarithmic, and the lowest uncertainty shown.
     """
-    sure = np.concatenate([candidate_sample.confidence_N for candidate_sample in glances])
+    sure = np.concatenate([sample.confidence_N for sample in samples])
     if _is_crowded(sure):
         last = max(4, int(np.ceil(_nines(sure).max())))
         ticks = (0, 2, 4)  # more would not fit under a panel
@@ -76,14 +76,14 @@ def _set_scales(axes: Axes, glances: Sequence[CandidateSample]) -> tuple[bool, f
     else:
         low = np.floor(10 * sure.min()) / 10 if sure.size else 0.0
         axes.set_xlim(low - 0.03 * (1 - low), 1 + 0.03 * (1 - low))
-    unsure = np.concatenate([candidate_sample.uncertainty_N for candidate_sample in glances])
+    unsure = np.concatenate([sample.uncertainty_N for sample in samples])
     seen = unsure[~np.isnan(unsure)]
     low = float(np.floor(10 * seen.min()) / 10) if seen.size else 0.0
     low = min(low, 0.9)
     heights = {low: f"{low:.1f}", (low + 1) / 2: f"{(low + 1) / 2:.3g}", 1.0: "1"}
     if seen.size < unsure.size:
-        heights[_unseen_height(low)] = "none"
-        axes.set_ylim(_unseen_height(low) - 0.09 * (1 - low), 1 + 0.05 * (1 - low))
+        heights[_unscored_height(low)] = "none"
+        axes.set_ylim(_unscored_height(low) - 0.09 * (1 - low), 1 + 0.05 * (1 - low))
     else:
         axes.set_ylim(low - 0.05 * (1 - low), 1 + 0.05 * (1 - low))
     axes.set_yticks(list(heights), list(heights.values()))
@@ -91,31 +91,29 @@ def _set_scales(axes: Axes, glances: Sequence[CandidateSample]) -> tuple[bool, f
 
 
 def _is_crowded(confidence_N: Floats) -> bool:
-    """Whether so many are nearly sure that an even scale would hide what they differ in."""
+    """Whether most values are too close to one for a linear axis."""
     return bool(confidence_N.size) and float(np.median(confidence_N)) > CROWDED
 
 
 def _nines(confidence_N: Floats) -> Floats:
-    """How many nines a confidence has: 0.99 has two, 0.999 three."""
+    """-log10(1 - confidence), the number of nines: 0.99 has two, 0.999 three."""
     return -np.log10(np.maximum(1.0 - confidence_N.astype(np.float64), 10.0**-MOST_NINES))
 
 
-def _unseen_height(low: float) -> float:
-    """Where texts stand that the student had not looked at."""
+def _unscored_height(low: float) -> float:
+    """Where texts are drawn that the student had not scored."""
     return low - 0.16 * (1 - low)
 
 
-def _panel(
-    axes: Axes, candidate_sample: CandidateSample, n_classes: int, is_crowded: bool, low: float
-) -> None:
+def _panel(axes: Axes, sample: CandidateSample, n_classes: int, is_crowded: bool, low: float) -> None:
     plain(axes)
-    axes.set_title(f"round {candidate_sample.round_number}", loc="left", fontsize=9)
-    unseen_N = np.isnan(candidate_sample.uncertainty_N)
-    # Spread a little, by the golden ratio, so that texts without an opinion do not hide each other.
-    spread_N = 0.12 * (1 - low) * ((np.arange(unseen_N.size) * 0.618) % 1 - 0.5)
-    height_N = np.where(unseen_N, _unseen_height(low) + spread_N, candidate_sample.uncertainty_N)
-    sure_N = _nines(candidate_sample.confidence_N) if is_crowded else candidate_sample.confidence_N
-    others = ~candidate_sample.selected_N
+    axes.set_title(f"round {sample.round_number}", loc="left", fontsize=9)
+    unscored_N = np.isnan(sample.uncertainty_N)
+    # Spread by the golden ratio, so that texts without an uncertainty do not hide each other.
+    spread_N = 0.12 * (1 - low) * ((np.arange(unscored_N.size) * 0.618) % 1 - 0.5)
+    height_N = np.where(unscored_N, _unscored_height(low) + spread_N, sample.uncertainty_N)
+    sure_N = _nines(sample.confidence_N) if is_crowded else sample.confidence_N
+    others = ~sample.selected_N
     axes.plot(
         sure_N[others],
         height_N[others],
@@ -126,10 +124,8 @@ def _panel(
         alpha=0.45,
         markeredgewidth=0,
     )
-    for label, (colour, marker) in enumerate(_looks(n_classes)):
-        these = candidate_sample.selected_N & (
-            (candidate_sample.label_N == label) | (n_classes > len(CLASS_LOOKS))
-        )
+    for label, (colour, marker) in enumerate(_styles(n_classes)):
+        these = sample.selected_N & ((sample.label_N == label) | (n_classes > len(CLASS_STYLES)))
         axes.plot(
             sure_N[these],
             height_N[these],
@@ -142,13 +138,13 @@ def _panel(
         )
 
 
-def _looks(n_classes: int) -> Sequence[tuple[str, str]]:
-    """Colour and marker of each class; one for all where they are too many to be told apart."""
-    return CLASS_LOOKS[:n_classes] if n_classes <= len(CLASS_LOOKS) else CLASS_LOOKS[:1]
+def _styles(n_classes: int) -> Sequence[tuple[str, str]]:
+    """Colour and marker of each class; one for all where there are too many classes."""
+    return CLASS_STYLES[:n_classes] if n_classes <= len(CLASS_STYLES) else CLASS_STYLES[:1]
 
 
 def _class_legend(labels: Sequence[str]) -> list[Line2D]:
-    looks = _looks(len(labels))
+    looks = _styles(len(labels))
     names = [_short(label) for label in labels] if len(labels) <= len(looks) else ["selected"]
     return [
         Line2D([], [], linestyle="none", marker=marker, markersize=5, color=colour, label=name)
@@ -161,30 +157,30 @@ def _short(label: str, at_most: int = 18) -> str:
     return label if len(label) <= at_most else label[: at_most - 1] + "…"
 
 
-def _describe(candidate_sample: CandidateSample) -> str:
+def _describe(sample: CandidateSample) -> str:
     parts = []
     for name, is_it_N in (
-        ("selected", candidate_sample.selected_N),
-        ("others", ~candidate_sample.selected_N),
+        ("selected", sample.selected_N),
+        ("others", ~sample.selected_N),
     ):
         if not is_it_N.any():
             continue
-        uncertainty_N = candidate_sample.uncertainty_N[is_it_N]
-        seen_N = uncertainty_N[~np.isnan(uncertainty_N)]
-        unsure = f"uncertainty {decimals(float(seen_N.mean()), 2)}" if seen_N.size else "not looked at"
-        sure = decimals(float(candidate_sample.confidence_N[is_it_N].mean()), 2)
+        uncertainty_N = sample.uncertainty_N[is_it_N]
+        scored_N = uncertainty_N[~np.isnan(uncertainty_N)]
+        unsure = f"uncertainty {decimals(float(scored_N.mean()), 2)}" if scored_N.size else "not scored"
+        sure = decimals(float(sample.confidence_N[is_it_N].mean()), 2)
         parts.append(f"{name}: mean confidence {sure}, {unsure}")
-    return f"Round {candidate_sample.round_number}: {', '.join(parts)}"
+    return f"Round {sample.round_number}: {', '.join(parts)}"
 
 
-def thresholds_figure(run: RunRecord, details: RoundRecords) -> Markup | None:
-    """What a text of each class had to reach, round by round; a panel a signal."""
-    if not details.thresholds:
+def thresholds_figure(record: RunRecord, rounds: RoundRecords) -> Markup | None:
+    """Each class's threshold, round by round; a panel for each signal."""
+    if not rounds.thresholds:
         return None
     signals = [
         name
         for name in ("confidence", "uncertainty")
-        if any(name in of_signal for _, of_signal in details.thresholds)
+        if any(name in of_signal for _, of_signal in rounds.thresholds)
     ]
     figure = new_figure(4.8, 3.2)
     panels = figure.subplots(1, len(signals), squeeze=False).ravel()
@@ -192,15 +188,15 @@ def thresholds_figure(run: RunRecord, details: RoundRecords) -> Markup | None:
     for axes, name in zip(panels, signals, strict=True):
         plain(axes)
         axes.set_title(f"{name} at least", loc="left", fontsize=9)
-        points = [(k, of_signal[name]) for k, of_signal in details.thresholds if name in of_signal]
-        _threshold_lines(axes, points, len(run.labels))
+        points = [(k, of_signal[name]) for k, of_signal in rounds.thresholds if name in of_signal]
+        _threshold_lines(axes, points, len(record.labels))
         last = points[-1][1]
         said.append(f"{name} in round {points[-1][0]}: {decimals(min(last), 2)} to {decimals(max(last), 2)}")
     figure.supxlabel("round", fontsize=10)
-    if len(run.labels) <= len(CLASS_LOOKS):
+    if len(record.labels) <= len(CLASS_STYLES):
         handles = [
             Line2D([], [], marker=marker, markersize=5, color=colour, label=_short(label))
-            for label, (colour, marker) in zip(run.labels, CLASS_LOOKS, strict=False)
+            for label, (colour, marker) in zip(record.labels, CLASS_STYLES, strict=False)
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, **LEGEND)
     words = f"Thresholds of the classes. {'; '.join(said)}."
@@ -210,8 +206,8 @@ def thresholds_figure(run: RunRecord, details: RoundRecords) -> Markup | None:
 def _threshold_lines(axes: Axes, points: Sequence[tuple[int, list[float]]], n_classes: int) -> None:
     rounds = [k for k, _ in points]
     threshold_KC = np.array([of_class for _, of_class in points])
-    if n_classes <= len(CLASS_LOOKS):
-        for label, (colour, marker) in enumerate(_looks(n_classes)):
+    if n_classes <= len(CLASS_STYLES):
+        for label, (colour, marker) in enumerate(_styles(n_classes)):
             axes.plot(
                 rounds, threshold_KC[:, label], color=colour, marker=marker, markersize=4, linewidth=1.2
             )
@@ -223,16 +219,16 @@ def _threshold_lines(axes: Axes, points: Sequence[tuple[int, list[float]]], n_cl
     axes.margins(x=0.12)
 
 
-def timeline_figure(run: RunRecord) -> Markup | None:
-    """Labels as they came in above, what the student did below, on one line of time."""
-    if not any(line.get("pace") for line in run.rounds):
+def timeline_figure(record: RunRecord) -> Markup | None:
+    """Labels per second above, the student's phases below, on one time axis."""
+    if not record.rounds:
         return None
     start, done = 0.0, 0.0
     moments, spans = [(0.0, 0.0)], []
-    for line in run.rounds:
-        pace = line.get("pace") or []
+    for line in record.rounds:
+        pace = line["pace"]
         moments += [(start + seconds, done) for seconds, _ in pace[:1]]
-        # Within a round only: what a driver that goes on finds at its begin is no work of this moment.
+        # Within a round only: labels that a resumed driver finds at its start were not made at that moment.
         for (_, before), (seconds, labelled) in pairwise(pace):
             done += max(0.0, labelled - before)
             moments.append((start + seconds, done))
@@ -248,7 +244,7 @@ def timeline_figure(run: RunRecord) -> Markup | None:
     teacher, student = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     _labels_a_second(plain(teacher), moments, start, scale)
     _phases(student, spans, scale)
-    _mark_rounds((teacher, student), run.rounds, scale)
+    _mark_rounds((teacher, student), record.rounds, scale)
     student.set_xlabel(f"{unit} of work")
     student.set_xlim(0, start / scale)
     shown = [phase for phase in PHASES if any(name == phase and seconds for name, _, seconds in spans)]
@@ -266,7 +262,7 @@ def timeline_figure(run: RunRecord) -> Markup | None:
 
 
 def _in_order(spent: dict[str, float]) -> list[tuple[str, float]]:
-    """A round's phases as they follow each other; what is left over lies mostly before the training."""
+    """A round's phases in order; idle time is mostly before the training."""
     return [(name, spent[name]) for name in ("teach", "refresh", "select", "idle", "train", "evaluate")]
 
 
@@ -297,9 +293,9 @@ def _mark_rounds(panels: Sequence[Axes], rounds: Sequence[dict[str, Any]], scale
                 axes.axvline(end / scale, color=GRID, linewidth=0.9, zorder=0.5)
 
 
-def describe_shares(details: RoundRecords) -> str:
-    """The class that training leans to most, against what is labelled; '' where that is not known."""
-    known = [(one.trained / one.labelled, one) for one in details.balance if one.trained and one.labelled]
+def describe_shares(rounds: RoundRecords) -> str:
+    """The class that the selection favours most over what is labelled; '' where that is not known."""
+    known = [(one.trained / one.labelled, one) for one in rounds.balance if one.trained and one.labelled]
     if not known:
         return ""
     factor, most = max(known, key=lambda pair: pair[0])

@@ -157,8 +157,8 @@ def prior_shift(label_N: Ints, weight_N: Floats, prior_C: Floats) -> Floats:
 
     The logit-adjusted loss of Menon et al. (arXiv 2007.07314) with a target that need not be uniform:
     log(share of the class in what is trained on, by weight / its target share). Cross-entropy on shifted
-    logits is consistent for the target, so the student without the shift reckons with ``prior_C``. A class
-    that is not trained on, or has no target, is not shifted: nothing is known of it.
+    logits is consistent for the target, so without the shift the student's prior is ``prior_C``. A class
+    that is not trained on, or has no target, is not shifted.
     """
     mass_C = np.bincount(label_N, weights=weight_N, minlength=prior_C.size)
     is_known_C = (mass_C > 0) & (prior_C > 0)

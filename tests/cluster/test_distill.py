@@ -90,7 +90,7 @@ def test_a_run_from_corpus_to_model(toy_settings, tmp_path):
     assert sum(n for *_, n in insight["confusion"]) == 120
     assert sum(insight["pool_gold"]) == 600
     page = (run_dir / "report.html").read_text()
-    for title in ("What was selected", "Where the student errs", "Most useful", "Class balance"):
+    for title in ("What was selected", "The student’s mistakes", "Most useful", "Class balance"):
         assert title in page
 
     # A finished run that is resumed asks, selects and trains nothing again.

@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 
 from llkd_ray.quickstart import corpus as corpus_module
 from llkd_ray.quickstart.corpus import (
-    AREAS,
     CAPS,
     SHARES,
     area_of,
     find_modules,
     fingerprint,
     is_clean,
-    mask_names,
+    names_to_mask,
     read_area,
     read_corpus,
     sentences,
@@ -133,16 +132,20 @@ def test_any_docstring_can_be_read(text: str) -> None:
         assert is_clean(sentence)
 
 
-def test_names_that_give_the_area_away_are_masked() -> None:
-    masked = mask_names(
-        "Weighted paths: NetworkX and networkx.weighted graph-like Path.", "networkx.paths.weighted"
-    )
-    assert masked == "it it: it and it.it graph-like Path."
-    assert (
-        mask_names("A SymPy expression, two Rays, an array.", "numpy.core")
-        == "A it expression, two it, an array."
-    )
-    assert mask_names("Boxes in a box, foxes in a fox.", "zoo._box") == "it in a it, foxes in a fox."
+@pytest.mark.parametrize(
+    ("module", "text", "masked"),
+    [
+        (
+            "networkx.paths.weighted",
+            "Weighted paths: NetworkX and networkx.weighted graph-like Path.",
+            "it it: it and it.it graph-like Path.",
+        ),
+        ("numpy.core", "A SymPy expression, two Rays, an array.", "A it expression, two it, an array."),
+        ("zoo._box", "Boxes in a box, foxes in a fox.", "it in a it, foxes in a fox."),
+    ],
+)
+def test_names_that_give_the_area_away_are_masked(module: str, text: str, masked: str) -> None:
+    assert names_to_mask(module).sub(corpus_module.MASK, text) == masked
 
 
 def test_fingerprint_ignores_case_digits_and_spacing() -> None:
@@ -300,8 +303,3 @@ def test_a_crash_while_reading_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     )
     with pytest.raises(RuntimeError, match="reading the docstrings of area 'mail' failed"):
         read_corpus({"mail": ("email",)}, say=lambda line: None)
-
-
-def test_the_areas_are_told_apart_by_their_names() -> None:
-    packages = [package for names in AREAS.values() for package in names]
-    assert len(set(packages)) == len(packages)

@@ -1,4 +1,4 @@
-"""The pages in a real browser: offline, without a word on the console, on any screen, by day and by night."""
+"""The pages in a real browser: offline, without console messages, on any screen, light and dark."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from llkd_ray.storage.run_dir import REPORT, RunStore
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREENS = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
-LOADED_MS = 10_000
-"""On a machine that does other things; alone it takes well below a second."""
 PAGE_BYTES = 1_500_000
 
 
@@ -36,12 +34,12 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, Path]:
-    """A run as this version leaves it, one of an older version, one of many classes, and a comparison."""
+    """A finished run, an unfinished one, one of many classes, and a comparison."""
     folder = tmp_path_factory.mktemp("runs")
     labels = tuple(f"a_very_long_name_of_an_intent_{number:02d}" for number in range(77))
     stores = {
         "run": enrich(make_run(folder / "run")),
-        "old": make_run(folder / "old" / "run", rounds=3, finished=False),
+        "unfinished": make_run(folder / "unfinished" / "run", rounds=3, finished=False),
         "many": enrich(make_run(folder / "many" / "run", labels=labels), labels, sure=0.99999),
     }
     add_teacher(stores["run"], calibrator=WARM)
@@ -55,7 +53,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("width", "scheme"), SCREENS)
-@pytest.mark.parametrize("name", ["run", "old", "many", "comparison"])
+@pytest.mark.parametrize("name", ["run", "unfinished", "many", "comparison"])
 def test_page_is_quiet_offline_and_fits_the_screen(browser, pages, name, width, scheme):
     context = browser.new_context(
         viewport={"width": width, "height": 844}, color_scheme=scheme, reduced_motion="reduce"
@@ -69,7 +67,6 @@ def test_page_is_quiet_offline_and_fits_the_screen(browser, pages, name, width, 
     assert pages[name].stat().st_size < PAGE_BYTES
     assert said == []
     assert asked == [pages[name].as_uri()]
-    assert page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd") < LOADED_MS
     # With everything unfolded, too, only what scrolls by itself may be wider than the screen.
     page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
