@@ -127,14 +127,14 @@ class Selector:
     async def put_labels(self, ticket: int, labels: TicketLabels) -> int:
         """Note the labels of a ticket, whose file is in place; returns how many are new."""
         self.teachers.finished(ticket)
-        self._settle(ticket, labels.usage)
+        self._commit_usage(ticket, labels.usage)
         new = self.intake.take(ticket, labels)
         await self._notify()
         return new
 
-    async def settle(self, ticket: int, teacher: str, usage: dict[str, Any]) -> None:
+    async def commit_usage(self, ticket: int, teacher: str, usage: dict[str, Any]) -> None:
         """The small teacher of a cascade is done with a ticket."""
-        self._settle(ticket, {teacher: Usage(**usage)})
+        self._commit_usage(ticket, {teacher: Usage(**usage)})
         await self._notify()
 
     async def give_back(self, ticket: int, teacher: str, actor: str, reason: str, call: str) -> None:
@@ -339,9 +339,9 @@ class Selector:
         members = list(self.teachers.members)
         return ticket * len(members) + members.index(teacher)
 
-    def _settle(self, ticket: int, usage: Mapping[str, Usage]) -> None:
+    def _commit_usage(self, ticket: int, usage: Mapping[str, Usage]) -> None:
         for teacher, one in usage.items():
-            self.ledger.settle(self._account(ticket, teacher), {teacher: one})
+            self.ledger.commit(self._account(ticket, teacher), {teacher: one})
 
     async def _rows_of(self, ticket: int) -> Ints:
         if not self.schedule.is_fixed(ticket):
@@ -378,18 +378,18 @@ class Selector:
             tickets = snapshot.tickets.tolist()
             self.intake.restore(tickets, snapshot.usage, snapshot.unasked)
             accounts = [self._account(t, name) for t in tickets for name in self.teachers.members]
-            self.ledger.restore_settled(accounts, snapshot.usage)
+            self.ledger.restore_committed(accounts, snapshot.usage)
         self.ledger.restore(read_lost_usage(self.store))
         known = frozenset(self.intake.done)
         reviews: dict[int, TicketLabels] = {}
         for ticket, labels in read_all(self.store, LABELS_DIR, self.n_classes, self._note_damaged, known):
-            self._settle(ticket, labels.usage)
+            self._commit_usage(ticket, labels.usage)
             if ticket in self.schedule.review_tickets:
                 reviews[ticket] = labels  # at its time: the student's opinion of the new label came later
             else:
                 self.intake.take(ticket, labels)
         for ticket, labels in read_all(self.store, SMALL_DIR, self.n_classes, self._note_unused, known):
-            self._settle(ticket, labels.usage)
+            self._commit_usage(ticket, labels.usage)
         for ticket in self.leases.empty_reviews():
             self.intake.take(ticket, TicketLabels.empty(self.n_classes))
         for name in self.store.names(LOST_DIR):

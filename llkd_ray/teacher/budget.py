@@ -16,27 +16,27 @@ from llkd_ray.config.teacher import PriceConfig
 from llkd_ray.teacher.base import Usage, add_usages
 
 Verdict = Literal["granted", "wait", "denied"]
-ByTeacher = dict[str, Usage]
+UsageByTeacher = dict[str, Usage]
 
 
 class Ledger:
     """Books before anything is used: what is spent and what is reserved never exceeds a cap together.
 
-    A ticket's reservations stay until it is settled, and are then replaced by what it has really used. So
+    A ticket's reservations stay until it is committed, and are then replaced by what it has really used. So
     the cap holds as long as nobody uses more than was granted to it, whoever dies and whenever.
 
     *Attempts.* A ticket is asked by one attempt at a time. When a new attempt reserves, what the older one
     held counts as spent for good, because it may have used it before it died. An older attempt that is
-    heard of again, and an attempt of a ticket that is settled, are denied everything; so nothing that comes
+    heard of again, and an attempt of a ticket that is committed, are denied everything; so nothing that comes
     twice can free what is used.
 
     *Waiting.* Where a reservation would fit if other tickets turned out to use less than they hold, the
-    answer is "wait": ask again once any ticket is settled. Nobody can wait for ever:
+    answer is "wait": ask again once any ticket is committed. Nobody can wait for ever:
 
     - A ticket that holds nothing keeps nobody waiting, so there is something to wait for only as long as
       some other ticket holds something and does not wait itself. The ledger notes who waits. The last of
-      the holders that would begin to wait is denied instead; it ends, is settled, and makes room.
-    - A settlement forgets who waits, and so does whatever else makes room. All waiting tickets then ask
+      the holders that would begin to wait is denied instead; it ends, is committed, and makes room.
+    - A commit forgets who waits, and so does whatever else makes room. All waiting tickets then ask
       again, in any order, and the rule above holds among them.
     - Of a holder that has died, the next attempt or :meth:`abandon` says so. Where neither comes, the others
       wait: to notice that nothing goes on is the caller's part.
@@ -46,13 +46,13 @@ class Ledger:
         """``prices`` by teacher; a teacher without one costs nothing. They share one currency."""
         self.cap = cap
         self._prices = prices
-        self._answered: ByTeacher = {}
-        self._lost: ByTeacher = {}
-        self._held: dict[int, ByTeacher] = {}
-        self._held_by_all: ByTeacher = {}  # kept, for a thousand teachers ask all the time
+        self._answered: UsageByTeacher = {}
+        self._lost: UsageByTeacher = {}
+        self._held: dict[int, UsageByTeacher] = {}
+        self._held_by_all: UsageByTeacher = {}  # kept, for a thousand teachers ask all the time
         self._attempt: dict[int, str] = {}
         self._superseded: set[tuple[int, str]] = set()
-        self._settled: set[int] = set()
+        self._committed: set[int] = set()
         self._waiting: set[int] = set()
         self._denied: set[tuple[int, str]] = set()
 
@@ -60,7 +60,7 @@ class Ledger:
         """Ask for the right to use so much more of a teacher; amounts of one attempt add up."""
         if self.open:
             return "granted"
-        if ticket in self._settled or (ticket, attempt) in self._superseded:
+        if ticket in self._committed or (ticket, attempt) in self._superseded:
             return "denied"  # nobody uses it any more, so it says nothing about the cap
         if self._attempt.setdefault(ticket, attempt) != attempt:
             self._superseded.add((ticket, self._attempt[ticket]))
@@ -80,15 +80,15 @@ class Ledger:
         self._denied.add((ticket, teacher))
         return "denied"
 
-    def settle(self, ticket: int, usage: Mapping[str, Usage]) -> None:
+    def commit(self, ticket: int, usage: Mapping[str, Usage]) -> None:
         """The ticket is finished and has used so much, by teacher. Only the first call counts.
 
         A teacher that it holds something of and has used nothing of was asked by an attempt that died, and
         another one found the answers elsewhere: what it holds is spent for good.
         """
-        if ticket in self._settled:
+        if ticket in self._committed:
             return
-        self._settled.add(ticket)
+        self._committed.add(ticket)
         held = self._release(ticket)
         unasked = {name: one for name, one in held.items() if not _has_asked(usage.get(name, Usage()))}
         self._lost = add_usages(self._lost, unasked)
@@ -104,18 +104,18 @@ class Ledger:
         """On resume: what attempts of the killed run may have used, by teacher; counts as spent for good."""
         self._lost = add_usages(self._lost, lost)
 
-    def restore_settled(self, tickets: Iterable[int], usage: Mapping[str, Usage]) -> None:
-        """These tickets were settled before, and have used so much together, by teacher."""
-        self._settled.update(tickets)
+    def restore_committed(self, tickets: Iterable[int], usage: Mapping[str, Usage]) -> None:
+        """These tickets were committed before, and have used so much together, by teacher."""
+        self._committed.update(tickets)
         self._answered = add_usages(self._answered, usage)
 
     @property
-    def spent(self) -> ByTeacher:
+    def spent(self) -> UsageByTeacher:
         """By teacher: what finished tickets have used, and what may have been used for nothing."""
         return add_usages(self._answered, self._lost)
 
     @property
-    def lost(self) -> ByTeacher:
+    def lost(self) -> UsageByTeacher:
         """The part of ``spent`` that attempts may have used that died."""
         return dict(self._lost)
 
@@ -131,23 +131,23 @@ class Ledger:
 
     @property
     def open(self) -> bool:
-        """No cap is set: everything is granted, and only what is settled is booked."""
+        """No cap is set: everything is granted, and only what is committed is booked."""
         return self.cap.is_off
 
-    def _cost(self, unknown: ByTeacher) -> Decimal:
+    def _cost(self, unknown: UsageByTeacher) -> Decimal:
         """Of what is answered, and of what may be used at most beside it."""
         free = PriceConfig()
         costs = [usage.cost(self._prices.get(name, free)) for name, usage in self._answered.items()]
         costs += [_at_most(usage, self._prices.get(name, free)) for name, usage in unknown.items()]
         return sum(costs, Decimal())
 
-    def _release(self, ticket: int) -> ByTeacher:
+    def _release(self, ticket: int) -> UsageByTeacher:
         """The ticket holds nothing more; returns what it held."""
         held = self._held.pop(ticket, {})
         self._held_by_all |= {name: self._held_by_all[name] - usage for name, usage in held.items()}
         return held
 
-    def _fits(self, more: ByTeacher, held: ByTeacher) -> bool:
+    def _fits(self, more: UsageByTeacher, held: UsageByTeacher) -> bool:
         """Whether ``more`` fits on top of what is spent and what is held."""
         unknown = add_usages(add_usages(self._lost, more), held)
         together, cap = add_usages(self._answered, unknown).values(), self.cap
