@@ -385,7 +385,7 @@ async def measure(teacher: Path, truths: Sequence[Truth], n_exact: int, block_si
     started: list[AsyncEngine] = []
 
     def start() -> AsyncEngine:
-        started.append(AsyncEngine.start(labeller.teacher))
+        started.append(AsyncEngine.start(vllm_teacher.teacher))
         return started[-1]
 
     engine: Engine | None = None
@@ -393,12 +393,12 @@ async def measure(teacher: Path, truths: Sequence[Truth], n_exact: int, block_si
         asked = truth.test.texts[:most]
         if not asked:
             continue
-        labeller = labeller_of(teacher, truth.labels, min_branch_prob, block_size)
-        engine = labeller.engine = engine or Engine(labeller.teacher, tell_start, start)
-        await labeller.label(["warm-up"], ["x"], Unlimited())
+        vllm_teacher = vllm_teacher_of(teacher, truth.labels, min_branch_prob, block_size)
+        engine = vllm_teacher.engine = engine or Engine(vllm_teacher.teacher, tell_start, start)
+        await vllm_teacher.label(["warm-up"], ["x"], Unlimited())
         assert await started[0].vllm.reset_prefix_cache()
         begun = time.monotonic()
-        answers = await labeller.label([str(i) for i in range(len(asked))], asked, Unlimited())
+        answers = await vllm_teacher.label([str(i) for i in range(len(asked))], asked, Unlimited())
         seconds = time.monotonic() - begun
         print(f"| {' | '.join(cells(truth, answers, min_branch_prob, block_size, seconds))} |", flush=True)
     if engine is not None:
@@ -411,7 +411,7 @@ def tell_start(seconds: float) -> None:
     tell(f"engine up in {seconds:.0f} s")
 
 
-def labeller_of(teacher: Path, labels: LabelSet, min_branch_prob: float, block_size: int) -> VllmTeacher:
+def vllm_teacher_of(teacher: Path, labels: LabelSet, min_branch_prob: float, block_size: int) -> VllmTeacher:
     settings = TeacherConfig(
         model=str(teacher),
         prompt=labels.prompt,

@@ -80,7 +80,7 @@ def measure(
         began = time.monotonic()
         distill(parse_config(tree), store.root, clock)
         called = time.monotonic() - began
-        spans = [(one.at, one.at + seconds_per_text) for one in server.asked if one.body]
+        spans = [(one.at, one.at + seconds_per_text) for one in server.requests if one.body]
     rounds = [phase_seconds(line) for line in store.read_metrics()]
     student = [sum(line[phase] for phase in OF_STUDENT) for line in rounds]
     for name, seconds in (

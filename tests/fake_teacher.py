@@ -35,13 +35,13 @@ class FakeTeacher:
         self.says, self.failing, self.errors = says, failing or {}, list(errors)
         """``failing``: why numbers have no answer; ``errors``: what the first calls raise."""
         self.before_call, self.after_request = before_call, after_request
-        self.asked: list[list[int]] = []
+        self.calls: list[list[int]] = []
         """The numbers of each call."""
         self.is_closed = False
 
     async def label(self, ids: Sequence[str], texts: Sequence[str], allowance: Allowance) -> Answers:
         numbers = [int(one.rpartition("-")[2]) for one in ids]
-        self.asked.append(numbers)
+        self.calls.append(numbers)
         self.before_call()
         if self.errors:
             raise self.errors.pop(0)

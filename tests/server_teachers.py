@@ -16,7 +16,7 @@ LABELS = LabelsConfig(names=("sea", "kitchen", "garden"))
 KEY_ENV = "STUB_SERVER_KEY"
 
 
-def make_teacher(base_url: str, server: dict[str, Any] | None = None, **settings: Any) -> TeacherConfig:
+def teacher_config(base_url: str, server: dict[str, Any] | None = None, **settings: Any) -> TeacherConfig:
     """One sampled answer a text: one request a text, in which the text can be read."""
     simple = {"api_key_env": KEY_ENV, "scores": "votes", "back_off_s": 0.005, "concurrency": 4}
     return TeacherConfig.model_validate(
@@ -42,19 +42,19 @@ class Counting(Unlimited):
         return True
 
 
-def ask(labeller: OpenAITeacher, *calls: list[str], allowance: Any = None) -> Answers:
+def ask(teacher: OpenAITeacher, *calls: list[str], allowance: Any = None) -> Answers:
     """Label the texts of some calls, one call after the other; gives the last one's answers."""
 
     async def run() -> Answers:
         for texts in calls:
             ids = [str(i) for i in range(len(texts))]
-            answers = await labeller.label(ids, texts, allowance or Unlimited())
+            answers = await teacher.label(ids, texts, allowance or Unlimited())
         return answers
 
     try:
         return asyncio.run(run())
     finally:
-        labeller.close()
+        teacher.close()
 
 
 def texts_of(n: int) -> list[str]:

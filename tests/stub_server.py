@@ -19,7 +19,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class TicketAnswers:
+class Request:
     """A request as it came."""
 
     path: str
@@ -37,7 +37,7 @@ class TicketAnswers:
 
 
 @dataclass(frozen=True)
-class EngineResponse:
+class Response:
     content: Any = b""
     """Bytes as they are; anything else as JSON."""
     status: int = 200
@@ -49,15 +49,15 @@ class EngineResponse:
     """How many more bytes the Content-Length promises than come."""
 
 
-Answer = Callable[[TicketAnswers], EngineResponse]
+Answer = Callable[[Request], Response]
 
 
 class StubServer:
-    """``with StubServer(answer) as server``: serves at ``server.base_url``; ``server.asked`` is what came."""
+    """``with StubServer(answer) as server``: serves at ``server.base_url`` and keeps ``server.requests``."""
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
-        self.asked: list[TicketAnswers] = []
+        self.requests: list[Request] = []
         self.most_at_once = 0
         self._now = 0
         self._lock = threading.Lock()
@@ -90,14 +90,14 @@ class StubServer:
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-        asked = TicketAnswers(
+        request = Request(
             handler.path, dict(handler.headers), body, time.monotonic(), handler.client_address[1]
         )
         with self._lock:
-            self.asked.append(asked)
+            self.requests.append(request)
             self._now += 1
             self.most_at_once = max(self.most_at_once, self._now)
-            reply = self.answer(asked)
+            reply = self.answer(request)
         self._stop.wait(reply.wait_s)
         with self._lock:
             self._now -= 1
@@ -117,10 +117,10 @@ class StubServer:
         handler.close_connection |= reply.promise_bytes > 0
 
 
-def in_turn(first: Iterable[EngineResponse], then: Answer) -> Answer:
+def in_turn(first: Iterable[Response], then: Answer) -> Answer:
     """The given replies, whatever is asked, and then what ``then`` says."""
     waiting = list(first)
-    return lambda asked: waiting.pop(0) if waiting else then(asked)
+    return lambda request: waiting.pop(0) if waiting else then(request)
 
 
 def free_port() -> int:
@@ -139,23 +139,23 @@ def usage(prompt_tokens: int, answer_tokens: int, cached_tokens: int | None = No
     return total | {"total_tokens": prompt_tokens + answer_tokens, "prompt_tokens_details": details}
 
 
-def said(answers: Sequence[str | None], **further: Any) -> EngineResponse:
+def said(answers: Sequence[str | None], **further: Any) -> Response:
     """Answers of the chat endpoint."""
-    return EngineResponse({"choices": [{"message": {"content": answer}} for answer in answers]} | further)
+    return Response({"choices": [{"message": {"content": answer}} for answer in answers]} | further)
 
 
-def likeliest(probs: Mapping[str, float], **further: Any) -> EngineResponse:
+def likeliest(probs: Mapping[str, float], **further: Any) -> Response:
     """A reply of the chat endpoint with top_logprobs."""
     top = [{"token": token, "logprob": math.log(p)} for token, p in probs.items()]
     content = [{**top[0], "top_logprobs": top}]
     choice = {"message": {"content": top[0]["token"]}, "logprobs": {"content": content}}
-    return EngineResponse({"choices": [choice]} | further)
+    return Response({"choices": [choice]} | further)
 
 
-def scored(probs: Mapping[int, float], **further: Any) -> EngineResponse:
+def scored(probs: Mapping[int, float], **further: Any) -> Response:
     """A reply of vLLM's completions endpoint to logprob_token_ids."""
     said = {f"token_id:{token}": math.log(p) for token, p in probs.items()}
-    return EngineResponse({"choices": [{"text": "x", "logprobs": {"top_logprobs": [said]}}]} | further)
+    return Response({"choices": [{"text": "x", "logprobs": {"top_logprobs": [said]}}]} | further)
 
 
 def next_token_probs(token_ids: Sequence[int], vocabulary: int) -> np.ndarray:
@@ -168,12 +168,10 @@ def next_token_probs(token_ids: Sequence[int], vocabulary: int) -> np.ndarray:
 def vllm_like(vocabulary: int) -> Answer:
     """A server with ``logprob_token_ids``, over :func:`next_token_probs`."""
 
-    def answer(asked: TicketAnswers) -> EngineResponse:
-        prompt, tokens = asked.body["prompt"], asked.body["logprob_token_ids"]
-        if len(tokens) > 128 or asked.body["logprobs"] is None or asked.path != "/v1/completions":
-            return EngineResponse(
-                {"error": {"message": "logprob_token_ids: too many, or no logprobs"}}, status=400
-            )
+    def answer(request: Request) -> Response:
+        prompt, tokens = request.body["prompt"], request.body["logprob_token_ids"]
+        if len(tokens) > 128 or request.body["logprobs"] is None or request.path != "/v1/completions":
+            return Response({"error": {"message": "logprob_token_ids: too many, or no logprobs"}}, status=400)
         probs = next_token_probs(prompt, vocabulary)
         likeliest = int(probs.argmax())  # the token that is sampled is always there
         return scored({t: probs[t] for t in [likeliest, *tokens]}, usage=usage(len(prompt), 1))

@@ -99,8 +99,8 @@ class TestTicket:
     @pytest.mark.parametrize("rows", [1, ROWS])
     def test_labelling_is_one_call_and_two_files_however_many_texts_it_has(self, tmp_path, rows, opened):
         """The labels, and the mark of what was sent, which goes again."""
-        calls, asked = self.label(tmp_path, rows, opened)
-        assert asked == [list(range(rows))], "every text once, all of them together"
+        calls, answers = self.label(tmp_path, rows, opened)
+        assert answers == [list(range(rows))], "every text once, all of them together"
         assert calls == {"put_labels": 1}
         assert opened["writing"] == 2
         assert opened["read_table"] + opened["read_bytes"] == 0
@@ -112,11 +112,11 @@ class TestTicket:
 
     def label(self, tmp_path, rows, opened, **sections):
         store = make_run(tmp_path / "run", 200, 30)
-        selector, labeller = FakeSelector(), FakeTeacher()
-        stage = OnlyStage(make_config(**sections), store.root, selector, labeller)
+        selector, teacher = FakeSelector(), FakeTeacher()
+        stage = OnlyStage(make_config(**sections), store.root, selector, teacher)
         opened.clear()
         pass_through(stage, leased(3, list(range(rows))))
-        return Counter(name for name, _ in selector.calls), labeller.asked
+        return Counter(name for name, _ in selector.calls), teacher.calls
 
 
 class CountedRange:

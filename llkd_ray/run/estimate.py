@@ -17,7 +17,7 @@ import numpy as np
 
 from llkd_ray.config.schema import CapConfig
 from llkd_ray.config.teacher import PriceConfig
-from llkd_ray.teacher.footprint import Asking
+from llkd_ray.teacher.footprint import RequestCounts
 
 Z = 1.96
 """Half of a 95 % interval, in standard errors."""
@@ -107,15 +107,15 @@ class Bill:
         return Bill(*(Estimate.between(0.0, part.high) for part in parts))
 
 
-def bill(texts: Estimate, tokens: Estimate, asking: Asking, price: PriceConfig) -> Bill:
+def bill(texts: Estimate, tokens: Estimate, requests: RequestCounts, price: PriceConfig) -> Bill:
     """For so many texts whose prompts have ``tokens`` in all, each prompt counted once.
 
     A prompt that is sent again is in the prefix cache, so it costs what cached tokens cost; the first time
     it is taken for new, although what stands before the text is the same in all.
     """
-    prompt_tokens = tokens.times(*asking.prompts) + texts.times(*asking.behind)
-    answer_tokens = texts.times(*asking.answers)
-    again = tokens.times(asking.prompts[0] - 1, asking.prompts[1] - 1) + texts.times(*asking.behind)
+    prompt_tokens = tokens.times(*requests.prompts) + texts.times(*requests.behind)
+    answer_tokens = texts.times(*requests.answers)
+    again = tokens.times(requests.prompts[0] - 1, requests.prompts[1] - 1) + texts.times(*requests.behind)
     cached = price.input if price.cached is None else price.cached
     cost = (
         tokens.times(price.input / 1e6) + again.times(cached / 1e6) + answer_tokens.times(price.output / 1e6)

@@ -203,7 +203,7 @@ class _Need:
 
         texts, tokens = in_all(asked_N, 1.0), in_all(size.tokens_N, teacher.max_model_len)
         new = in_all(size.tokens_N - size.shared, teacher.max_model_len)
-        return cls(bill(texts, tokens, size.asking, teacher.price), new)
+        return cls(bill(texts, tokens, size.requests, teacher.price), new)
 
     def __add__(self, other: _Need) -> _Need:
         return _Need(self.bill + other.bill, self.new_tokens + other.new_tokens)
@@ -243,12 +243,12 @@ def _prompts(part: Part, size: PromptSizes) -> str:
 
 
 def _requests(size: PromptSizes) -> str:
-    prompts, answers = size.asking.prompts, size.asking.answers
+    prompts, answers = size.requests.prompts, size.requests.answers
     asked = "1 request" if prompts == (1, 1) else f"{_ends(prompts)} requests"
     said = "1 answer token" if answers == (1, 1) else f"{_ends(answers)} answer tokens"
-    if len(size.ways) > 1:
-        return f"{asked} and {said} a text, by {' or '.join(size.ways)}: the first request finds out"
-    if size.asking.is_known:
+    if len(size.methods) > 1:
+        return f"{asked} and {said} a text, by {' or '.join(size.methods)}: the first request finds out"
+    if size.requests.is_known:
         return f"{asked} and {said} a text"
     return f"{asked} and {said} a text: how many is unknown until answers are there"
 

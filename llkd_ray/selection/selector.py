@@ -126,14 +126,14 @@ class Selector:
     async def put_labels(self, ticket: int, labels: TicketLabels) -> int:
         """Store the labels of a ticket, whose file exists; returns how many are new."""
         self.teachers.finished(ticket)
-        self._commit(ticket, labels.usage)
+        self._commit_usage(ticket, labels.usage)
         new = self.ingest.take(ticket, labels)
         await self._notify()
         return new
 
     async def commit_usage(self, ticket: int, teacher: str, usage: dict[str, Any]) -> None:
         """The small teacher of a cascade has finished a ticket: book its usage."""
-        self._commit(ticket, {teacher: Usage(**usage)})
+        self._commit_usage(ticket, {teacher: Usage(**usage)})
         await self._notify()
 
     async def give_back(self, ticket: int, teacher: str, actor: str, reason: str, call: str) -> None:
@@ -339,7 +339,7 @@ class Selector:
         members = list(self.teachers.members)
         return ticket * len(members) + members.index(teacher)
 
-    def _commit(self, ticket: int, usage: Mapping[str, Usage]) -> None:
+    def _commit_usage(self, ticket: int, usage: Mapping[str, Usage]) -> None:
         for teacher, one in usage.items():
             self.ledger.commit(self._account(ticket, teacher), {teacher: one})
 
@@ -383,13 +383,13 @@ class Selector:
         known = frozenset(self.ingest.done)
         reviews: dict[int, TicketLabels] = {}
         for ticket, labels in read_all(self.store, LABELS_DIR, self.n_classes, self._note_damaged, known):
-            self._commit(ticket, labels.usage)
+            self._commit_usage(ticket, labels.usage)
             if ticket in self.schedule.review_tickets:
                 reviews[ticket] = labels  # in its round, because the student scored the new label later
             else:
                 self.ingest.take(ticket, labels)
         for ticket, labels in read_all(self.store, SMALL_DIR, self.n_classes, self._note_unused, known):
-            self._commit(ticket, labels.usage)
+            self._commit_usage(ticket, labels.usage)
         for ticket in self.leases.empty_reviews():
             self.ingest.take(ticket, TicketLabels.empty(self.n_classes))
         for name in self.store.names(LOST_DIR):

@@ -16,7 +16,7 @@ from llkd_ray.config.teacher import PriceConfig
 from llkd_ray.teacher.base import Usage, add_usages
 
 Verdict = Literal["granted", "wait", "denied"]
-ByTeacher = dict[str, Usage]
+UsageByTeacher = dict[str, Usage]
 
 
 class Ledger:
@@ -46,10 +46,10 @@ class Ledger:
         """``prices`` by teacher; a teacher without one costs nothing. They share one currency."""
         self.cap = cap
         self._prices = prices
-        self._answered: ByTeacher = {}
-        self._lost: ByTeacher = {}
-        self._held: dict[int, ByTeacher] = {}
-        self._held_by_all: ByTeacher = {}  # kept, for a thousand teachers ask all the time
+        self._answered: UsageByTeacher = {}
+        self._lost: UsageByTeacher = {}
+        self._held: dict[int, UsageByTeacher] = {}
+        self._held_by_all: UsageByTeacher = {}  # kept, for a thousand teachers ask all the time
         self._attempt: dict[int, str] = {}
         self._superseded: set[tuple[int, str]] = set()
         self._committed: set[int] = set()
@@ -110,12 +110,12 @@ class Ledger:
         self._answered = add_usages(self._answered, usage)
 
     @property
-    def spent(self) -> ByTeacher:
+    def spent(self) -> UsageByTeacher:
         """By teacher: what finished tickets have used, and what may have been used for nothing."""
         return add_usages(self._answered, self._lost)
 
     @property
-    def lost(self) -> ByTeacher:
+    def lost(self) -> UsageByTeacher:
         """The part of ``spent`` that attempts may have used that died."""
         return dict(self._lost)
 
@@ -134,20 +134,20 @@ class Ledger:
         """No cap is set: everything is granted, and only what is committed is booked."""
         return self.cap.is_off
 
-    def _cost(self, unknown: ByTeacher) -> Decimal:
+    def _cost(self, unknown: UsageByTeacher) -> Decimal:
         """Of what is answered, and of what may be used at most beside it."""
         free = PriceConfig()
         costs = [usage.cost(self._prices.get(name, free)) for name, usage in self._answered.items()]
         costs += [_at_most(usage, self._prices.get(name, free)) for name, usage in unknown.items()]
         return sum(costs, Decimal())
 
-    def _release(self, ticket: int) -> ByTeacher:
+    def _release(self, ticket: int) -> UsageByTeacher:
         """The ticket holds nothing more; returns what it held."""
         held = self._held.pop(ticket, {})
         self._held_by_all |= {name: self._held_by_all[name] - usage for name, usage in held.items()}
         return held
 
-    def _fits(self, more: ByTeacher, held: ByTeacher) -> bool:
+    def _fits(self, more: UsageByTeacher, held: UsageByTeacher) -> bool:
         """Whether ``more`` fits on top of what is spent and what is held."""
         unknown = add_usages(add_usages(self._lost, more), held)
         together, cap = add_usages(self._answered, unknown).values(), self.cap

@@ -27,13 +27,13 @@ class SmallStage(Stage):
     async def process(self, ticket: int, leased: pa.Table) -> pa.Table:
         is_done = any(self.store.exists(ticket_file(folder, ticket)) for folder in (SMALL_DIR, LABELS_DIR))
         if not is_done and not self.is_review(ticket):
-            asked = await self.asker.ask(ticket, leased)
-            usage, in_flight = {self.asker.name: asked.usage}, self.asker.teacher.tickets_in_flight
+            answers = await self.worker.label(ticket, leased)
+            usage, in_flight = {self.worker.name: answers.usage}, self.worker.teacher_config.tickets_in_flight
             await asyncio.to_thread(
-                write_ticket, self.store, SMALL_DIR, ticket, asked.labels, usage, asked.unasked, in_flight
+                write_ticket, self.store, SMALL_DIR, ticket, answers.labels, usage, answers.unasked, in_flight
             )
-            await self.asker.forget(asked)
-            await self.selector.commit_usage.remote(ticket, self.asker.name, asked.usage.as_dict())
+            await self.worker.clear_mark(answers)
+            await self.selector.commit_usage.remote(ticket, self.worker.name, answers.usage.as_dict())
         return leased
 
 
@@ -47,14 +47,16 @@ class LargeStage(Stage):
         if done is None:
             small, usage = await asyncio.to_thread(self._small_answers, ticket)
             doubtful = leased.filter(pa.array(~np.isin(leased["row"].to_numpy(), self._sure_rows(small))))
-            asked = await self.asker.ask(ticket, doubtful)
-            answered_by_large = pc.is_in(small["row"], value_set=asked.labels["row"].combine_chunks())
+            answers = await self.worker.label(ticket, doubtful)
+            answered_by_large = pc.is_in(small["row"], value_set=answers.labels["row"].combine_chunks())
             kept = small.filter(pc.invert(answered_by_large))
-            labels = in_row_order([kept, asked.labels], leased["row"].to_numpy())
+            labels = in_row_order([kept, answers.labels], leased["row"].to_numpy())
             if self.is_review(ticket):
                 # A review without an answer leaves a text with the label that it has.
-                asked = replace(asked, outcome_M=[""] * len(doubtful))
-            done = await self.commit(ticket, doubtful, labels, usage | {self.asker.name: asked.usage}, asked)
+                answers = replace(answers, outcome_M=[""] * len(doubtful))
+            done = await self.commit(
+                ticket, doubtful, labels, usage | {self.worker.name: answers.usage}, answers
+            )
         return await self.notify(ticket, done)
 
     def _small_answers(self, ticket: int) -> tuple[pa.Table, dict[str, Usage]]:

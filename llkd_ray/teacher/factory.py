@@ -28,15 +28,15 @@ CACHE_DIR = "teacher-cache"
 
 
 def make_teacher(
-    teacher: TeacherConfig, labels: LabelsConfig, on_start: Callable[[float], None], begin: bool = False
+    teacher: TeacherConfig, labels: LabelsConfig, on_start: Callable[[float], None], prestart: bool = False
 ) -> Teacher:
     """The teacher that the settings describe; ``on_start`` hears how long an engine took to start.
 
-    ``begin``: an engine will be needed soon, so begin with what can be done ahead.
+    ``prestart``: an engine will be needed soon, so begin with what can be done ahead.
     """
     match teacher.kind:
         case "vllm":
-            return VllmTeacher(teacher, labels, on_start, begin)
+            return VllmTeacher(teacher, labels, on_start, prestart)
         case "openai":
             return OpenAITeacher(teacher, labels)
         case "recorded":

@@ -29,14 +29,14 @@ class PromptSizes:
     """Of each prompt, as it is sent once."""
     cut_N: np.ndarray
     """bool[N]: whether a part of the text is left out."""
-    asking: Asking
+    requests: RequestCounts
     shared: int
     """Tokens that stand before all of the texts and are the same."""
     counted: bool
     """By the teacher's own tokenizer; otherwise by characters."""
     first: str
     """The first prompt, as the teacher reads it."""
-    ways: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
     """Of a server: how it may be asked for probabilities, the best one first."""
 
 
@@ -50,43 +50,43 @@ def prompt_sizes(
     room = room_for_prompt(teacher, trie)
     encoded, cut_N = encode_prompts(prompt, texts, tokenizer, room, teacher.prompt.cut)
     votes = teacher.confidence.method == "votes"
-    asking = by_votes(teacher.confidence.samples, trie.depth) if votes else by_trie(trie)
+    requests = requests_by_votes(teacher.confidence.samples, trie.depth) if votes else requests_by_trie(trie)
     first = prompt.render(texts[0])
-    return PromptSizes(_lengths(encoded), cut_N, asking, _shared(encoded), True, first)
+    return PromptSizes(_lengths(encoded), cut_N, requests, _shared(encoded), True, first)
 
 
 def _of_server(teacher: TeacherConfig, labels: LabelsConfig, texts: Sequence[str], field: str) -> PromptSizes:
-    ways, _ = possible_methods(teacher, labels, field)
-    asking = reduce(or_, map(_asking, ways))
-    names = tuple(way.name for way in ways)
-    best = ways[0]
+    methods, _ = possible_methods(teacher, labels, field)
+    requests = reduce(or_, map(_requests, methods))
+    names = tuple(method.name for method in methods)
+    best = methods[0]
     if isinstance(best, ByLabelIds):
         encoded, cut_N = encode_prompts(best.prompt, texts, best.tokenizer, best.room, teacher.prompt.cut)
         first = best.prompt.render(texts[0])
-        return PromptSizes(_lengths(encoded), cut_N, asking, _shared(encoded), True, first, names)
+        return PromptSizes(_lengths(encoded), cut_N, requests, _shared(encoded), True, first, names)
     assert isinstance(best, ByTopLogprobs | ByVotes)
-    requests = [best.chat.request(text, 1, 1) for text in texts]
-    cut_N = np.array([cut for _, cut in requests], dtype=bool)
-    contents = [[one["content"] for one in request["body"]["messages"]] for request, _ in requests]
+    posts = [best.chat.request(text, 1, 1) for text in texts]
+    cut_N = np.array([cut for _, cut in posts], dtype=bool)
+    contents = [[one["content"] for one in request["body"]["messages"]] for request, _ in posts]
     counted = best.chat.tokenizer is not None
     tokens_N = np.array(
         [
             request["prompt_tokens"] if counted else round(sum(map(len, content)) / CHARS_PER_TOKEN)
-            for (request, _), content in zip(requests, contents, strict=True)
+            for (request, _), content in zip(posts, contents, strict=True)
         ]
     )
-    return PromptSizes(tokens_N, cut_N, asking, 0, counted, "\n\n".join(contents[0]), names)
+    return PromptSizes(tokens_N, cut_N, requests, 0, counted, "\n\n".join(contents[0]), names)
 
 
-def _asking(way: ScoringMethod) -> Asking:
-    match way:
+def _requests(method: ScoringMethod) -> RequestCounts:
+    match method:
         case ByLabelIds():
-            return by_trie(way.trie)
+            return requests_by_trie(method.trie)
         case ByVotes():
             # A server may give one answer a request, whatever it is asked for.
-            return by_votes(way.samples, way.chat.answer_tokens, prompts=way.samples)
+            return requests_by_votes(method.samples, method.chat.answer_tokens, prompts=method.samples)
         case _:
-            return Asking(prompts=(1, 1), behind=(0, 0), answers=(1, 1))
+            return RequestCounts(prompts=(1, 1), behind=(0, 0), answers=(1, 1))
 
 
 def _lengths(encoded: Sequence[Sequence[int]]) -> np.ndarray:
@@ -107,7 +107,7 @@ def _shared(encoded: Sequence[list[int]]) -> int:
 
 
 @dataclass(frozen=True)
-class Asking:
+class RequestCounts:
     """What a teacher is asked for one text, over the prompt's own tokens; from at least to at most."""
 
     prompts: tuple[int, int]
@@ -117,13 +117,13 @@ class Asking:
     answers: tuple[int, int]
     """Answer tokens, over all requests."""
 
-    def __or__(self, other: Asking) -> Asking:
+    def __or__(self, other: RequestCounts) -> RequestCounts:
         """Where it is not known which of two ways it will be."""
 
         def either(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
             return min(a[0], b[0]), max(a[1], b[1])
 
-        return Asking(
+        return RequestCounts(
             either(self.prompts, other.prompts),
             either(self.behind, other.behind),
             either(self.answers, other.answers),
@@ -134,14 +134,14 @@ class Asking:
         return all(least == most for least, most in (self.prompts, self.behind, self.answers))
 
 
-def by_trie(trie: LabelTrie) -> Asking:
+def requests_by_trie(trie: LabelTrie) -> RequestCounts:
     """Label probabilities by the labels' token sequences: from the first tokens only to every branch."""
     questions = list(trie.questions())
     first, every = questions[0][1], sum(requests for _, requests in questions)
     behind = sum(after * requests for after, requests in questions)
-    return Asking((first, every), (0, behind), (first, every))
+    return RequestCounts((first, every), (0, behind), (first, every))
 
 
-def by_votes(samples: int, longest_answer: int, prompts: int = 1) -> Asking:
+def requests_by_votes(samples: int, longest_answer: int, prompts: int = 1) -> RequestCounts:
     """Some sampled answers of at most so many tokens; the prompt is sent once, or up to ``prompts`` times."""
-    return Asking((1, prompts), (0, 0), (samples, samples * longest_answer))
+    return RequestCounts((1, prompts), (0, 0), (samples, samples * longest_answer))

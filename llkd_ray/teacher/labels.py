@@ -96,8 +96,8 @@ def read_all(
     put_aside: Callable[[int, str], None],
     skip: Container[int] = (),
 ) -> Iterator[tuple[int, TicketLabels]]:
-    """Every ticket that has a file in a folder, in ascending order; see :func:`~repair.whole_tickets`."""
-    for ticket, table in whole_tickets(store, folder, put_aside, skip):
+    """Every ticket that has a file in a folder, in ascending order; see :func:`~repair.intact_tickets`."""
+    for ticket, table in intact_tickets(store, folder, put_aside, skip):
         yield ticket, ticket_labels(table, *_read_metadata(table.schema.metadata or {}), n_classes)
 
 
@@ -168,7 +168,7 @@ _AT_A_TIME = 16 * READERS
 """Files held at a time."""
 
 
-def whole_tickets(
+def intact_tickets(
     store: RunStore, folder: str, put_aside: Callable[[int, str], None], skip: Container[int] = ()
 ) -> Iterator[tuple[int, pa.Table]]:
     """LABELS of every ticket that has a whole file in a folder, and is none of ``skip``, in ascending order.

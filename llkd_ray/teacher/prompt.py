@@ -70,16 +70,16 @@ class Prompt:
 
     def render(self, text: str) -> str:
         """The whole prompt, in the model's chat format if it has one."""
-        return f"{self.head}{break_special(text, self.special)}{self.tail}"
+        return f"{self.head}{escape_special(text, self.special)}{self.tail}"
 
     def messages(self, text: str) -> list[dict[str, str]]:
         """The prompt as chat messages, for a server that puts them into the model's chat format itself."""
         before, behind = self.message or (self.head, self.tail)
-        user = {"role": "user", "content": f"{before}{break_special(text, self.special)}{behind}"}
+        user = {"role": "user", "content": f"{before}{escape_special(text, self.special)}{behind}"}
         return [user] if self.system is None else [{"role": "system", "content": self.system}, user]
 
 
-def break_special(text: str, special: tuple[str, ...]) -> str:
+def escape_special(text: str, special: tuple[str, ...]) -> str:
     """The text with a space behind the first character of each special string in it."""
     pattern = _pattern(special)
     while pattern is not None and pattern.search(text):  # again: what comes of one can be another
@@ -115,7 +115,7 @@ def build_prompt(config: PromptConfig, labels: LabelsConfig, tokenizer: Tokenize
     keys = tuple(ascii_uppercase[: len(labels.names)] if config.answer == "letters" else labels.names)
     special = _special_strings(tokenizer)
     key_of = dict(zip(labels.names, keys, strict=True))
-    head, tail = render_around(config, labels, key_of, partial(break_special, special=special))
+    head, tail = render_around(config, labels, key_of, partial(escape_special, special=special))
     if config.chat == "never" or not (tokenizer is None or getattr(tokenizer, "chat_template", None)):
         if config.system is not None:
             raise ConfigError(
@@ -249,7 +249,7 @@ def _encode_cut(
     prompt: Prompt, text: str, tokenizer: Tokenizer, encode: Encode, max_tokens: int, room: int, cut: Cut
 ) -> list[int]:
     """The tokens of a prompt whose text is cut, no more than must be."""
-    text = break_special(text, prompt.special)
+    text = escape_special(text, prompt.special)
     spans, most = _spans(text, tokenizer), room
     if spans is None:  # by characters, where a tokenizer does not tell which of them its tokens are
         spans = [(i, i + 1) for i in range(len(text))]

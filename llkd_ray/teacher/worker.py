@@ -73,25 +73,25 @@ class TeacherWorker:
         store_uri: str,
         member: int,
         reserve: Reserve,
-        labeller: Teacher | None = None,
+        teacher: Teacher | None = None,
         key: str | None = None,
     ) -> None:
         """``key``: what its answers are found by in later runs; without one, nothing is reused."""
         self.config, self.store_uri, self.store = config, store_uri, RunStore(store_uri)
         self.member = member
-        self.name, self.teacher = list(config.teacher.members())[member]
+        self.name, self.teacher_config = list(config.teacher.members())[member]
         self._reserve = reserve
-        self._labeller = labeller
+        self._teacher = teacher
         self._key = key
         self._cache: AnswerCache | None = None
         maker = ThreadPoolExecutor(1, "teacher")
         self._made = maker.submit(self._make)
         maker.shutdown(wait=False)
 
-    async def ask(self, ticket: int, texts: pa.Table) -> TicketAnswers:
+    async def label(self, ticket: int, texts: pa.Table) -> TicketAnswers:
         """Answers to ``texts`` (row, id, text, text_hash), from an earlier run where there is one.
 
-        The caller puts the labels in place and then calls :meth:`forget`. Raises
+        The caller puts the labels in place and then calls :meth:`clear_mark`. Raises
         :class:`~llkd_ray.teacher.base.TeacherDown` where the teacher has given up.
         """
         await asyncio.shield(asyncio.wrap_future(self._made))
@@ -105,8 +105,8 @@ class TeacherWorker:
         mark = f"ticket-{ticket:08d}.{uuid.uuid4().hex}"
         # The mark tells, after a kill, which texts were sent and never answered.
         await asyncio.to_thread(write_mark, self.store, mark, len(sent), {})
-        assert self._labeller is not None
-        answers = await self._labeller.label(
+        assert self._teacher is not None
+        answers = await self._teacher.label(
             sent["id"].to_pylist(), sent["text"].to_pylist(), self._allowance(ticket, mark, len(sent))
         )
         fresh = labels_table(sent, sent_hash, answers, self.member)
@@ -119,29 +119,31 @@ class TeacherWorker:
             mark=mark,
         )
 
-    async def forget(self, asked: TicketAnswers) -> None:
+    async def clear_mark(self, answers: TicketAnswers) -> None:
         """The labels are in place, so nothing of them is under way any more."""
-        if asked.mark is not None:
-            await asyncio.to_thread(self.store.delete, mark_file(asked.mark))
+        if answers.mark is not None:
+            await asyncio.to_thread(self.store.delete, mark_file(answers.mark))
 
     def close(self) -> None:
         """Close the teacher, as soon as it is made."""
 
         def put_away(_: object) -> None:
-            if self._labeller is not None:
-                self._labeller.close()
+            if self._teacher is not None:
+                self._teacher.close()
 
         self._made.add_done_callback(put_away)
 
     def _make(self) -> None:
         labels = self.config.labels
-        folder = cache_folder(self.config, self.teacher)
+        folder = cache_folder(self.config, self.teacher_config)
         if folder is not None and self._key is not None:
             own = self.store.uri(SMALL_DIR if self.name == "small" else LABELS_DIR)
             self._cache = AnswerCache.open(folder, self._key, len(labels.names), own)
             register(folder, self._key, own, self.member)
-        if self._labeller is None:
-            self._labeller = make_teacher(self.teacher, labels, self._note_start, begin=not self._cache)
+        if self._teacher is None:
+            self._teacher = make_teacher(
+                self.teacher_config, labels, self._note_start, prestart=not self._cache
+            )
 
     def _reuse(self, hash_M: np.ndarray, texts: pa.Table) -> tuple[np.ndarray, pa.Table]:
         """bool[M]: which texts have an answer of an earlier run; and LABELS of those, as this run's."""
@@ -172,7 +174,7 @@ class TeacherWorker:
 
     def _note_start(self, seconds: float) -> None:
         """A file for each engine that was started."""
-        facts = {"teacher": self.name, "model": self.teacher.model, "seconds_to_start": seconds}
+        facts = {"teacher": self.name, "model": self.teacher_config.model, "seconds_to_start": seconds}
         where = {"host": socket.gethostname(), "pid": os.getpid()}
         self.store.write_json(f"{ENGINES_DIR}/{uuid.uuid4().hex}.json", facts | where)
 
@@ -190,14 +192,14 @@ class Stage(ABC):
     """What stages share: one ticket at a call, and what happens when the teacher gives up."""
 
     member = 0
-    """Which of the config's teachers the stage asks."""
+    """Index of the stage's teacher among the config's."""
 
     def __init__(
         self,
         config: Config,
         store_uri: str,
         selector: Any,
-        labeller: Teacher | None = None,
+        teacher: Teacher | None = None,
         key: str | None = None,
         on_drop: Callable[[TeacherConfig], None] | None = None,
     ) -> None:
@@ -206,16 +208,16 @@ class Stage(ABC):
         self.selector = selector
         self.actor = uuid.uuid4().hex
         # No method of its own: that would keep the stage, and with it an engine, alive when it is dropped.
-        self.asker = TeacherWorker(config, store_uri, self.member, partial(_reserve, selector), labeller, key)
+        self.worker = TeacherWorker(config, store_uri, self.member, partial(_reserve, selector), teacher, key)
         self.on_drop = on_drop
 
     def __del__(self) -> None:
         # Ray Data drops the stage when the stream ends; an engine that is left to die with the actor
         # prints errors instead.
-        if asker := getattr(self, "asker", None):
-            asker.close()
+        if worker := getattr(self, "worker", None):
+            worker.close()
             if self.on_drop:
-                self.on_drop(asker.teacher)
+                self.on_drop(worker.teacher_config)
 
     async def __call__(self, leased: pa.Table) -> AsyncIterator[pa.Table]:
         if not len(leased):
@@ -253,7 +255,7 @@ class Stage(ABC):
         return Schedule.plan(self.config, examples.n_pool, examples.n_test).review_tickets
 
     async def commit(
-        self, ticket: int, leased: pa.Table, labels: pa.Table, usage: dict[str, Usage], asked: TicketAnswers
+        self, ticket: int, leased: pa.Table, labels: pa.Table, usage: dict[str, Usage], answers: TicketAnswers
     ) -> TicketLabels:
         """Put a finished ticket's labels in place, and in quarantine what came to nothing; returns what the
         selector is to be told.
@@ -261,17 +263,17 @@ class Stage(ABC):
         has_label_M = pc.is_in(leased["row"], value_set=labels["row"].combine_chunks()).to_numpy(
             zero_copy_only=False
         )
-        outcome_M = np.array(asked.outcome_M, dtype=object)
+        outcome_M = np.array(answers.outcome_M, dtype=object)
         failed_M = ~has_label_M & (outcome_M != "") & (outcome_M != UNASKED)
         if failed_M.any():
             refused = leased.filter(pa.array(failed_M))
             self._quarantine(ticket, refused, outcome_M[failed_M].tolist())
         unasked = int(np.count_nonzero(~has_label_M & (outcome_M == UNASKED)))
-        in_flight = self.asker.teacher.tickets_in_flight
+        in_flight = self.worker.teacher_config.tickets_in_flight
         await asyncio.to_thread(
             write_ticket, self.store, LABELS_DIR, ticket, labels, usage, unasked, in_flight
         )
-        await self.asker.forget(asked)
+        await self.worker.clear_mark(answers)
         return ticket_labels(labels, usage, unasked, len(self.config.labels.names))
 
     async def existing(self, ticket: int) -> TicketLabels | None:
@@ -289,7 +291,7 @@ class Stage(ABC):
     async def _give_back(self, ticket: int, reason: str) -> None:
         """Let another actor have the ticket, and take no further one before the teaching is over."""
         call = uuid.uuid4().hex
-        await self.selector.give_back.remote(ticket, self.asker.name, self.actor, reason, call)
+        await self.selector.give_back.remote(ticket, self.worker.name, self.actor, reason, call)
         await self.selector.wait_taught.remote()
 
     def _quarantine(self, ticket: int, refused: pa.Table, reasons: Sequence[str]) -> None:
@@ -315,6 +317,8 @@ class OnlyStage(Stage):
     async def process(self, ticket: int, leased: pa.Table) -> pa.Table:
         done = await self.existing(ticket)
         if done is None:
-            asked = await self.asker.ask(ticket, leased)
-            done = await self.commit(ticket, leased, asked.labels, {self.asker.name: asked.usage}, asked)
+            answers = await self.worker.label(ticket, leased)
+            done = await self.commit(
+                ticket, leased, answers.labels, {self.worker.name: answers.usage}, answers
+            )
         return await self.notify(ticket, done)

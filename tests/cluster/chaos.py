@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import yaml
 from ray.cluster_utils import Cluster
 from ray.experimental.internal_kv import _internal_kv_reset
-from stub_server import EngineResponse, StubServer, TicketAnswers, likeliest, usage
+from stub_server import Request, Response, StubServer, likeliest, usage
 from toys import NAMES, WORDS
 
 from llkd_ray.storage.run_dir import RunStore
@@ -161,8 +161,8 @@ class CountingTeacher(StubServer):
         self._server.handle_error = lambda request, client: None  # clients are killed on purpose
         return self
 
-    def _say(self, asked: TicketAnswers) -> EngineResponse:
-        text = asked.text.rpartition("Text: ")[2].partition("\n")[0]
+    def _say(self, request: Request) -> Response:
+        text = request.text.rpartition("Text: ")[2].partition("\n")[0]
         self.times_asked[text] += 1
         seed = int.from_bytes(blake2b(text.encode(), digest_size=4).digest(), "big")
         rng = np.random.default_rng(seed)
@@ -171,7 +171,7 @@ class CountingTeacher(StubServer):
         top = rng.uniform(0.5, 0.95)
         probs = {letter: top if i == said else 0.02 for i, letter in enumerate("ABC")}
         reply = likeliest(probs, usage=usage(50, 1))
-        return EngineResponse(reply.content, wait_s=self.seconds_per_text)
+        return Response(reply.content, wait_s=self.seconds_per_text)
 
     @property
     def asked_again(self) -> int:

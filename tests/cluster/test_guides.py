@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from pages import ROOT, blocks, commands, flags_of, job_of
-from stub_server import EngineResponse, StubServer, TicketAnswers, likeliest, usage
+from stub_server import Request, Response, StubServer, likeliest, usage
 from toys import NAMES, WORDS, toy_texts
 
 from llkd_ray import distill
@@ -24,9 +24,9 @@ def guide(name: str) -> str:
     return (ROOT / f"docs/guides/{name}.md").read_text(encoding="utf-8")
 
 
-def answer(asked: TicketAnswers) -> EngineResponse:
+def answer(request: Request) -> Response:
     """A letter by the length of the text, mostly."""
-    best = "ABC"[len(asked.text.rpartition("Text: ")[2].split()) % 3]
+    best = "ABC"[len(request.text.rpartition("Text: ")[2].split()) % 3]
     return likeliest({letter: 0.9 if letter == best else 0.03 for letter in "ABC"}, usage=usage(50, 1))
 
 
@@ -53,9 +53,9 @@ def test_an_api_call_is_replaced(tiny_encoder, tmp_path: Path):
     assert Path(found.report).exists()
 
 
-def grade(asked: TicketAnswers) -> EngineResponse:
+def grade(request: Request) -> Response:
     """A page's grade by its words: 0 for the first toy class to 5 for the last."""
-    words = set(asked.text.rpartition("Text: ")[2].split())
+    words = set(request.text.rpartition("Text: ")[2].split())
     hits = [len(words & set(WORDS[name].split())) for name in NAMES]
     best = hits.index(max(hits))
     return likeliest({"ABCDEF"[i]: 0.9 if i == best else 0.015 for i in range(6)}, usage=usage(50, 1))

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from ray.cluster_utils import Cluster
-from stub_server import EngineResponse, StubServer, TicketAnswers, likeliest, usage
+from stub_server import Request, Response, StubServer, likeliest, usage
 from toys import NAMES, WORDS
 
 from llkd_ray.storage.run_dir import predictions_file
@@ -65,9 +65,9 @@ class Gate:
         self.open = self._open.set
         self.close = self._open.clear
 
-    def __call__(self, asked: TicketAnswers) -> EngineResponse:
+    def __call__(self, request: Request) -> Response:
         self._open.wait(PATIENCE_S)
-        words = set(asked.text.rpartition("Text: ")[2].split())
+        words = set(request.text.rpartition("Text: ")[2].split())
         best = max(range(3), key=lambda i: len(words & set(WORDS[NAMES[i]].split())))
         probs = {letter: 0.9 if i == best else 0.03 for i, letter in enumerate("ABC")}
         return likeliest(probs, usage=usage(50, 1))
@@ -163,7 +163,7 @@ def test_teachers_come_while_all_are_busy_and_go_when_there_is_nothing_to_do(
             "budget": {"rounds": 4, "train": 100, "labels": 300},
         }
         with driver(settings, tmp_path, cluster) as run:
-            run.until(lambda: len(server.asked) > 0)
+            run.until(lambda: len(server.requests) > 0)
             assert actors(TEACHER) == 1
             cluster.add_node(num_cpus=1, num_gpus=2)
             run.until(lambda: actors(TEACHER) == 2)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from stub_server import EngineResponse, StubServer, TicketAnswers, free_port, likeliest, usage
+from stub_server import Request, Response, StubServer, free_port, likeliest, usage
 from toys import NAMES, WORDS, write_answers
 
 from llkd_ray.cluster import Background
@@ -80,7 +80,7 @@ def quarantined(run_dir: Path) -> Counter:
     return Counter(reason for table in tables for reason in table["reason"].to_pylist())
 
 
-def right_answer(asked: TicketAnswers) -> EngineResponse:
+def right_answer(asked: Request) -> Response:
     """The letter of the class whose words are in the text, mostly."""
     words = set(asked.text.rpartition("Text: ")[2].split())
     best = max(range(3), key=lambda i: len(words & set(WORDS[NAMES[i]].split())))
@@ -107,12 +107,12 @@ class TestServer:
     ):
         poisoned = pq.read_table(toy_settings["test"]["uri"])["text"].to_pylist()[5]
 
-        def answer(asked: TicketAnswers) -> EngineResponse:
-            return EngineResponse(b"no", status=500) if poisoned in asked.text else right_answer(asked)
+        def answer(asked: Request) -> Response:
+            return Response(b"no", status=500) if poisoned in asked.text else right_answer(asked)
 
         with StubServer(answer) as server:
             summary = teach(server_settings(toy_settings, server.base_url), tmp_path / "run")
-            tries = sum(poisoned in asked.text for asked in server.asked)
+            tries = sum(poisoned in asked.text for asked in server.requests)
         assert tries == 2
         assert len(set(labels_of(tmp_path / "run")["row"])) == ROWS - 1
         assert quarantined(tmp_path / "run") == {"http_500": 1}
@@ -124,11 +124,11 @@ class TestServer:
     ):
         bad: list[int] = []
 
-        def answer(asked: TicketAnswers) -> EngineResponse:
+        def answer(asked: Request) -> Response:
             if not bad:
                 bad.append(asked.connection)
             if asked.connection in bad:
-                return EngineResponse({"error": {"message": "no such key"}}, status=401)
+                return Response({"error": {"message": "no such key"}}, status=401)
             return right_answer(asked)
 
         with StubServer(answer) as server:
@@ -154,12 +154,12 @@ class TestServer:
 
         answers = 0
 
-        def dies_after_a_while(asked: TicketAnswers) -> EngineResponse:
+        def dies_after_a_while(asked: Request) -> Response:
             nonlocal answers
             answers += 1
             # In the middle of a ticket, whichever of two comes first: a text that is the last of its ticket,
             # and the only one that fails, would be taken for a bad one.
-            return right_answer(asked) if answers <= 208 else EngineResponse(b"", status=503)
+            return right_answer(asked) if answers <= 208 else Response(b"", status=503)
 
         with StubServer(dies_after_a_while) as server:
             settings["teacher"]["server"] |= {"base_url": server.base_url}
@@ -170,7 +170,7 @@ class TestServer:
         with StubServer(right_answer) as server:
             settings["teacher"]["server"] |= {"base_url": server.base_url}
             summary = teach(settings, tmp_path / "run")
-            asked = len(server.asked)
+            asked = len(server.requests)
         rows = labels_of(tmp_path / "run")["row"]
         assert len(rows) == len(set(rows)) == ROWS
         assert asked == ROWS - len(there), "what was labelled is not asked again"
@@ -220,7 +220,7 @@ class TestCap:
             settings = server_settings(toy_settings, server.base_url, price=price, ticket_size=8)
             settings["budget"] |= {"cap": cap}
             summary = teach(settings, tmp_path / "run")
-            asked = len(server.asked)
+            asked = len(server.requests)
         used = summary["usage"]["teacher"]
         assert used["texts"] == used["requests"] == asked <= texts
         assert asked > 0.8 * texts

@@ -58,19 +58,19 @@ def engine_of(tiny_llm: str) -> Iterator[Callable[..., VllmTeacher]]:
             {"model": tiny_llm, "dtype": "float32", "max_model_len": MODEL_LEN, "min_branch_prob": 0.0}
             | settings
         )
-        labeller = VllmTeacher(teacher, LabelsConfig(names=tuple(names)), lambda seconds: None)
+        vllm_teacher = VllmTeacher(teacher, LabelsConfig(names=tuple(names)), lambda seconds: None)
         if made:
-            labeller.engine = made[0].engine
-        made.append(labeller)
-        return labeller
+            vllm_teacher.engine = made[0].engine
+        made.append(vllm_teacher)
+        return vllm_teacher
 
     # One loop for all, as an engine belongs to the loop that it was first used in.
     loop = asyncio.new_event_loop()
 
     def make_and_ask(names: Sequence[str], texts: Sequence[str], **settings) -> tuple[VllmTeacher, Answers]:
-        labeller = make(names, **settings)
+        vllm_teacher = make(names, **settings)
         ids = [str(i) for i in range(len(texts))]
-        return labeller, loop.run_until_complete(labeller.label(ids, texts, Unlimited()))
+        return vllm_teacher, loop.run_until_complete(vllm_teacher.label(ids, texts, Unlimited()))
 
     yield make_and_ask
     made[0].engine.close()
@@ -108,11 +108,11 @@ def test_label_probabilities_are_those_of_a_plain_forward_pass(
     engine_of, plain, tiny_llm, names, prompt, n_texts
 ):
     texts = toy_texts(n_texts, 3, seed=5)[0] + [" ".join(toy_texts(60, 3, seed=6)[0])]  # the last is cut
-    labeller, answers = engine_of(names, texts, prompt={"instruction": "Which?"} | prompt)
+    vllm_teacher, answers = engine_of(names, texts, prompt={"instruction": "Which?"} | prompt)
 
     # All that follows is without the engine and without the trie.
     tokenizer, labels = AutoTokenizer.from_pretrained(tiny_llm), LabelsConfig(names=tuple(names))
-    whole = build_prompt(labeller.teacher.prompt, labels, tokenizer)
+    whole = build_prompt(vllm_teacher.teacher.prompt, labels, tokenizer)
     sequences = label_sequences(whole, labels, tokenizer)
     room = MODEL_LEN - max(map(len, sequences))
     encoded, cut_N = encode_prompts(whole, texts, tokenizer, room, "tail")

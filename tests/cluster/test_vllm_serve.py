@@ -111,13 +111,13 @@ def make_teacher(base_url: str, answer: str, server: dict[str, Any], **settings:
 
 def ask(teacher: TeacherConfig, labels: LabelsConfig, texts: list[str]) -> tuple[Answers, str]:
     """The answers, and the name of the way they were had."""
-    labeller = OpenAITeacher(teacher, labels)
+    client = OpenAITeacher(teacher, labels)
     try:
-        answers = asyncio.run(labeller.label([""] * len(texts), texts, Unlimited()))
+        answers = asyncio.run(client.label([""] * len(texts), texts, Unlimited()))
     finally:
-        labeller.close()
-    assert labeller.way is not None
-    return answers, labeller.way.name
+        client.close()
+    assert client.method is not None
+    return answers, client.method.name
 
 
 class Plain:
@@ -168,8 +168,8 @@ def plain(tiny_llm: str) -> Plain:
 def test_label_ids_are_those_of_a_plain_forward_pass(answer, labels, served, plain, tiny_llm):
     teacher = make_teacher(served, answer, {"scores": "auto", "tokenizer": tiny_llm})
     texts = toy_texts(15, 3, seed=5)[0]
-    answers, way = ask(teacher, labels, texts)
-    assert way == "label_ids"
+    answers, method = ask(teacher, labels, texts)
+    assert method == "label_ids"
     assert answers.answered_N.all()
     expected_NC = np.array([plain.label_mass(teacher, labels, text) for text in texts])
     if answer == "names":
@@ -199,8 +199,8 @@ def test_usage_is_what_the_server_counts(served, tiny_llm):
 def test_top_logprobs_are_those_of_a_plain_forward_pass(served, plain):
     teacher = make_teacher(served, "letters", {"scores": "auto", "top_logprobs": 20})
     texts = toy_texts(25, 3, seed=5)[0]
-    answers, way = ask(teacher, LETTERS, texts)
-    assert way == "top_logprobs"
+    answers, method = ask(teacher, LETTERS, texts)
+    assert method == "top_logprobs"
     prompt = build_prompt(teacher.prompt, LETTERS, None)
     letters = [answer.strip() for answer in prompt.answers]
     n_found = 0
@@ -224,8 +224,8 @@ def test_votes_add_up_to_one(served):
     votes = {"method": "votes", "samples": 8, "sampling_temperature": 1.0}
     teacher = make_teacher(served, "letters", {}, confidence=votes)
     texts = toy_texts(6, 3, seed=7)[0]
-    answers, way = ask(teacher, LETTERS, texts)
-    assert way == "votes"
+    answers, method = ask(teacher, LETTERS, texts)
+    assert method == "votes"
     assert answers.usage.requests == len(texts)
     np.testing.assert_allclose(answers.probs_NC.sum(axis=1) + answers.off_label_N, 1.0, atol=1e-9)
     np.testing.assert_allclose(answers.probs_NC * 8, np.round(answers.probs_NC * 8), atol=1e-9)

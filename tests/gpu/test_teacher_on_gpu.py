@@ -44,15 +44,15 @@ class Bench:
             }
         )
         self.starts: list[float] = []
-        self.labeller = VllmTeacher(teacher, LABELS, self.starts.append)
+        self.vllm_teacher = VllmTeacher(teacher, LABELS, self.starts.append)
         self._loop = asyncio.new_event_loop()
 
     def ask(self, texts: list[str]) -> Answers:
         ids = list(map(str, range(len(texts))))
-        return self._loop.run_until_complete(self.labeller.label(ids, texts, Unlimited()))
+        return self._loop.run_until_complete(self.vllm_teacher.label(ids, texts, Unlimited()))
 
     def close(self) -> None:
-        self.labeller.close()
+        self.vllm_teacher.close()
         self._loop.close()
 
 
@@ -71,9 +71,9 @@ def bench(tiny_llm: str) -> Iterator[Bench]:
 def test_label_probabilities_are_those_of_a_plain_forward_pass(bench, tiny_llm):
     texts = toy_texts(300, 3, seed=5)[0]
     answers = bench.ask(texts)
-    labeller = bench.labeller
-    encoded, _ = encode_prompts(labeller.prompt, texts, labeller.tokenizer, 159, "tail")
-    tokens = [token for (token,) in label_sequences(labeller.prompt, LABELS, labeller.tokenizer)]
+    vllm_teacher = bench.vllm_teacher
+    encoded, _ = encode_prompts(vllm_teacher.prompt, texts, vllm_teacher.tokenizer, 159, "tail")
+    tokens = [token for (token,) in label_sequences(vllm_teacher.prompt, LABELS, vllm_teacher.tokenizer)]
     model = AutoModelForCausalLM.from_pretrained(tiny_llm, dtype=torch.float32).eval()
     with torch.inference_mode():
         expected_NC = np.array(

@@ -28,7 +28,7 @@ from llkd_ray.run.estimate import (
     tokens_per_s,
     what_caps_do,
 )
-from llkd_ray.teacher.footprint import Asking, by_trie, by_votes
+from llkd_ray.teacher.footprint import RequestCounts, requests_by_trie, requests_by_votes
 from llkd_ray.teacher.label_trie import LabelTrie
 
 exactly = Estimate.exactly
@@ -87,27 +87,31 @@ class TestWords:
 
 class TestAsking:
     def test_labels_of_one_token_take_one_request(self):
-        assert by_trie(LabelTrie.of([(1,), (2,), (3,)])) == Asking((1, 1), (0, 0), (1, 1))
+        assert requests_by_trie(LabelTrie.of([(1,), (2,), (3,)])) == RequestCounts((1, 1), (0, 0), (1, 1))
 
     def test_every_branch_may_be_followed(self):
         # From nothing to 1, 2; from 1 to 3, 4; from 1, 4 to 5; 1 is a label, too.
-        asking = by_trie(LabelTrie.of([(1,), (2,), (1, 3), (1, 4, 5)]))
-        assert asking == Asking(prompts=(1, 3), behind=(0, 3), answers=(1, 3))
-        assert not asking.is_known
+        requests = requests_by_trie(LabelTrie.of([(1,), (2,), (1, 3), (1, 4, 5)]))
+        assert requests == RequestCounts(prompts=(1, 3), behind=(0, 3), answers=(1, 3))
+        assert not requests.is_known
 
     def test_more_first_tokens_than_one_request_may_name(self):
-        assert by_trie(LabelTrie.of([(token,) for token in range(300)])) == Asking((3, 3), (0, 0), (3, 3))
+        assert requests_by_trie(LabelTrie.of([(token,) for token in range(300)])) == RequestCounts(
+            (3, 3), (0, 0), (3, 3)
+        )
 
     def test_votes_and_not_knowing_which(self):
-        votes = by_votes(10, longest_answer=3, prompts=10)
-        assert votes == Asking((1, 10), (0, 0), (10, 30))
-        assert (by_votes(10, 3) | by_trie(LabelTrie.of([(1,), (2,)]))) == Asking((1, 1), (0, 0), (1, 30))
+        votes = requests_by_votes(10, longest_answer=3, prompts=10)
+        assert votes == RequestCounts((1, 10), (0, 0), (10, 30))
+        assert (requests_by_votes(10, 3) | requests_by_trie(LabelTrie.of([(1,), (2,)]))) == RequestCounts(
+            (1, 1), (0, 0), (1, 30)
+        )
 
 
 class TestBill:
     def test_by_hand(self):
         price = PriceConfig(input=2.0, cached=0.5, output=10.0)
-        found = bill(exactly(1000), exactly(50_000), Asking((1, 3), (0, 4), (1, 3)), price)
+        found = bill(exactly(1000), exactly(50_000), RequestCounts((1, 3), (0, 4), (1, 3)), price)
         assert found.prompt_tokens == Estimate(50_000, None, 154_000)
         assert found.answer_tokens == Estimate(1000, None, 3000)
         assert found.cost.low == pytest.approx(0.1 + 0.01)

@@ -79,7 +79,7 @@ class TestReserve:
         assert books.reserve(1, "a", "small", usage(1)) == "granted"
         assert books.reached, "the other teacher is still denied"
 
-    def test_after_a_settlement_all_who_waited_have_another_chance(self):
+    def test_after_a_commit_all_who_waited_have_another_chance(self):
         books = ledger(tokens=100)
         for ticket, holds in ((1, 30), (2, 30), (3, 40)):
             books.reserve(ticket, "a", "small", usage(holds))
@@ -118,7 +118,7 @@ class TestReserve:
         assert ledger(cost=1.2).reserve(1, "a", "odd", usage(1_000_000)) == "denied"
         assert ledger(cost=1.25).reserve(1, "a", "odd", usage(1_000_000)) == "granted"
 
-    def test_without_a_cap_only_what_is_settled_is_booked(self):
+    def test_without_a_cap_only_what_is_committed_is_booked(self):
         books = ledger()
         assert books.open
         assert books.reserve(1, "a", "small", usage(10**12)) == "granted"
@@ -128,7 +128,7 @@ class TestReserve:
 
 
 class TestCallsThatComeTwice:
-    def test_a_second_settlement_changes_nothing(self):
+    def test_a_second_commit_changes_nothing(self):
         books = ledger(tokens=100)
         books.reserve(1, "a", "small", usage(80))
         books.commit(1, {"small": usage(30)})
@@ -187,7 +187,7 @@ caps = st.builds(
 
 
 class Bookkeeping(RuleBasedStateMachine):
-    """Tickets that reserve, use some of it, die and are settled, in any order; calls come twice."""
+    """Tickets that reserve, use some of it, die and are committed, in any order; calls come twice."""
 
     @initialize(cap=caps)
     def open_books(self, cap):
@@ -196,15 +196,15 @@ class Bookkeeping(RuleBasedStateMachine):
         self.was_heard = defaultdict(set)
         self.granted = defaultdict(dict)  # of a ticket's living attempt
         self.used_for_good = {}
-        self.settled = set()
+        self.committed = set()
 
     @rule(ticket=tickets, teacher=st.sampled_from(sorted(PRICES)), more=amounts, twice=st.booleans())
     def reserve(self, ticket, teacher, more, twice):
         for _ in range(1 + twice):
             verdict = self.books.reserve(ticket, str(self.attempt[ticket]), teacher, more)
             self.was_heard[ticket].add(self.attempt[ticket])
-            if verdict == "granted" and not (self.cap.is_off and ticket in self.settled):
-                assert ticket not in self.settled
+            if verdict == "granted" and not (self.cap.is_off and ticket in self.committed):
+                assert ticket not in self.committed
                 self.granted[ticket] = add_usages(self.granted[ticket], {teacher: more})
 
     @rule(ticket=tickets, more=amounts)
@@ -216,15 +216,15 @@ class Bookkeeping(RuleBasedStateMachine):
     @rule(ticket=tickets, is_known=st.booleans())
     def die(self, ticket, is_known):
         """Everything that was granted may have been used."""
-        if ticket not in self.settled:
+        if ticket not in self.committed:
             self.used_for_good = add_usages(self.used_for_good, self.granted.pop(ticket, {}))
             self.attempt[ticket] += 1
             if is_known:
                 self.books.abandon(ticket)
 
     @rule(ticket=tickets, share=st.floats(0, 1), cached=st.floats(0, 1), twice=st.booleans())
-    def settle(self, ticket, share, cached, twice):
-        if ticket in self.settled:
+    def commit(self, ticket, share, cached, twice):
+        if ticket in self.committed:
             return
         used = {
             name: Usage(
@@ -235,7 +235,7 @@ class Bookkeeping(RuleBasedStateMachine):
             )
             for name, one in self.granted.pop(ticket, {}).items()
         }
-        self.settled.add(ticket)
+        self.committed.add(ticket)
         self.used_for_good = add_usages(self.used_for_good, used)
         for _ in range(1 + twice):
             self.books.commit(ticket, used)
@@ -265,7 +265,7 @@ TestBookkeeping.settings = settings(max_examples=150, stateful_step_count=30, de
     seed=st.integers(0, 2**32),
 )
 def test_nobody_waits_for_ever(cap, needs, in_flight, seed):
-    """Tickets in any order; one that waits asks again only after a settlement, as the ledger promises."""
+    """Tickets in any order; one that waits asks again only after a commit, as the ledger promises."""
     chance = random.Random(seed)
     books = ledger(tokens=cap)
     todo = list(enumerate(needs))
@@ -307,13 +307,13 @@ class Teller:
 
     def __init__(self, tokens: int, texts: int = 10**9) -> None:
         self.left = usage(tokens, texts)
-        self.asked: list[Usage] = []
+        self.answers: list[Usage] = []
         self.noted: list[Usage] = []
         self.allowance = RemoteAllowance(self.ask, self.note)
 
     async def ask(self, more: Usage) -> bool:
         await asyncio.sleep(0)
-        self.asked.append(more)
+        self.answers.append(more)
         if more.tokens > self.left.prompt_tokens or more.texts > self.left.texts:
             return False
         self.left = usage(self.left.prompt_tokens - more.tokens, self.left.texts - more.texts)
@@ -334,7 +334,7 @@ class TestRemoteAllowance:
             teller = Teller(10**6)
             for _ in range(128):
                 assert await teller.allowance.take(texts=1, prompt_tokens=100, answer_tokens=1)
-            assert len(teller.asked) == 8  # 1, 1, 2, 4, … 64
+            assert len(teller.answers) == 8  # 1, 1, 2, 4, … 64
             assert teller.granted == usage(12_800, texts=128, answer=128)
 
         asyncio.run(scenario())
@@ -345,7 +345,7 @@ class TestRemoteAllowance:
             await teller.allowance.take(texts=1, prompt_tokens=10)
             await teller.allowance.take(texts=1, prompt_tokens=10)
             assert await teller.allowance.take(prompt_tokens=10), "a further request for a text that is sent"
-            assert teller.asked[-1] == usage(20)
+            assert teller.answers[-1] == usage(20)
 
         asyncio.run(scenario())
 
@@ -364,10 +364,10 @@ class TestRemoteAllowance:
             for need in (10, 10, 5):
                 assert await teller.allowance.take(prompt_tokens=need)
             assert not await teller.allowance.take(prompt_tokens=30)
-            calls = len(teller.asked)
+            calls = len(teller.answers)
             assert not await teller.allowance.take(prompt_tokens=30)
             assert await teller.allowance.take(prompt_tokens=5)
-            assert len(teller.asked) == calls
+            assert len(teller.answers) == calls
 
         asyncio.run(scenario())
 
@@ -377,10 +377,10 @@ class TestRemoteAllowance:
             teller.allowance = RemoteAllowance(teller.ask, failing)
             with pytest.raises(OSError, match="disk full"):
                 await teller.allowance.take(prompt_tokens=10)
-            asked = len(teller.asked)
+            answers = len(teller.answers)
             teller.allowance._on_grant = teller.note
             assert await teller.allowance.take(prompt_tokens=5)
-            assert len(teller.asked) == asked + 1, "what was not written down is not used"
+            assert len(teller.answers) == answers + 1, "what was not written down is not used"
             assert teller.granted == usage(15)
 
         async def failing(total: Usage) -> None:

@@ -51,9 +51,9 @@ class TestMake:
             (openai(), OpenAITeacher),
             (recorded, RecordedTeacher),
         ):
-            labeller = make_teacher(teacher_of(tree), labels, lambda seconds: None)
-            assert type(labeller) is kind
-            labeller.close()
+            teacher = make_teacher(teacher_of(tree), labels, lambda seconds: None)
+            assert type(teacher) is kind
+            teacher.close()
 
     def test_an_engine_is_not_started_before_it_is_asked(self, tiny_llm):
         started: list[float] = []

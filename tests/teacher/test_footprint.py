@@ -8,7 +8,7 @@ from toys import NAMES, toy_texts
 
 from llkd_ray.config.schema import LabelsConfig
 from llkd_ray.config.teacher import TeacherConfig
-from llkd_ray.teacher.footprint import Asking, prompt_sizes
+from llkd_ray.teacher.footprint import RequestCounts, prompt_sizes
 from llkd_ray.teacher.vllm.teacher import prepare
 
 LABELS = LabelsConfig(names=NAMES[:3])
@@ -30,7 +30,7 @@ def test_a_local_teacher_is_measured_by_its_tokenizer(tiny_llm):
     sizes = prompt_sizes(teacher, LABELS, TEXTS, "teacher")
     assert sizes.tokens_N.tolist() == [len(tokenizer(prompt.render(text))["input_ids"]) for text in TEXTS]
     assert not sizes.cut_N.any()
-    assert (sizes.asking, sizes.counted) == (Asking((1, 1), (0, 0), (1, 1)), True)
+    assert (sizes.requests, sizes.counted) == (RequestCounts((1, 1), (0, 0), (1, 1)), True)
     assert sizes.first == prompt.render(TEXTS[0])
     head = len(tokenizer(prompt.head.rstrip())["input_ids"])
     assert abs(sizes.shared - head) <= 1, "all that stands before the text"
@@ -49,16 +49,16 @@ def test_cuts_are_noticed(tiny_llm):
 
 
 @pytest.mark.parametrize(
-    ("server", "ways", "prompts"),
+    ("server", "methods", "prompts"),
     [
         ({"scores": "top_logprobs"}, ("top_logprobs",), (1, 1)),
         ({"scores": "votes"}, ("votes",), (1, 10)),
         ({}, ("top_logprobs", "votes"), (1, 10)),
     ],
 )
-def test_a_server_without_a_tokenizer_is_measured_by_characters(server, ways, prompts):
+def test_a_server_without_a_tokenizer_is_measured_by_characters(server, methods, prompts):
     sizes = prompt_sizes(served(**server), LABELS, TEXTS, "teacher")
-    assert (sizes.ways, sizes.asking.prompts, sizes.counted) == (ways, prompts, False)
+    assert (sizes.methods, sizes.requests.prompts, sizes.counted) == (methods, prompts, False)
     assert sizes.tokens_N[0] == round(len(sizes.first) / 4)
     assert TEXTS[0] in sizes.first
 

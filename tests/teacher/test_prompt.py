@@ -18,9 +18,9 @@ from llkd_ray.teacher.label_trie import LabelTrie
 from llkd_ray.teacher.prompt import (
     ELLIPSIS,
     Prompt,
-    break_special,
     build_prompt,
     encode_prompts,
+    escape_special,
     label_sequences,
     match_answer,
 )
@@ -487,21 +487,21 @@ class TestSpecialTokens:
 
     def test_broken_with_a_space_longest_first_and_by_case(self):
         special = ("<s>", "<s>long", "</s>")
-        assert break_special("a <s> b", special) == "a < s> b"
-        assert break_special("<s>longer", special) == "< s>longer"
-        assert break_special("<S> s> <s", special) == "<S> s> <s"
-        assert break_special("<</s>/s>", special) == "<< /s>/s>"
+        assert escape_special("a <s> b", special) == "a < s> b"
+        assert escape_special("<s>longer", special) == "< s>longer"
+        assert escape_special("<S> s> <s", special) == "<S> s> <s"
+        assert escape_special("<</s>/s>", special) == "<< /s>/s>"
 
     def test_what_breaking_leaves_is_broken_too(self):
-        assert break_special("ab", ("ab", "a b")) == "a  b"
-        assert break_special("x§y", ("§",)) == "x y"
+        assert escape_special("ab", ("ab", "a b")) == "a  b"
+        assert escape_special("x§y", ("§",)) == "x y"
 
     def test_white_space_around_a_special_string_means_nothing(self):
-        assert break_special("a  <s> b", (" <s>", "  ")) == "a  < s> b"
+        assert escape_special("a  <s> b", (" <s>", "  ")) == "a  < s> b"
 
     @given(st.text())
     def test_all_else_is_left_alone(self, text):
-        assert break_special(text, ("<|im_end|>", "<s>")) == text or "<s>" in text or "<|im_end|>" in text
+        assert escape_special(text, ("<|im_end|>", "<s>")) == text or "<s>" in text or "<|im_end|>" in text
 
 
 class TestMatchAnswer:

@@ -115,7 +115,7 @@ def test_first_of_two_answers_counts(tmp_path):
     assert recorded.probs_RC[recorded.place["a"]].tolist() == pytest.approx([0.9, 0.1])
 
 
-# --- the labeller
+# --- the teacher
 
 
 class Purse:
@@ -130,8 +130,8 @@ class Purse:
         return fits
 
 
-def ask(labeller: RecordedTeacher, ids: Sequence[str], allowance: Allowance | None = None) -> Answers:
-    return asyncio.run(labeller.label(ids, ["whatever it says"] * len(ids), allowance or Unlimited()))
+def ask(teacher: RecordedTeacher, ids: Sequence[str], allowance: Allowance | None = None) -> Answers:
+    return asyncio.run(teacher.label(ids, ["whatever it says"] * len(ids), allowance or Unlimited()))
 
 
 class TestLabeller:
@@ -140,12 +140,12 @@ class TestLabeller:
         corpus = write_corpus(tmp_path / "pool.parquet", 30)
         return str(write_answers(tmp_path / "answers.parquet", [corpus]))
 
-    def labeller(self, uri: str) -> RecordedTeacher:
+    def teacher(self, uri: str) -> RecordedTeacher:
         return RecordedTeacher(RecordedConfig(uri=uri, prompt_tokens="prompt_tokens"), 3)
 
     def test_answers_by_id(self, answers):
         recorded = pq.read_table(answers).take([17, 3, 29])
-        said = ask(self.labeller(answers), recorded["id"].to_pylist())
+        said = ask(self.teacher(answers), recorded["id"].to_pylist())
         expected = np.array(recorded["probs"].to_pylist())
         tokens = recorded["prompt_tokens"].to_pylist()
         assert said.probs_NC == pytest.approx(expected)
@@ -156,7 +156,7 @@ class TestLabeller:
 
     def test_an_id_that_is_not_there_has_no_answer_and_costs_nothing(self, answers):
         known = pq.read_table(answers)["id"][4].as_py()
-        said = ask(self.labeller(answers), ["nobody knows me", known])
+        said = ask(self.teacher(answers), ["nobody knows me", known])
         assert list(said.outcome_N) == ["no_recorded_answer", ""]
         assert said.usage.texts == 1
         assert said.prompt_tokens_N[0] == 0
@@ -169,7 +169,7 @@ class TestLabeller:
     def test_the_cap_counts_the_tokens_that_the_answers_once_cost(self, answers):
         recorded = pq.read_table(answers)
         tokens = recorded["prompt_tokens"].to_numpy()
-        said = ask(self.labeller(answers), recorded["id"].to_pylist(), Purse(int(tokens[:10].sum())))
+        said = ask(self.teacher(answers), recorded["id"].to_pylist(), Purse(int(tokens[:10].sum())))
         assert said.usage.tokens <= tokens[:10].sum()
         assert set(said.outcome_N) == {"", UNASKED}
         assert said.usage.tokens == tokens[said.answered_N].sum()
@@ -180,7 +180,7 @@ class TestLabeller:
         for ticket in (0, 1):
             rows = np.arange(15 * ticket, 15 * ticket + 15)
             put_label_file(store, ticket, rows, probs_NC[rows], tokens=25)
-        said = ask(self.labeller(store.path(LABELS_DIR)), [f"toy-{row}" for row in range(30)])
+        said = ask(self.teacher(store.path(LABELS_DIR)), [f"toy-{row}" for row in range(30)])
         assert said.answered_N.all()
         assert np.array_equal(said.probs_NC, probs_NC.astype(float))
         assert said.prompt_tokens_N.tolist() == [25] * 30

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from toys import put_label_file
 
 from llkd_ray.storage.run_dir import LABELS_DIR, RunStore, ticket_file
-from llkd_ray.teacher.labels import BROKEN_DIR, read_ticket, whole_tickets
+from llkd_ray.teacher.labels import BROKEN_DIR, intact_tickets, read_ticket
 
 TICKETS = 3
 
@@ -36,7 +36,7 @@ def damaged_run(folder, whole: list[bytes], damaged: bytes) -> RunStore:
 def read(store: RunStore, skip=()) -> tuple[list[int], dict[int, str]]:
     """The tickets that are whole, and what is said of the others."""
     said: dict[int, str] = {}
-    return [ticket for ticket, _ in whole_tickets(store, LABELS_DIR, said.__setitem__, skip)], said
+    return [ticket for ticket, _ in intact_tickets(store, LABELS_DIR, said.__setitem__, skip)], said
 
 
 def test_whole_files_stay_and_nothing_is_said(tmp_path, whole):

@@ -26,7 +26,7 @@ from llkd_ray.selection.selector import Selector
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import LABELS_DIR, QUARANTINE_DIR, SENT_DIR, SMALL_DIR, RunStore, ticket_file
 from llkd_ray.storage.tables import matrix_of
-from llkd_ray.teacher import stream as teacher_module
+from llkd_ray.teacher import stream as stream_module
 from llkd_ray.teacher.base import TeacherDown, Usage
 from llkd_ray.teacher.cascade import LargeStage, SmallStage
 from llkd_ray.teacher.labels import read_lost_usage, read_ticket
@@ -42,9 +42,9 @@ def store(tmp_path) -> RunStore:
 
 
 def only_stage(
-    store: RunStore, selector: FakeSelector, labeller: FakeTeacher | None = None, **sections: Any
+    store: RunStore, selector: FakeSelector, teacher: FakeTeacher | None = None, **sections: Any
 ) -> OnlyStage:
-    return OnlyStage(make_config(**sections), store.root, selector, labeller or FakeTeacher())
+    return OnlyStage(make_config(**sections), store.root, selector, teacher or FakeTeacher())
 
 
 def quarantined(store: RunStore, ticket: int) -> list[tuple[int, str]]:
@@ -58,8 +58,8 @@ def quarantined(store: RunStore, ticket: int) -> list[tuple[int, str]]:
 class TestOnlyStage:
     def test_file_first_then_the_selector(self, store):
         selector = FakeSelector()
-        labeller = FakeTeacher(before_call=lambda: pytest.fail("early") if store.names(LABELS_DIR) else None)
-        assert pass_through(only_stage(store, selector, labeller), leased(3, [5, 2, 9])) == [
+        teacher = FakeTeacher(before_call=lambda: pytest.fail("early") if store.names(LABELS_DIR) else None)
+        assert pass_through(only_stage(store, selector, teacher), leased(3, [5, 2, 9])) == [
             {"ticket": 3, "rows": 3}
         ]
         labels, usage, unasked = read_ticket(store, LABELS_DIR, 3)
@@ -79,16 +79,16 @@ class TestOnlyStage:
 
     def test_label_file_that_is_there_is_not_answered_again(self, store):
         """The first attempt dies between its file and its word to the selector."""
-        selector, labeller = FakeSelector(fails=1), FakeTeacher()
+        selector, teacher = FakeSelector(fails=1), FakeTeacher()
         with pytest.raises(ConnectionError):
-            pass_through(only_stage(store, selector, labeller), leased(3, [5, 2]))
-        assert labeller.asked == [[5, 2]]
+            pass_through(only_stage(store, selector, teacher), leased(3, [5, 2]))
+        assert teacher.calls == [[5, 2]]
         assert read_ticket(store, LABELS_DIR, 3)[0]["row"].to_pylist() == [5, 2]
         again = FakeTeacher()
         assert pass_through(only_stage(store, selector, again), leased(3, [5, 2])) == [
             {"ticket": 3, "rows": 2}
         ]
-        assert again.asked == []
+        assert again.calls == []
         ((ticket, told),) = selector.told("put_labels")
         assert (ticket, told.row_M.tolist()) == (3, [5, 2])
         assert told.usage["teacher"].tokens == cost_of([5, 2])
@@ -96,8 +96,8 @@ class TestOnlyStage:
 
     def test_mark_is_there_while_the_teacher_reads_and_gone_after(self, store):
         marks: list[str] = []
-        labeller = FakeTeacher(before_call=lambda: marks.extend(store.names(SENT_DIR)))
-        pass_through(only_stage(store, FakeSelector(), labeller), leased(7, [1, 2]))
+        teacher = FakeTeacher(before_call=lambda: marks.extend(store.names(SENT_DIR)))
+        pass_through(only_stage(store, FakeSelector(), teacher), leased(7, [1, 2]))
         (mark,) = marks
         assert mark.startswith("ticket-00000007.")
         assert store.names(SENT_DIR) == []
@@ -105,10 +105,10 @@ class TestOnlyStage:
     def test_mark_of_texts_that_were_never_answered_stays(self, store):
         selector = FakeSelector()
         marks: list[list[str]] = []
-        labeller = FakeTeacher(
+        teacher = FakeTeacher(
             errors=[RuntimeError("engine trouble")], before_call=lambda: marks.append(store.names(SENT_DIR))
         )
-        stage = only_stage(store, selector, labeller)
+        stage = only_stage(store, selector, teacher)
         with pytest.raises(RuntimeError, match="engine trouble"):
             pass_through(stage, leased(7, [1, 2, 4]))
         (mark,) = store.names(SENT_DIR)
@@ -123,8 +123,8 @@ class TestOnlyStage:
 
     def test_texts_without_an_answer_go_to_quarantine(self, store):
         selector = FakeSelector()
-        labeller = FakeTeacher(failing={2: "too_odd", 9: "did_not_say"})
-        assert pass_through(only_stage(store, selector, labeller), leased(3, [5, 2, 9])) == [
+        teacher = FakeTeacher(failing={2: "too_odd", 9: "did_not_say"})
+        assert pass_through(only_stage(store, selector, teacher), leased(3, [5, 2, 9])) == [
             {"ticket": 3, "rows": 1}
         ]
         assert read_ticket(store, LABELS_DIR, 3)[0]["row"].to_pylist() == [5]
@@ -153,9 +153,9 @@ class TestOnlyStage:
         assert (ticket, told.row_M.tolist(), told.probs_MC.shape) == (3, [], (0, 3))
 
     def test_empty_lease_is_nobodys_business(self, store):
-        selector, labeller = FakeSelector(), FakeTeacher()
-        assert pass_through(only_stage(store, selector, labeller), leased(3, [])) == []
-        assert (labeller.asked, selector.calls) == ([], [])
+        selector, teacher = FakeSelector(), FakeTeacher()
+        assert pass_through(only_stage(store, selector, teacher), leased(3, [])) == []
+        assert (teacher.calls, selector.calls) == ([], [])
         assert store.names(LABELS_DIR) == store.names(SENT_DIR) == []
 
     def test_block_of_two_tickets_is_our_own_mistake(self, store):
@@ -180,10 +180,10 @@ class TestOnlyStage:
             assert claim == Usage(**claim).as_dict(), "plain numbers go to the actor"
 
     def test_the_teacher_is_closed_with_its_stage(self, store):
-        labeller = FakeTeacher()
-        stage = only_stage(store, FakeSelector(), labeller)
+        teacher = FakeTeacher()
+        stage = only_stage(store, FakeSelector(), teacher)
         del stage
-        assert labeller.is_closed
+        assert teacher.is_closed
 
 
 # --- a cascade
@@ -214,7 +214,7 @@ class Cascade:
     """Both stages on one run."""
 
     def __init__(self, store: RunStore, small: FakeTeacher, large: FakeTeacher, **sections: Any) -> None:
-        self.store, self.small_labeller, self.large_labeller = store, small, large
+        self.store, self.small_teacher, self.large_teacher = store, small, large
         self.config = cascade_config(**sections)
         self.selector = FakeSelector()
         self.small = SmallStage(self.config, store.root, self.selector, small)
@@ -254,13 +254,13 @@ class TestSmallStage:
         cascade = Cascade(store, FakeTeacher(), FakeTeacher())
         block = leased(3, [5, 2])
         assert asyncio.run(go(cascade.small, block)).equals(block)
-        assert cascade.small_labeller.asked == []
+        assert cascade.small_teacher.calls == []
 
     def test_reviews_are_not_its_business(self, store):
         cascade = Cascade(store, FakeTeacher(), FakeTeacher())
         block = leased(cascade.reviews[0], [5, 2])
         assert asyncio.run(go(cascade.small, block)).equals(block)
-        assert cascade.small_labeller.asked == []
+        assert cascade.small_teacher.calls == []
         assert store.names(SMALL_DIR) == store.names(SENT_DIR) == []
         assert cascade.selector.calls == []
 
@@ -277,8 +277,8 @@ class TestLargeStage:
         cascade = Cascade(store, small, FakeTeacher(large_says))
         rows = [9, 4, 7, 5, 6, 8]
         assert cascade.run(3, rows) == [{"ticket": 3, "rows": 6}]
-        assert small.asked == [rows]
-        assert cascade.large_labeller.asked == [[4, 7, 6]]
+        assert small.calls == [rows]
+        assert cascade.large_teacher.calls == [[4, 7, 6]]
         labels, usage, unasked = read_ticket(store, LABELS_DIR, 3)
         assert labels["row"].to_pylist() == rows
         assert labels["member"].to_pylist() == [0, 1, 1, 0, 1, 0]
@@ -298,7 +298,7 @@ class TestLargeStage:
     def test_where_nothing_is_in_doubt_it_is_not_asked(self, store):
         cascade = Cascade(store, FakeTeacher(surety({})), FakeTeacher())
         assert cascade.run(3, [5, 2]) == [{"ticket": 3, "rows": 2}]
-        assert cascade.large_labeller.asked == []
+        assert cascade.large_teacher.calls == []
         labels, usage, _ = read_ticket(store, LABELS_DIR, 3)
         assert labels["member"].to_pylist() == [0, 0]
         assert usage["large"] == Usage()
@@ -339,7 +339,7 @@ class TestLargeStage:
         cascade = Cascade(store, FakeTeacher(), FakeTeacher(large_says))
         review = cascade.reviews[-1]
         assert cascade.run(review, [8, 1, 3]) == [{"ticket": review, "rows": 3}]
-        assert cascade.large_labeller.asked == [[8, 1, 3]]
+        assert cascade.large_teacher.calls == [[8, 1, 3]]
         labels, usage, _ = read_ticket(store, LABELS_DIR, review)
         assert labels["row"].to_pylist() == [8, 1, 3]
         assert labels["member"].to_pylist() == [1, 1, 1]
@@ -352,7 +352,7 @@ class TestLargeStage:
         with pytest.raises(ConnectionError):
             cascade.run(3, [4, 5])
         assert cascade.run(3, [4, 5]) == [{"ticket": 3, "rows": 2}]
-        assert (small.asked, large.asked) == ([[4, 5]], [[4]])
+        assert (small.calls, large.calls) == ([[4, 5]], [[4]])
 
     def test_large_one_that_breaks_costs_no_small_answer(self, store):
         small = FakeTeacher(surety({4: 0.4}))
@@ -361,7 +361,7 @@ class TestLargeStage:
         with pytest.raises(RuntimeError):
             cascade.run(3, [4, 5])
         assert cascade.run(3, [4, 5]) == [{"ticket": 3, "rows": 2}]
-        assert (small.asked, large.asked) == ([[4, 5]], [[4], [4]])
+        assert (small.calls, large.calls) == ([[4, 5]], [[4], [4]])
         (mark,) = store.names(SENT_DIR)
         assert store.read_json(f"{SENT_DIR}/{mark}")["texts"] == 1
 
@@ -409,7 +409,7 @@ class TestTeacherDown:
             return await go(large, await go(small, leased(3, [5, 2])))
 
         assert len(asyncio.run(script())) == 0
-        assert large.asker._labeller.asked == []
+        assert large.worker._teacher.calls == []
         assert store.names(LABELS_DIR) == []
 
     def test_tickets_in_flight_are_given_back_together(self, store):
@@ -465,10 +465,10 @@ class DownAfter(FakeTeacher):
 
     def __init__(self, calls: int) -> None:
         super().__init__(large_says)
-        self.calls = calls
+        self.limit = calls
 
     async def label(self, ids, texts, allowance):
-        if len(self.asked) >= self.calls:
+        if len(self.calls) >= self.limit:
             raise TeacherDown("the server is gone")
         await asyncio.sleep(0.001)
         return await super().label(ids, texts, allowance)
@@ -479,17 +479,17 @@ class TestAnActorThatIsLost:
 
     ROUNDS = 4
 
-    async def teach(self, store: RunStore, labellers: Sequence[FakeTeacher]) -> Selector:
+    async def teach(self, store: RunStore, teachers: Sequence[FakeTeacher]) -> Selector:
         """Teach as far as it goes, with a student that learns in no time."""
         config = make_config(
-            teacher={"ticket_size": 4, "actors": len(labellers)},
+            teacher={"ticket_size": 4, "actors": len(teachers)},
             budget={"rounds": self.ROUNDS, "train": 60},
             selection={"policy": "random"},
         )
         selector = Selector(config, store.root)
         handle: Any = Handle(selector)
         leaser = Leaser(store.root, handle)
-        stages = [OnlyStage(config, store.root, handle, labeller) for labeller in labellers]
+        stages = [OnlyStage(config, store.root, handle, teacher) for teacher in teachers]
         # Spare tickets come first: behind all others, they would wait for rounds that wait for them.
         spare = spare_tickets(config)
         tickets = iter([*spare, *selector.schedule.in_order()])
@@ -515,7 +515,7 @@ class TestAnActorThatIsLost:
         tasks += [asyncio.create_task(work(stage)) for stage in stages for _ in range(2)]
         tasks.append(learning := asyncio.create_task(learn()))
         async with asyncio.timeout(30):
-            while not learning.done() and selector.teachers.trouble() is None:
+            while not learning.done() and selector.teachers.failure_reason() is None:
                 await asyncio.sleep(0.005)
         for task in tasks:
             task.cancel()
@@ -524,18 +524,20 @@ class TestAnActorThatIsLost:
 
     @pytest.mark.parametrize("calls", [0, 1, 5])
     def test_every_text_is_labelled_all_the_same(self, store, calls):
-        labellers = [DownAfter(calls), DownAfter(10**9)]
-        selector = asyncio.run(self.teach(store, labellers))
-        assert selector.teachers.trouble() is None
+        teachers = [DownAfter(calls), DownAfter(10**9)]
+        selector = asyncio.run(self.teach(store, teachers))
+        assert selector.teachers.failure_reason() is None
         assert len(store.names(LABELS_DIR)) == selector.schedule.n_tickets
         assert [one["reason"] for one in failed_teachers(store)] == ["the server is gone"]
-        asked = [row for labeller in labellers for rows in labeller.asked for row in rows]
-        assert sorted(asked) == list(range(N_POOL + N_TEST)), "each text once"
-        assert len(labellers[0].asked) <= calls + 1
+        answers = [row for teacher in teachers for rows in teacher.calls for row in rows]
+        assert sorted(answers) == list(range(N_POOL + N_TEST)), "each text once"
+        assert len(teachers[0].calls) <= calls + 1
 
     def test_when_none_is_left_the_user_is_told(self, store):
         selector = asyncio.run(self.teach(store, [DownAfter(2), DownAfter(3)]))
-        assert selector.teachers.trouble() == ("the teacher has given up, all 2 actor(s): the server is gone")
+        assert selector.teachers.failure_reason() == (
+            "the teacher has given up, all 2 actor(s): the server is gone"
+        )
         assert len(failed_teachers(store)) == 2
         assert 0 < len(store.names(LABELS_DIR)) < selector.schedule.n_tickets
 
@@ -592,48 +594,48 @@ class TestPools:
         assert [(one.min_actors, one.max_actors) for one in pools] == [(2, 2), (1, 3)]
 
     def test_resources_of_ones_own(self):
-        resources = teacher_module._resources(TeacherConfig(model="toy", resources={"teacher": 1.0}), [])
+        resources = stream_module._resources(TeacherConfig(model="toy", resources={"teacher": 1.0}), [])
         assert resources == {"num_cpus": 0.5, "num_gpus": None, "resources": {"teacher": 1.0}}
 
     def test_an_engine_in_one_piece(self):
-        resources = teacher_module._resources(TeacherConfig(model="toy", cpus=2, gpus=1), [])
+        resources = stream_module._resources(TeacherConfig(model="toy", cpus=2, gpus=1), [])
         assert resources == {"num_cpus": 2, "num_gpus": 1}
 
     def test_parts_on_cpus_are_processes_of_one_actor(self):
-        resources = teacher_module._resources(TeacherConfig(model="toy", cpus=2, tensor_parallel=2), [])
+        resources = stream_module._resources(TeacherConfig(model="toy", cpus=2, tensor_parallel=2), [])
         assert resources == {"num_cpus": 4, "num_gpus": None}
 
     @pytest.mark.parametrize(("parts", "removed"), [(1, []), (2, ["the actor's own"])])
     def test_an_actor_that_goes_takes_its_placement_group_along(self, monkeypatch, parts, removed):
         gone: list[str] = []
-        monkeypatch.setattr(teacher_module.ray, "is_initialized", lambda: True)
-        monkeypatch.setattr(teacher_module.ray.util, "get_current_placement_group", lambda: "the actor's own")
-        monkeypatch.setattr(teacher_module.ray.util, "remove_placement_group", gone.append)
-        teacher_module._leave_placement_group(TeacherConfig(model="toy", gpus=1, tensor_parallel=parts))
+        monkeypatch.setattr(stream_module.ray, "is_initialized", lambda: True)
+        monkeypatch.setattr(stream_module.ray.util, "get_current_placement_group", lambda: "the actor's own")
+        monkeypatch.setattr(stream_module.ray.util, "remove_placement_group", gone.append)
+        stream_module._leave_placement_group(TeacherConfig(model="toy", gpus=1, tensor_parallel=parts))
         assert gone == removed, "an engine in one piece may share the driver's own group"
 
     @pytest.mark.parametrize(
         ("tensor", "pipeline", "strategy"), [(4, 1, "STRICT_PACK"), (2, 2, "PACK"), (1, 4, "PACK")]
     )
     def test_parts_on_gpus_share_a_placement_group(self, monkeypatch, tensor, pipeline, strategy):
-        asked: list[tuple] = []
+        answers: list[tuple] = []
         names: set[str] = set()
 
         def placement_group(bundles, strategy, name):
-            asked.append((bundles, strategy))
+            answers.append((bundles, strategy))
             names.add(name)
-            return f"group {len(asked)}"
+            return f"group {len(answers)}"
 
-        monkeypatch.setattr(teacher_module.ray.util, "placement_group", placement_group)
+        monkeypatch.setattr(stream_module.ray.util, "placement_group", placement_group)
         settings = {"tensor_parallel": tensor, "pipeline_parallel": pipeline}
         groups: list[Any] = []
-        resources = teacher_module._resources(TeacherConfig(model="toy", cpus=2, gpus=1, **settings), groups)
+        resources = stream_module._resources(TeacherConfig(model="toy", cpus=2, gpus=1, **settings), groups)
         assert resources["num_cpus"] == 2
         assert "num_gpus" not in resources, "the parts take the GPUs, not the actor"
         for name in ("group 1", "group 2"):  # each actor has its own
             chosen = resources["ray_remote_args_fn"]()["scheduling_strategy"]
             assert chosen.placement_group == name
             assert chosen.placement_group_capture_child_tasks
-        assert asked == [([{"CPU": 2, "GPU": 1}] * 4, strategy)] * 2
+        assert answers == [([{"CPU": 2, "GPU": 1}] * 4, strategy)] * 2
         assert groups == ["group 1", "group 2"], "whoever started them removes them"
         assert len(names - {""}) == 2, "groups without a name are taken for those of a dead Train controller"

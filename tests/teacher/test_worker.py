@@ -18,7 +18,7 @@ from llkd_ray.config.schema import Config
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import ENGINES_DIR, LABELS_DIR, SENT_DIR, SMALL_DIR, RunStore
 from llkd_ray.storage.tables import matrix_of
-from llkd_ray.teacher import worker as asker_module
+from llkd_ray.teacher import worker as worker_module
 from llkd_ray.teacher.base import UNASKED, TeacherDown, Usage
 from llkd_ray.teacher.factory import CACHE_DIR, cache_key
 from llkd_ray.teacher.labels import mark_file, write_ticket
@@ -30,10 +30,10 @@ class Selector:
 
     def __init__(self, tokens: int = 10**9) -> None:
         self.left = tokens
-        self.asked: list[tuple[int, str, str, Usage]] = []
+        self.calls: list[tuple[int, str, str, Usage]] = []
 
     async def reserve(self, ticket: int, attempt: str, teacher: str, usage: Usage) -> bool:
-        self.asked.append((ticket, attempt, teacher, usage))
+        self.calls.append((ticket, attempt, teacher, usage))
         if usage.tokens > self.left:
             return False
         self.left -= usage.tokens
@@ -41,7 +41,7 @@ class Selector:
 
 
 class Bench:
-    """A folder of runs with one cache, and askers in them."""
+    """A folder of runs with one cache, and workers in them."""
 
     def __init__(self, folder: Path, model: str) -> None:
         self.folder, self.model = folder, model
@@ -60,31 +60,31 @@ class Bench:
     def store(self, run: str) -> RunStore:
         return RunStore(str(self.folder / run))
 
-    def asker(
+    def worker(
         self,
         run: str,
-        labeller: FakeTeacher,
+        teacher: FakeTeacher,
         config: Config | None = None,
         member: int = 0,
         selector: Selector | None = None,
     ) -> TeacherWorker:
         reserve, config = (selector or Selector()).reserve, config or self.config()
-        _, teacher = list(config.teacher.members())[member]
+        _, settings = list(config.teacher.members())[member]
         return TeacherWorker(
-            config, self.store(run).root, member, reserve, labeller, cache_key(config, teacher)
+            config, self.store(run).root, member, reserve, teacher, cache_key(config, settings)
         )
 
     def answer(
-        self, asker: TeacherWorker, ticket: int, texts: pa.Table, folder: str = LABELS_DIR
+        self, worker: TeacherWorker, ticket: int, texts: pa.Table, folder: str = LABELS_DIR
     ) -> TicketAnswers:
         """Ask and put the labels in place, as a stage does."""
 
         async def script():
-            asked = await asker.ask(ticket, texts)
-            usage = {asker.name: asked.usage}
-            write_ticket(asker.store, folder, ticket, asked.labels, usage, asked.unasked, 1)
-            await asker.forget(asked)
-            return asked
+            answers = await worker.label(ticket, texts)
+            usage = {worker.name: answers.usage}
+            write_ticket(worker.store, folder, ticket, answers.labels, usage, answers.unasked, 1)
+            await worker.clear_mark(answers)
+            return answers
 
         return asyncio.run(script())
 
@@ -107,46 +107,46 @@ def numbers_of(labels: pa.Table) -> list[int]:
 
 class TestFresh:
     def test_labels_are_the_texts_own_and_in_their_order(self, bench):
-        labeller = FakeTeacher()
+        teacher = FakeTeacher()
         texts = leased(3, [5, 2, 9])
-        asked = bench.answer(bench.asker("first", labeller), 3, texts)
-        assert asked.labels.schema == tables.LABELS
-        assert asked.labels["row"].to_pylist() == [5, 2, 9]
-        assert asked.labels["id"].to_pylist() == ["id-5", "id-2", "id-9"]
-        assert asked.labels["text_hash"].equals(texts["text_hash"]), "as they were kept at ingestion"
-        assert matrix_of(asked.labels["probs"], 3) == pytest.approx(np.stack([*map(numbered, (5, 2, 9))]))
-        assert asked.labels["off_label"].to_pylist() == pytest.approx([0.65, 0.68, 0.61])
-        assert asked.labels["prompt_tokens"].to_pylist() == [15, 12, 19]
-        assert asked.labels["answer_tokens"].to_pylist() == [1, 1, 1]
-        assert asked.labels["reused"].to_pylist() == [False] * 3
-        assert asked.outcome_M == [""] * 3
-        assert (asked.usage.texts, asked.usage.tokens) == (3, cost_of([5, 2, 9]))
-        assert asked.usage.seconds > 0
+        answers = bench.answer(bench.worker("first", teacher), 3, texts)
+        assert answers.labels.schema == tables.LABELS
+        assert answers.labels["row"].to_pylist() == [5, 2, 9]
+        assert answers.labels["id"].to_pylist() == ["id-5", "id-2", "id-9"]
+        assert answers.labels["text_hash"].equals(texts["text_hash"]), "as they were kept at ingestion"
+        assert matrix_of(answers.labels["probs"], 3) == pytest.approx(np.stack([*map(numbered, (5, 2, 9))]))
+        assert answers.labels["off_label"].to_pylist() == pytest.approx([0.65, 0.68, 0.61])
+        assert answers.labels["prompt_tokens"].to_pylist() == [15, 12, 19]
+        assert answers.labels["answer_tokens"].to_pylist() == [1, 1, 1]
+        assert answers.labels["reused"].to_pylist() == [False] * 3
+        assert answers.outcome_M == [""] * 3
+        assert (answers.usage.texts, answers.usage.tokens) == (3, cost_of([5, 2, 9]))
+        assert answers.usage.seconds > 0
 
     def test_a_text_without_an_answer_says_why_and_costs(self, bench):
-        labeller = FakeTeacher(failing={2: "too_odd"})
-        asked = bench.answer(bench.asker("first", labeller), 3, leased(3, [5, 2, 9]))
-        assert asked.labels["row"].to_pylist() == [5, 9]
-        assert asked.outcome_M == ["", "too_odd", ""]
-        assert asked.unasked == 0
-        assert asked.usage.tokens == cost_of([5, 2, 9])
+        teacher = FakeTeacher(failing={2: "too_odd"})
+        answers = bench.answer(bench.worker("first", teacher), 3, leased(3, [5, 2, 9]))
+        assert answers.labels["row"].to_pylist() == [5, 9]
+        assert answers.outcome_M == ["", "too_odd", ""]
+        assert answers.unasked == 0
+        assert answers.usage.tokens == cost_of([5, 2, 9])
 
     def test_no_texts(self, bench):
-        labeller = FakeTeacher()
-        asked = bench.answer(bench.asker("first", labeller), 3, leased(3, []))
-        assert asked.labels.schema == tables.LABELS
-        assert (len(asked.labels), asked.usage, asked.outcome_M, asked.mark) == (0, Usage(), [], None)
-        assert labeller.asked == []
+        teacher = FakeTeacher()
+        answers = bench.answer(bench.worker("first", teacher), 3, leased(3, []))
+        assert answers.labels.schema == tables.LABELS
+        assert (len(answers.labels), answers.usage, answers.outcome_M, answers.mark) == (0, Usage(), [], None)
+        assert teacher.calls == []
 
 
 class TestReuse:
     def test_a_second_run_asks_nothing(self, bench):
-        first = bench.answer(bench.asker("first", FakeTeacher()), 0, leased(0, [5, 2, 9]))
-        labeller = FakeTeacher(errors=[AssertionError("nobody is to be asked")])
+        first = bench.answer(bench.worker("first", FakeTeacher()), 0, leased(0, [5, 2, 9]))
+        teacher = FakeTeacher(errors=[AssertionError("nobody is to be asked")])
         # Its rows, ids and tickets are others; its texts are the same.
         texts = leased(7, [9, 5, 2], prefix="mine").set_column(1, "row", pa.array([40, 41, 42]))
-        second = bench.answer(bench.asker("second", labeller), 7, texts)
-        assert labeller.asked == []
+        second = bench.answer(bench.worker("second", teacher), 7, texts)
+        assert teacher.calls == []
         assert second.labels["row"].to_pylist() == [40, 41, 42]
         assert second.labels["id"].to_pylist() == ["mine-9", "mine-5", "mine-2"]
         assert second.labels["reused"].to_pylist() == [True] * 3
@@ -165,31 +165,31 @@ class TestReuse:
         rows = rng.permutation(20).tolist()
         there = [row for row in rows if rng.random() < 0.5]
         new = [row for row in rows if row not in there]
-        bench.answer(bench.asker("first", FakeTeacher()), 0, leased(0, sorted(there)))
+        bench.answer(bench.worker("first", FakeTeacher()), 0, leased(0, sorted(there)))
         marks = []
         store = bench.store("second")
-        labeller = FakeTeacher(
+        teacher = FakeTeacher(
             failing={new[0]: "too_odd"},
             before_call=lambda: marks.extend(
                 store.read_json(f"{SENT_DIR}/{name}") for name in store.names(SENT_DIR)
             ),
         )
-        asked = bench.answer(bench.asker("second", labeller), 4, leased(4, rows))
-        assert labeller.asked == [new]
+        answers = bench.answer(bench.worker("second", teacher), 4, leased(4, rows))
+        assert teacher.calls == [new]
         assert marks == [{"texts": len(new), "usage": {}}]
         answered = [row for row in rows if row != new[0]]
-        assert asked.labels["row"].to_pylist() == numbers_of(asked.labels) == answered
-        assert asked.labels["reused"].to_pylist() == [row in there for row in answered]
-        assert asked.outcome_M == ["too_odd" if row == new[0] else "" for row in rows]
-        assert (asked.usage.texts, asked.usage.tokens) == (len(new), cost_of(new))
-        assert (asked.usage.reused_texts, asked.usage.reused_tokens) == (len(there), cost_of(there))
+        assert answers.labels["row"].to_pylist() == numbers_of(answers.labels) == answered
+        assert answers.labels["reused"].to_pylist() == [row in there for row in answered]
+        assert answers.outcome_M == ["too_odd" if row == new[0] else "" for row in rows]
+        assert (answers.usage.texts, answers.usage.tokens) == (len(new), cost_of(new))
+        assert (answers.usage.reused_texts, answers.usage.reused_tokens) == (len(there), cost_of(there))
 
     def test_a_text_that_has_changed_is_asked_whatever_its_id(self, bench):
-        bench.answer(bench.asker("first", FakeTeacher()), 0, leased(0, [5, 2]))
-        labeller = FakeTeacher()
-        asked = bench.answer(bench.asker("second", labeller), 0, leased(0, [5, 2], words="other text"))
-        assert labeller.asked == [[5, 2]]
-        assert asked.usage.reused_texts == 0
+        bench.answer(bench.worker("first", FakeTeacher()), 0, leased(0, [5, 2]))
+        teacher = FakeTeacher()
+        answers = bench.answer(bench.worker("second", teacher), 0, leased(0, [5, 2], words="other text"))
+        assert teacher.calls == [[5, 2]]
+        assert answers.usage.reused_texts == 0
 
     @pytest.mark.parametrize(
         "changed",
@@ -200,61 +200,61 @@ class TestReuse:
         ],
     )
     def test_a_teacher_that_would_answer_otherwise_is_asked(self, bench, changed):
-        bench.answer(bench.asker("first", FakeTeacher()), 0, leased(0, [5, 2]))
-        labeller = FakeTeacher()
+        bench.answer(bench.worker("first", FakeTeacher()), 0, leased(0, [5, 2]))
+        teacher = FakeTeacher()
         other = bench.config(bench.one(**changed))
-        bench.answer(bench.asker("second", labeller, other), 0, leased(0, [5, 2]))
-        assert labeller.asked == [[5, 2]]
+        bench.answer(bench.worker("second", teacher, other), 0, leased(0, [5, 2]))
+        assert teacher.calls == [[5, 2]]
 
     def test_a_teacher_is_the_same_however_it_is_spread_out_and_paid(self, bench):
-        bench.answer(bench.asker("first", FakeTeacher()), 0, leased(0, [5, 2]))
-        labeller = FakeTeacher()
+        bench.answer(bench.worker("first", FakeTeacher()), 0, leased(0, [5, 2]))
+        teacher = FakeTeacher()
         same = bench.one(
             actors=3, gpus=1, ticket_size=4, price={"input": 1.0}, confidence={"method": "batch"}
         )
         sections = {"run": {"dir": str(bench.folder), "seed": 5}, "selection": {"policy": "random"}}
         config = make_config(teacher=same, **sections)
-        asked = bench.answer(bench.asker("second", labeller, config), 0, leased(0, [5, 2]))
-        assert labeller.asked == []
-        assert asked.usage.reused_texts == 2
+        answers = bench.answer(bench.worker("second", teacher, config), 0, leased(0, [5, 2]))
+        assert teacher.calls == []
+        assert answers.usage.reused_texts == 2
 
     def test_without_a_cache_nothing_is_found_and_nothing_told(self, bench):
         config = bench.config(bench.one(cache=None))
         for run in ("first", "second"):
-            labeller = FakeTeacher()
-            bench.answer(bench.asker(run, labeller, config), 0, leased(0, [5, 2]))
-            assert labeller.asked == [[5, 2]]
+            teacher = FakeTeacher()
+            bench.answer(bench.worker(run, teacher, config), 0, leased(0, [5, 2]))
+            assert teacher.calls == [[5, 2]]
         assert not (bench.folder / CACHE_DIR).exists()
 
     def test_a_folder_of_the_users_choice(self, bench):
         folder = bench.folder / "elsewhere" / "answers"
         config = bench.config(bench.one(cache=str(folder)))
-        bench.answer(bench.asker("first", FakeTeacher(), config), 0, leased(0, [5]))
-        labeller = FakeTeacher()
-        bench.answer(bench.asker("second", labeller, config), 0, leased(0, [5]))
-        assert labeller.asked == []
+        bench.answer(bench.worker("first", FakeTeacher(), config), 0, leased(0, [5]))
+        teacher = FakeTeacher()
+        bench.answer(bench.worker("second", teacher, config), 0, leased(0, [5]))
+        assert teacher.calls == []
         assert folder.exists()
         assert not (bench.folder / CACHE_DIR).exists()
 
     def test_what_a_cascade_was_told_serves_a_run_of_either_teacher(self, bench):
         cascade = bench.cascade()
-        bench.answer(bench.asker("cascade", FakeTeacher(), cascade, 0), 0, leased(0, [1, 2, 3]), SMALL_DIR)
-        bench.answer(bench.asker("cascade", FakeTeacher(), cascade, 1), 0, leased(0, [3, 4]))
+        bench.answer(bench.worker("cascade", FakeTeacher(), cascade, 0), 0, leased(0, [1, 2, 3]), SMALL_DIR)
+        bench.answer(bench.worker("cascade", FakeTeacher(), cascade, 1), 0, leased(0, [3, 4]))
         for config, there in ((bench.config(), [3, 4]), (bench.config(cascade_small(cascade)), [1, 2, 3])):
-            labeller = FakeTeacher()
-            asked = bench.answer(
-                bench.asker(f"alone-{len(there)}", labeller, config), 0, leased(0, [1, 2, 3, 4])
+            teacher = FakeTeacher()
+            answers = bench.answer(
+                bench.worker(f"alone-{len(there)}", teacher, config), 0, leased(0, [1, 2, 3, 4])
             )
-            assert labeller.asked == [[row for row in (1, 2, 3, 4) if row not in there]]
-            assert asked.labels["member"].to_pylist() == [0] * 4
+            assert teacher.calls == [[row for row in (1, 2, 3, 4) if row not in there]]
+            assert answers.labels["member"].to_pylist() == [0] * 4
 
     def test_an_only_teacher_serves_a_cascade_under_the_cascades_number(self, bench):
-        bench.answer(bench.asker("alone", FakeTeacher()), 0, leased(0, [1, 2]))
-        labeller = FakeTeacher()
-        asked = bench.answer(bench.asker("cascade", labeller, bench.cascade(), 1), 0, leased(0, [2, 3]))
-        assert labeller.asked == [[3]]
-        assert asked.labels["member"].to_pylist() == [1, 1]
-        assert asked.labels["reused"].to_pylist() == [True, False]
+        bench.answer(bench.worker("alone", FakeTeacher()), 0, leased(0, [1, 2]))
+        teacher = FakeTeacher()
+        answers = bench.answer(bench.worker("cascade", teacher, bench.cascade(), 1), 0, leased(0, [2, 3]))
+        assert teacher.calls == [[3]]
+        assert answers.labels["member"].to_pylist() == [1, 1]
+        assert answers.labels["reused"].to_pylist() == [True, False]
 
 
 def cascade_small(cascade: Config) -> dict[str, Any]:
@@ -278,70 +278,70 @@ class TestCap:
             assert mark["usage"]["teacher"]["texts"] >= len(written)
             assert mark["texts"] == 6
 
-        labeller, selector = FakeTeacher(after_request=after_request), Selector()
-        asker = bench.asker("first", labeller, self.cap(bench, 10**6), selector=selector)
-        bench.answer(asker, 3, leased(3, range(6)))
+        teacher, selector = FakeTeacher(after_request=after_request), Selector()
+        worker = bench.worker("first", teacher, self.cap(bench, 10**6), selector=selector)
+        bench.answer(worker, 3, leased(3, range(6)))
         assert len(written) == 6
-        attempts = {(ticket, attempt, teacher) for ticket, attempt, teacher, _ in selector.asked}
+        attempts = {(ticket, attempt, teacher) for ticket, attempt, teacher, _ in selector.calls}
         assert attempts == {(3, written[0][0], "teacher")}
-        granted = sum((usage for *_, usage in selector.asked), Usage())
+        granted = sum((usage for *_, usage in selector.calls), Usage())
         assert granted == Usage(**written[-1][1])
 
     def test_nothing_is_used_that_is_not_granted(self, bench):
         tokens = cost_of([0, 1, 2]) + 5
-        labeller, selector = FakeTeacher(), Selector(tokens)
-        asker = bench.asker("first", labeller, self.cap(bench, tokens), selector=selector)
-        asked = bench.answer(asker, 3, leased(3, range(6)))
-        assert asked.usage.tokens <= tokens - selector.left
-        assert asked.unasked == 6 - len(asked.labels) > 0
-        assert [outcome for outcome in asked.outcome_M if outcome] == [UNASKED] * asked.unasked
-        assert asked.usage.texts == len(asked.labels)
+        teacher, selector = FakeTeacher(), Selector(tokens)
+        worker = bench.worker("first", teacher, self.cap(bench, tokens), selector=selector)
+        answers = bench.answer(worker, 3, leased(3, range(6)))
+        assert answers.usage.tokens <= tokens - selector.left
+        assert answers.unasked == 6 - len(answers.labels) > 0
+        assert [outcome for outcome in answers.outcome_M if outcome] == [UNASKED] * answers.unasked
+        assert answers.usage.texts == len(answers.labels)
 
     def test_answers_that_are_there_need_no_grant(self, bench):
-        bench.answer(bench.asker("first", FakeTeacher()), 0, leased(0, [5, 2]))
+        bench.answer(bench.worker("first", FakeTeacher()), 0, leased(0, [5, 2]))
         selector = Selector(tokens=0)
-        asker = bench.asker("second", FakeTeacher(), self.cap(bench, 1), selector=selector)
-        asked = bench.answer(asker, 0, leased(0, [5, 2, 7]))
-        assert asked.labels["row"].to_pylist() == [5, 2]
-        assert asked.outcome_M == ["", "", UNASKED]
-        assert sum(usage.texts for *_, usage in selector.asked) == 1
+        worker = bench.worker("second", FakeTeacher(), self.cap(bench, 1), selector=selector)
+        answers = bench.answer(worker, 0, leased(0, [5, 2, 7]))
+        assert answers.labels["row"].to_pylist() == [5, 2]
+        assert answers.outcome_M == ["", "", UNASKED]
+        assert sum(usage.texts for *_, usage in selector.calls) == 1
 
     def test_without_a_cap_nobody_is_asked_for_leave(self, bench):
         selector = Selector(tokens=0)
-        asked = bench.answer(bench.asker("first", FakeTeacher(), selector=selector), 0, leased(0, [5, 2]))
-        assert selector.asked == []
-        assert asked.unasked == 0
+        answers = bench.answer(bench.worker("first", FakeTeacher(), selector=selector), 0, leased(0, [5, 2]))
+        assert selector.calls == []
+        assert answers.unasked == 0
 
     def test_each_attempt_has_a_name_of_its_own(self, bench):
         selector = Selector()
-        labeller = FakeTeacher(errors=[TeacherDown("gone")])
-        asker = bench.asker("first", labeller, self.cap(bench, 10**6), selector=selector)
+        teacher = FakeTeacher(errors=[TeacherDown("gone")])
+        worker = bench.worker("first", teacher, self.cap(bench, 10**6), selector=selector)
         with pytest.raises(TeacherDown):
-            asyncio.run(asker.ask(3, leased(3, [1])))
+            asyncio.run(worker.label(3, leased(3, [1])))
         first = bench.store("first").names(SENT_DIR)
-        bench.answer(asker, 3, leased(3, [1]))
-        assert [attempt for _, attempt, _, _ in selector.asked if attempt in first] == []
+        bench.answer(worker, 3, leased(3, [1]))
+        assert [attempt for _, attempt, _, _ in selector.calls if attempt in first] == []
         assert bench.store("first").names(SENT_DIR) == first, "what was lost stays on the books"
 
 
 class TestMark:
     def test_it_goes_when_the_labels_are_in_place(self, bench):
-        asker = bench.asker("first", FakeTeacher())
-        asked = asyncio.run(asker.ask(12, leased(12, [1, 2])))
-        assert asked.mark is not None
-        assert asked.mark.startswith("ticket-00000012.")
-        assert asker.store.exists(mark_file(asked.mark))
-        asyncio.run(asker.forget(asked))
-        assert asker.store.names(SENT_DIR) == []
-        asyncio.run(asker.forget(asked))
+        worker = bench.worker("first", FakeTeacher())
+        answers = asyncio.run(worker.label(12, leased(12, [1, 2])))
+        assert answers.mark is not None
+        assert answers.mark.startswith("ticket-00000012.")
+        assert worker.store.exists(mark_file(answers.mark))
+        asyncio.run(worker.clear_mark(answers))
+        assert worker.store.names(SENT_DIR) == []
+        asyncio.run(worker.clear_mark(answers))
 
     @pytest.mark.parametrize("error", [TeacherDown("all gone"), RuntimeError("a mistake of ours")])
     def test_it_stays_where_the_teacher_breaks(self, bench, error):
-        asker = bench.asker("first", FakeTeacher(errors=[error]))
+        worker = bench.worker("first", FakeTeacher(errors=[error]))
         with pytest.raises(type(error), match=str(error)):
-            asyncio.run(asker.ask(3, leased(3, [1, 2, 4])))
-        (name,) = asker.store.names(SENT_DIR)
-        assert asker.store.read_json(f"{SENT_DIR}/{name}") == {"texts": 3, "usage": {}}
+            asyncio.run(worker.label(3, leased(3, [1, 2, 4])))
+        (name,) = worker.store.names(SENT_DIR)
+        assert worker.store.read_json(f"{SENT_DIR}/{name}") == {"texts": 3, "usage": {}}
 
 
 class TestTeacher:
@@ -350,38 +350,39 @@ class TestTeacher:
         """What teachers were made of; each hears of its engine's start when it is made."""
         made = []
 
-        def make(teacher, labels, on_start, begin):
-            made.append((teacher, labels, begin, FakeTeacher()))
+        def make(settings, labels, on_start, prestart):
+            made.append((settings, labels, prestart, FakeTeacher()))
             on_start(12.5)
             return made[-1][3]
 
-        monkeypatch.setattr(asker_module, "make_teacher", make)
+        monkeypatch.setattr(worker_module, "make_teacher", make)
         return made
 
     def test_it_is_made_once_and_before_it_is_needed(self, bench, made):
         cascade = bench.cascade()
-        asker = TeacherWorker(cascade, bench.store("first").root, 1, Selector().reserve)
+        worker = TeacherWorker(cascade, bench.store("first").root, 1, Selector().reserve)
         wait_until(lambda: made)
 
         async def script():
-            return await asyncio.gather(*(asker.ask(t, leased(t, [t])) for t in range(4)))
+            return await asyncio.gather(*(worker.label(t, leased(t, [t])) for t in range(4)))
 
-        assert [asked.labels["row"].to_pylist() for asked in asyncio.run(script())] == [[0], [1], [2], [3]]
-        ((teacher, labels, begin, labeller),) = made
-        assert teacher == cascade.teacher.cascade.large
+        rows = [answers.labels["row"].to_pylist() for answers in asyncio.run(script())]
+        assert rows == [[0], [1], [2], [3]]
+        ((settings, labels, prestart, teacher),) = made
+        assert settings == cascade.teacher.cascade.large
         assert labels == cascade.labels
-        assert begin, "there are no answers of earlier runs, so it will be asked"
-        assert (asker.name, labeller.is_closed) == ("large", False)
-        asker.close()
-        assert labeller.is_closed
+        assert prestart, "there are no answers of earlier runs, so it will be asked"
+        assert (worker.name, teacher.is_closed) == ("large", False)
+        worker.close()
+        assert teacher.is_closed
 
     def test_one_that_may_not_be_needed_does_not_begin(self, bench, made):
-        bench.answer(bench.asker("first", FakeTeacher()), 0, leased(0, [0]))
+        bench.answer(bench.worker("first", FakeTeacher()), 0, leased(0, [0]))
         config = bench.config()
         key = cache_key(config, config.teacher)
-        asker = TeacherWorker(config, bench.store("second").root, 0, Selector().reserve, key=key)
-        asyncio.run(asker.ask(0, leased(0, [0])))
-        assert [begin for _, _, begin, _ in made] == [False]
+        worker = TeacherWorker(config, bench.store("second").root, 0, Selector().reserve, key=key)
+        asyncio.run(worker.label(0, leased(0, [0])))
+        assert [prestart for _, _, prestart, _ in made] == [False]
 
     def test_one_that_was_never_needed_is_closed_all_the_same(self, bench, made):
         TeacherWorker(bench.config(), bench.store("first").root, 0, Selector().reserve).close()
@@ -391,17 +392,17 @@ class TestTeacher:
         def make(*arguments, **more):
             raise OSError("the tokenizer is gone")
 
-        monkeypatch.setattr(asker_module, "make_teacher", make)
-        asker = TeacherWorker(bench.config(), bench.store("first").root, 0, Selector().reserve)
+        monkeypatch.setattr(worker_module, "make_teacher", make)
+        worker = TeacherWorker(bench.config(), bench.store("first").root, 0, Selector().reserve)
         for ticket in range(2):
             with pytest.raises(OSError, match="the tokenizer is gone"):
-                asyncio.run(asker.ask(ticket, leased(ticket, [0])))
-        asker.close()
+                asyncio.run(worker.label(ticket, leased(ticket, [0])))
+        worker.close()
 
     def test_each_engine_that_starts_leaves_a_file(self, bench, made):
         store = bench.store("first")
-        asker = TeacherWorker(bench.cascade(), store.root, 0, Selector().reserve)
-        asyncio.run(asker.ask(0, leased(0, [1])))
+        worker = TeacherWorker(bench.cascade(), store.root, 0, Selector().reserve)
+        asyncio.run(worker.label(0, leased(0, [1])))
         (name,) = store.names(ENGINES_DIR, ".json")
         facts = store.read_json(f"{ENGINES_DIR}/{name}")
         assert facts["seconds_to_start"] == 12.5

@@ -35,7 +35,7 @@ from llkd_ray.teacher.base import Meter, TeacherDown, TextFailed
 logger = logging.getLogger(__name__)
 LONGEST_BACK_OFF_S = 60.0
 DETAIL_CHARS = 300  # of what a server says about an error
-A_FEW = 2
+FEW = 2
 """Texts in a row that have failed: enough to doubt the server where none is left to tell; one may be bad."""
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class _Busy(Exception):
         self.retry_after_s = retry_after_s
 
 
-class _Stumble(Exception):
+class _Retryable(Exception):
     """Worth another try. ``sent`` is false where the request cannot have reached the server."""
 
     def __init__(self, reason: str, detail: str, sent: bool = True) -> None:
@@ -143,13 +143,13 @@ class ServerClient:
         # other before the first ones are given up.
         async with self._slots:
             await self._not_judging.wait()
-            return await self._persistently(request, meter, probing)
+            return await self._send_with_retries(request, meter, probing)
 
-    async def _persistently(self, request: Post[T], meter: Meter, probing: bool) -> T:
+    async def _send_with_retries(self, request: Post[T], meter: Meter, probing: bool) -> T:
         claimed = False
         tries = refusals = 0
         while True:
-            await self._turn()
+            await self._wait_turn()
             if not claimed:
                 await meter.request(request.prompt_tokens, request.answer_tokens)
                 claimed = True
@@ -166,11 +166,11 @@ class ServerClient:
                     raise
                 tries += 1
                 claimed = False
-                await self._before_another_try(tries, "bad_answer", str(error))
-            except _Stumble as stumble:
+                await self._back_off(tries, "bad_answer", str(error))
+            except _Retryable as failure:
                 tries += 1
-                claimed = not stumble.sent
-                await self._before_another_try(tries, stumble.reason, str(stumble))
+                claimed = not failure.sent
+                await self._back_off(tries, failure.reason, str(failure))
             else:
                 self._answered_at = time.monotonic()
                 self._failed_in_a_row = 0
@@ -189,7 +189,7 @@ class ServerClient:
         many = 3 * self.teacher.attempts
         async with self._judging:
             silent_s = time.monotonic() - self._quiet_since
-            in_doubt = is_last and self.has_answered and self._failed_in_a_row >= A_FEW
+            in_doubt = is_last and self.has_answered and self._failed_in_a_row >= FEW
             if (
                 self._failed_in_a_row < many
                 and silent_s < self.teacher.no_progress_timeout_s
@@ -199,7 +199,7 @@ class ServerClient:
             if self._known_good is not None:
                 self._not_judging.clear()  # no further text is sent before it is known
                 try:
-                    await self._persistently(self._known_good, meter, probing=False)
+                    await self._send_with_retries(self._known_good, meter, probing=False)
                 except TextFailed as again:
                     failure = again
                 else:
@@ -232,7 +232,7 @@ class ServerClient:
 
     # --- one attempt
 
-    async def _turn(self) -> None:
+    async def _wait_turn(self) -> None:
         """Wait for the end of a pause, and for this request's place among those of a minute."""
         while (wait := self._resume_at - time.monotonic()) > 0:
             await asyncio.sleep(wait + random.uniform(0, 0.1 * self.server.back_off_s))  # not all at once
@@ -247,22 +247,22 @@ class ServerClient:
             async with asyncio.timeout(self.teacher.timeout_s):
                 reply = await client.post(self.server.base_url.rstrip("/") + request.path, json=request.body)
         except TimeoutError:
-            raise _Stumble("timed_out", f"no answer in {self.teacher.timeout_s:g} s") from None
+            raise _Retryable("timed_out", f"no answer in {self.teacher.timeout_s:g} s") from None
         except httpx.ConnectError as error:
-            raise _Stumble("no_connection", self._without_key(str(error)), sent=False) from None
+            raise _Retryable("no_connection", self._without_key(str(error)), sent=False) from None
         except httpx.HTTPError as error:  # broken off, or not HTTP
-            raise _Stumble("no_connection", self._without_key(str(error))) from None
+            raise _Retryable("no_connection", self._without_key(str(error))) from None
         if not reply.is_success:
-            self._refused(reply)
+            self._raise_for_status(reply)
         try:
             content = json.loads(reply.content)
         except (ValueError, RecursionError) as error:
-            raise _Stumble("bad_answer", f"not JSON ({error})") from None
+            raise _Retryable("bad_answer", f"not JSON ({error})") from None
         if not isinstance(content, dict):
-            raise _Stumble("bad_answer", f"a JSON {type(content).__name__} instead of an object")
+            raise _Retryable("bad_answer", f"a JSON {type(content).__name__} instead of an object")
         return content
 
-    def _refused(self, reply: httpx.Response) -> None:
+    def _raise_for_status(self, reply: httpx.Response) -> None:
         """Raise what an error status means."""
         status = reply.status_code
         detail = self._without_key(_error_text(reply))
@@ -285,7 +285,7 @@ class ServerClient:
             )
         if 400 <= status < 500 and status not in (408, 409, 425):
             raise Refused(f"refused_http_{status}", detail)
-        raise _Stumble(f"http_{status}", detail)
+        raise _Retryable(f"http_{status}", detail)
 
     def _http(self) -> httpx.AsyncClient:
         if self._client is None:
@@ -344,7 +344,7 @@ class ServerClient:
             ) from None
         self._resume_at = max(self._resume_at, now + wait_s)
 
-    async def _before_another_try(self, tries: int, reason: str, detail: str) -> None:
+    async def _back_off(self, tries: int, reason: str, detail: str) -> None:
         if tries >= self.teacher.attempts:
             raise TextFailed(reason, detail) from None
         await asyncio.sleep(self._back_off_s(tries))
@@ -365,7 +365,7 @@ def _read(request: Post[T], reply: dict[str, Any]) -> T:
         raise
     except (BadReply, ValidationError) as error:
         error_said = reply.get("error")
-        raise _Stumble("bad_answer", " ".join(str(error_said or error).split())[:DETAIL_CHARS]) from None
+        raise _Retryable("bad_answer", " ".join(str(error_said or error).split())[:DETAIL_CHARS]) from None
 
 
 def _error_text(reply: httpx.Response) -> str:

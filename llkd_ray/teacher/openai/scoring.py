@@ -45,7 +45,7 @@ class ScoringMethod(Protocol):
     name: str
     prompt: Prompt
 
-    async def ask(self, text: str, post: PostOne) -> Scored:
+    async def score(self, text: str, post: PostOne) -> Scored:
         """Raises what ``ServerClient.post`` raises."""
 
 
@@ -65,7 +65,7 @@ class ByLabelIds:
         self.room = teacher.max_model_len - self.trie.depth
         room_for_text(prompt, tokenizer, self.room)  # raises ConfigError where there is none
 
-    async def ask(self, text: str, post: PostOne) -> Scored:
+    async def score(self, text: str, post: PostOne) -> Scored:
         [token_ids], [cut] = encode_prompts(
             self.prompt, [text], self.tokenizer, self.room, self.teacher.prompt.cut
         )
@@ -184,7 +184,7 @@ class ByTopLogprobs:
     def __init__(self, chat: Chat, top: int) -> None:
         self.chat, self.prompt, self.top = chat, chat.prompt, top
 
-    async def ask(self, text: str, post: PostOne) -> Scored:
+    async def score(self, text: str, post: PostOne) -> Scored:
         options = {"temperature": 0.0, "logprobs": True, "top_logprobs": self.top}
         request, cut = self.chat.request(text, 1, 1, **options)
         probs_C = await post(Post(**request, read=partial(read_top_logprobs, self.chat.answers)))
@@ -240,7 +240,7 @@ class ByVotes:
         self.at_once = self.samples
         """Answers that the server gives to one request, as far as is known."""
 
-    async def ask(self, text: str, post: PostOne) -> Scored:
+    async def score(self, text: str, post: PostOne) -> Scored:
         said: list[str] = []
         cut = False
         at_once = self.at_once

@@ -37,8 +37,8 @@ class OpenAITeacher:
         self.teacher = teacher
         self.n_classes = len(labels.names)
         self.client = ServerClient(teacher)
-        self.ways, _ = possible_methods(teacher, labels, "teacher")
-        self.way: ScoringMethod | None = None
+        self.methods, _ = possible_methods(teacher, labels, "teacher")
+        self.method: ScoringMethod | None = None
         """None until a first reply has shown what the server can do."""
         self._deciding = asyncio.Lock()
 
@@ -50,7 +50,7 @@ class OpenAITeacher:
         async def ask_one(i: int, meter: Meter) -> tuple[np.ndarray, float]:
             nonlocal left
             try:
-                scored = await self._scored(texts[i], meter)
+                scored = await self._score(texts[i], meter)
             except TextFailed as failure:
                 last[:] = [failure]
                 left -= 1
@@ -71,32 +71,32 @@ class OpenAITeacher:
     def close(self) -> None:
         self.client.close()
 
-    async def _scored(self, text: str, meter: Meter) -> Scored:
-        if self.way is None:
+    async def _score(self, text: str, meter: Meter) -> Scored:
+        if self.method is None:
             async with self._deciding:
-                if self.way is None:
-                    self.way, scored = await self._first_scored(text, meter)
-                    logger.info("%s: probabilities by %s", self.teacher.model, self.way.name)
+                if self.method is None:
+                    self.method, scored = await self._find_method(text, meter)
+                    logger.info("%s: probabilities by %s", self.teacher.model, self.method.name)
                     return scored
-        return await self.way.ask(text, partial(self.client.post, meter=meter))
+        return await self.method.score(text, partial(self.client.post, meter=meter))
 
-    async def _first_scored(self, text: str, meter: Meter) -> tuple[ScoringMethod, Scored]:
+    async def _find_method(self, text: str, meter: Meter) -> tuple[ScoringMethod, Scored]:
         """Find the first way that the server knows, with the answer to this text."""
         post = partial(self.client.post, meter=meter, probing=True)
-        for way in self.ways[:-1]:
+        for method in self.methods[:-1]:
             try:
-                return way, await way.ask(text, post)
+                return method, await method.score(text, post)
             except (NoScores, Refused, NotServed) as error:
-                logger.info("%s: no probabilities by %s (%s)", self.teacher.model, way.name, error)
-        way = self.ways[-1]
+                logger.info("%s: no probabilities by %s (%s)", self.teacher.model, method.name, error)
+        method = self.methods[-1]
         try:
-            return way, await way.ask(text, post)
+            return method, await method.score(text, post)
         except (NoScores, Refused) as error:
             if isinstance(error, Refused) and "logprob" not in str(error):
                 raise  # it may be the text
             assert self.teacher.server is not None
             raise TeacherDown(
-                f"teacher.server.scores {way.name!r}: {self.teacher.server.base_url!r} cannot do it "
+                f"teacher.server.scores {method.name!r}: {self.teacher.server.base_url!r} cannot do it "
                 f"({error}); set it to 'auto' for what the server can, or to 'votes'"
             ) from None
 
@@ -123,12 +123,12 @@ def check_server_teacher(
             f"{field}.server.base_url: more than an address goes with {str(shown)!r}, a user, a password or "
             "a query; leave it out, and put the key into the variable that server.api_key_env names"
         )
-    ways, prompt = possible_methods(teacher, labels, field)
+    methods, prompt = possible_methods(teacher, labels, field)
     return {
         "kind": "openai",
         "model": teacher.model,
         "base_url": server.base_url,
-        "scores": ways[0].name if len(ways) == 1 else "auto",
+        "scores": methods[0].name if len(methods) == 1 else "auto",
         "prompt_hash": prompt.hash,
     }
 
@@ -143,7 +143,7 @@ def possible_methods(
     tokenizer = None
     if server.tokenizer is not None:
         tokenizer = load_tokenizer(server.tokenizer, teacher.revision, f"{field}.server.tokenizer")
-    ways: list[ScoringMethod] = []
+    methods: list[ScoringMethod] = []
     if scores == "label_ids" and tokenizer is None:
         raise ConfigError(
             f"{field}.server.tokenizer is missing: server.scores 'label_ids' needs the served model's "
@@ -151,9 +151,9 @@ def possible_methods(
         )
     if tokenizer is not None and scores in ("auto", "label_ids"):
         by_ids = build_prompt(teacher.prompt, labels, tokenizer)
-        ways.append(ByLabelIds(teacher, by_ids, label_sequences(by_ids, labels, tokenizer), tokenizer))
+        methods.append(ByLabelIds(teacher, by_ids, label_sequences(by_ids, labels, tokenizer), tokenizer))
         if scores == "label_ids":
-            return ways, by_ids
+            return methods, by_ids
     # The server has a chat template of its own where the tokenizer has none.
     has_template = tokenizer is not None and getattr(tokenizer, "chat_template", None)
     chat_prompt = build_prompt(teacher.prompt, labels, tokenizer if has_template else None)
@@ -165,7 +165,7 @@ def possible_methods(
             "or server.scores to 'label_ids' or 'votes'"
         )
     if scores != "votes" and chat.has_letters:
-        ways.append(ByTopLogprobs(chat, server.top_logprobs))
+        methods.append(ByTopLogprobs(chat, server.top_logprobs))
     if scores != "top_logprobs":
-        ways.append(ByVotes(chat))
-    return ways, ways[0].prompt
+        methods.append(ByVotes(chat))
+    return methods, methods[0].prompt

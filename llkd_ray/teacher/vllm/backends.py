@@ -31,41 +31,41 @@ from llkd_ray.teacher.vllm.requests import (
     EngineResponse,
     RunningEngine,
     engine_arguments,
+    engine_prompt,
     is_one_process,
-    prompt_of,
     refusals,
-    reply_of,
-    sampling_of,
+    response_from,
+    sampling_params,
     threads_of,
 )
 
 
-class VllmStart:
+class EngineStarter:
     """Starts an engine whenever it is called."""
 
     def __init__(self, teacher: TeacherConfig) -> None:
         self.teacher = teacher
-        self._begun: ChildEngine | None = None
+        self._prestarted: ChildEngine | None = None
 
-    def begin(self) -> None:
+    def prestart(self) -> None:
         """Begin with what a start on CPUs can do ahead; the next engine will be there sooner."""
         if is_one_process(self.teacher):
             with suppress(OSError):  # no room for a process now; there may be when it is needed
-                self._begun = ChildEngine(self.teacher)
+                self._prestarted = ChildEngine(self.teacher)
 
     def __call__(self) -> RunningEngine:
         """Raises RuntimeError with the root cause where the engine does not start."""
         if not is_one_process(self.teacher):
             return AsyncEngine.start(self.teacher)
-        engine, self._begun = self._begun or ChildEngine(self.teacher), None
+        engine, self._prestarted = self._prestarted or ChildEngine(self.teacher), None
         engine.start()
         return engine
 
     def close(self) -> None:
         """Put away what was begun and never used."""
-        if self._begun is not None:
-            self._begun.shutdown()
-            self._begun = None
+        if self._prestarted is not None:
+            self._prestarted.shutdown()
+            self._prestarted = None
 
 
 COMMAND = (sys.executable, "-m", "llkd_ray.teacher.vllm.child_main")
@@ -112,13 +112,13 @@ class ChildEngine:
         for work in (self._send, self._receive):
             threading.Thread(target=work, name="engine", daemon=True).start()
 
-    async def reply(self, token_ids: Sequence[int], wish: EngineRequest) -> EngineResponse:
+    async def generate(self, token_ids: Sequence[int], request: EngineRequest) -> EngineResponse:
         self._loop = asyncio.get_running_loop()
         if self._is_dead:
             raise EngineDied
         number = next(self._numbers)
         self._waiting[number] = self._loop.create_future()
-        self._outbox.put((number, list(token_ids), wish))
+        self._outbox.put((number, list(token_ids), request))
         try:
             said = await self._waiting[number]
         finally:
@@ -145,22 +145,22 @@ class ChildEngine:
     def _receive(self) -> None:
         with suppress(EOFError, OSError):
             while True:
-                self._tell(self._settle, self._connection.recv())
+                self._call_in_loop(self._resolve, self._connection.recv())
         self._is_dead = True
-        self._tell(self._bury)
+        self._call_in_loop(self._fail_all)
 
-    def _tell(self, what: Any, *arguments: Any) -> None:
+    def _call_in_loop(self, callback: Any, *arguments: Any) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody waits
             if self._loop is not None:
-                self._loop.call_soon_threadsafe(what, *arguments)
+                self._loop.call_soon_threadsafe(callback, *arguments)
 
-    def _settle(self, replies: Sequence[tuple[int, EngineResponse | str]]) -> None:
-        for number, said in replies:
+    def _resolve(self, responses: Sequence[tuple[int, EngineResponse | str]]) -> None:
+        for number, said in responses:
             future = self._waiting.pop(number, None)
             if future is not None and not future.done():
                 future.set_result(said)
 
-    def _bury(self) -> None:
+    def _fail_all(self) -> None:
         while self._waiting:
             _, future = self._waiting.popitem()
             if not future.done():
@@ -201,7 +201,7 @@ class AsyncEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        with _listening() as log:
+        with _captured_stderr() as log:
             try:
                 arguments = AsyncEngineArgs(**engine_arguments(teacher))
                 # By default it would take batches as small as a server's that answers at once.
@@ -209,13 +209,13 @@ class AsyncEngine:
             except Exception as error:
                 raise RuntimeError(root_cause(log) or f"{type(error).__name__}: {error}") from error
 
-    async def reply(self, token_ids: Sequence[int], wish: EngineRequest) -> EngineResponse:
+    async def generate(self, token_ids: Sequence[int], request: EngineRequest) -> EngineResponse:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        request, sampling = prompt_of(token_ids), sampling_of(wish)
+        prompt, sampling = engine_prompt(token_ids), sampling_params(request)
         last = None
         try:
-            async for output in self.vllm.generate(request, sampling, f"text-{next(self._numbers)}"):
+            async for output in self.vllm.generate(prompt, sampling, f"text-{next(self._numbers)}"):
                 last = output
         except EngineDeadError:
             raise EngineDied from None
@@ -223,14 +223,14 @@ class AsyncEngine:
             raise EngineLost("engine_error") from None
         except refusals() as refusal:
             raise TextFailed("refused_by_engine", str(refusal)) from None
-        return reply_of(wish, last)
+        return response_from(request, last)
 
     def shutdown(self) -> None:
         self.vllm.shutdown()
 
 
 @contextmanager
-def _listening() -> Iterator[IO[bytes] | None]:
+def _captured_stderr() -> Iterator[IO[bytes] | None]:
     """A file that also gets what the engine's processes, which inherit it, write to stderr.
 
     vLLM tells the root cause of a failed start there and nowhere else. With LLKD_VERBOSE, people read it.

@@ -1,9 +1,9 @@
 """The process of an engine on CPUs: ``python -m llkd_ray.teacher.vllm.child_main FD``; see ``backends``.
 
 It schedules and computes in one thread. What comes by the connection FD: the teacher's settings, once, and
-then ``(number, token_ids, wish)``, or ``(number, None, None)`` where nobody waits for that one any more. What
-goes back: None once the engine has started, or why it has not; then lists of ``(number, reply)``, where the
-reply to what the engine refuses is a text that says why.
+then ``(number, token_ids, request)``, or ``(number, None, None)`` where nobody waits for it any more. What
+goes back: None once the engine has started, or why it has not; then lists of ``(number, response)``, where
+a refused request has the reason as a string.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from llkd_ray.teacher.vllm.requests import (
     EngineRequest,
     EngineResponse,
     engine_arguments,
-    prompt_of,
+    engine_prompt,
     refusals,
-    reply_of,
-    sampling_of,
+    response_from,
+    sampling_params,
 )
 
 Request = tuple[int, list[int] | None, EngineRequest | None]
@@ -72,24 +72,24 @@ def _start(teacher: TeacherConfig) -> Any:
 
 
 def _serve(engine: Any, inbox: queue.SimpleQueue[Request], connection: Connection) -> None:
-    wishes: dict[int, EngineRequest] = {}
+    requests: dict[int, EngineRequest] = {}
     while True:
-        replies: list[tuple[int, EngineResponse | str]] = []
-        for number, token_ids, wish in _arrived(inbox, wait=not engine.has_unfinished_requests()):
-            if token_ids is None or wish is None:
-                if wishes.pop(number, None):
+        responses: list[tuple[int, EngineResponse | str]] = []
+        for number, token_ids, request in _arrived(inbox, wait=not engine.has_unfinished_requests()):
+            if token_ids is None or request is None:
+                if requests.pop(number, None):
                     engine.abort_request([str(number)])
                 continue
             try:
-                engine.add_request(str(number), prompt_of(token_ids), sampling_of(wish))
-                wishes[number] = wish
+                engine.add_request(str(number), engine_prompt(token_ids), sampling_params(request))
+                requests[number] = request
             except refusals() as refusal:
-                replies.append((number, str(refusal)))
+                responses.append((number, str(refusal)))
         for output in engine.step() if engine.has_unfinished_requests() else ():
-            if output.finished and (wish := wishes.pop(int(output.request_id), None)):
-                replies.append((int(output.request_id), reply_of(wish, output)))
-        if replies:
-            connection.send(replies)
+            if output.finished and (request := requests.pop(int(output.request_id), None)):
+                responses.append((int(output.request_id), response_from(request, output)))
+        if responses:
+            connection.send(responses)
 
 
 def _arrived(inbox: queue.SimpleQueue[Request], wait: bool) -> Iterator[Request]:

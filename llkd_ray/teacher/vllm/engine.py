@@ -74,13 +74,13 @@ class Engine:
         self._engine: RunningEngine | None = None
         self._starting = asyncio.Lock()
         self._gate = Gate()
-        self._last_reply = 0.0
+        self._last_response = 0.0
         self._losses = 0
         """Engines lost since the last reply."""
         self._down: TeacherDown | None = None
 
-    async def with_retries(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """What ``ask``, all requests for one text, comes to; tried again where the engine is lost under it.
+    async def with_retries(self, attempt_once: Callable[[], Awaitable[T]]) -> T:
+        """Result of ``attempt_once`` (all requests for one text), repeated where the engine is lost.
 
         From its second try on a text is asked with nothing else under way: then a lost engine is its doing,
         and the texts that were under way with it go free. Raises :class:`TextFailed` after
@@ -91,12 +91,12 @@ class Engine:
         for attempt in range(self.teacher.attempts):
             try:
                 async with self._gate.exclusive() if attempt else self._gate.shared():
-                    return await ask()
+                    return await attempt_once()
             except EngineLost as lost:
                 reason = str(lost)
         raise TextFailed(reason)
 
-    async def ask(self, token_ids: Sequence[int], wish: EngineRequest) -> EngineResponse:
+    async def generate(self, token_ids: Sequence[int], request: EngineRequest) -> EngineResponse:
         """The engine's reply to one request.
 
         Raises :class:`EngineLost` where the engine is gone or has given nobody a reply for
@@ -104,23 +104,23 @@ class Engine:
         """
         engine = await self._running()
         began = time.monotonic()
-        asked = asyncio.ensure_future(engine.reply(token_ids, wish))
+        task = asyncio.ensure_future(engine.generate(token_ids, request))
         try:
-            while not asked.done():
-                quiet = time.monotonic() - max(began, self._last_reply)
+            while not task.done():
+                quiet = time.monotonic() - max(began, self._last_response)
                 if quiet >= self.teacher.timeout_s:
                     await self._lose(engine, f"no reply for {quiet:.0f} s")
                     raise EngineLost("engine_hung")
-                await asyncio.wait({asked}, timeout=self.teacher.timeout_s - quiet)
-            reply = asked.result()
+                await asyncio.wait({task}, timeout=self.teacher.timeout_s - quiet)
+            response = task.result()
         except EngineDied:
             await self._lose(engine, "its process ended")
             raise
         finally:
-            asked.cancel()
-        self._last_reply = time.monotonic()
+            task.cancel()
+        self._last_response = time.monotonic()
         self._losses = 0
-        return reply
+        return response
 
     def close(self) -> None:
         if self._engine is not None:
@@ -174,8 +174,8 @@ class Engine:
                 said = str(error).strip()
                 logger.warning("the engine of %s did not start: %s", self.teacher.model, said)
                 continue
-            self._last_reply = time.monotonic()
-            self._on_start(self._last_reply - began)
+            self._last_response = time.monotonic()
+            self._on_start(self._last_response - began)
             return engine
         raise TeacherDown(
             f"teacher.model: the engine of {self.teacher.model!r} did not start in {self.teacher.attempts} "

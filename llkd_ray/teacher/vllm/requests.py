@@ -66,7 +66,7 @@ class EngineDied(EngineLost):
 class RunningEngine(Protocol):
     """An engine that has started. Belongs to the event loop that first asks it."""
 
-    async def reply(self, token_ids: Sequence[int], wish: EngineRequest) -> EngineResponse:
+    async def generate(self, token_ids: Sequence[int], request: EngineRequest) -> EngineResponse:
         """Raises :class:`EngineLost`, and ``TextFailed`` where it refuses the request.
 
         Whoever stops waiting takes the request out of the engine.
@@ -83,7 +83,7 @@ def refusals() -> tuple[type[Exception], ...]:
     return VLLMClientError, ValueError
 
 
-def prompt_of(token_ids: Sequence[int]) -> Any:
+def engine_prompt(token_ids: Sequence[int]) -> Any:
     """A prompt that is "rendered" already: AsyncLLM would take each plain one through a thread of its own."""
     from vllm.inputs.engine import tokens_input
 
@@ -91,34 +91,34 @@ def prompt_of(token_ids: Sequence[int]) -> Any:
 
 
 @cache
-def sampling_of(wish: EngineRequest) -> Any:
+def sampling_params(request: EngineRequest) -> Any:
     """vLLM's sampling parameters. Kept, because making them was a fifth of what a request cost."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    if isinstance(wish, NextToken):
+    if isinstance(request, NextToken):
         return SamplingParams(
             max_tokens=1,
             temperature=0.0,
-            logprob_token_ids=list(wish.tokens),
+            logprob_token_ids=list(request.tokens),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
     return SamplingParams(
-        n=wish.number,
-        max_tokens=wish.longest,
-        temperature=wish.temperature,
+        n=request.number,
+        max_tokens=request.longest,
+        temperature=request.temperature,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
-def reply_of(wish: EngineRequest, output: Any) -> EngineResponse:
+def response_from(request: EngineRequest, output: Any) -> EngineResponse:
     """What a finished RequestOutput says."""
     cached = output.num_cached_tokens or 0
-    if isinstance(wish, NextToken):
+    if isinstance(request, NextToken):
         logprobs = output.outputs[0].logprobs[0]
         return EngineResponse(
-            cached, probs=tuple(float(np.exp(logprobs[token].logprob)) for token in wish.tokens)
+            cached, probs=tuple(float(np.exp(logprobs[token].logprob)) for token in request.tokens)
         )
     return EngineResponse(
         cached,

@@ -25,7 +25,7 @@ from llkd_ray.teacher.prompt import (
     match_answer,
     room_for_text,
 )
-from llkd_ray.teacher.vllm.backends import VllmStart
+from llkd_ray.teacher.vllm.backends import EngineStarter
 from llkd_ray.teacher.vllm.engine import Engine
 from llkd_ray.teacher.vllm.requests import NextToken, Samples
 
@@ -38,13 +38,13 @@ class VllmTeacher:
         teacher: TeacherConfig,
         labels: LabelsConfig,
         on_start: Callable[[float], None],
-        begin: bool = False,
+        prestart: bool = False,
     ) -> None:
-        """``begin``: it will be asked soon, so begin with what can be done ahead."""
+        """``prestart``: it will be asked soon, so begin with what can be done ahead."""
         self.teacher = teacher
-        self._start = VllmStart(teacher)
-        if begin:
-            self._start.begin()
+        self._start = EngineStarter(teacher)
+        if prestart:
+            self._start.prestart()
         self.tokenizer, self.prompt, self.trie = prepare(teacher, labels, "teacher")
         self.engine = Engine(teacher, on_start, self._start)
 
@@ -74,9 +74,9 @@ class VllmTeacher:
 
         async def next_tokens(after: tuple[int, ...], tokens: tuple[int, ...]) -> list[float]:
             await meter.request(len(token_ids) + len(after), 1)
-            reply = await self.engine.ask([*token_ids, *after], NextToken(tokens))
-            meter.correct(cached_tokens=reply.cached_tokens)
-            return list(reply.probs)
+            response = await self.engine.generate([*token_ids, *after], NextToken(tokens))
+            meter.correct(cached_tokens=response.cached_tokens)
+            return list(response.probs)
 
         try:
             mass = await self.trie.mass(next_tokens, self.teacher.min_branch_prob)
@@ -89,12 +89,12 @@ class VllmTeacher:
         confidence, longest = self.teacher.confidence, self.trie.depth
         samples = Samples(confidence.samples, longest, confidence.sampling_temperature)
         await meter.request(len(token_ids), samples.number * longest)
-        reply = await self.engine.ask(token_ids, samples)
+        response = await self.engine.generate(token_ids, samples)
         meter.correct(
-            cached_tokens=reply.cached_tokens,
-            answer_tokens=reply.answer_tokens - samples.number * longest,
+            cached_tokens=response.cached_tokens,
+            answer_tokens=response.answer_tokens - samples.number * longest,
         )
-        matched_K = np.array([match_answer(answer, self.prompt.answers) for answer in reply.answers])
+        matched_K = np.array([match_answer(answer, self.prompt.answers) for answer in response.answers])
         votes_C = np.bincount(matched_K[matched_K >= 0], minlength=self.trie.n_labels)
         return votes_C / samples.number, float(np.mean(matched_K < 0))
 

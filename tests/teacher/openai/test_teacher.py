@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from server_teachers import LABELS, Counting, ask, make_teacher, texts_of
+from server_teachers import LABELS, Counting, ask, teacher_config, texts_of
 from stub_server import (
-    EngineResponse,
+    Request,
+    Response,
     StubServer,
-    TicketAnswers,
     likeliest,
     next_token_probs,
     said,
@@ -43,13 +43,13 @@ def with_tokens(base_url: str, tiny_llm: str, answer: str = "letters", **setting
     """A teacher whose server has ``logprob_token_ids``, and which follows every branch of the labels."""
     server = {"scores": "label_ids", "tokenizer": tiny_llm} | settings.pop("server", {})
     prompt = {"answer": answer, "show_labels": False}
-    return make_teacher(base_url, server, prompt=prompt, min_branch_prob=0.0, max_model_len=256, **settings)
+    return teacher_config(base_url, server, prompt=prompt, min_branch_prob=0.0, max_model_len=256, **settings)
 
 
-def expected_mass(teacher: TeacherConfig, labels: LabelsConfig, text: str, tokenizer: Any) -> np.ndarray:
+def expected_mass(config: TeacherConfig, labels: LabelsConfig, text: str, tokenizer: Any) -> np.ndarray:
     """float[C] of the stub's model, one label after the other, for labels none of which begins another."""
-    prompt = build_prompt(teacher.prompt, labels, tokenizer)
-    [token_ids], _ = encode_prompts(prompt, [text], tokenizer, teacher.max_model_len, "tail")
+    prompt = build_prompt(config.prompt, labels, tokenizer)
+    [token_ids], _ = encode_prompts(prompt, [text], tokenizer, config.max_model_len, "tail")
     mass = []
     for tokens in label_sequences(prompt, labels, tokenizer):
         steps = [
@@ -69,12 +69,12 @@ PHRASES = LabelsConfig(names=tuple(f"{name} {word}" for name in NAMES for word i
 def test_label_ids_gives_the_mass_of_whole_labels(answer, labels, tiny_llm, tokenizer):
     texts = toy_texts(6, 3, seed=3)[0]
     with StubServer(vllm_like(VOCABULARY)) as server:
-        teacher = with_tokens(server.base_url, tiny_llm, answer)
-        answers = ask(OpenAITeacher(teacher, labels), texts)
-        prompts = [len(asked.body["prompt"]) for asked in server.asked]
+        config = with_tokens(server.base_url, tiny_llm, answer)
+        answers = ask(OpenAITeacher(config, labels), texts)
+        prompts = [len(request.body["prompt"]) for request in server.requests]
     for text, probs_C in zip(texts, answers.probs_NC, strict=True):
         np.testing.assert_allclose(
-            probs_C, expected_mass(teacher, labels, text, tokenizer), rtol=1e-6, atol=1e-12
+            probs_C, expected_mass(config, labels, text, tokenizer), rtol=1e-6, atol=1e-12
         )
     np.testing.assert_allclose(answers.probs_NC.sum(axis=1) + answers.off_label_N, 1.0, atol=1e-9)
     assert answers.usage.requests == len(prompts)
@@ -87,22 +87,22 @@ def test_more_first_tokens_than_one_request_may_name(tiny_llm, tokenizer):
     names = sorted({word.strip() for word in words if word.startswith(" ") and word.strip().isalpha()})[:150]
     labels = LabelsConfig(names=tuple(names))
     with StubServer(vllm_like(VOCABULARY)) as server:
-        teacher = with_tokens(server.base_url, tiny_llm, "names")
-        answers = ask(OpenAITeacher(teacher, labels), ["one text"])
-        asked_for = [len(asked.body["logprob_token_ids"]) for asked in server.asked]
+        config = with_tokens(server.base_url, tiny_llm, "names")
+        answers = ask(OpenAITeacher(config, labels), ["one text"])
+        asked_for = [len(request.body["logprob_token_ids"]) for request in server.requests]
     assert len(names) == 150
     assert sorted(asked_for) == [22, 128], "all of them single tokens, by 128"
-    np.testing.assert_allclose(answers.probs_NC[0], expected_mass(teacher, labels, "one text", tokenizer))
+    np.testing.assert_allclose(answers.probs_NC[0], expected_mass(config, labels, "one text", tokenizer))
 
 
 @pytest.mark.parametrize("cut", ["head", "tail", "middle"])
 def test_long_texts_are_cut_to_the_models_length(cut, tiny_llm):
     text = " ".join(toy_texts(100, 3, seed=4)[0])
     with StubServer(vllm_like(VOCABULARY)) as server:
-        teacher = with_tokens(server.base_url, tiny_llm)
-        teacher = teacher.model_copy(update={"prompt": teacher.prompt.model_copy(update={"cut": cut})})
-        answers = ask(OpenAITeacher(teacher, LETTERS), [text, "a short one"])
-        longest = max(len(asked.body["prompt"]) for asked in server.asked)
+        config = with_tokens(server.base_url, tiny_llm)
+        config = config.model_copy(update={"prompt": config.prompt.model_copy(update={"cut": cut})})
+        answers = ask(OpenAITeacher(config, LETTERS), [text, "a short one"])
+        longest = max(len(request.body["prompt"]) for request in server.requests)
     assert answers.usage.cut_texts == 1
     assert 240 <= longest <= 255, "a token is left for the answer"
 
@@ -111,16 +111,16 @@ def test_long_texts_are_cut_to_the_models_length(cut, tiny_llm):
 def test_what_cannot_be_probabilities_fails_the_text(value, tiny_llm, tokenizer):
     """The last one is: each token has 0.9."""
 
-    def answer(asked: TicketAnswers) -> EngineResponse:
-        if "zzzz" not in tokenizer.decode(asked.body["prompt"]):
-            return vllm_like(VOCABULARY)(asked)
-        top = {f"token_id:{token}": value for token in asked.body["logprob_token_ids"]}
-        return EngineResponse({"choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}]})
+    def answer(request: Request) -> Response:
+        if "zzzz" not in tokenizer.decode(request.body["prompt"]):
+            return vllm_like(VOCABULARY)(request)
+        top = {f"token_id:{token}": value for token in request.body["logprob_token_ids"]}
+        return Response({"choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}]})
 
     with StubServer(answer) as server:
-        labeller = OpenAITeacher(with_tokens(server.base_url, tiny_llm, attempts=2), LETTERS)
-        answers = ask(labeller, ["a boat", "zzzz", "a tram"])
-        assert len(server.asked) == 4
+        teacher = OpenAITeacher(with_tokens(server.base_url, tiny_llm, attempts=2), LETTERS)
+        answers = ask(teacher, ["a boat", "zzzz", "a tram"])
+        assert len(server.requests) == 4
     assert list(answers.outcome_N) == ["", "bad_answer", ""]
 
 
@@ -128,24 +128,20 @@ def test_scores_that_are_missing_once_are_asked_for_again(tiny_llm):
     model = vllm_like(VOCABULARY)
     turn = iter(range(10))
 
-    def second_without(asked: TicketAnswers) -> EngineResponse:
-        return (
-            EngineResponse({"choices": [{"text": "x", "logprobs": None}]})
-            if next(turn) == 1
-            else model(asked)
-        )
+    def second_without(request: Request) -> Response:
+        return Response({"choices": [{"text": "x", "logprobs": None}]}) if next(turn) == 1 else model(request)
 
     with StubServer(second_without) as server:
         answers = ask(OpenAITeacher(with_tokens(server.base_url, tiny_llm), LETTERS), texts_of(3))
-        assert len(server.asked) == 4
+        assert len(server.requests) == 4
     assert answers.answered_N.all()
 
 
 def test_infinitely_unlikely_is_a_probability(tiny_llm):
-    def answer(asked: TicketAnswers) -> EngineResponse:
-        first, *others = asked.body["logprob_token_ids"]
+    def answer(request: Request) -> Response:
+        first, *others = request.body["logprob_token_ids"]
         top = {f"token_id:{first}": -0.5} | {f"token_id:{token}": float("-inf") for token in others}
-        return EngineResponse({"choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}]})
+        return Response({"choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}]})
 
     with StubServer(answer) as server:
         answers = ask(OpenAITeacher(with_tokens(server.base_url, tiny_llm), LETTERS), ["a text"])
@@ -156,7 +152,7 @@ def test_infinitely_unlikely_is_a_probability(tiny_llm):
 
 
 def by_top(base_url: str, **settings: Any) -> TeacherConfig:
-    return make_teacher(base_url, {"scores": "top_logprobs", "top_logprobs": 5}, **settings)
+    return teacher_config(base_url, {"scores": "top_logprobs", "top_logprobs": 5}, **settings)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +168,7 @@ def by_top(base_url: str, **settings: Any) -> TeacherConfig:
 def test_top_logprobs_adds_up_what_means_a_letter(top, probs):
     with StubServer(lambda _: likeliest(top)) as server:
         answers = ask(OpenAITeacher(by_top(server.base_url), LABELS), ["a text"])
-        body = server.asked[0].body
+        body = server.requests[0].body
     assert answers.probs_NC[0] == pytest.approx(probs)
     assert answers.off_label_N[0] == pytest.approx(1 - sum(probs))
     asked_for = {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 5, "model": "stub"}
@@ -186,10 +182,10 @@ def test_top_logprobs_adds_up_what_means_a_letter(top, probs):
 )
 def test_top_logprobs_that_make_no_sense_fail_the_text(top):
     content = [{"token": "A", "logprob": -0.1, "top_logprobs": top}]
-    bad = EngineResponse({"choices": [{"message": {"content": "A"}, "logprobs": {"content": content}}]})
-    with StubServer(lambda asked: bad if "number 1." in asked.text else likeliest({"A": 0.9})) as server:
-        labeller = OpenAITeacher(by_top(server.base_url, attempts=2), LABELS)
-        answers = ask(labeller, ["number 0."], texts_of(3))
+    bad = Response({"choices": [{"message": {"content": "A"}, "logprobs": {"content": content}}]})
+    with StubServer(lambda request: bad if "number 1." in request.text else likeliest({"A": 0.9})) as server:
+        teacher = OpenAITeacher(by_top(server.base_url, attempts=2), LABELS)
+        answers = ask(teacher, ["number 0."], texts_of(3))
     assert list(answers.outcome_N) == ["", "bad_answer", ""]
 
 
@@ -198,7 +194,7 @@ def test_top_logprobs_that_make_no_sense_fail_the_text(top):
 
 def by_votes(base_url: str, samples: int = 10, **settings: Any) -> TeacherConfig:
     confidence = {"method": "votes", "samples": samples, "sampling_temperature": 0.9}
-    return make_teacher(base_url, {"scores": "auto"}, confidence=confidence, **settings)
+    return teacher_config(base_url, {"scores": "auto"}, confidence=confidence, **settings)
 
 
 TEN = ["A", "A.", " a", "B", "B", "C", "no idea", None, "A boat", "C. garden"]
@@ -207,31 +203,31 @@ TEN = ["A", "A.", " a", "B", "B", "C", "no idea", None, "A boat", "C. garden"]
 def test_votes_are_shares_of_the_answers():
     with StubServer(lambda _: said(TEN)) as server:
         answers = ask(OpenAITeacher(by_votes(server.base_url), LABELS), ["a text"])
-        assert len(server.asked) == 1, "all in one request"
-        assert server.asked[0].body.items() >= {"n": 10, "temperature": 0.9}.items()
+        assert len(server.requests) == 1, "all in one request"
+        assert server.requests[0].body.items() >= {"n": 10, "temperature": 0.9}.items()
     assert answers.probs_NC[0].tolist() == [0.3, 0.2, 0.2]
     assert answers.off_label_N.tolist() == [0.3]
 
 
 def test_a_server_that_gives_fewer_answers_is_asked_until_there_are_enough():
-    def four_at_most(asked: TicketAnswers) -> EngineResponse:
-        return said(["A"] * min(4, asked.body.get("n", 1)))
+    def four_at_most(request: Request) -> Response:
+        return said(["A"] * min(4, request.body.get("n", 1)))
 
     with StubServer(four_at_most) as server:
-        labeller = OpenAITeacher(by_votes(server.base_url), LABELS)
-        answers = ask(labeller, ["first text", "second text"])
-        wanted = [asked.body.get("n", 1) for asked in server.asked]
+        teacher = OpenAITeacher(by_votes(server.base_url), LABELS)
+        answers = ask(teacher, ["first text", "second text"])
+        wanted = [request.body.get("n", 1) for request in server.requests]
     assert answers.probs_NC[:, 0].tolist() == [1.0, 1.0]
     assert wanted == [10, 4, 2, 4, 4, 2], "once is enough to learn it"
 
 
 def test_a_server_that_refuses_several_answers_is_asked_for_one_at_a_time():
-    def one_only(asked: TicketAnswers) -> EngineResponse:
-        return EngineResponse({"error": "n must be 1"}, status=400) if "n" in asked.body else said(["B"])
+    def one_only(request: Request) -> Response:
+        return Response({"error": "n must be 1"}, status=400) if "n" in request.body else said(["B"])
 
     with StubServer(one_only) as server:
         answers = ask(OpenAITeacher(by_votes(server.base_url, samples=3), LABELS), ["first", "second"])
-        wanted = [asked.body.get("n", 1) for asked in server.asked]
+        wanted = [request.body.get("n", 1) for request in server.requests]
     assert answers.probs_NC[:, 1].tolist() == [1.0, 1.0]
     assert wanted == [3, 1, 1, 1, 1, 1, 1]
 
@@ -239,24 +235,22 @@ def test_a_server_that_refuses_several_answers_is_asked_for_one_at_a_time():
 # --- which way
 
 
-def no_chat_scores(asked: TicketAnswers) -> EngineResponse:
-    return said(["B"] * asked.body.get("n", 1), usage=usage(50, 1))
+def no_chat_scores(request: Request) -> Response:
+    return said(["B"] * request.body.get("n", 1), usage=usage(50, 1))
 
 
-def ignores_ids(asked: TicketAnswers) -> EngineResponse:
+def ignores_ids(request: Request) -> Response:
     """Like most servers: the likeliest tokens, by their text, whatever else is asked for."""
-    if asked.path == "/v1/completions":
-        return EngineResponse(
-            {"choices": [{"text": "x", "logprobs": {"top_logprobs": [{"x": -0.5, "y": -1.5}]}}]}
-        )
-    return likeliest({"A": 0.75}) if asked.body.get("logprobs") else no_chat_scores(asked)
+    if request.path == "/v1/completions":
+        return Response({"choices": [{"text": "x", "logprobs": {"top_logprobs": [{"x": -0.5, "y": -1.5}]}}]})
+    return likeliest({"A": 0.75}) if request.body.get("logprobs") else no_chat_scores(request)
 
 
 def refuses(status: int, message: str) -> Any:
-    def answer(asked: TicketAnswers) -> EngineResponse:
-        if asked.path == "/v1/completions":
-            return EngineResponse({"error": {"message": message}}, status=status)
-        return ignores_ids(asked)
+    def answer(request: Request) -> Response:
+        if request.path == "/v1/completions":
+            return Response({"error": {"message": message}}, status=status)
+        return ignores_ids(request)
 
     return answer
 
@@ -273,50 +267,50 @@ def refuses(status: int, message: str) -> Any:
 )
 def test_auto_goes_on_to_top_logprobs_after_one_request(answer, tiny_llm):
     with StubServer(answer) as server:
-        teacher = with_tokens(server.base_url, tiny_llm, server={"scores": "auto"})
-        labeller = OpenAITeacher(teacher, LABELS)
-        answers = ask(labeller, texts_of(5))
-        paths = [asked.path for asked in server.asked]
+        config = with_tokens(server.base_url, tiny_llm, server={"scores": "auto"})
+        teacher = OpenAITeacher(config, LABELS)
+        answers = ask(teacher, texts_of(5))
+        paths = [request.path for request in server.requests]
     assert answers.probs_NC[:, 0] == pytest.approx([0.75] * 5)
     assert paths.count("/v1/completions") == 1
     assert len(paths) == 6
-    assert labeller.way is not None
-    assert labeller.way.name == "top_logprobs"
+    assert teacher.method is not None
+    assert teacher.method.name == "top_logprobs"
     assert answers.usage.requests == 6, "the one that was in vain is paid for, too"
 
 
 def test_auto_ends_with_votes():
     with StubServer(no_chat_scores) as server:
-        teacher = make_teacher(server.base_url, {"scores": "auto"}, confidence={"samples": 4})
-        labeller = OpenAITeacher(teacher, LABELS)
-        answers = ask(labeller, texts_of(3))
-        assert [asked.body.get("n") for asked in server.asked] == [None, 4, 4, 4]
+        config = teacher_config(server.base_url, {"scores": "auto"}, confidence={"samples": 4})
+        teacher = OpenAITeacher(config, LABELS)
+        answers = ask(teacher, texts_of(3))
+        assert [request.body.get("n") for request in server.requests] == [None, 4, 4, 4]
     assert answers.probs_NC.tolist() == [[0.0, 1.0, 0.0]] * 3
 
 
 def test_auto_takes_label_ids_where_they_are(tiny_llm):
     with StubServer(vllm_like(VOCABULARY)) as server:
-        labeller = OpenAITeacher(with_tokens(server.base_url, tiny_llm, server={"scores": "auto"}), LABELS)
-        ask(labeller, texts_of(3))
-        assert len(server.asked) == 3
-    assert labeller.way is not None
-    assert labeller.way.name == "label_ids"
+        teacher = OpenAITeacher(with_tokens(server.base_url, tiny_llm, server={"scores": "auto"}), LABELS)
+        ask(teacher, texts_of(3))
+        assert len(server.requests) == 3
+    assert teacher.method is not None
+    assert teacher.method.name == "label_ids"
 
 
 def test_the_first_text_may_be_a_bad_one(tiny_llm):
     """It does not decide how the others are asked."""
 
-    def answer(asked: TicketAnswers) -> EngineResponse:
-        bad = "zzzz" in (asked.text if "messages" in asked.body else decode(asked.body["prompt"]))
-        return EngineResponse({"error": "?"}, status=400) if bad else vllm_like(VOCABULARY)(asked)
+    def answer(request: Request) -> Response:
+        bad = "zzzz" in (request.text if "messages" in request.body else decode(request.body["prompt"]))
+        return Response({"error": "?"}, status=400) if bad else vllm_like(VOCABULARY)(request)
 
     decode = AutoTokenizer.from_pretrained(tiny_llm).decode
     with StubServer(answer) as server:
-        labeller = OpenAITeacher(with_tokens(server.base_url, tiny_llm, server={"scores": "auto"}), LABELS)
-        answers = ask(labeller, ["zzzz", *texts_of(2)])
+        teacher = OpenAITeacher(with_tokens(server.base_url, tiny_llm, server={"scores": "auto"}), LABELS)
+        answers = ask(teacher, ["zzzz", *texts_of(2)])
     assert list(answers.outcome_N) == ["refused_http_400", "", ""]
-    assert labeller.way is not None
-    assert labeller.way.name == "label_ids"
+    assert teacher.method is not None
+    assert teacher.method.name == "label_ids"
 
 
 @pytest.mark.parametrize(
@@ -329,10 +323,10 @@ def test_the_first_text_may_be_a_bad_one(tiny_llm):
 )
 def test_a_way_that_is_asked_for_and_not_there_is_an_error(scores, answer, tiny_llm):
     with StubServer(answer) as server:
-        labeller = OpenAITeacher(with_tokens(server.base_url, tiny_llm, server={"scores": scores}), LABELS)
+        teacher = OpenAITeacher(with_tokens(server.base_url, tiny_llm, server={"scores": scores}), LABELS)
         with pytest.raises(TeacherDown, match=rf"teacher\.server\.scores '{scores}'.*'auto'"):
-            ask(labeller, texts_of(4))
-        assert len(server.asked) == 1
+            ask(teacher, texts_of(4))
+        assert len(server.requests) == 1
 
 
 # --- what it uses
@@ -352,8 +346,8 @@ class Purse(Counting):
         return True
 
 
-def billed(requests: Sequence[TicketAnswers]) -> int:
-    return sum(len(asked.body["prompt"]) + 1 for asked in requests)
+def billed(requests: Sequence[Request]) -> int:
+    return sum(len(request.body["prompt"]) + 1 for request in requests)
 
 
 @pytest.mark.parametrize("cap", [1, 100, 1000, 3000])
@@ -361,15 +355,15 @@ def test_a_cap_is_never_passed_even_where_the_server_stumbles(cap, tiny_llm):
     model = vllm_like(VOCABULARY)
     turn = iter(range(10**6))
 
-    def sometimes(asked: TicketAnswers) -> EngineResponse:
-        return EngineResponse(status=500) if next(turn) % 4 == 3 else model(asked)
+    def sometimes(request: Request) -> Response:
+        return Response(status=500) if next(turn) % 4 == 3 else model(request)
 
     with StubServer(sometimes) as server:
-        teacher = with_tokens(server.base_url, tiny_llm, "names")
-        answers = ask(OpenAITeacher(teacher, PHRASES), toy_texts(40, 3, seed=9)[0], allowance=Purse(cap))
-        assert billed(server.asked) <= cap
+        config = with_tokens(server.base_url, tiny_llm, "names")
+        answers = ask(OpenAITeacher(config, PHRASES), toy_texts(40, 3, seed=9)[0], allowance=Purse(cap))
+        assert billed(server.requests) <= cap
         # What was claimed and then not sent, because another request of the text met the cap, counts, too.
-        assert billed(server.asked) <= answers.usage.tokens <= cap
+        assert billed(server.requests) <= answers.usage.tokens <= cap
     assert UNASKED in answers.outcome_N
     assert set(answers.outcome_N) <= {"", UNASKED, "http_500"}
     assert answers.answered_N.any() == (cap >= 1000)
@@ -378,8 +372,8 @@ def test_a_cap_is_never_passed_even_where_the_server_stumbles(cap, tiny_llm):
 def test_without_a_tokenizer_claims_are_above_what_any_tokenizer_counts():
     texts = ["plain words " * 20, "日本語のテキスト" * 20, "😀" * 40]
 
-    def by_bytes(asked: TicketAnswers) -> EngineResponse:
-        tokens = len(asked.text.encode()) + 5  # a byte a token, and what a chat template adds
+    def by_bytes(request: Request) -> Response:
+        tokens = len(request.text.encode()) + 5  # a byte a token, and what a chat template adds
         return said(["A"], usage=usage(tokens, 1, cached_tokens=10))
 
     class Claims(Counting):
@@ -391,8 +385,8 @@ def test_without_a_tokenizer_claims_are_above_what_any_tokenizer_counts():
 
     with StubServer(by_bytes) as server:
         claims = Claims()
-        answers = ask(OpenAITeacher(make_teacher(server.base_url), LABELS), texts, allowance=claims)
-        real = sum(len(asked.text.encode()) + 5 for asked in server.asked)
+        answers = ask(OpenAITeacher(teacher_config(server.base_url), LABELS), texts, allowance=claims)
+        real = sum(len(request.text.encode()) + 5 for request in server.requests)
     assert answers.usage.prompt_tokens == real, "as the server says"
     assert answers.usage.answer_tokens == 3
     assert answers.usage.cached_tokens == 30
@@ -401,7 +395,7 @@ def test_without_a_tokenizer_claims_are_above_what_any_tokenizer_counts():
 
 def test_a_server_that_counts_more_than_was_claimed_is_reported_once(caplog):
     with StubServer(lambda _: said(["A"], usage=usage(100_000, 1))) as server:
-        answers = ask(OpenAITeacher(make_teacher(server.base_url), LABELS), texts_of(3))
+        answers = ask(OpenAITeacher(teacher_config(server.base_url), LABELS), texts_of(3))
     assert answers.usage.prompt_tokens == 300_000
     assert len([record for record in caplog.records if "100001 tokens" in record.getMessage()]) == 1
 
@@ -409,10 +403,10 @@ def test_a_server_that_counts_more_than_was_claimed_is_reported_once(caplog):
 @pytest.mark.parametrize("reported", [None, {}, {"prompt_tokens": 0}, {"prompt_tokens": "many"}, [], "x"])
 def test_usage_that_is_not_told_stays_as_claimed(reported):
     with StubServer(lambda _: said(["A"], usage=reported)) as server:
-        answers = ask(OpenAITeacher(make_teacher(server.base_url), LABELS), ["a text"])
-        size = len(server.asked[0].text.encode())
+        answers = ask(OpenAITeacher(teacher_config(server.base_url), LABELS), ["a text"])
+        size = len(server.requests[0].text.encode())
     assert answers.usage.prompt_tokens == size + 16
-    assert answers.usage.answer_tokens == server.asked[0].body["max_tokens"]
+    assert answers.usage.answer_tokens == server.requests[0].body["max_tokens"]
 
 
 # --- cutting for chat
@@ -423,19 +417,19 @@ def test_usage_that_is_not_told_stays_as_claimed(reported):
 def test_chat_texts_are_cut_at_the_place_of_the_config(known, cut, kept, tiny_llm, tokenizer):
     text = f"BEGIN {' '.join(toy_texts(200, 3, seed=4)[0])} END"
     with StubServer(lambda _: said(["A"])) as server:
-        teacher = make_teacher(
+        config = teacher_config(
             server.base_url,
             {"tokenizer": tiny_llm if known else None},
             max_model_len=200,
             prompt={"cut": cut, "instruction": "Which is it?"},
         )
-        answers = ask(OpenAITeacher(teacher, LABELS), [text, "short"])
-        long, short = sorted((asked.text for asked in server.asked), key=len, reverse=True)
+        answers = ask(OpenAITeacher(config, LABELS), [text, "short"])
+        long, short = sorted((request.text for request in server.requests), key=len, reverse=True)
     assert answers.usage.cut_texts == 1
     assert [word for word in ("BEGIN", "END") if word in long] == kept.split()
     assert "Which is it?" in long
     assert "Text: short\n" in short
-    room = 200 - server.asked[0].body["max_tokens"]
+    room = 200 - server.requests[0].body["max_tokens"]
     size = len(tokenizer(long)["input_ids"]) if known else len(long) / 4
     assert room - 25 <= size <= room
 
@@ -461,14 +455,14 @@ def test_what_is_kept_of_a_text_are_whole_pieces_of_its_ends(words, room, cut):
 
 def test_facts_for_the_manifest(tiny_llm):
     url = "http://127.0.0.1:1/v1"
-    teacher = make_teacher(url, {"scores": "auto"})
-    facts = check_server_teacher(teacher, LABELS)
+    config = teacher_config(url, {"scores": "auto"})
+    facts = check_server_teacher(config, LABELS)
     assert facts.items() >= {"kind": "openai", "model": "stub", "base_url": url, "scores": "auto"}.items()
     assert len(facts["prompt_hash"]) == 16
     assert check_server_teacher(by_votes(url), LABELS)["scores"] == "votes"
     assert check_server_teacher(with_tokens(url, tiny_llm), LABELS)["scores"] == "label_ids"
     many = LabelsConfig(names=tuple(f"label {i}" for i in range(40)))
-    only_votes = make_teacher(url, {"scores": "auto"}, prompt={"answer": "names"})
+    only_votes = teacher_config(url, {"scores": "auto"}, prompt={"answer": "names"})
     assert check_server_teacher(only_votes, many)["scores"] == "votes", "names need a tokenizer"
 
 
@@ -489,13 +483,13 @@ def test_facts_for_the_manifest(tiny_llm):
     ],
 )
 def test_mistakes_are_found_without_a_request(server, settings, message):
-    teacher = make_teacher("http://127.0.0.1:1/v1", server, **settings)
+    config = teacher_config("http://127.0.0.1:1/v1", server, **settings)
     with pytest.raises(ConfigError, match=message):
-        check_server_teacher(teacher, LABELS, "small")
+        check_server_teacher(config, LABELS, "small")
 
 
 def test_a_prompt_that_leaves_no_room_is_found_without_a_request(tiny_llm):
-    teacher = with_tokens("http://127.0.0.1:1/v1", tiny_llm)
-    wordy = teacher.prompt.model_copy(update={"instruction": "Which one? " * 100})
+    config = with_tokens("http://127.0.0.1:1/v1", tiny_llm)
+    wordy = config.prompt.model_copy(update={"instruction": "Which one? " * 100})
     with pytest.raises(ConfigError, match="max_model_len"):
-        check_server_teacher(teacher.model_copy(update={"prompt": wordy}), PHRASES)
+        check_server_teacher(config.model_copy(update={"prompt": wordy}), PHRASES)

@@ -8,7 +8,7 @@ import pytest
 
 from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.teacher.vllm import backends
-from llkd_ray.teacher.vllm.backends import VllmStart
+from llkd_ray.teacher.vllm.backends import EngineStarter
 
 
 class FakeChild:
@@ -31,11 +31,11 @@ CHILDREN: list[FakeChild] = []
 def start(monkeypatch):
     """A starter on a machine where engines on CPUs are one process, or where vLLM decides."""
 
-    def make(in_one_process: bool = True, child: Any = FakeChild) -> VllmStart:
+    def make(in_one_process: bool = True, child: Any = FakeChild) -> EngineStarter:
         monkeypatch.setattr(backends, "is_one_process", lambda teacher: in_one_process)
         monkeypatch.setattr(backends, "ChildEngine", child)
         monkeypatch.setattr(backends.AsyncEngine, "start", lambda teacher: ("vLLM's own", teacher.model))
-        return VllmStart(TeacherConfig(model="toy-model"))
+        return EngineStarter(TeacherConfig(model="toy-model"))
 
     CHILDREN.clear()
     return make
@@ -43,7 +43,7 @@ def start(monkeypatch):
 
 def test_what_was_begun_is_used_once(start):
     starter = start()
-    starter.begin()
+    starter.prestart()
     assert [one.calls for one in CHILDREN] == [[]], "it is not loaded before it is needed"
     first, second = starter(), starter()
     assert [first, second] == CHILDREN
@@ -54,7 +54,7 @@ def test_what_was_begun_is_used_once(start):
 
 def test_what_was_begun_and_never_used_is_put_away(start):
     starter = start()
-    starter.begin()
+    starter.prestart()
     starter.close()
     starter.close()
     assert [one.calls for one in CHILDREN] == [["shutdown"]]
@@ -65,14 +65,14 @@ def test_no_room_to_begin_is_no_reason_to_fail_before_it_is_needed(start):
         raise OSError("no memory for a process")
 
     starter = start(child=child)
-    starter.begin()
+    starter.prestart()
     with pytest.raises(OSError, match="no memory"):
         starter()
 
 
 def test_where_vllm_decides_nothing_is_begun(start):
     starter = start(in_one_process=False)
-    starter.begin()
+    starter.prestart()
     assert starter() == ("vLLM's own", "toy-model")
     starter.close()
     assert CHILDREN == []

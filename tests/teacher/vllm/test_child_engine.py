@@ -19,7 +19,7 @@ from llkd_ray.teacher.vllm.backends import ChildEngine
 from llkd_ray.teacher.vllm.requests import EngineDied, EngineResponse, NextToken, threads_of
 
 STUB = Path(__file__).parents[2] / "stub_child.py"
-WISH = NextToken((1, 2))
+REQUEST = NextToken((1, 2))
 
 
 def make_engine(**engine: Any) -> ChildEngine:
@@ -51,7 +51,7 @@ class TestStart:
         engine = make_engine(tell=["OMP_NUM_THREADS", "VLLM_ENABLE_V1_MULTIPROCESSING", "PYTHONPATH"])
         engine.start()
         try:
-            threads, processes, path = asyncio.run(engine.reply([0], WISH)).answers
+            threads, processes, path = asyncio.run(engine.generate([0], REQUEST)).answers
         finally:
             engine.shutdown()
         assert threads == str(threads_of(engine.teacher))
@@ -87,13 +87,13 @@ class TestStart:
 class TestReplies:
     def test_each_gets_its_own_whatever_their_order(self, engine):
         async def script():
-            return await asyncio.gather(*(engine.reply([number], WISH) for number in range(200)))
+            return await asyncio.gather(*(engine.generate([number], REQUEST) for number in range(200)))
 
         assert asyncio.run(script()) == [EngineResponse(number, probs=(1.0, 2.0)) for number in range(200)]
 
     def test_a_refusal_is_of_one_text(self, engine):
         async def script():
-            asked = (engine.reply([number], WISH) for number in (1, -1, 2))
+            asked = (engine.generate([number], REQUEST) for number in (1, -1, 2))
             return await asyncio.gather(*asked, return_exceptions=True)
 
         first, refused, second = asyncio.run(script())
@@ -103,18 +103,18 @@ class TestReplies:
 
     def test_one_that_nobody_waits_for_is_taken_out(self, engine):
         async def script():
-            late = asyncio.ensure_future(engine.reply([10_000], WISH))  # the stub keeps these back
-            await engine.reply([1], WISH)
+            late = asyncio.ensure_future(engine.generate([10_000], REQUEST))  # the stub keeps these back
+            await engine.generate([1], REQUEST)
             late.cancel()
             await asyncio.wait({late})
-            return await engine.reply([1], WISH)
+            return await engine.generate([1], REQUEST)
 
         assert asyncio.run(script()).answers == ("taken out: 1",)
 
     def test_more_at_once_than_any_pipe_holds_keeps_nobody_waiting(self, engine):
         async def script():
             os.kill(engine.pid, signal.SIGSTOP)
-            asked = [asyncio.ensure_future(engine.reply([n] * 50_000, WISH)) for n in range(20)]
+            asked = [asyncio.ensure_future(engine.generate([n] * 50_000, REQUEST)) for n in range(20)]
             await asyncio.sleep(0.05)
             os.kill(engine.pid, signal.SIGCONT)  # never, if one of them held up this loop
             return [reply.cached_tokens for reply in await asyncio.gather(*asked)]
@@ -126,11 +126,11 @@ class TestEnd:
     @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGTERM])
     def test_a_death_is_told_to_all_who_wait_and_all_who_come(self, engine, blow):
         async def script():
-            asked = [asyncio.ensure_future(engine.reply([10_000], WISH)) for _ in range(3)]
-            await engine.reply([1], WISH)
+            asked = [asyncio.ensure_future(engine.generate([10_000], REQUEST)) for _ in range(3)]
+            await engine.generate([1], REQUEST)
             os.kill(engine.pid, blow)
             first = await asyncio.gather(*asked, return_exceptions=True)
-            (later,) = await asyncio.gather(engine.reply([1], WISH), return_exceptions=True)
+            (later,) = await asyncio.gather(engine.generate([1], REQUEST), return_exceptions=True)
             return [*first, later]
 
         assert [type(one) for one in asyncio.run(script())] == [EngineDied] * 4
@@ -139,7 +139,7 @@ class TestEnd:
         os.kill(engine.pid, signal.SIGSTOP)
 
         async def script():
-            asked = asyncio.ensure_future(engine.reply([1] * 1_000_000, WISH))
+            asked = asyncio.ensure_future(engine.generate([1] * 1_000_000, REQUEST))
             await asyncio.sleep(0.05)
             await asyncio.to_thread(engine.shutdown)
             return await asyncio.gather(asked, return_exceptions=True)
@@ -150,12 +150,12 @@ class TestEnd:
 
     def test_replies_that_come_when_the_loop_is_closed_are_nobodys(self, engine):
         async def script():
-            late = asyncio.ensure_future(engine.reply([10_000], WISH))
-            await engine.reply([1], WISH)
+            late = asyncio.ensure_future(engine.generate([10_000], REQUEST))
+            await engine.generate([1], REQUEST)
             late.cancel()
 
         asyncio.run(script())
         os.kill(engine.pid, signal.SIGKILL)
         psutil.wait_procs([psutil.Process(engine.pid)], timeout=10)
         with pytest.raises(EngineDied):
-            asyncio.run(engine.reply([1], WISH))
+            asyncio.run(engine.generate([1], REQUEST))

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from llkd_ray.teacher.vllm import child_main
-from llkd_ray.teacher.vllm.requests import EngineResponse, NextToken, Samples, sampling_of
+from llkd_ray.teacher.vllm.requests import EngineResponse, NextToken, Samples, sampling_params
 
 pytest.importorskip("vllm")
 
-WISH = NextToken((3, 7))
+REQUEST = NextToken((3, 7))
 
 
 class OutOfWork(Exception):
@@ -96,9 +96,9 @@ def serve(engine: FakeEngine, *requests: Any) -> list[list[tuple[int, EngineResp
 class TestServe:
     def test_every_request_gets_its_reply(self):
         engine = FakeEngine()
-        sent = serve(engine, (0, [40], WISH), (1, [41], Samples(1, 5, 0.7)), (2, [42], WISH))
+        sent = serve(engine, (0, [40], REQUEST), (1, [41], Samples(1, 5, 0.7)), (2, [42], REQUEST))
         assert [[number for number, _ in message] for message in sent] == [[0], [1], [2]]
-        (_, first), (_, second), (_, third) = (reply for message in sent for reply in message)
+        (_, first), (_, second), (_, third) = (response for message in sent for response in message)
         assert (first.cached_tokens, third.cached_tokens) == (40, 42)
         assert first.probs == pytest.approx((0.049787068, 0.00091188197))
         assert second == EngineResponse(41, answers=("sea",), answer_tokens=2)
@@ -107,30 +107,30 @@ class TestServe:
     def test_all_that_are_there_are_in_the_first_step(self):
         engine = FakeEngine(broken_after=0)
         with pytest.raises(RuntimeError, match="broken"):
-            serve(engine, *((number, [1], WISH) for number in range(50)))
+            serve(engine, *((number, [1], REQUEST) for number in range(50)))
         assert len(engine.under_way) == 50
-        assert engine.under_way["7"] == ([1], sampling_of(WISH))
+        assert engine.under_way["7"] == ([1], sampling_params(REQUEST))
 
     def test_a_refusal_says_why_and_the_others_go_on(self):
-        sent = serve(FakeEngine(), (0, [], WISH), (1, [41], WISH), (2, [], WISH))
-        by_number = {number: reply for message in sent for number, reply in message}
+        sent = serve(FakeEngine(), (0, [], REQUEST), (1, [41], REQUEST), (2, [], REQUEST))
+        by_number = {number: response for message in sent for number, response in message}
         assert by_number.pop(1).cached_tokens == 41
         assert by_number == {0: "the prompt is empty", 2: "the prompt is empty"}
 
     def test_only_refusals(self):
         engine = FakeEngine()
-        assert serve(engine, (0, [], WISH)) == [[(0, "the prompt is empty")]]
+        assert serve(engine, (0, [], REQUEST)) == [[(0, "the prompt is empty")]]
         assert engine.steps == 0
 
     def test_what_nobody_waits_for_is_taken_out(self):
         engine = FakeEngine()
-        sent = serve(engine, (0, [40], WISH), (1, [41], WISH), (0, None, None))
+        sent = serve(engine, (0, [40], REQUEST), (1, [41], REQUEST), (0, None, None))
         assert [number for message in sent for number, _ in message] == [1]
         assert engine.aborted == ["0"]
 
     def test_what_is_finished_already_is_not_taken_out_again(self):
         engine = FakeEngine()
-        serve(engine, (0, [], WISH), (0, None, None), (9, None, None))
+        serve(engine, (0, [], REQUEST), (0, None, None), (9, None, None))
         assert engine.aborted == []
 
 

@@ -23,7 +23,7 @@ from llkd_ray.teacher.vllm import engine as engine_module
 from llkd_ray.teacher.vllm.engine import Engine, Gate
 from llkd_ray.teacher.vllm.requests import EngineDied, EngineLost, EngineResponse, NextToken
 
-WISH = NextToken((1, 2))
+REQUEST = NextToken((1, 2))
 REPLY_S = 0.01
 TIMEOUT_S = 0.2
 """Silence after which a test's engine is taken for hung."""
@@ -40,8 +40,8 @@ class FakeEngine:
         self.closed_at: float | None = None
         self.under_way: list[int] = []
 
-    async def reply(self, token_ids, wish):
-        assert wish == WISH
+    async def generate(self, token_ids, request):
+        assert request == REQUEST
         (text,) = token_ids
         self.maker.tries[text] += 1
         self.under_way.append(text)
@@ -110,7 +110,7 @@ def make_engine(maker: Maker, **settings: Any) -> Engine:
 
 
 def ask(engine: Engine, text: int) -> Awaitable[Any]:
-    return engine.with_retries(lambda: engine.ask([text], WISH))
+    return engine.with_retries(lambda: engine.generate([text], REQUEST))
 
 
 async def ask_all(engine: Engine, texts: Sequence[int]) -> list[Any]:

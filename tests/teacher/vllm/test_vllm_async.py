@@ -49,19 +49,19 @@ def next_token(**logprobs: float) -> Any:
 
 
 class TestReply:
-    def ask(self, vllm: FakeVllm, wish: Any, times: int = 1) -> list[EngineResponse]:
+    def ask(self, vllm: FakeVllm, request: Any, times: int = 1) -> list[EngineResponse]:
         engine = AsyncEngine(vllm)
 
         async def script():
-            return [await engine.reply([5, 6], wish) for _ in range(times)]
+            return [await engine.generate([5, 6], request) for _ in range(times)]
 
         return asyncio.run(script())
 
     def test_the_next_tokens_probabilities(self):
         vllm = FakeVllm(output(next_token(t7=-0.5, t3=-2.0, t9=0.0), cached=4))
-        (reply,) = self.ask(vllm, NextToken((3, 7)))
-        assert reply.cached_tokens == 4
-        assert reply.probs == pytest.approx((0.1353353, 0.6065307))
+        (response,) = self.ask(vllm, NextToken((3, 7)))
+        assert response.cached_tokens == 4
+        assert response.probs == pytest.approx((0.1353353, 0.6065307))
         ((prompt, sampling, _),) = vllm.requests
         assert prompt == [5, 6]
         assert (sampling.max_tokens, sampling.temperature, sampling.logprob_token_ids) == (1, 0.0, [3, 7])
@@ -70,14 +70,14 @@ class TestReply:
     def test_samples(self):
         completions = [SimpleNamespace(text="sea", token_ids=[1, 2]), SimpleNamespace(text="", token_ids=[1])]
         vllm = FakeVllm(output(*completions))
-        (reply,) = self.ask(vllm, Samples(2, longest=3, temperature=0.7))
-        assert reply == EngineResponse(0, answers=("sea", ""), answer_tokens=3)
+        (response,) = self.ask(vllm, Samples(2, longest=3, temperature=0.7))
+        assert response == EngineResponse(0, answers=("sea", ""), answer_tokens=3)
         ((_, sampling, _),) = vllm.requests
         assert (sampling.n, sampling.max_tokens, sampling.temperature) == (2, 3, 0.7)
 
     def test_the_last_output_counts_and_each_request_has_a_name_of_its_own(self):
         vllm = FakeVllm(output(next_token(t1=-9.0)), output(next_token(t1=0.0)))
-        assert [reply.probs for reply in self.ask(vllm, NextToken((1,)), times=3)] == [(1.0,)] * 3
+        assert [response.probs for response in self.ask(vllm, NextToken((1,)), times=3)] == [(1.0,)] * 3
         assert len({name for _, _, name in vllm.requests}) == 3
 
     @pytest.mark.parametrize(
