@@ -515,7 +515,7 @@ class TestAnActorThatIsLost:
         tasks += [asyncio.create_task(work(stage)) for stage in stages for _ in range(2)]
         tasks.append(learning := asyncio.create_task(learn()))
         async with asyncio.timeout(30):
-            while not learning.done() and selector.teachers.trouble() is None:
+            while not learning.done() and selector.teachers.failure_reason() is None:
                 await asyncio.sleep(0.005)
         for task in tasks:
             task.cancel()
@@ -526,7 +526,7 @@ class TestAnActorThatIsLost:
     def test_every_text_is_labelled_all_the_same(self, store, calls):
         labellers = [DownAfter(calls), DownAfter(10**9)]
         selector = asyncio.run(self.teach(store, labellers))
-        assert selector.teachers.trouble() is None
+        assert selector.teachers.failure_reason() is None
         assert len(store.names(LABELS_DIR)) == selector.schedule.n_tickets
         assert [one["reason"] for one in lost_teachers(store)] == ["the server is gone"]
         asked = [row for labeller in labellers for rows in labeller.asked for row in rows]
@@ -535,7 +535,7 @@ class TestAnActorThatIsLost:
 
     def test_when_none_is_left_the_user_is_told(self, store):
         selector = asyncio.run(self.teach(store, [DownAfter(2), DownAfter(3)]))
-        assert selector.teachers.trouble() == ("the teacher has given up, all 2 actor(s): the server is gone")
+        assert selector.teachers.failure_reason() == ("the teacher has given up, all 2 actor(s): the server is gone")
         assert len(lost_teachers(store)) == 2
         assert 0 < len(store.names(LABELS_DIR)) < selector.schedule.n_tickets
 
