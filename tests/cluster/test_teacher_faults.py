@@ -20,7 +20,7 @@ from llkd_ray.config.loading import parse_config
 from llkd_ray.config.schedule import Schedule
 from llkd_ray.corpus.ingest import ingest
 from llkd_ray.display import Display
-from llkd_ray.run.loop import distill, lost_teachers, spending
+from llkd_ray.run.loop import distill, failed_teachers, spending
 from llkd_ray.run.supervisor import Run
 from llkd_ray.storage.lock import hold_lock
 from llkd_ray.storage.run_dir import RunStore
@@ -64,7 +64,7 @@ def teach(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict, Path], dict]:
                 parts.call("trained", k, {})
             parts.finish()
             stats = parts.call("stats")
-        return stats | spending(config, stats) | {"lost": lost_teachers(store)}
+        return stats | spending(config, stats) | {"lost": failed_teachers(store)}
 
     return go
 
