@@ -1,8 +1,6 @@
 """What a teacher gives: answers to texts, and what they have used; and what can go wrong with it.
 
 Shapes in names: N texts of one call, C labels.
-
-Shapes in names: N texts of one call, C labels.
 """
 
 from __future__ import annotations

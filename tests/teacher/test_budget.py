@@ -157,7 +157,7 @@ class TestCallsThatComeTwice:
     def test_a_ticket_that_another_attempt_finished(self):
         books = ledger(tokens=100)
         books.reserve(1, "a", "small", usage(60))
-        books.commit(1, {"small": Usage(reused_texts=8, reused_tokens=60)})  # it found all answers elsewhere
+        books.commit(1, {"small": Usage(reused_texts=8, reused_tokens=60)})  # it found all asked elsewhere
         assert books.lost == {"small": usage(60)}
 
     def test_what_a_killed_run_may_have_used_counts(self):
@@ -307,13 +307,13 @@ class Teller:
 
     def __init__(self, tokens: int, texts: int = 10**9) -> None:
         self.left = usage(tokens, texts)
-        self.answers: list[Usage] = []
+        self.asked: list[Usage] = []
         self.noted: list[Usage] = []
         self.allowance = RemoteAllowance(self.ask, self.note)
 
     async def ask(self, more: Usage) -> bool:
         await asyncio.sleep(0)
-        self.answers.append(more)
+        self.asked.append(more)
         if more.tokens > self.left.prompt_tokens or more.texts > self.left.texts:
             return False
         self.left = usage(self.left.prompt_tokens - more.tokens, self.left.texts - more.texts)
@@ -334,7 +334,7 @@ class TestRemoteAllowance:
             teller = Teller(10**6)
             for _ in range(128):
                 assert await teller.allowance.take(texts=1, prompt_tokens=100, answer_tokens=1)
-            assert len(teller.answers) == 8  # 1, 1, 2, 4, … 64
+            assert len(teller.asked) == 8  # 1, 1, 2, 4, … 64
             assert teller.granted == usage(12_800, texts=128, answer=128)
 
         asyncio.run(scenario())
@@ -345,7 +345,7 @@ class TestRemoteAllowance:
             await teller.allowance.take(texts=1, prompt_tokens=10)
             await teller.allowance.take(texts=1, prompt_tokens=10)
             assert await teller.allowance.take(prompt_tokens=10), "a further request for a text that is sent"
-            assert teller.answers[-1] == usage(20)
+            assert teller.asked[-1] == usage(20)
 
         asyncio.run(scenario())
 
@@ -364,10 +364,10 @@ class TestRemoteAllowance:
             for need in (10, 10, 5):
                 assert await teller.allowance.take(prompt_tokens=need)
             assert not await teller.allowance.take(prompt_tokens=30)
-            calls = len(teller.answers)
+            calls = len(teller.asked)
             assert not await teller.allowance.take(prompt_tokens=30)
             assert await teller.allowance.take(prompt_tokens=5)
-            assert len(teller.answers) == calls
+            assert len(teller.asked) == calls
 
         asyncio.run(scenario())
 
@@ -377,10 +377,10 @@ class TestRemoteAllowance:
             teller.allowance = RemoteAllowance(teller.ask, failing)
             with pytest.raises(OSError, match="disk full"):
                 await teller.allowance.take(prompt_tokens=10)
-            answers = len(teller.answers)
+            asked = len(teller.asked)
             teller.allowance._on_grant = teller.note
             assert await teller.allowance.take(prompt_tokens=5)
-            assert len(teller.answers) == answers + 1, "what was not written down is not used"
+            assert len(teller.asked) == asked + 1, "what was not written down is not used"
             assert teller.granted == usage(15)
 
         async def failing(total: Usage) -> None:

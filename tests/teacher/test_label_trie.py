@@ -23,7 +23,7 @@ class Model:
 
     def __init__(self, seed: int = 0, vocabulary: int = VOCABULARY, sharpness: float = 2.0) -> None:
         self.seed, self.vocabulary, self.sharpness = seed, vocabulary, sharpness
-        self.answers: list[tuple[Tokens, Tokens]] = []
+        self.asked: list[tuple[Tokens, Tokens]] = []
 
     def next_p(self, after: Tokens) -> np.ndarray:
         """float64[V]: one sharp distribution for each place."""
@@ -32,7 +32,7 @@ class Model:
         return p_V / p_V.sum()
 
     async def __call__(self, after: Tokens, tokens: Tokens) -> Sequence[float]:
-        self.answers.append((after, tokens))
+        self.asked.append((after, tokens))
         await asyncio.sleep(0)
         return self.next_p(after)[list(tokens)].tolist()
 
@@ -45,10 +45,10 @@ class Fixed:
 
     def __init__(self, table: dict[Tokens, dict[int, float]]) -> None:
         self.table = table
-        self.answers: list[Tokens] = []
+        self.asked: list[Tokens] = []
 
     async def __call__(self, after: Tokens, tokens: Tokens) -> Sequence[float]:
-        self.answers.append(after)
+        self.asked.append(after)
         return [self.table[after].get(token, 0.0) for token in tokens]
 
 
@@ -105,7 +105,7 @@ def test_is_as_near_as_it_says(labels, seed, min_branch_prob):
 def test_asks_for_every_branch_that_matters_and_for_no_other(labels, seed, min_branch_prob):
     model = Model(seed)
     mass = walk(labels, model, min_branch_prob)
-    places = [after for after, _ in model.answers]
+    places = [after for after, _ in model.asked]
     assert mass.requests == len(places) == len(set(places)), "each place once"
     inner = {label[:i] for label in labels for i in range(len(label))}
     assert set(places) == {place for place in inner if model.sequence(place) > min_branch_prob}
@@ -114,7 +114,7 @@ def test_asks_for_every_branch_that_matters_and_for_no_other(labels, seed, min_b
 def test_single_tokens_are_one_request():
     model = Model(vocabulary=50)
     mass = walk([(i,) for i in range(6)], model, 5e-4)
-    assert model.answers == [((), (0, 1, 2, 3, 4, 5))]
+    assert model.asked == [((), (0, 1, 2, 3, 4, 5))]
     assert mass.requests == 1
     np.testing.assert_allclose(mass.probs_C, model.next_p(())[:6])
     assert mass.off_label == pytest.approx(model.next_p(())[6:].sum())
@@ -124,7 +124,7 @@ def test_shared_prefixes_are_asked_for_once():
     # "card arrival", "card linking", "cash": two questions, not five.
     model = Fixed({(): {1: 0.7, 4: 0.2}, (1,): {2: 0.5, 3: 0.25}})
     mass = walk([(1, 2), (1, 3), (4,)], model)
-    assert model.answers == [(), (1,)]
+    assert model.asked == [(), (1,)]
     np.testing.assert_allclose(mass.probs_C, [0.35, 0.175, 0.2])
     assert mass.off_label == pytest.approx(0.1 + 0.7 * 0.25)
 
@@ -141,7 +141,7 @@ def test_a_label_that_is_left_open_shares_with_those_that_extend_it():
     # Token 5 leads to a label and, through it, to two more; with 0.03 it is not worth a question.
     model = Fixed({(): {1: 0.9, 5: 0.03}})
     mass = walk([(1,), (5,), (5, 6), (5, 6, 7)], model, 0.05)
-    assert model.answers == [()]
+    assert model.asked == [()]
     np.testing.assert_allclose(mass.probs_C, [0.9, 0.01, 0.01, 0.01])
     assert mass.off_label == pytest.approx(0.07)
     assert mass.min_branch_prob == pytest.approx(0.03)
@@ -150,7 +150,7 @@ def test_a_label_that_is_left_open_shares_with_those_that_extend_it():
 def test_a_chain_is_followed_only_as_far_as_it_matters():
     model = Fixed({(): {1: 0.5, 9: 0.5}, (1,): {2: 0.1}, (1, 2): {3: 0.01}})
     mass = walk([(1, 2, 3, 4, 5), (9,)], model, 0.001)
-    assert model.answers == [(), (1,), (1, 2)], "0.5 × 0.1 × 0.01 is left"
+    assert model.asked == [(), (1,), (1, 2)], "0.5 × 0.1 × 0.01 is left"
     np.testing.assert_allclose(mass.probs_C, [0.0005, 0.5])
     assert mass.off_label == pytest.approx(0.45 + 0.0495)
 
@@ -158,7 +158,7 @@ def test_a_chain_is_followed_only_as_far_as_it_matters():
 def test_a_branch_without_any_mass_is_not_asked_for():
     model = Fixed({(): {1: 1.0}})
     mass = walk([(1,), (2, 3)], model, 0.0)
-    assert model.answers == [()]
+    assert model.asked == [()]
     assert mass.probs_C.tolist() == [1.0, 0.0]
 
 
@@ -186,7 +186,7 @@ class TestManyChildren:
     def test_are_asked_for_in_chunks_that_miss_none(self):
         model = Model(vocabulary=300)
         mass = walk(self.labels, model)
-        assert [len(tokens) for _, tokens in model.answers] == [128, 128, 10]
+        assert [len(tokens) for _, tokens in model.asked] == [128, 128, 10]
         assert mass.requests == 3
         np.testing.assert_allclose(mass.probs_C, model.next_p(())[: len(self.labels)])
         assert mass.off_label == pytest.approx(model.next_p(())[len(self.labels) :].sum())

@@ -50,8 +50,8 @@ def labels_of(rows: list[int], outcomes: list[str] | None = None, member: int = 
         outcome_N=outcomes or [""] * len(rows),
         usage=Usage(),
     )
-    answers = pa.table({"row": number_M, "id": pa.array([f"id-{row}" for row in rows], pa.string())})
-    return labels_table(answers, number_M.astype(np.uint64) + np.uint64(2**63), answers, member)
+    texts = pa.table({"row": number_M, "id": pa.array([f"id-{row}" for row in rows], pa.string())})
+    return labels_table(texts, number_M.astype(np.uint64) + np.uint64(2**63), answers, member)
 
 
 class TestLabelsTable:
