@@ -79,6 +79,7 @@ def test_a_mistake_names_its_field():
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.slow
 def test_predictions_come_as_a_table(local_ray, tiny_classifier, tmp_path):
     (tmp_path / "corpus.txt").write_text("a whale at the shore\nbread and butter\n")
     settings = {"model": tiny_classifier, "corpus": {"uri": str(tmp_path / "corpus.txt")}}

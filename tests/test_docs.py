@@ -89,6 +89,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "teacher.ticket_size" in (tmp_path / "site/reference/config/index.html").read_text()
 
 
+@pytest.mark.slow
 class TestOwnCsv:
     """With a tiny random teacher in the place of the hub's: what it says is not looked at."""
 
@@ -129,6 +130,7 @@ class TestOwnCsv:
         assert "parcels on their way, late or lost" in said
 
 
+@pytest.mark.slow
 def test_the_service_answers_or_leaves_it_to_the_api(tiny_classifier, tmp_path):
     (code,) = blocks(GUIDES["guides/replace-an-api-call.md"], "python")
     (tmp_path / "runs/my-run").mkdir(parents=True)

@@ -62,6 +62,7 @@ def test_an_onnx_file_answers_as_torch_does_whatever_the_shape(checkpoint, capfd
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("with_onnx")
 @pytest.mark.parametrize("largest", [2e-4, float("nan")])
+@pytest.mark.slow
 def test_a_file_that_answers_otherwise_is_not_left(checkpoint, monkeypatch, largest):
     found = [export.Difference(1, 3, 1e-7), export.Difference(4, 32, largest)]
     monkeypatch.setattr(export, "differences", lambda *arguments: found)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from llkd_ray.cli import compare_main
-from llkd_ray.comparison.settings import label_once, labelling_config, load_comparison, teacher_config
+from llkd_ray.comparison.settings import labelling_config, load_comparison, run_labelling, teacher_config
 from llkd_ray.config.loading import parse_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
@@ -175,10 +175,10 @@ def test_an_llm_labels_every_text_once(settings_file, tmp_path, toy_settings):
     assert settings.evaluation.holdout == 0
     store = RunStore(str(tmp_path / "out"))
     with Display() as display:
-        label_once("toy", config, store, display)
+        run_labelling("toy", config, store, display)
         labels = Path(store.path("labelling/toy/labels"))
         before = {file: file.stat().st_mtime_ns for file in labels.iterdir()}
-        label_once("toy", config, store, display)
+        run_labelling("toy", config, store, display)
     assert {file: file.stat().st_mtime_ns for file in labels.iterdir()} == before
 
     asked = config.model_copy(

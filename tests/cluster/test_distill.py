@@ -32,6 +32,7 @@ def run(settings: dict, folder: Path) -> dict:
         return distill(parse_config(settings), str(folder), display)
 
 
+@pytest.mark.slow
 def test_a_run_from_corpus_to_model(toy_settings, tmp_path):
     settings = toy_settings | {"student": toy_settings["student"] | {"workers": 2, "cpus": 0.4}}
     run_dir = tmp_path / "run"

@@ -13,6 +13,7 @@ from toys import NAMES, make_config, toy_probs, toy_texts
 from llkd_ray.comparison import trial as trial_module
 from llkd_ray.comparison.trial import Labels, Texts, Trial, against_gold, finished, run_trial
 from llkd_ray.metrics.uncertainty import entropy, normalise, support
+from llkd_ray.selection.policies import SelectionPolicy
 from llkd_ray.selection.table import to_16_bits
 from llkd_ray.student.inference import predict
 
@@ -320,17 +321,13 @@ class TestAcquisition:
     def test_the_student_is_heard_on_labels_that_came_after_its_scores(
         self, make_trial, texts, labels, monkeypatch
     ):
-        seen = []
-        policy = trial_module.SELECTION["llkd_sample"]
+        seen, choose = [], SelectionPolicy.choose
 
-        class Spy:
-            uses_student, quota, prior = True, policy.quota, policy.prior
+        def spy(policy, candidates, *arguments, **more):
+            seen.extend(candidates)  # so few are one chunk
+            return choose(policy, candidates, *arguments, **more)
 
-            def choose(self, candidates, *arguments, **more):
-                seen.extend(candidates)  # so few are one chunk
-                return policy.choose(candidates, *arguments, **more)
-
-        monkeypatch.setitem(trial_module.SELECTION, "llkd_sample", Spy())
+        monkeypatch.setattr(SelectionPolicy, "choose", spy)
         trial = make_trial(
             "llkd_sample", (10, 20), budget=HALF, acquisition={"policy": "entropy"}, reported=(20,)
         )

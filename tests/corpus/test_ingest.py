@@ -171,6 +171,7 @@ def test_repeats_go_whatever_files_and_buckets_they_are_in(
     assert store.folders("examples") == []
 
 
+@pytest.mark.slow
 def test_same_input_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "TASK_BYTES", 1000)
     for number in range(6):

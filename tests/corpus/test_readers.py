@@ -165,6 +165,14 @@ def test_endless_lines_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert read(tmp_path / "a.txt", max_chars=5)[3] == RawRow(3, "y" * 99)
 
 
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_cut_off_archive_is_named(tmp_path: Path, ending: str) -> None:
+    path = write(tmp_path / f"a.txt.{ending}", [{"text": f"line {n * n}"} for n in range(5000)])
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ConfigError, match=rf"^corpus\.uri: .*a\.txt\.{ending}' cannot be read \(.*repair it"):
+        read(path)
+
+
 def test_damaged_parquet_page_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [f"text {n * n}" for n in range(2000)]}), path, compression="zstd")

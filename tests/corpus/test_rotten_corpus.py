@@ -20,10 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llkd_ray.config.base import ConfigError
+from llkd_ray.config.loading import parse_config
 from llkd_ray.config.schema import SourceConfig
+from llkd_ray.corpus import readers
+from llkd_ray.corpus.ingest import ingest
 from llkd_ray.corpus.sources import byte_ranges, pieces, plan, scan
 from llkd_ray.corpus.staging import StagingWriter
-from llkd_ray.storage.run_dir import RunStore
+from llkd_ray.storage.run_dir import EXAMPLES_INDEX, RunStore
 
 LABELS = ["no", "yes"]
 Fate = tuple[str, int]  # source and position of a row
@@ -343,3 +346,89 @@ def test_damaged_archives(tmp_path_factory: Any, how: list[tuple[int, int]]) -> 
         stage(folder, folder / "a.txt.gz")
     except ConfigError as error:
         one_line(error, "a.txt.gz")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "txt"])
+def test_ten_megabytes_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(readers, "MIN_LINE_BYTES", 4 << 20)
+    head = "text\n" if kind == "csv" else ""
+    lines = ["first", "x" * (3 << 20), "y" * (10 << 20), "last"]
+    if kind == "jsonl":
+        lines = [json.dumps({"text": line}) for line in lines]
+    (tmp_path / f"a.{kind}").write_text(head + "\n".join(lines))
+    fates = stage(tmp_path, tmp_path / f"a.{kind}", size=2 << 20)
+    assert [fates.at(n) for n in range(4)] == ["first", "[too_long]", "[broken_line]", "last"]
+    assert all(len(row["start_of_text"]) <= 200 for row in fates.refused.values())
+
+
+# With Ray
+
+
+def config_of(uri: str, **source_settings: Any) -> Any:
+    tree = {"corpus": {"uri": uri, **source_settings}, "labels": {"names": LABELS}}
+    return parse_config({**tree, "student": {"model": "s"}, "teacher": {"model": "t"}})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("local_ray")
+class TestIngest:
+    def balanced(self, store: RunStore, rows: int) -> Counter[Any]:
+        """Rows in are rows kept and rows in quarantine; returns the latter by reason."""
+        index = store.read_json(EXAMPLES_INDEX)
+        names = store.names("quarantine", ".parquet")
+        refused = pa.concat_tables([store.read_table(f"quarantine/{name}") for name in names])
+        places = set(zip(refused["source"].to_pylist(), refused["position"].to_pylist(), strict=True))
+        assert len(places) == len(refused)
+        assert index["rows_in"]["pool"] == rows
+        assert rows == sum(shard["rows"] for shard in index["pool"]) + len(refused)
+        reasons = Counter(refused["reason"].to_pylist())
+        assert index["quarantined"]["pool"] == reasons
+        return reasons
+
+    def test_a_million_duplicates(self, tmp_path: Path) -> None:
+        texts = pa.array(["the same"]).take(pa.array(np.zeros(1_000_000, dtype=np.int64)))
+        for number in range(2):
+            more = pa.array([f"another {number}"])
+            table = pa.table({"text": pa.concat_arrays([more, texts.slice(0, 500_000), more])})
+            pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=100_000)
+        store = RunStore(str(tmp_path / "run"))
+        examples = ingest(config_of(f"{tmp_path}/*.parquet"), store, lambda said: None)
+        assert examples.read(range(examples.n_rows))["text"].to_pylist() == [
+            "another 0",
+            "the same",
+            "another 1",
+        ]
+        assert self.balanced(store, 1_000_004) == {"duplicate": 1_000_001}
+
+    def test_rot_of_all_kinds(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("llkd_ray.corpus.sources.TASK_BYTES", 20_000)
+        rng = np.random.default_rng(0)
+        bad = [
+            b'{"text": ',
+            b'{"text": null}',
+            b'{"text": [1]}',
+            b'{"text": "\xff"}',
+            b"[" * 5000,
+            b'{"text": "\\ud800"}',
+        ]
+        bad += [
+            rng.bytes(200).replace(b"\n", b"") + b"!",
+            b'{"text": "good 7"}',
+            b'{"text": "t", "id": {"a": 1}}',
+        ]
+        good = [json.dumps({"text": f"good {n}", "id": n}).encode() for n in range(500)]
+        lines = good + [bad[n % len(bad)] for n in range(200)]
+        lines = [lines[n] for n in rng.permutation(len(lines))]
+        (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+        store = RunStore(str(tmp_path / "run"))
+        examples = ingest(config_of(f"{tmp_path}/a.jsonl", id="id", max_chars=100), store, lambda said: None)
+        reasons = self.balanced(store, 700)
+        assert set(reasons) == {"broken_line", "missing", "not_text", "undecodable", "bad_id", "duplicate"}
+        assert reasons["duplicate"] == 22
+        kept = list(dict.fromkeys(json.loads(line)["text"] for line in lines if b"good" in line))
+        assert examples.read(range(examples.n_rows))["text"].to_pylist() == kept
+        marks = {"duplicate": b'"good 7"', "bad_id": b'"id": {', "missing": b"null", "not_text": b"[1]"}
+        for name in store.names("quarantine", ".parquet"):
+            for row in store.read_table(f"quarantine/{name}").to_pylist():
+                assert marks.get(row["reason"], b"") in lines[row["position"]]  # the line in the file

@@ -435,6 +435,7 @@ class TestStepThresholdsInARound:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 class TestRanks:
     """1, 2 and 4 real processes; the last batch of an epoch has two texts, so two of four ranks have none."""
 
