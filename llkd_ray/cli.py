@@ -62,9 +62,8 @@ def _dispatch(options: argparse.Namespace, display: Display) -> None:
         else:
             _finish([start_run(config, display)], display)
     else:
-        from llkd_ray.quickstart.teacher import (
-            prepare,  # it trains a teacher: seconds to import, for this run alone
-        )
+        # Imported here: it loads torch to train a teacher, seconds that only the quickstart needs.
+        from llkd_ray.quickstart.teacher import prepare
 
         settings = prepare(Path(local_dir("runs")) / "quickstart-data", say=display.say)
         config = resolve(Config, settings, options.set)
