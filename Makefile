@@ -5,7 +5,7 @@
 BIN := .venv/bin
 
 # Two processes: one runs all tests that start Ray, one after the other; the other runs the rest.
-pytest := $(BIN)/python -m pytest -n 2 --dist loadgroup
+pytest := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # Looks for a Python; setup.py knows whether there is anything left to do.
 setup_with = python=$$(sh scripts/find_python.sh) && "$$python" scripts/setup.py

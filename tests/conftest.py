@@ -8,9 +8,12 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import functools
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -23,19 +26,26 @@ settings.register_profile("new", deadline=None, derandomize=False)
 settings.load_profile("same")
 
 
-STARTS_RAY = {"local_ray", "own_cluster_env"}
-"""Fixtures of tests that start Ray, or programs that do."""
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With pytest-xdist: files that start Ray share one process; every other file has one for itself.
 
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist: tests that start Ray share a process, as do those of one file.
-
-    Two Rays at once would take the cores from each other, and each of them takes seconds to start.
+    Two Rays at once would take the cores from each other. (Marks of ``xdist_group`` would say the same, but
+    xdist 3.8 does not see them with pytest 9.2.)
     """
-    for item in items:
-        starts_ray = STARTS_RAY & set(getattr(item, "fixturenames", ())) or "tests/cluster" in item.nodeid
-        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else item.nodeid.partition("::")[0]))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneRayAtATime(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if starts_ray(config.rootpath / file) else file
+
+    return OneRayAtATime(config, log)
+
+
+@functools.cache
+def starts_ray(file: Path) -> bool:
+    return "cluster" in file.parts or "local_ray" in file.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

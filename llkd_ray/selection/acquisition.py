@@ -1,9 +1,10 @@
-"""Acquisition: which unread texts the teacher reads next, from what the student thinks of them.
+"""Acquisition: which unread texts the teacher reads next, based on the student's scores.
 
-A policy gives every unread text a value, from its columns, the run's seed and a random number of its own.
-The texts of largest value are read, and a share drawn at random for exploration. Texts come in chunks, and
-the choice does not depend on how they are divided (``search.py``). Shapes in names: N unread texts of a
-chunk, M chosen.
+A policy gives every unread text a value, from its columns, the run's seed and a random number of the text.
+The texts with the largest values are read, plus a randomly drawn share for exploration. Texts come in chunks,
+and the choice does not depend on how they are divided (``search.py``).
+
+Shapes in names: N unread texts of a chunk, M chosen.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ AcquisitionRule = Callable[[Unread, int, RowRandom], Floats]
 
 @dataclass(frozen=True)
 class AcquisitionPolicy:
-    """An acquisition rule and what it needs."""
+    """An acquisition rule and its requirements."""
 
     rule: AcquisitionRule
     uses_student: bool
     """Whether the student must score the unread texts first."""
     explores: bool = True
-    """Whether a share of what is read is drawn at random."""
+    """Whether a share of the texts is drawn at random."""
 
     def choose(
         self,
@@ -44,7 +45,7 @@ class AcquisitionPolicy:
         """int64[M]: at most ``n`` rows, ascending, because neighbouring rows are cheap to read together.
 
         A share ``explore`` of them is drawn at random from all unread texts, so that the teacher also reads
-        texts of which the student is wrongly sure; the rest are those of largest value.
+        texts on which the student is confident but wrong; the rest are those with the largest values.
         """
         draw, explorer = RowRandom.from_rng(rng), RowRandom.from_rng(rng)
         explore = explore if self.explores else 0.0
@@ -101,13 +102,15 @@ def value_random(unread: Unread, seed: int, draw: RowRandom) -> Floats:
 
 @acquisition_policy("entropy", uses_student=True)
 def value_entropy(unread: Unread, seed: int, draw: RowRandom) -> Floats:
-    """Where the student's entropy is largest; texts it never scored come first, at random."""
+    """By the student's entropy, largest first; texts without a score come first, at random."""
     return _known(unread.uncertainty_N, unread, draw)
 
 
 @acquisition_policy("margin", uses_student=True)
 def value_margin(unread: Unread, seed: int, draw: RowRandom) -> Floats:
-    """Where the student's two best labels are closest; texts it never scored come first, at random."""
+    """By the student's margin between its two best labels, smallest first; texts without a score come first,
+    at random.
+    """
     return _known(1.0 - unread.margin_N.astype(np.float64), unread, draw)
 
 
@@ -115,15 +118,14 @@ def value_margin(unread: Unread, seed: int, draw: RowRandom) -> Floats:
 def value_m_raru(unread: Unread, seed: int, draw: RowRandom) -> Floats:
     """Randomised accept or reject by normalised uncertainty (M-RARU, arXiv 2511.11574).
 
-    A text is accepted with a probability equal to its entropy over log C. The random number is a hash of
-    seed and row, so that no state is shared. Ours: the paper draws
-    until the batch is full; here the accepted come first and the rejected fill up, both by how far the
-    entropy lies above or below the number.
+    A text is accepted with a probability equal to its entropy over log C. The random number is a hash of seed
+    and row, so that no state is shared. Deviation: the paper draws until the batch is full; here the accepted
+    texts come first and the rejected ones fill up the batch, both ordered by entropy minus the random number.
     """
     uncertainty_N = np.nan_to_num(unread.uncertainty_N.astype(np.float64), nan=1.0)
     return uncertainty_N - hash_uniform(seed, unread.row_N)
 
 
 def _known(signal_N: Floats, unread: Unread, draw: RowRandom) -> Floats:
-    """The student's signal; for a text that it never scored, a random number above all signals."""
+    """The student's signal; for a text without a score, a random number above all signals."""
     return np.where(np.isnan(signal_N), 1.0 + draw(unread.row_N), signal_N)

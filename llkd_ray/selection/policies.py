@@ -1,13 +1,13 @@
 """Selection: which labelled texts the student trains on next.
 
-A policy gives every candidate a value, by numpy on columns. The candidates of largest value are taken,
-within class quotas where these are set. A policy sees a chunk of the candidates and statistics of all of
-them, so the choice does not depend on how they are divided (``search.py``). Policies are registered by name
-and may have options.
+A policy gives every candidate a value, with numpy on columns. The candidates with the largest values are
+selected, within class quotas where these are set. A policy sees a chunk of the candidates and statistics of
+all of them, so the choice does not depend on how they are divided (``search.py``). Policies are registered by
+name and may have options.
 
 Quotas show the student more texts of the rare pseudo-classes than the pool has, so that it learns them; on
-its own, that would also make it predict them too often. So the class prior that its answers assume
-(:func:`target_prior`) is set apart from the shares it is trained on.
+its own, that would also make it predict them too often. So the class prior that its predictions assume
+(:func:`target_prior`) is set separately from the class shares it is trained on.
 
 Shapes in names: N candidates of a chunk, M chosen, C classes.
 """
@@ -33,9 +33,9 @@ class Judgement:
     """A policy's values and loss weights of the candidates."""
 
     value_N: Floats
-    """The largest are taken first; ``NEVER`` keeps a text out of this round."""
+    """The largest are selected first; ``NEVER`` excludes a text from this round."""
     weight_N: Floats | None = None
-    """Weight of each in the loss, on any scale; None: all equal."""
+    """Weight of each text in the loss, on any scale; None: all equal."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Selection:
     row_M: Ints
     weight_M: Floats
     candidates: int
-    """How many they were chosen from."""
+    """Number of candidates they were chosen from."""
     thresholds: Mapping[str, Floats] | None = None
     """float64[C] of each signal: the threshold of each class; None where the policy has none."""
 
@@ -65,7 +65,7 @@ _NO_CANDIDATES = Candidates(_NO_ROWS, _NO_ROWS, _NO_SIGNAL, _NO_SIGNAL, _NO_SIGN
 
 @dataclass(frozen=True)
 class SelectionPolicy:
-    """A selection rule and what it needs."""
+    """A selection rule and its requirements."""
 
     rule: SelectionRule
     uses_student: bool
@@ -75,7 +75,7 @@ class SelectionPolicy:
     prior: float | None = None
     """The exponent of the target prior where the config does not set one."""
     ranks: bool = False
-    """Whether the rule asks for :meth:`Pool.rank`, for which confidences are counted by grade."""
+    """Whether the rule uses :meth:`Pool.rank`, which requires counts of confidences by grade."""
     thresholds: ThresholdsOf | None = None
     """The thresholds, for the report."""
 
@@ -94,7 +94,7 @@ class SelectionPolicy:
             kind = type(self.options[name])
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise ValueError(f"{name} is {value!r}: use a {_KINDS[kind]} like {self.options[name]}")
-        # The rule checks the values of its options: here rather than after hours of labelling.
+        # The rule checks its options' values: run it now, so that it does not fail after hours of labelling.
         self.rule(_NO_CANDIDATES, Pool(PoolStats.empty(2, self.ranks), RowRandom(0)), **options)
 
     def choose(
@@ -107,7 +107,7 @@ class SelectionPolicy:
         trained_C: Ints | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> Selection:
-        """At most ``n`` candidates, those of largest value first.
+        """At most ``n`` candidates, those with the largest values first.
 
         ``quota`` is the exponent of :func:`class_quotas`, ``off``, or None for the policy's own.
         """
@@ -126,7 +126,7 @@ class SelectionPolicy:
 
 
 def in_order(candidates: Candidates | Chunked[Candidates]) -> Iterable[Candidates]:
-    """Chunks by ascending row, so that a choice does not depend on how the candidates came."""
+    """Chunks by ascending row, so that a choice does not depend on the order of the input."""
     if not isinstance(candidates, Candidates):
         return candidates
     by_row = candidates.by_row()
@@ -161,7 +161,7 @@ def selection_policy(
     """Register a rule ``(candidates, pool, **options) -> Judgement``.
 
     It judges each candidate by its columns and by ``pool``, which has the statistics of all candidates and
-    the random numbers; never by the others of its chunk.
+    the random numbers; never by other candidates of the chunk.
     """
 
     def register(rule: SelectionRule) -> SelectionRule:
@@ -188,19 +188,19 @@ def judge_random(candidates: Candidates, pool: Pool) -> Judgement:
 
 @selection_policy("confidence", uses_student=False)
 def judge_confidence(candidates: Candidates, pool: Pool) -> Judgement:
-    """Where the teacher is surest."""
+    """By the teacher's confidence, largest first."""
     return Judgement(candidates.confidence_N)
 
 
 @selection_policy("entropy", uses_student=True)
 def judge_entropy(candidates: Candidates, pool: Pool) -> Judgement:
-    """Where the student's entropy is largest: uncertainty sampling. Without a student, at random."""
+    """By the student's entropy, largest first: uncertainty sampling. Without a student, at random."""
     return Judgement(_student(candidates.uncertainty_N, candidates, pool))
 
 
 @selection_policy("margin", uses_student=True)
 def judge_margin(candidates: Candidates, pool: Pool) -> Judgement:
-    """Where the student's two best labels are closest. Without a student, at random."""
+    """By the student's margin between its two best labels, smallest first. Without a student, at random."""
     return Judgement(_student(1.0 - candidates.margin_N.astype(np.float64), candidates, pool))
 
 
@@ -220,16 +220,16 @@ def judge_freematch(candidates: Candidates, pool: Pool) -> Judgement:
     """At random where the teacher's confidence reaches the self-adaptive threshold of its pseudo-class.
 
     FreeMatch's threshold (arXiv 2205.07246, eq. 8; see ``search.class_thresholds``) on the teacher
-    instead of the model in training; the student is not asked.
+    instead of the model in training; the student is not used.
     """
     return Judgement(np.where(_is_sure(candidates, pool), pool.random(candidates), NEVER))
 
 
-# --- LLKD and its descendants --------------------------------------------------------------------------
+# --- LLKD and its variants -----------------------------------------------------------------------------
 
 
 def _llkd_thresholds(pool: Pool, options: Mapping[str, Any]) -> dict[str, Floats]:
-    """Those of :func:`judge_llkd`; without scores of the student, that of the confidence only."""
+    """Those of :func:`judge_llkd`; without scores of the student, only that of the confidence."""
     found = {"confidence": pool.confidence_threshold_C, "uncertainty": pool.uncertainty_threshold_C}
     if options.get("thresholds") == "global":
         found = {
@@ -247,17 +247,17 @@ def judge_llkd(
     order: str = "random",
     weights: bool = True,
 ) -> Judgement:
-    """LLKD (arXiv 2411.08028) as we read it: the teacher is sure, and the student is not.
+    """LLKD (arXiv 2411.08028) as we read it: the teacher is confident, and the student is not.
 
     A text passes where the teacher's confidence and the student's uncertainty both reach their threshold:
     that of its pseudo-class in FreeMatch's form (``thresholds: class``), or the mean over all texts
-    (``global``). The paper takes all that pass in a step; a round has a budget, so those that pass are
-    taken at random (``order: random``) or by confidence × uncertainty (``product``). Fewer than the
-    budget may pass; the rest of the budget then waits for a later round. A text's weight in the loss is
-    confidence × uncertainty (``weights``). Before its first round the student has no opinion; then
+    (``global``). The paper uses all texts that pass in a step; a round has a budget, so passing texts are
+    selected at random (``order: random``) or by confidence × uncertainty (``product``). If fewer than the
+    budget pass, the rest of the budget is left for a later round. A text's weight in the loss is
+    confidence × uncertainty (``weights``). Before the first round there are no student scores; then
     confidence alone decides.
 
-    Raises ValueError for an option's value that is unknown.
+    Raises ValueError for an unknown value of an option.
     """
     _one_of("thresholds", thresholds, ("class", "global"))
     _one_of("order", order, ("random", "product"))
@@ -279,8 +279,8 @@ def judge_llkd(
 def judge_llkd_rank(candidates: Candidates, pool: Pool) -> Judgement:
     """Rank of the confidence within its pseudo-class × the student's uncertainty, largest first.
 
-    Ours. Raw confidence cannot be compared between classes (``search.mean_ranks``). Without a
-    student, the rank times a random number, so that the first round is not only the easiest texts.
+    Our own policy. Raw confidence is not comparable between classes (``search.mean_ranks``). Without a
+    student, the rank times a random number, so that the first round does not consist of the easiest texts.
     """
     rank_N = pool.rank(candidates)
     return Judgement(rank_N * _student(candidates.uncertainty_N, candidates, pool))
@@ -295,14 +295,14 @@ def judge_llkd_sample(
     need: float = 0.5,
     support: float = 0.5,
 ) -> Judgement:
-    """A weighted random sample: the surer the teacher and the less sure the student, the likelier.
+    """A weighted random sample: more likely with a more confident teacher and a less confident student.
 
-    Ours. A text's weight in the draw is ``rank ** trust × uncertainty ** need × support ** support``:
-    the rank of the teacher's confidence within its pseudo-class, the student's entropy, and the
-    probability that the student gives to the pseudo-label. The last keeps out what the student is unsure
-    of because the label is wrong. Drawing instead of taking the largest keeps a round from filling with
-    one kind of text. The draw is without replacement (Efraimidis & Spirakis 2006: the largest of
-    u ** (1 / weight), here in logarithms).
+    Our own policy. A text's weight in the draw is
+    ``rank ** trust × uncertainty ** need × support ** support``: the rank of the teacher's confidence
+    within its pseudo-class, the student's entropy, and the student's probability of the pseudo-label. The
+    last factor avoids texts on which the student is uncertain because the label is wrong. Drawing instead of
+    taking the largest prevents a round with only one kind of text. The draw is without replacement
+    (Efraimidis & Spirakis 2006: the largest of u ** (1 / weight), here in logarithms).
 
     Raises ValueError for a negative exponent, which would invert its factor.
     """
@@ -321,14 +321,14 @@ def judge_llkd_sample(
 
 
 def class_quotas(count_C: Ints, n: int, quota: float, trained_C: Ints | None = None) -> Ints:
-    """int[C], summing to at most ``n``: how many texts each pseudo-class should bring to a round.
+    """int[C], summing to at most ``n``: how many texts each pseudo-class should contribute to a round.
 
     All texts trained on by the end of the round, earlier rounds included, are divided between the classes
-    by :func:`tempered`. A class that already has its share gets nothing. Rounding goes to the largest
-    fractions, the rarer class first.
+    by :func:`tempered`. A class that already has its share gets nothing. Rounding favours the largest
+    fractions, then the rarer class.
     """
     trained_C = np.zeros_like(count_C) if trained_C is None else trained_C
-    # The size of a class is what is left of it and what was taken.
+    # The size of a class is its remaining texts plus those already trained on.
     seen_C = count_C + trained_C
     due_C = np.maximum(tempered(seen_C, quota) * (n + trained_C.sum()) - trained_C, 0.0)
     if not due_C.sum():
@@ -341,7 +341,7 @@ def class_quotas(count_C: Ints, n: int, quota: float, trained_C: Ints | None = N
 
 
 def _student(signal_N: Floats, candidates: Candidates, pool: Pool) -> Floats:
-    """The student's signal, 1 where it is missing, and random numbers where it is missing everywhere."""
+    """The student's signal; 1 where it is missing, random numbers if it is missing for all texts."""
     return known(signal_N) if pool.is_scored else pool.random(candidates)
 
 
@@ -365,7 +365,7 @@ Exponent = float | Literal["off"] | None
 
 
 def effective(setting: Exponent, own: float | None) -> float | None:
-    """The exponent that applies; None for none."""
+    """The exponent in effect; None for none."""
     if setting is None:
         return own
     return None if setting == "off" else setting
@@ -374,8 +374,8 @@ def effective(setting: Exponent, own: float | None) -> float | None:
 def tempered(count_C: Ints, exponent: float) -> Floats:
     """float[C], summing to one: shares in proportion to ``count ** exponent``; a class without texts gets 0.
 
-    1 keeps the proportions, 0 makes all classes equal. Values between reduce the skew: weakly supervised
-    training takes 0.5 (Mahajan et al., arXiv 1805.00932, sec. 2.2), multilingual pre-training 0.3
+    1 keeps the proportions, 0 makes all classes equal. Values in between reduce the imbalance: weakly
+    supervised training uses 0.5 (Mahajan et al., arXiv 1805.00932, sec. 2.2), multilingual pre-training 0.3
     (XLM-R, arXiv 1911.02116, sec. 3.1). All zeros without texts.
     """
     weight_C = np.where(count_C > 0, np.maximum(count_C, 1) ** float(exponent), 0.0)
@@ -385,10 +385,10 @@ def tempered(count_C: Ints, exponent: float) -> Floats:
 def target_prior(
     count_C: Ints, setting: Exponent, own: float | None, known: Sequence[float]
 ) -> Floats | None:
-    """float[C], summing to one: the class prior that the student's answers assume; None: as in training.
+    """float[C], summing to one: the class prior that the student's predictions assume; None: as in training.
 
     Takes the teacher's counts, the config's exponent and the policy's own, and the known shares, if any.
-    Known shares take precedence over the counts, which carry the teacher's bias: it over-uses some labels.
+    Known shares take precedence over the counts, which contain the teacher's bias: it over-uses some labels.
     For the same reason the counts are tempered by the exponent.
     """
     exponent = effective(setting, own)

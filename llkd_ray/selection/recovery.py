@@ -1,9 +1,9 @@
-"""What a restarted selector resumes from: the files of rounds, and the last snapshot of the score table.
+"""The state from which a restarted selector resumes: files of rounds, and the last score table snapshot.
 
 The run's files are the source of truth, and a new driver reads all of them. But when a selector dies within
 a run, all teachers and ranks wait for the next one: with 100 million texts, reading some hundred thousand
-label files takes minutes, and a snapshot seconds. A snapshot belongs to one driver's session and replaces
-the one before. One that is truncated or damaged is ignored.
+label files takes minutes, a snapshot only seconds. A snapshot belongs to one driver's session and replaces
+the previous one. A truncated or damaged snapshot is ignored.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Progress:
         self.trained: dict[int, dict[str, Any]] = {}
         """The student's record of each round."""
         self.finished = False
-        """No further round will come."""
+        """Whether all rounds are over."""
         self.note = ""
         """What the student is doing, for the progress display."""
 
@@ -108,7 +108,7 @@ class Snapshot:
     usage: Mapping[str, Usage]
     """Usage of these tickets, by teacher."""
     unasked: int
-    """Texts of these tickets that no teacher was asked about."""
+    """Texts of these tickets that were not sent to any teacher."""
 
     def write(self, out: IO[bytes]) -> None:
         """Write it as a ``.npz`` file, without a copy in memory."""
@@ -132,13 +132,13 @@ class Snapshot:
 
 
 def save_snapshot(store: RunStore, session: str, snapshot: Snapshot) -> None:
-    """Write a session's snapshot in place of its last one."""
+    """Write a session's snapshot, replacing its last one."""
     with store.writing(_file(session)) as out:
         snapshot.write(out)
 
 
 def load_snapshot(store: RunStore, session: str) -> Snapshot | None:
-    """A session's snapshot; None where there is none, or it is damaged."""
+    """A session's snapshot; None if it is missing or damaged."""
     try:
         with store.fs.open_input_file(store.path(_file(session))) as source:
             return Snapshot.read(source)
@@ -157,10 +157,10 @@ def _file(session: str) -> str:
 
 
 def apply_human_labels(answers: AuditAnswers, table: ScoreTable) -> None:
-    """Replace labels in the table by people's; a second call changes nothing.
+    """Replace labels in the table by human labels; a second call changes nothing.
 
-    They count as those of a better teacher, so that a cascade does not review them. Replacing a label drops
-    its support, so rows that have their human label already are left as they are.
+    They count as labels of a better teacher, so that a cascade does not review them. Replacing a label drops
+    its support, so rows that already have their human label are left unchanged.
     """
     label_M, confidence_M = table.label[answers.row_M], table.confidence[answers.row_M]
     new = (label_M != NONE) & ((label_M != answers.label_M) | (confidence_M != -1.0))

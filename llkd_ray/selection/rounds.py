@@ -1,10 +1,10 @@
-"""A round's selection from the score table: which texts the student scores before it, and which are chosen.
+"""A round's selection from the score table: the texts the student scores first, and the chosen texts.
 
 Scoring every text is the largest cost of a round, and most texts have no chance of being selected. Where the
-student scores a share only (``selection.refresh_share``), the policy is asked for what it would choose under
-an optimistic estimate of the student's uncertainty: 1 for a text never scored, and growing with the rounds
-since it was. What it would choose first is scored. The random numbers are those of the selection itself, so
-texts that the draw excludes are not scored either.
+student scores only a share (``selection.refresh_share``), the policy chooses under an optimistic estimate of
+the student's uncertainty: 1 for a text never scored, and for others increasing with the rounds since they
+were scored. The texts it would choose first are scored. The random numbers are those of the selection itself,
+so texts that the draw excludes are not scored either.
 
 Shapes in names: N texts of a chunk, M texts of the round, C labels.
 """
@@ -28,7 +28,7 @@ from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import RunStore
 from llkd_ray.storage.tables import Examples, list_column, matrix_of, read_labels
 
-# First words of the seeds of the generators that are drawn from, so that no two share a stream.
+# First words of the generators' seeds, so that no two share a stream.
 _SELECT_SEED, _SCORE_SEED = 3, 4
 DECAY = 0.5
 """Factor on the student's certainty of a text for each round since it was scored."""
@@ -37,7 +37,7 @@ _TIE_BREAK = 1e-3
 
 @dataclass(frozen=True)
 class RoundSelection:
-    """The selection of one round; depends on config, policies and score table alone."""
+    """The selection of one round; depends only on config, policies and score table."""
 
     config: Config
     policy: SelectionPolicy
@@ -50,8 +50,8 @@ class RoundSelection:
     def choose(self, n: int) -> Selection:
         """At most ``n`` texts to train on.
 
-        Where the student scores a share only, texts that it never scored are left out if the others are
-        enough: they were not worth scoring, and a missing score would rate them too high.
+        Where the student scores only a share, texts without a score are excluded if the others are enough:
+        they were not worth scoring, and a missing score would overrate them.
         """
         candidates = self.table.candidate_chunks(self.tickets_below)
         chosen = None
@@ -64,7 +64,7 @@ class RoundSelection:
     def to_score(self) -> Ints:
         """int64[M], ascending: the rows that the student scores before the selection.
 
-        Unread texts are among them where acquisition asks for the student.
+        Unread texts are included where acquisition uses the student.
         """
         settings = self.config.selection
         if settings.refresh_share == 1:
@@ -81,9 +81,9 @@ class RoundSelection:
         return np.sort(np.concatenate(rows))
 
     def staleness(self, row_M: Ints) -> dict[str, float | int | None]:
-        """How old the student's scores of some rows are, in rounds, and how many it never scored.
+        """Age in rounds of the student's scores of some rows, and how many have no score.
 
-        The mean is None where it has scored none of them.
+        The mean is None where no row has a score.
         """
         refreshed_M = self.table.refreshed[row_M]
         scored = refreshed_M != NONE
@@ -107,7 +107,7 @@ class RoundSelection:
         return np.random.default_rng([self.config.run.seed, purpose, self.round_number])
 
     def _optimistic_candidates(self) -> Chunked[Candidates]:
-        """The candidates with the most uncertainty that the student might have of them now."""
+        """The candidates with the maximum uncertainty that the student might have about them now."""
 
         def read() -> Iterator[Candidates]:
             for chunk in self.table.candidate_chunks(self.tickets_below):
@@ -122,7 +122,7 @@ class RoundSelection:
         return Chunked(read)
 
     def _optimistic_unread(self) -> Chunked[Unread]:
-        """The unread texts, likewise."""
+        """The unread texts with the same estimate."""
 
         def read() -> Iterator[Unread]:
             for chunk in self.table.unread_chunks():
@@ -135,8 +135,8 @@ class RoundSelection:
     def _decay_and_uncertainty(self, row_N: Ints) -> tuple[Floats, Floats]:
         """float64[N] each: the weight of the student's last score, and the uncertainty without one.
 
-        The latter is 1, and a little less, at random, for a text never scored, or row numbers would decide
-        between such texts.
+        The latter is 1, and randomly slightly less for a text without a score; otherwise row numbers would
+        decide between such texts.
         """
         refreshed_N = self.table.refreshed[row_N].astype(np.int64)
         is_new_N = refreshed_N == NONE
@@ -165,7 +165,7 @@ def batch_of(
     """ROUND of the chosen texts; ``reviews`` are the tickets of all reviews so far."""
     row_M = np.asarray(chosen.row_M, dtype=np.int64)
     texts = examples.read(row_M, ["text"])["text"]
-    # Reviews come last, and of several answers to a row the last counts.
+    # Reviews come last, because the last of several answers to a row counts.
     labels = read_labels(store, [*np.unique(table.ticket[row_M]).tolist(), *reviews])
     by_row = np.argsort(labels["row"].to_numpy(), kind="stable")
     place_M = by_row[np.searchsorted(labels["row"].to_numpy(), row_M, side="right", sorter=by_row) - 1]
@@ -185,7 +185,7 @@ SAMPLE_SIZE = 1_000
 
 
 def sample_candidates(table: ScoreTable, tickets_below: int, candidates: int, chosen_M: Ints) -> pa.Table:
-    """CANDIDATE_SAMPLE of a round, from the table as it is before the round's texts are marked as trained on.
+    """CANDIDATE_SAMPLE of a round, from the table before the round's texts are marked as trained on.
 
     ``candidates`` is their number. The sample is every n-th row, without random numbers. Only the report
     reads it.

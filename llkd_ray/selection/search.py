@@ -1,9 +1,11 @@
-"""Going through candidates chunk by chunk: statistics of all of them, then the best of them.
+"""Processing candidates chunk by chunk: statistics of all of them, then the best of them.
 
 A policy judges a text by itself and by statistics of all candidates. So a choice takes two passes: counts
 and sums, then the search for the largest values. Neither depends on how the rows are divided into chunks:
-the sums are of whole numbers, and the best are ordered by value and row. Only what may still be among the
-best is sorted. Shapes in names: N texts of a chunk, M kept, C classes, K grades of confidence.
+the sums are of integers, and the best are ordered by value and row. Only texts that may still be among the
+best are sorted.
+
+Shapes in names: N texts of a chunk, M kept, C classes, K grades of confidence.
 """
 
 from __future__ import annotations
@@ -23,23 +25,23 @@ NEVER = -np.inf
 
 
 def known(signal_N: Floats) -> Floats:
-    """float64[N]: the student's signal, and 1, the most uncertain, for a text that it never scored."""
+    """float64[N]: the student's signal, and 1, the maximum uncertainty, for a text without a score."""
     return np.where(np.isnan(signal_N), 1.0, signal_N.astype(np.float64))
 
 
 @dataclass
 class PoolStats:
-    """Counts and sums over all candidates, in whole numbers, so that their order does not matter."""
+    """Counts and sums over all candidates, as integers, so that their order does not matter."""
 
     count_C: NDArray[np.int64]
     confidence_C: NDArray[np.int64]
-    """Sum of the teacher's confidence, in ``fixed_point.UNIT``; as in ``uncertainty_C``."""
+    """Sum of the teacher's confidence, in units of ``table.UNIT``; as in ``uncertainty_C``."""
     uncertainty_C: NDArray[np.int64]
-    """Sum of the student's uncertainty, 1 for a text that it has not scored."""
+    """Sum of the student's uncertainty, 1 for a text without a score."""
     n_scored: int = 0
     """Texts scored by the student."""
     grade_CK: NDArray[np.int64] | None = None
-    """Texts by class and grade of confidence (``search.confidence_grade``), where ranks are needed."""
+    """Texts by class and grade of confidence (:func:`confidence_grade`), where ranks are needed."""
 
     @classmethod
     def empty(cls, n_classes: int, with_ranks: bool) -> PoolStats:
@@ -50,7 +52,7 @@ class PoolStats:
 
     @classmethod
     def of(cls, chunks: Iterable[Candidates], with_ranks: bool) -> PoolStats:
-        """Of all candidates of at least one chunk."""
+        """Statistics of all candidates in one or more chunks."""
         stats = None
         for candidates in chunks:
             if stats is None:
@@ -70,7 +72,7 @@ class PoolStats:
             np.add.at(self.grade_CK.reshape(-1), self.place_of_grade(candidates), 1)
 
     def place_of_grade(self, candidates: Candidates) -> Ints:
-        """int64[N]: where in ``grade_CK``, read row by row, each text is counted."""
+        """int64[N]: the flat index of each text's count in ``grade_CK``."""
         assert self.grade_CK is not None, "register the policy with ranks=True"
         grade_N = confidence_grade(candidates.confidence_N) // rank_step(candidates.n_classes)
         return candidates.label_N.astype(np.int64) * self.grade_CK.shape[1] + grade_N
@@ -78,7 +80,7 @@ class PoolStats:
 
 @dataclass(frozen=True)
 class Pool:
-    """Statistics of all candidates, for a policy that judges a chunk of them, and its random numbers."""
+    """Statistics of all candidates and their random numbers, for a policy that judges a chunk."""
 
     stats: PoolStats
     draw: RowRandom
@@ -95,18 +97,18 @@ class Pool:
     def rank(self, candidates: Candidates) -> Floats:
         """float64[N] in (0, 1]: the rank of the confidence within its pseudo-class, 1 for the largest.
 
-        See ``search.mean_ranks``; only for policies that are registered with ``ranks=True``.
+        See :func:`mean_ranks`; only for policies that are registered with ``ranks=True``.
         """
         return self._rank_CK.reshape(-1).take(self.stats.place_of_grade(candidates))
 
     @cached_property
     def confidence_threshold_C(self) -> Floats:
-        """float64[C]: see ``search.class_thresholds``."""
+        """float64[C]: see :func:`class_thresholds`."""
         return class_thresholds(self.stats.confidence_C * UNIT, self.stats.count_C)
 
     @cached_property
     def uncertainty_threshold_C(self) -> Floats:
-        """float64[C]: see ``search.class_thresholds``."""
+        """float64[C]: see :func:`class_thresholds`."""
         return class_thresholds(self.stats.uncertainty_C * UNIT, self.stats.count_C)
 
     @cached_property
@@ -123,7 +125,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Scored:
-    """Some texts with the values and weights that a policy gives them."""
+    """Some texts with their values and weights from a policy."""
 
     row_M: Ints
     label_M: Ints
@@ -139,10 +141,10 @@ class Scored:
 
 
 class TopK:
-    """The ``n`` texts of largest value, and the ``share_C[c]`` of largest value of each class.
+    """The ``n`` texts with the largest values, and for each class the ``share_C[c]`` with the largest values.
 
-    Rows are added in ascending order, and ties go to the lower row. A text that cannot be among the best any
-    more is dropped as it comes: its value has to be above the least that is kept.
+    Rows are added in ascending order, and ties go to the lower row. A text that can no longer be among the
+    best is dropped immediately: its value must be above the lowest kept value.
     """
 
     def __init__(self, n: int, share_C: Ints | None = None) -> None:
@@ -150,13 +152,13 @@ class TopK:
         none = np.empty(0, dtype=np.int64)
         self._parts = [Scored(none, none, np.empty(0), np.empty(0))]
         self._n_kept = self._n_waiting = 0
-        # A value has to be above it: one for all classes, or one of each.
+        # The lower bound of values to keep: one for all classes, or one for each.
         self._floor_C: Floats = np.full(1 if share_C is None else share_C.size, NEVER)
 
     def add(
         self, row_N: Ints, value_N: Floats, label_N: Ints | None = None, weight_N: Floats | None = None
     ) -> None:
-        """Keep those of these texts that may be among the best; labels matter where classes have shares."""
+        """Keep the texts that may be among the best; labels matter where classes have shares."""
         index_M = self._above_floor(value_N, label_N)
         if not index_M.size:
             return
@@ -164,7 +166,7 @@ class TopK:
         weight_M = np.ones(index_M.size) if weight_N is None else weight_N[index_M]
         self._parts.append(Scored(row_N[index_M], label_M, value_N[index_M], weight_M))
         self._n_waiting += index_M.size
-        # Only once enough has come to drop, so that the work is proportional to the input.
+        # Only once there is enough to drop, so that the work is proportional to the input.
         if self._n_waiting >= max(self._n_kept, CHUNK // 16):
             self._shrink()
 
@@ -175,12 +177,12 @@ class TopK:
         return kept.take(best(kept.value_M, kept.label_M, self.n, self.share_C))
 
     def _above_floor(self, value_N: Floats, label_N: Ints | None) -> Ints:
-        """int64[M], ascending: the places of the texts to keep for now."""
+        """int64[M], ascending: the positions of the texts to keep for now."""
         is_above_N = value_N > float(self._floor_C.min())
         if self.share_C is None or label_N is None:
             return np.flatnonzero(is_above_N)
-        # Where most are below the lowest floor, only the others' own floors are looked up. While a class has
-        # less than its share, its floor is -inf, and this saves nothing.
+        # Where most are below the lowest floor, class floors are looked up only for the others. While a class
+        # has less than its share, its floor is -inf, and this saves nothing.
         if np.count_nonzero(is_above_N) > value_N.size // 8:
             return np.flatnonzero(value_N > self._floor_C.take(label_N))
         index_M = np.flatnonzero(is_above_N)
@@ -198,7 +200,7 @@ class TopK:
                 best_of_class = of_class[_among_largest(kept.value_M[of_class], share)]
                 is_kept[best_of_class] = True
                 self._floor_C[c] = min(self._floor_C[c], _floor(kept.value_M[best_of_class], share))
-            # A class with a share and without texts so far takes any text.
+            # A class with a share but no texts yet accepts any text.
             is_absent_C = np.bincount(kept.label_M, minlength=self.share_C.size) == 0
             self._floor_C[is_absent_C & (self.share_C > 0)] = NEVER
         self._parts = [kept.take(np.flatnonzero(is_kept))]
@@ -206,10 +208,10 @@ class TopK:
 
 
 def best(value_N: Floats, label_N: Ints, n: int, share_C: Ints | None = None) -> Ints:
-    """int64[M]: the places of the at most ``n`` largest values, largest first.
+    """int64[M]: the positions of the at most ``n`` largest values, largest first.
 
     With shares, which sum to at most ``n``, each class first fills its share; the rest goes to the largest
-    values of any class. Ties go to the lower place.
+    values of any class. Ties go to the lower position.
     """
     allowed_N = np.flatnonzero(value_N > NEVER)
     if share_C is None:
@@ -225,13 +227,13 @@ def best(value_N: Floats, label_N: Ints, n: int, share_C: Ints | None = None) ->
 
 
 def largest(value_N: Floats, n: int) -> Ints:
-    """int64[M]: places of the at most ``n`` largest, largest first, ties by place."""
+    """int64[M]: positions of the at most ``n`` largest, largest first, ties by position."""
     places = _among_largest(value_N, n)
     return places[np.argsort(-value_N[places], kind="stable")]
 
 
 def _among_largest(value_N: Floats, n: int) -> Ints:
-    """int64[M], ascending: places of the at most ``n`` largest, the lower ones where there are ties."""
+    """int64[M], ascending: positions of the at most ``n`` largest, the lower ones where there are ties."""
     if n <= 0:
         return np.empty(0, dtype=np.int64)
     if n >= value_N.size:
@@ -244,8 +246,8 @@ def _among_largest(value_N: Floats, n: int) -> Ints:
 
 
 def _by_class(label_N: Ints, share_C: Ints) -> Iterable[tuple[int, Ints]]:
-    """The classes that have a share and texts, each with the places of its texts, ascending."""
-    # 16 bits, as labels have in the table: those numpy sorts by radix.
+    """The classes that have a share and texts, each with the positions of its texts, ascending."""
+    # 16 bits, like labels in the table: numpy uses radix sort for these.
     order_N = np.argsort(label_N.astype(np.int16, copy=False), kind="stable")
     edges = np.searchsorted(label_N[order_N], np.arange(share_C.size + 1))
     for c in np.flatnonzero((share_C > 0) & (np.diff(edges) > 0)).tolist():
@@ -267,15 +269,15 @@ _MAX_COUNTS = 1 << 24
 
 
 def rank_step(n_classes: int) -> int:
-    """How many grades are merged into one, so that counts by class and grade take 128 MiB at most."""
+    """Number of grades merged into one, so that counts by class and grade take 128 MiB at most."""
     return 1 << max(0, (n_classes * RANK_KEYS - 1).bit_length() - _MAX_COUNTS.bit_length() + 1)
 
 
 def confidence_grade(confidence_N: Floats) -> NDArray[np.int32]:
     """int32[N] in [0, 49,152]: larger means more confident; fine steps where a teacher is nearly certain.
 
-    The upper bits of the doubt, 1 - confidence, as a float32: 2,048 grades from one power of two to the next.
-    So .9999 and .99991 differ as much as .9 and .91 do. A teacher's confidences crowd near 1, where the
+    The upper bits of the doubt, 1 - confidence, as a float32: 2,048 grades between successive powers of two.
+    So .9999 and .99991 differ as much as .9 and .91 do. A teacher's confidences cluster near 1, where the
     upper bits of the confidence itself would not differ.
     """
     doubt_N = np.float32(1) - np.asarray(confidence_N, dtype=np.float32)
@@ -286,10 +288,10 @@ def confidence_grade(confidence_N: Floats) -> NDArray[np.int32]:
 def mean_ranks(count_CK: Ints) -> Floats:
     """float64[C, K] in (0, 1]: the rank of a text within its class, from counts by class and ascending grade.
 
-    Raw confidences of different labels cannot be compared: a label that the teacher over-uses gets the
-    highest. Ranks within the label can. Texts of one grade share the mean of their ranks, so that the ranks
-    of a class have the same mean whatever the ties. With the highest rank instead, a class with one and the
-    same confidence everywhere would rank above all others.
+    Raw confidences of different labels are not comparable: a label that the teacher over-uses gets the
+    highest. Ranks within the label are. Texts of one grade share the mean of their ranks, so that the ranks
+    of a class have the same mean regardless of ties. With the highest rank instead, a class with the same
+    confidence everywhere would rank above all others.
     """
     upto_CK = np.cumsum(count_CK, axis=1)
     return (upto_CK - (count_CK - 1) / 2) / np.maximum(upto_CK[:, -1:], 1)
@@ -300,9 +302,9 @@ def class_thresholds(sum_C: Ints | Floats, count_C: Ints) -> Floats:
 
     Takes the sum of the signal and the number of texts of each pseudo-class. The form is FreeMatch's
     self-adaptive threshold (arXiv 2205.07246, eq. 8): the global value, scaled for each class by that
-    class's value over the largest. Two deviations. Exact means over the texts at hand stand for the
-    exponential moving averages, because between rounds all of them are known. And a class's value is the
-    mean signal of the texts with that pseudo-label, so that the same form serves confidence and
+    class's value over the largest. Two deviations. Exact means over the current texts replace the
+    exponential moving averages, because between rounds all texts are known. And a class's value is the
+    mean signal of the texts with that pseudo-label, so that the same form applies to confidence and
     uncertainty. A class without texts gets the global mean.
     """
     global_mean = sum_C.sum() / max(count_C.sum(), 1)

@@ -1,7 +1,7 @@
 """The selector: one named actor that decides what the teacher reads and what the student learns.
 
-It holds the score table: teachers lease tickets and bring labels, student ranks ask for rows to score and for
-batches, the driver asks for the next selection. Every call is idempotent. State that must survive is written
+It holds the score table: teachers lease tickets and return labels, student ranks request rows to score and
+batches, the driver requests the next selection. Every call is idempotent. State that must survive is written
 to files before it is returned, so a new selector rebuilds itself from the run directory.
 """
 
@@ -44,8 +44,9 @@ from llkd_ray.teacher.budget import Ledger
 from llkd_ray.teacher.labels import TicketLabels, read_all, read_lost_usage
 
 MAX_CONCURRENT_CALLS = 100_000
-"""Waiting calls count, two or more a teacher: at Ray's default of 1,000, the calls that bring the labels they
-wait for could not run."""
+"""Waiting calls count too, two or more per teacher: with Ray's default of 1,000, they would block the calls
+that deliver the labels they wait for.
+"""
 _NO_ROWS: Ints = np.empty(0, dtype=np.int64)
 
 
@@ -60,7 +61,7 @@ class Selector:
         """``session`` is the driver's: actors lost in an earlier session do not count."""
         self.config, self.session = config, session
         self.store = RunStore(store_uri)
-        # Before anything is read, so that an older selector cannot write after that.
+        # Before any file is read, so that an older selector cannot write after that.
         self.fence = Fence.claim(self.store, session)
         self.examples = Examples.open(self.store)
         self.schedule = Schedule.plan(config, self.examples.n_pool, self.examples.n_test)
@@ -97,9 +98,9 @@ class Selector:
         """The ticket, and int64[M]: its rows; none where the run needs no more labels.
 
         Pool tickets wait until their round is at most one ahead of the round in training, so that acquisition
-        can use the newest scores. Where it does use them, they wait until that round is selected, so that
-        the scores are complete. A negative number is a spare ticket: it stands for one that a teacher has
-        returned, when there is one.
+        can use the newest scores. Where it does use them, they wait until that round is selected, so that the
+        scores are complete. A negative number is a spare ticket: it is replaced by a ticket that a teacher
+        has returned, once there is one.
         """
         if ticket < 0:
             await self._until(lambda: self._teaching_is_over() or bool(self.teachers.returned))
@@ -115,12 +116,12 @@ class Selector:
         return ticket, rows
 
     async def reserve(self, ticket: int, attempt: str, teacher: str, usage: dict[str, Any]) -> bool:
-        """Whether a ticket may use so much more of a teacher; waits while others may release some."""
+        """Whether a ticket may use this much more of a teacher; waits while others may release some."""
         claim = self._account(ticket, teacher), attempt, teacher, Usage(**usage)
         async with self.changed:
             while (verdict := self.ledger.reserve(*claim)) == "wait":
                 await self.changed.wait()
-            self.changed.notify_all()  # a refusal may be what others wait for
+            self.changed.notify_all()  # a denial may unblock others
         return verdict == "granted"
 
     async def put_labels(self, ticket: int, labels: TicketLabels) -> int:
@@ -137,16 +138,16 @@ class Selector:
         await self._notify()
 
     async def give_back(self, ticket: int, teacher: str, actor: str, reason: str, call: str) -> None:
-        """A teacher's actor gives up; another takes its ticket. ``call`` is unique to the call."""
+        """A teacher's actor has given up; another takes its ticket. ``call`` is unique to the call."""
         said = dict[str, Any](ticket=ticket, teacher=teacher, actor=actor, reason=reason, call=call)
-        with suppress(OSError):  # where the disk is full, which is the reason; the file is for a restart only
+        with suppress(OSError):  # the disk may be full; only a restart needs the file
             self.store.write_json(f"{LOST_DIR}/{actor}-{call}.json", said | {"session": self.session})
         self.teachers.lost(**said)
         self.ledger.abandon(self._account(ticket, teacher))
         await self._notify()
 
     async def wait_taught(self) -> None:
-        """Return when the teachers have nothing left to do."""
+        """Return when the teachers have no work left."""
         await self._until(self._teaching_is_over)
 
     # --- called by the student -----------------------------------------------------------------------
@@ -170,9 +171,8 @@ class Selector:
     async def rows_to_score(self, round_number: int) -> tuple[Ints, Ints]:
         """int64[M], int16[M]: rows that the student scores before the round's selection, and their labels.
 
-        Waits for the labels; one is negative where the row has none.
-
-        None where no policy uses the student, before the first round, or where the round is selected.
+        Waits for the labels; a label is negative where the row has none.
+        Empty where no policy uses the student, before the first round, or once the round is selected.
         """
         await self.wait_labels(round_number)
         done = self.state.finished or round_number in self.state.selected
@@ -215,7 +215,7 @@ class Selector:
 
     async def target_prior(self, round_number: int) -> Floats | None:
         """float[C]: the class prior of a selected round; see :func:`policies.target_prior`."""
-        prior = self.state.selected[round_number].get("prior")  # none in a run begun by an older version
+        prior = self.state.selected[round_number].get("prior")  # missing in a run started by an older version
         return None if prior is None else np.array(prior)
 
     async def assert_owner(self) -> None:
@@ -290,7 +290,7 @@ class Selector:
         return self.state.trained[round_number]
 
     async def finish(self) -> None:
-        """No round comes after this: waiting leases return no rows, and the ranks end."""
+        """No more rounds: waiting leases return no rows, and the ranks end."""
         self.state.finished = True
         await self._notify()
 
@@ -361,7 +361,7 @@ class Selector:
         await self._notify()
 
     async def _write_snapshot(self) -> None:
-        """Other calls are served meanwhile; a restart repeats their updates from the files."""
+        """Other calls are processed meanwhile; after a restart, their updates are repeated from the files."""
         tickets = np.array(sorted(self.ingest.done), dtype=np.int64)
         rounds, usage, unasked = len(self.state.trained), dict(self.ingest.usage), self.ingest.unasked
         columns: dict[str, NDArray[Any]] = {}
@@ -404,7 +404,7 @@ class Selector:
             for ticket in self.schedule.review_tickets[k - 1 : k] if k else ():
                 if ticket in reviews:
                     self.ingest.take(ticket, reviews.pop(ticket))
-            # In their round, too, for the same reason.
+            # In their round, for the same reason.
             apply_human_labels(AuditAnswers.of_round(self.store, k), self.table)
             self.state.restore(k, in_table=snapshot is not None and k < snapshot.rounds)
         for ticket, labels in reviews.items():
@@ -417,12 +417,12 @@ class Selector:
         self.put_aside.append(line)
 
     def _note_unused(self, ticket: int, line: str) -> None:
-        """A file of a small teacher: its ticket is done without it."""
+        """Note a damaged file of a small teacher: its ticket is done without it."""
         self.put_aside.append(line)
 
 
 def start_selector(config: Config, store_uri: str, session: str) -> Any:
-    """Start the actor and return its handle. Ray restarts it, on another node if need be, and repeats calls.
+    """Start the actor and return its handle. Ray restarts it, on another node if needed, and retries calls.
 
     It starts on the driver's node, which a run needs anyway, rather than on one that may be pre-empted.
     """

@@ -1,11 +1,12 @@
 """The score table: the state of every text, one dense numpy column for each signal.
 
-Columns are indexed by row number, so an update is one fancy assignment. All updates are idempotent: the first
-label of a row stays. A row takes 20 bytes, and queries go through the columns in chunks, so that 100 million
-rows fit one process. A call never names a row twice. No Ray here.
+Columns are indexed by row number, so an update is one indexed assignment. All updates are idempotent: the
+first label of a row stays. A row takes 20 bytes, and queries process the columns in chunks, so that
+100 million rows fit in one process. A call never names a row twice. This module does not use Ray.
 
-The sum of floats depends on their order in the last bits, and so on the chunks; that of whole numbers does
-not. Shapes in names: N texts, C classes.
+Sums of floats depend on the order of addition, and so on the chunks; sums of integers do not.
+
+Shapes in names: N texts, C classes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Part = slice
 
 @dataclass(frozen=True)
 class Candidates:
-    """Labelled texts that the student has not trained on, one entry a text."""
+    """Labelled texts that the student has not trained on, one entry per text."""
 
     row_N: Ints
     label_N: Ints
@@ -38,7 +39,7 @@ class Candidates:
     uncertainty_N: Floats
     """The student's entropy, in [0, 1]; nan where it has not scored the text."""
     margin_N: Floats
-    """The student's best probability less its second, in [0, 1]; nan where it has not scored the text."""
+    """The student's best probability minus its second, in [0, 1]; nan where it has not scored the text."""
     support_N: Floats
     """The student's probability of ``label_N``; nan where it has not scored the text."""
     n_classes: int
@@ -47,7 +48,7 @@ class Candidates:
         return int(self.row_N.size)
 
     def take(self, index_M: Ints | slice) -> Candidates:
-        """The candidates at these places, in this order."""
+        """The candidates at these positions, in this order."""
         return Candidates(
             self.row_N[index_M],
             self.label_N[index_M],
@@ -67,19 +68,19 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Unread:
-    """Pool texts that no ticket has, one entry a text, by row."""
+    """Pool texts without a ticket, one entry per text, by row."""
 
     row_N: Ints
     uncertainty_N: Floats
     """The student's entropy, in [0, 1]; nan where it has not scored the text."""
     margin_N: Floats
-    """The student's best probability less its second, in [0, 1]; nan where it has not scored the text."""
+    """The student's best probability minus its second, in [0, 1]; nan where it has not scored the text."""
 
     def __len__(self) -> int:
         return int(self.row_N.size)
 
     def take(self, index_M: Ints | slice) -> Unread:
-        """The texts at these places, in this order."""
+        """The texts at these positions, in this order."""
         return Unread(self.row_N[index_M], self.uncertainty_N[index_M], self.margin_N[index_M])
 
 
@@ -94,9 +95,9 @@ class ScoreTable:
         n_rows = n_pool + n_test
         self.n_pool = n_pool
         self.label = np.full(n_rows, NONE, dtype=np.int16)
-        # The sign says who gave the label: negative for any but the first teacher of a cascade.
+        # The sign encodes the label's teacher: negative for all but the first teacher of a cascade.
         self.confidence = np.full(n_rows, np.nan, dtype=np.float32)
-        self.uncertainty = np.full(n_rows, UNKNOWN, dtype=np.uint16)  # see fixed_point.to_16_bits
+        self.uncertainty = np.full(n_rows, UNKNOWN, dtype=np.uint16)  # see to_16_bits
         self.margin = np.full(n_rows, np.nan, dtype=np.float16)
         self.support = np.full(n_rows, np.nan, dtype=np.float16)
         self.refreshed = np.full(n_rows, NONE, dtype=np.int16)
@@ -109,23 +110,23 @@ class ScoreTable:
 
     @property
     def nbytes(self) -> int:
-        """Of the columns: 20 a row."""
+        """Size of the columns: 20 bytes per row."""
         return sum(getattr(self, name).nbytes for name in COLUMNS)
 
     # --- updates -------------------------------------------------------------------------------------
 
     def hold_out(self, row_M: Ints) -> None:
-        """Exclude these rows, none of which is trained on, from training for good."""
+        """Permanently exclude these rows, none of which is trained on, from training."""
         self.trained[row_M] = HELD_OUT
 
     def lease(self, ticket: int, row_M: Ints) -> None:
-        """Assign these rows to a ticket; they are not unread any more."""
+        """Assign these rows to a ticket; they are no longer unread."""
         self.ticket[row_M] = ticket
 
     def put_labels(self, row_M: Ints, label_M: Ints, confidence_M: Floats, member_M: Ints) -> int:
         """Store a teacher's labels and return how many rows are new. The first label of a row stays.
 
-        ``member_M`` is the teacher's place in the cascade, 0 for the first.
+        ``member_M`` is the teacher's index in the cascade, 0 for the first.
         """
         new = self.label[row_M] == NONE
         fresh = row_M[new]
@@ -136,7 +137,7 @@ class ScoreTable:
         return int(fresh.size)
 
     def relabel(self, row_M: Ints, label_M: Ints, confidence_M: Floats, member_M: Ints) -> int:
-        """Replace labels by those of a better teacher; returns 0, for no row is new.
+        """Replace labels by those of a better teacher; returns 0, because no row is new.
 
         The support of the old label is dropped: the student has to score the row again.
         """
@@ -151,7 +152,7 @@ class ScoreTable:
     def refresh(self, round_number: int, row_M: Ints, scores: StudentScores) -> None:
         """Store the student's scores before ``round_number``; those of an older round change nothing.
 
-        Where a row has another label by now, its support is unknown.
+        Where a row's label has changed since, its support is unknown.
         """
         newer = self.refreshed[row_M] <= round_number
         row_M, scores = row_M[newer], scores.take(newer)
@@ -177,8 +178,9 @@ class ScoreTable:
     def contradicted(self, lead: float, limit: int) -> Ints:
         """int64[M], ascending: untrained pool rows whose label by the first teacher a student contradicts.
 
-        The margin of its best label is above ``lead``, which is 0.5 at least, and that label is another one:
-        a label with less support than that cannot be the best. At most ``limit`` rows, of largest margin.
+        The margin of its best label is above ``lead``, which is at least 0.5, and that label differs from the
+        teacher's: a label with less support than that cannot be the best. At most ``limit`` rows, those with
+        the largest margins.
         """
 
         def is_contradicted(part: Part) -> Mask:
@@ -196,11 +198,11 @@ class ScoreTable:
         return row_M, StudentScores(self.label[row_M], uncertainty_M, self.margin[row_M], self.support[row_M])
 
     def unread(self) -> Unread:
-        """Pool texts without a ticket, by row. All at once: for many, see :meth:`unread_chunks`."""
+        """Pool texts without a ticket, by row. All at once: for large pools, use :meth:`unread_chunks`."""
         return self._unread(self._rows(self._is_unread, self.n_pool))
 
     def unread_chunks(self) -> Chunked[Unread]:
-        """As :meth:`unread`, a chunk at a time; each holds until the table changes."""
+        """As :meth:`unread`, a chunk at a time; each is valid until the table changes."""
         return Chunked(lambda: map(self._unread, self._chunks(self._is_unread, self.n_pool)))
 
     def untrained(self) -> Ints:
@@ -210,13 +212,13 @@ class ScoreTable:
     def candidates(self, tickets_below: int) -> Candidates:
         """Labelled, untrained pool rows of the tickets below a number, ascending.
 
-        The bound makes a round depend on the tickets it waited for, and not on others that happen to be
-        finished. All at once: for many, see :meth:`candidate_chunks`.
+        The bound makes a round depend only on the tickets it waited for, not on others that happen to be
+        finished. All at once: for large pools, use :meth:`candidate_chunks`.
         """
         return self._candidates(self._rows(self._may_be_chosen(tickets_below), self.n_pool))
 
     def candidate_chunks(self, tickets_below: int) -> Chunked[Candidates]:
-        """As :meth:`candidates`, a chunk at a time; each holds until the table changes."""
+        """As :meth:`candidates`, a chunk at a time; each is valid until the table changes."""
         may_be_chosen = self._may_be_chosen(tickets_below)
         return Chunked(lambda: map(self._candidates, self._chunks(may_be_chosen, self.n_pool)))
 
@@ -252,10 +254,10 @@ class ScoreTable:
     # --- snapshots -----------------------------------------------------------------------------------------
 
     def copy_into(self, columns: dict[str, NDArray[Any]]) -> Iterator[None]:
-        """Copy the columns in steps of a million rows, so that other calls are served in between.
+        """Copy the columns in steps of a million rows, so that other calls are processed in between.
 
-        Every row is consistent, but rows are of different moments: updates made from the first step on have
-        to be repeated on top of the snapshot. They are idempotent, so repeating too many does no harm.
+        Every row is consistent, but rows are from different moments: updates made from the first step on
+        have to be repeated on top of the snapshot. They are idempotent, so extra repetitions do no harm.
         """
         columns.update({name: np.empty_like(getattr(self, name)) for name in COLUMNS})
         for start in range(0, len(self), _ROWS_A_STEP):
@@ -284,7 +286,7 @@ class ScoreTable:
     # --- inside --------------------------------------------------------------------------------------------
 
     def _count(self) -> None:
-        """Compute from the columns the counts that updates maintain."""
+        """Recompute the counts that updates maintain from the columns."""
         self._n_labelled = self._n_trained = 0
         self._trained_C = np.zeros(self.n_classes, dtype=np.int64)
         for part in slices(len(self)):
@@ -295,7 +297,7 @@ class ScoreTable:
             self._trained_C += self._by_class(label[is_trained])
 
     def _by_class(self, label_M: Ints) -> Ints:
-        """int64[C]: how many labels of each class these are; NONE is of no class."""
+        """int64[C]: the number of these labels per class; NONE belongs to no class."""
         return np.bincount(label_M[label_M != NONE], minlength=self.n_classes)
 
     def _is_open(self, part: Part) -> Mask:
@@ -359,7 +361,7 @@ With four times as many, counting grades took three times as long a row."""
 
 
 def slices(n: int) -> Iterator[slice]:
-    """``range(n)`` in chunks; one that is empty where there is nothing."""
+    """``range(n)`` in chunks; one empty chunk if ``n`` is 0."""
     for start in range(0, max(n, 1), CHUNK):
         yield slice(start, min(start + CHUNK, n))
 
@@ -389,9 +391,9 @@ class Chunked(Generic[T]):
 UNIT = 2.0**-32
 """Unit of sums. Any float32 from 2**-9 on is a multiple of it; int64 holds a sum of two billion ones."""
 UNKNOWN = np.uint16(65535)
-"""Stands for nan in 16 bits."""
+"""Represents nan in 16 bits."""
 _STEPS = 65534
-# A look-up table: as fast as the division, and nan needs no second pass.
+# A look-up table is as fast as the division, and nan needs no second pass.
 _SHARE_OF_CODE = np.append(np.arange(65535) / _STEPS, np.nan).astype(np.float32)
 
 
@@ -402,15 +404,15 @@ def to_16_bits(share_N: Floats) -> NDArray[np.uint16]:
 
 
 def from_16_bits(code_N: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """float32[N]: what :func:`to_16_bits` was given, to half a step; it gives the same code again."""
+    """float32[N]: the input of :func:`to_16_bits`, to half a step; converting it back gives the same code."""
     return _SHARE_OF_CODE.take(code_N)
 
 
 def class_sums(signal_N: Floats, label_N: Ints, n_classes: int) -> NDArray[np.int64]:
-    """int64[C]: the sum of a signal in [0, 1] over each label's texts, in :data:`UNIT`."""
+    """int64[C]: the sum of a signal in [0, 1] over each label's texts, in units of :data:`UNIT`."""
     sum_C = np.zeros(n_classes, dtype=np.int64)
     for part in slices(label_N.size):
-        # bincount adds up in float64, which is exact up to 2**53: a chunk comes to 2**48.
+        # bincount adds in float64, which is exact up to 2**53: a chunk's sum is at most 2**48.
         units_N = np.rint(signal_N[part] * np.float64(1 / UNIT))
         sum_C += np.bincount(label_N[part], weights=units_N, minlength=n_classes).astype(np.int64)
     return sum_C

@@ -1,4 +1,4 @@
-"""Tickets: the rows of each, the labels that come back, and the teachers at work on them.
+"""Tickets: the rows of each, the returned labels, and the teachers working on them.
 
 A choice of rows is written to a file before it is used, so that a restarted selector leases the same rows.
 No row counts as labelled before the calibrator is fitted, so that a label never changes after it was used.
@@ -58,7 +58,7 @@ class Leases:
             if ticket in self.schedule.review_tickets:
                 self._plan_review(ticket)
             else:
-                # In order, so that a round's rows do not depend on which ticket is leased first.
+                # In order, so that a round's rows do not depend on the order of leases.
                 for k in range(self._planned, self.schedule.round_of(ticket) + 1):
                     self._plan_round(k)
                     self._planned = k + 1
@@ -135,7 +135,7 @@ _HOLDOUT_SEED = 1
 
 
 class LabelIngest:
-    """Takes labels in: calibrates them, stores them in the score table and sums up usage."""
+    """Ingests labels: calibrates them, stores them in the score table and adds up usage."""
 
     def __init__(
         self, config: Config, store: RunStore, examples: Examples, schedule: Schedule, table: ScoreTable
@@ -173,7 +173,7 @@ class LabelIngest:
         return sum(self._note(*one) for one in sorted(waiting.items()))
 
     def restore(self, tickets: Iterable[int], usage: Mapping[str, Usage], unasked: int) -> None:
-        """Mark tickets as done that are in the table already, with their usage."""
+        """Mark tickets as done that are already in the table, with their usage."""
         self.done.update(tickets)
         self.usage = add_usages(self.usage, usage)
         self.unasked += unasked
@@ -205,8 +205,8 @@ class LabelIngest:
 def draw_holdout(config: Config, examples: Examples, schedule: Schedule) -> np.ndarray:
     """int64[holdout], ascending: pool rows that the teacher labels and the student never trains on.
 
-    Drawn at random by the run's seed; where a temperature is fitted on them, first from the texts with known
-    gold. Raises :class:`ConfigError` where those are too few.
+    Drawn at random by the run's seed; where a temperature is fitted on them, first from the texts with gold
+    labels. Raises :class:`ConfigError` where there are too few of those.
     """
     rng, n = np.random.default_rng([config.run.seed, _HOLDOUT_SEED]), schedule.holdout
     if config.teacher.confidence.method != "temperature":
@@ -225,7 +225,7 @@ def draw_holdout(config: Config, examples: Examples, schedule: Schedule) -> np.n
 
 
 class TeacherWatch:
-    """Tickets at the teachers, tickets returned undone, and the actors that gave up."""
+    """Tickets in progress at the teachers, tickets returned unfinished, and the actors that gave up."""
 
     def __init__(self, config: Config) -> None:
         self.members = dict(config.teacher.members())
@@ -246,16 +246,16 @@ class TeacherWatch:
         self._under_way.discard(ticket)
 
     def lost(self, ticket: int, teacher: str, actor: str, reason: str, call: str) -> None:
-        """An actor that has given up returns its ticket; the same ``call`` again changes nothing.
+        """An actor that has given up returns its ticket; a repeat of the same ``call`` changes nothing.
 
         Another call of the same actor with the same ticket counts: the actor works on several tickets at a
-        time, and one of its slots may have been given the ticket that another returned.
+        time, and one of its slots may have received the ticket that another returned.
         """
         self._note_progress()
         self._lost[teacher][actor] = reason
         if ticket in self._under_way and call not in self._calls:
             self._under_way.discard(ticket)
-            if ticket not in self.returned:  # a restarted selector replays all calls at once
+            if ticket not in self.returned:  # a restarted selector replays all calls
                 self.returned.append(ticket)
         self._calls.add(call)
 

@@ -1,1 +1,1 @@
-"""The student: model, training, inference; `ray_train` is the glue to Ray Train."""
+"""The student: model, training, inference; `ray_train` integrates it with Ray Train."""

@@ -1,4 +1,4 @@
-"""The student's probabilities of texts, in training and from a checkpoint."""
+"""The student's class probabilities for texts, during training and from a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llkd_ray.storage.checkpoints import Checkpoint, _unloadable, load_tokenizer
 from llkd_ray.student.model import Inputs, Student, Tokens, as_student, lengths
 
 CHUNK = 2048
-"""Texts tokenized and sorted by length at a time, while those before them are scored."""
+"""Texts tokenized and sorted by length at a time, while the previous ones are scored."""
 AHEAD = 64
 """Batches prepared before the model needs them."""
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536}
@@ -27,7 +27,7 @@ T = TypeVar("T")
 def load(checkpoint: Checkpoint, dtype: str, device: torch.device) -> Student:
     """The classifier on its device; ``dtype`` is as in ``student.precision``.
 
-    Raises :class:`ConfigError` where weights are missing: transformers would make them up.
+    Raises :class:`ConfigError` where weights are missing: transformers would initialise them at random.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -54,7 +54,7 @@ def score(
     batch_tokens: int | None,
     temperature: float | None = None,
 ) -> np.ndarray:
-    """float32[N, C]: a checkpoint's probabilities, in the order of the texts, at a ``temperature`` if given.
+    """float32[N, C]: a checkpoint's probabilities, in the order of the texts, at ``temperature`` if given.
 
     A batch has at most ``batch_tokens`` tokens, padding included; default: ``BATCH_TOKENS`` of the device.
     """
@@ -65,10 +65,10 @@ def score(
 
 
 def predict(student: Student, texts: Sequence[str], config: StudentConfig) -> np.ndarray:
-    """float64[N, C]: the probabilities of a student in training, in the order of the texts.
+    """float64[N, C]: probabilities of a student in training, in the order of the texts.
 
-    A batch has ``score_batch_size`` texts; on a GPU, short texts fill it up to the tokens of that many texts
-    of ``max_tokens``.
+    A batch has ``score_batch_size`` texts; on a GPU, a batch of short texts is larger, up to the tokens of
+    ``score_batch_size`` texts of ``max_tokens``.
     """
     size = config.score_batch_size
     if student.device.type == "cuda":
@@ -99,7 +99,7 @@ def probabilities(
         for index_B, inputs in prefetched(batches, AHEAD):
             indices.append(index_B)
             answers.append(torch.softmax(unwrapped.forward(inputs).double(), dim=1))
-        if answers:  # copied from the device once: each copy waits for the work queued before it
+        if answers:  # one copy from the device: each copy waits for the work queued before it
             p_NC[np.concatenate(indices)] = torch.cat(answers).cpu().numpy()
     return p_NC
 
@@ -117,7 +117,7 @@ def _batches(
 def by_length(tokens_N: Sequence[Tokens], size: int, budget: int | None = None) -> Iterator[np.ndarray]:
     """int64[B]: positions of texts of similar length, to save padding; the longest first, to fail early.
 
-    ``size`` texts in a batch, or more, as long as they have at most ``budget`` tokens, padding included.
+    A batch has ``size`` texts, or more, as long as they have at most ``budget`` tokens, padding included.
     """
     length_N = lengths(tokens_N)
     order = np.argsort(length_N, kind="stable")[::-1]

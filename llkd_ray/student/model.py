@@ -1,4 +1,4 @@
-"""The student: a small pre-trained classifier, its training on one round and its scoring. Plain torch.
+"""The student: a small pre-trained classifier, its tokenizer and its forward pass. Plain torch.
 
 Shapes in names: N texts, B texts of a step on one rank, C classes.
 """
@@ -36,25 +36,26 @@ class Student:
 
     @property
     def module(self) -> Any:
-        """The Hugging Face model, out of the DDP wrapper if it is in one."""
+        """The Hugging Face model, without a DDP wrapper."""
         return getattr(self.model, "module", self.model)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
 
     def tensor(self, values: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The values, on the device."""
+        """The values as a tensor on the device."""
         return torch.as_tensor(values, dtype=dtype, device=self.device)
 
     def encode(self, texts: Sequence[str], max_tokens: int) -> list[Tokens]:
-        """Each text as the model reads it, cut at ``max_tokens``, without padding."""
+        """Each text's tokens, truncated to ``max_tokens``, without padding."""
         return encode(self.tokenizer, texts, max_tokens)
 
     def pad(self, tokens_B: Sequence[Tokens]) -> Inputs:
-        """What ``tokenizer.pad`` gives, in a ninth of its time, which held a GPU up; still on the CPU.
+        """The same result as ``tokenizer.pad``, which is nine times slower and would stall a GPU; on the CPU.
 
-        For a GPU, memory is pinned, so that the copy to it waits for nothing, and a mask that hides nothing
-        is left out: the model would ask the GPU whether it does, and wait for all that goes before.
+        For a GPU, memory is pinned, so that the copy does not block, and a mask without padding is left out:
+        otherwise the model checks on the GPU whether the mask hides anything, which waits for all queued
+        work.
         """
         width = int(lengths(tokens_B).max())
         fills = {
@@ -82,19 +83,19 @@ class Student:
         return self.forward(self.pad(tokens_B))
 
     def forward(self, inputs: Inputs) -> torch.Tensor:
-        """float32[B, C] on the device, of what :meth:`pad` gave."""
+        """float32[B, C] on the device, from the result of :meth:`pad`."""
         there = {column: value_BL.to(self.device, non_blocking=True) for column, value_BL in inputs.items()}
         with self.precision():
             return self.model(**there).logits.float()
 
 
 def lengths(tokens_N: Sequence[Tokens]) -> np.ndarray:
-    """int64[N]: tokens of each text. A text's characters say little of them where it has rare words."""
+    """int64[N]: tokens of each text. Character counts are a poor estimate for texts with rare words."""
     return np.array([len(tokens["input_ids"]) for tokens in tokens_N], dtype=np.int64)
 
 
 def resolve_model(name: str) -> str:
-    """The checkpoint that a student's name stands for; 'minilm' is the packaged all-MiniLM-L6-v2."""
+    """The checkpoint for a student's name; 'minilm' is the packaged all-MiniLM-L6-v2."""
     if name != "minilm":
         return name
     from importlib.util import find_spec
@@ -109,7 +110,7 @@ def resolve_model(name: str) -> str:
 
 
 def check_student(config: StudentConfig) -> None:
-    """Refuse, without loading weights, a checkpoint that cannot be a classifier."""
+    """Reject, without loading weights, a checkpoint that cannot be a classifier; raises ConfigError."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoTokenizer
 
     checkpoint = resolve_model(config.model)
@@ -123,7 +124,7 @@ def check_student(config: StudentConfig) -> None:
             "config.json, weights and tokenizer files, or a hub name"
         ) from None
     if len(tokenizer) < len(tokenizer.all_special_ids) + 10:
-        # For some types, transformers makes an empty tokenizer where there are no files for it.
+        # For some model types, transformers creates an empty tokenizer if its files are missing.
         raise ConfigError(
             f"student.model: {config.model!r} has no tokenizer files (its tokenizer knows {len(tokenizer)} "
             "tokens); save the tokenizer beside the weights"
@@ -141,7 +142,7 @@ def check_student(config: StudentConfig) -> None:
 
 
 def build_student(config: StudentConfig, labels: LabelsConfig, seed: int, device: torch.device) -> Student:
-    """The pre-trained checkpoint with a fresh classification head for the labels."""
+    """The pre-trained checkpoint with a new classification head for the labels."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     checkpoint = resolve_model(config.model)
@@ -159,10 +160,10 @@ def build_student(config: StudentConfig, labels: LabelsConfig, seed: int, device
 
 def as_student(model: Any, tokenizer: Any, precision: str, device: torch.device) -> Student:
     """A loaded Hugging Face classifier, on its device; ``precision`` is as in ``student.precision``."""
-    # Else it advises against tokenizing once and padding later, which is what saves a round's time here.
+    # Suppresses a warning against tokenizing once and padding later, which saves time in a round.
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
     if model.config.pad_token_id is None:
-        # Decoder checkpoints often have none, and cannot batch without one.
+        # Decoder checkpoints often have none, and batches need one.
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
     return Student(model.to(device), tokenizer, device, _use_autocast(precision, device))
@@ -179,9 +180,9 @@ def _use_autocast(precision: str, device: torch.device) -> bool:
 
 
 def _all_ranks(says_so: bool) -> bool:
-    """Whether all ranks say so; without ranks, whether this process does. All of them must ask.
+    """Whether it is true on all ranks; without ranks, on this process. All ranks must call this.
 
-    On busy cores, measurements come out differently, and a step lasts as long as the slowest rank's.
+    On busy cores, ranks may measure different results, and a step takes as long as the slowest rank.
     """
     if not dist.is_initialized():
         return says_so
@@ -190,11 +191,11 @@ def _all_ranks(says_so: bool) -> bool:
     return bool(answer)
 
 
-@functools.cache  # one answer a process: every round builds a student, and all rounds shall be alike
+@functools.cache  # one result per process, so that the students of all rounds use the same precision
 def bfloat16_pays(device: torch.device) -> bool:
-    """Whether a matrix product of a small encoder's size is faster in bf16 than in float32, by measuring it.
+    """Measure whether a matrix product of a small encoder's size is faster in bf16 than in float32.
 
-    What a processor says of itself does not tell: with the same AVX512-BF16 instructions and no AMX, one
+    The processor's features do not predict it: with the same AVX512-BF16 instructions and no AMX, one
     machine had twice float32's speed and another two thirds of it. Takes about a tenth of a second.
     """
     shortest = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
@@ -208,16 +209,17 @@ def bfloat16_pays(device: torch.device) -> bool:
 
 
 Tokens = dict[str, list[int]]
-"""One text as the tokenizer gives it: ``input_ids`` and what else the model takes."""
+"""The tokenizer's output for one text: ``input_ids`` and the model's other inputs."""
 CHARS_A_TOKEN = 8
-"""Of a long text, so many characters are looked at first for each token that is wanted: nearly twice as many
-as one has in English."""
+"""Characters of a long text that are tokenized first, per requested token: nearly twice the average of
+English.
+"""
 
 
 def encode(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[Tokens]:
-    """Each text as the model reads it, cut at ``max_tokens``, without padding.
+    """Each text's tokens, truncated to ``max_tokens``, without padding.
 
-    The same as the tokenizer's own truncation, which goes through the whole of a text first.
+    Same result as the tokenizer's own truncation, which processes the whole text first.
     """
     if not _keeps_words_apart(tokenizer):
         return _encode(tokenizer, texts, max_tokens)
@@ -241,16 +243,16 @@ def _encode(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[Token
 
 
 def _head(text: str, n_chars: int) -> str:
-    """Whole words of at most so many characters, or all of the text where none ends by then."""
+    """Whole words of at most ``n_chars`` characters in total; the whole text if no word ends by then."""
     if len(text) <= n_chars:
         return text
-    # Not at every kind of blank: some tokenizers drop the rare ones and join what is around them.
+    # Not at every kind of white space: some tokenizers drop the rare ones and join the words around them.
     end = max(text.rfind(" ", 0, n_chars), text.rfind("\n", 0, n_chars))
     return text[:end].rstrip(" \n") or text
 
 
 def _keeps_words_apart(tokenizer: Any) -> bool:
-    """Whether the start of a text has the same tokens whatever words come after it."""
+    """Whether the tokens at the start of a text do not depend on the words after it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.pre_tokenizer is None or tokenizer.truncation_side != "right":
         return False

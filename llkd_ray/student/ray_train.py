@@ -1,7 +1,7 @@
-"""Ray Train glue: one DDP run that lives as long as the distillation, a round at a time.
+"""Integration with Ray Train: one DDP run that lasts for the whole distillation, round by round.
 
-All ranks run :func:`train_loop`. They ask the selector for what to score and what to train on, so a run
-that is restarted, with as many ranks or with fewer, goes on where its files say.
+All ranks run :func:`train_loop`. They get the rows to score and the batches to train on from the selector,
+so a run that is restarted, with the same number of ranks or a different one, resumes from its files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from llkd_ray.student.train import Batch, train_round
 
 TRAIN_RUN = "student"
 ROUND_PREFIX = "round-"
-"""Begins the name of a checkpoint's folder."""
+"""Prefix of the name of a checkpoint's folder."""
 SCORE_CHUNK = 16_384
 """Rows that a rank reads, scores and reports at a time."""
 
@@ -46,11 +46,11 @@ def start_training(config: Config, store: RunStore, selector: Any) -> Background
 
 
 def _keep_training(config: Config, store: RunStore, selector: Any) -> None:
-    """Train until the rounds are over; where a run of Ray Train is lost, start another.
+    """Train until the rounds are over; if a Ray Train run fails, start another.
 
-    ``student.max_failures`` counts losses without a round finished in between. Ray Train counts them from the
-    run's begin: over days on nodes that come and go, any number would be too small. What breaks the same
-    round again and again still ends the training.
+    ``student.max_failures`` counts failures without a finished round in between. Ray Train counts them from
+    the start of the run: over days on pre-emptible nodes, any limit would be too small. A failure that
+    repeats in the same round still ends the training.
     """
     if _starts_after_labels(config):
         ray.get(selector.wait_first_labels.remote())
@@ -63,7 +63,7 @@ def _keep_training(config: Config, store: RunStore, selector: Any) -> None:
         except (TrainingFailedError, RayActorError) as error:
             has_moved = ray.get(selector.next_round.remote()) > began_at
             losses = 0 if has_moved else losses + 1
-            # Of ranks, Ray Train has tried as often as it may; of its own actor's death it knows nothing.
+            # Ray Train has already retried failed ranks, but not the death of its own controller.
             as_often = 0 if isinstance(error, TrainingFailedError) else config.student.max_failures
             if losses > as_often or not config.student.max_failures:
                 raise
@@ -72,16 +72,16 @@ def _keep_training(config: Config, store: RunStore, selector: Any) -> None:
 
 
 def _starts_after_labels(config: Config) -> bool:
-    """Whether ranks wait for the first labels, as an engine on CPUs starts sooner with nothing beside it.
+    """Whether ranks wait for the first labels, as an engine on CPUs starts faster on an idle machine.
 
-    Not where a pool of teachers may grow: it could take the room that the ranks were promised.
+    Not where a pool of teachers may grow: it could take the resources reserved for the ranks.
     """
     teachers = [teacher for _, teacher in config.teacher.members()]
     return all(one.kind == "vllm" and not one.gpus and one.min_actors == one.max_actors for one in teachers)
 
 
 def _resources(config: Config) -> dict[str, float]:
-    """What a rank books."""
+    """Resources reserved by a rank."""
     return {name: amount for name, amount in of_a_rank(config.student).items() if amount}
 
 
@@ -106,7 +106,7 @@ def _build_trainer(config: Config, store: RunStore, selector: Any) -> TorchTrain
 
 
 def train_loop(settings: dict[str, Any]) -> None:
-    """What every rank does, round after round."""
+    """The loop of every rank, round by round."""
     rank = StudentWorker(**settings)
     for k in range(rank.ask("next_round"), rank.config.budget.rounds):
         rank.score(k)
@@ -119,7 +119,7 @@ def train_loop(settings: dict[str, Any]) -> None:
 
 
 class StudentWorker:
-    """One rank of the student: its model, its share of the texts and its line to the selector."""
+    """One rank of the student: its model, its share of the texts and its connection to the selector."""
 
     def __init__(self, config: Config, store_uri: str, selector: Any) -> None:
         context = ray.train.get_context()
@@ -129,7 +129,7 @@ class StudentWorker:
         self.examples = Examples.open(self.store)
         torch.set_num_threads(config.student.threads or max(1, (os.cpu_count() or 1) // self.world))
         self.batches: dict[str, pa.Table] = {}
-        """What the last round was trained on, by its files."""
+        """What the last round was trained on, by file."""
         self.facts: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.student = self._build()
@@ -137,11 +137,11 @@ class StudentWorker:
         self._restore()
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """Call the selector and wait for its answer."""
+        """Call the selector and wait for its reply."""
         return ray.get(getattr(self.selector, method).remote(*arguments))
 
     def score(self, k: int) -> None:
-        """Refresh the student's opinion of what round ``k`` may choose from."""
+        """Update the student's scores of the texts that round ``k`` may choose from."""
         rows, labels = self.ask("rows_to_score", k)
         began = time.monotonic()
         if rows.size:
@@ -157,18 +157,18 @@ class StudentWorker:
         self.seconds = {"refresh": time.monotonic() - began}
 
     def train(self, k: int, files: list[str]) -> None:
-        """Train on the batches that the config asks for; an empty new batch leaves the student alone."""
+        """Train on the batches that the config selects; an empty new batch leaves the student unchanged."""
         began = time.monotonic()
         config = self.config.student
         wanted = files if config.replay == "all" else files[-1:]
-        # Those of earlier rounds are at hand: a batch never changes.
+        # Batches of earlier rounds are reused from memory: a batch never changes.
         self.batches = {
             file: self.batches[file] if file in self.batches else self.store.read_table(file)
             for file in wanted
         }
         if len(self.batches[files[-1]]):
             data = pa.concat_tables(self.batches.values())
-            # Of texts that earlier rounds trained on people may have said since what they are.
+            # Texts from earlier rounds may have got human labels since.
             data = AuditAnswers.of_round(self.store, k).correct(data, len(self.config.labels.names))
             if config.start == "fresh":
                 self.student.module.load_state_dict(self.first_weights)
@@ -191,7 +191,7 @@ class StudentWorker:
         self.seconds["train"] = time.monotonic() - began
 
     def evaluate(self, k: int) -> None:
-        """Write the student's answers on test set and hold-out, each rank its share."""
+        """Write the student's predictions on test set and hold-out, each rank its share."""
         began = time.monotonic()
         holdout = self.ask("holdout_rows")
         mine = np.concatenate([self.examples.test_rows, holdout])[self.rank :: self.world]
@@ -203,20 +203,20 @@ class StudentWorker:
         self.seconds["evaluate"] = time.monotonic() - began
 
     def report(self, k: int) -> None:
-        """Keep the student; when it is in its place and all ranks have come so far, the round is finished."""
+        """Save the student; once it is saved and all ranks have got here, the round is finished."""
         checkpoint = self._save(k) if self.rank == 0 else None
         ray.train.report({"round": k} | self.facts)
-        dist.barrier()  # every rank's predictions are in their place
+        dist.barrier()  # every rank's predictions are written
         if self.rank == 0:
             facts = {"ranks": self.world, "checkpoint": checkpoint, "seconds": self.seconds}
             self.ask("trained", k, self.facts | facts)
             self._drop_old_checkpoints(k)
 
     def _save(self, k: int) -> str:
-        """Write the student to a folder of this attempt's own, in the run directory; returns it.
+        """Write the student to a folder unique to this attempt, in the run directory; returns the folder.
 
-        Not by way of Ray Train, which keeps a list of its checkpoints by the names of their folders: a round
-        that is trained again, because its end was not noted, spoils the list, and with it every resume.
+        Not through Ray Train, which tracks its checkpoints by the names of their folders: a round that is
+        trained again, because its end was not recorded, breaks that list, and with it every resume.
         """
         place = f"{CHECKPOINTS_DIR}/{ROUND_PREFIX}{k:04d}-{uuid.uuid4().hex[:8]}"
         target = self.store.path(place)
@@ -228,7 +228,7 @@ class StudentWorker:
         return place
 
     def _drop_old_checkpoints(self, k: int) -> None:
-        """Of rounds before the last two: a rank that was taken for dead cannot harm a newer one like this."""
+        """Delete those before the last two rounds: a stale rank, presumed dead, cannot delete newer ones."""
         for name in self.store.folders(CHECKPOINTS_DIR):
             if name.startswith(ROUND_PREFIX) and int(name.split("-")[1]) < k - 1:
                 self.store.fs.delete_dir(self.store.path(f"{CHECKPOINTS_DIR}/{name}"))

@@ -1,15 +1,14 @@
-"""Training the student: losses, LLKD inside a step, and the steps of one round.
+"""Training the student: losses, LLKD selection within a step, and the steps of one round.
 
-All take the same three things and ignore what they do not need; weights are the caller's business. The
+All losses take the same three arguments and ignore those they do not need; the caller applies weights. The
 names in ``LOSSES`` are those of ``student.loss``.
 
-Shapes in names: B texts, C classes.
+Between rounds, the selection policy uses the student's scores of the previous round. Here, the scores are
+from the forward pass that the step computes anyway, so they cost nothing and are never stale. It is the
+training pass, so dropout is active.
 
-Between rounds the selection policy chooses with the student's opinion of last round. Here the opinion is
-that of the forward pass which the step makes anyway, so it costs nothing and is never old. It is the
-training pass, so dropout is in it.
-
-All is decided on the global batch: ranks add up their sums, so any number of ranks decides alike.
+All decisions are made on the global batch: sums are added over ranks, so they do not depend on the number of
+ranks.
 
 Shapes in names: B texts of a step on one rank, C classes, K statistics.
 """
@@ -41,10 +40,10 @@ def cross_entropy(logits_BC: Tensor, label_B: Tensor, p_BC: Tensor) -> Tensor:
 
 
 def soft(logits_BC: Tensor, label_B: Tensor, p_BC: Tensor) -> Tensor:
-    """KL(teacher || student), at temperature one: the teacher's distribution is taken as it is.
+    """KL(teacher || student), at temperature one: the teacher's distribution is used unchanged.
 
-    Hinton, Vinyals & Dean, arXiv 1503.02531, sec. 2. The gradient is that of their cross-entropy with soft
-    targets; the value is less by the teacher's entropy, so that 0 is full agreement.
+    Hinton, Vinyals & Dean, arXiv 1503.02531, sec. 2. The gradient equals that of their cross-entropy with
+    soft targets; the value is lower by the teacher's entropy, so that 0 is full agreement.
     """
     return functional.kl_div(torch.log_softmax(logits_BC, dim=1), p_BC, reduction="none").sum(dim=1)
 
@@ -54,28 +53,30 @@ LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "soft": soft}
 
 Kind = Literal["none", "mask", "weight"]
 MOMENTUM = 0.9
-"""Of the moving thresholds, a step. They look back over about ten steps, at 16 texts a step some 160 texts;
-FreeMatch's 0.999 looks back over a thousand steps, and most rounds have a few hundred. The uncertainty falls
+"""Of the moving thresholds, per step. They average over about ten steps, at 16 texts per step some 160 texts;
+FreeMatch's 0.999 averages over a thousand steps, and most rounds have a few hundred. The uncertainty falls
 as the student learns, and a threshold that lags behind a falling signal is strict: with 0.99, MiniLM on
-PubMed-RCT would have kept under a third of the texts after the first hundred steps, with 0.9 nine in ten."""
+PubMed-RCT would have kept under a third of the texts after the first hundred steps, with 0.9 nine in ten.
+"""
 TIE = 1e-6
-"""A signal that is less than its threshold by no more than this reaches it. Where all texts have the same
-signal, the threshold comes to equal it, and rounding must not decide."""
+"""A signal that is below its threshold by no more than this reaches it. Where all texts have the same signal,
+the threshold converges to it, and rounding must not decide.
+"""
 
 
 class StepThresholds:
-    """What the texts of each step of one round count; every round starts a new one.
+    """The loss weights of the texts in each step of one round; every round starts a new one.
 
-    ``kind``: ``none``: all the same. ``mask``: LLKD's selection (arXiv 2411.08028): a text counts where the
+    ``kind``: ``none``: all equal. ``mask``: LLKD's selection (arXiv 2411.08028): a text counts where the
     teacher's confidence and the student's uncertainty both reach the moving threshold of its pseudo-class,
-    and those that count do so equally. ``weight``: LLKD's weights alone, confidence × uncertainty.
+    and texts that count have equal weights. ``weight``: LLKD's weights alone, confidence × uncertainty.
 
-    Both thresholds start at 1/C, as FreeMatch's do: that is the confidence of a model that knows nothing. As
-    an uncertainty it has no such meaning, but it is low, so that all texts of a fresh student pass until
-    their uncertainties differ: in the first ten steps MiniLM's lay within 0.01 of each other. Starting at
-    the first step's mean, or at 1, let hardly any text pass in the next ten, while uncertainty fell faster
-    than the threshold followed. Deviation: where the first step's mean is lower than 1/C, as with a student
-    that starts warm, they start there, since no text of it would pass until the threshold had come down.
+    Both thresholds start at 1/C, like FreeMatch's, which is the confidence of an untrained model. For an
+    uncertainty, 1/C has no such meaning, but it is low, so that all texts of a new student pass until their
+    uncertainties differ: in the first ten steps MiniLM's differed by less than 0.01. Starting at the first
+    step's mean, or at 1, let hardly any text pass in the next ten steps, as uncertainty fell faster than the
+    threshold followed. Deviation: where the first step's mean is lower than 1/C, as with a warm-started
+    student, they start at that mean, since otherwise no text would pass until the threshold had fallen.
     """
 
     def __init__(self, kind: Kind, n_classes: int, world: int = 1) -> None:
@@ -87,10 +88,10 @@ class StepThresholds:
         """Texts of all steps and ranks, and those of them that counted; for ``mask`` only."""
 
     def weigh(self, logits_BC: Tensor, label_B: Tensor, confidence_B: Tensor, is_share: bool) -> Tensor:
-        """float32[B]: what each text counts; the mean over the global batch is one, or zero if none counts.
+        """float32[B]: the weight of each text; the mean over the global batch is one, or zero if none counts.
 
         Takes the student's logits, the teacher's labels and confidences. All ranks must call it in every
-        step; one whose texts are no share of the batch says so, and they count zero.
+        step; ``is_share`` is false where a rank's texts are not part of the batch, and their weight is zero.
         """
         if self.kind == "none":
             return torch.ones_like(confidence_B, dtype=torch.float32)
@@ -109,7 +110,7 @@ class StepThresholds:
         return (value_B * (count / total if total > 0 else 0.0)).float()
 
     def facts(self) -> dict[str, float]:
-        """``masked``, the share of texts that did not count, a text counted once an epoch."""
+        """``masked``, the share of texts that did not count; each text counts once per epoch."""
         return {"masked": 1 - self.kept / max(1, self.seen)} if self.kind == "mask" else {}
 
     def _move(self, label_B: Tensor, confidence_B: Tensor, uncertainty_B: Tensor, is_share: bool) -> None:
@@ -141,24 +142,24 @@ class StepThresholds:
 
 
 def uncertainty(logits_BC: Tensor) -> Tensor:
-    """float64[B]: entropy over log C, without gradient; as ``signals.entropy`` of the probabilities."""
+    """float64[B]: entropy over log C, without gradient; as ``metrics.uncertainty.entropy``."""
     p_BC = torch.softmax(logits_BC.detach().double(), dim=1)
     return (torch.special.entr(p_BC).sum(dim=1) / math.log(p_BC.shape[1])).clamp(0.0, 1.0)
 
 
 def start(sum_C: Floats, count_C: Ints) -> MovingThreshold:
-    """A threshold before the first step, which has these sums: 1/C, or its mean if that is less."""
+    """A threshold before the first step, which has these sums: 1/C, or its mean if that is lower."""
     low = min(1 / count_C.size, float(sum_C.sum() / count_C.sum()))
     return MovingThreshold(low, np.full(count_C.size, low), MOMENTUM)
 
 
 def prior_shift(label_N: Ints, weight_N: Floats, prior_C: Floats) -> Floats:
-    """float[C]: what is added to the student's logits in training, and only there.
+    """float[C]: added to the student's logits in training, and only there.
 
     The logit-adjusted loss of Menon et al. (arXiv 2007.07314) with a target that need not be uniform:
-    log(share of the class in what is trained on, by weight / its target share). Cross-entropy on shifted
+    log(share of the class in the training texts, by weight / its target share). Cross-entropy on shifted
     logits is consistent for the target, so without the shift the student's prior is ``prior_C``. A class
-    that is not trained on, or has no target, is not shifted.
+    without training texts, or without a target, is not shifted.
     """
     mass_C = np.bincount(label_N, weights=weight_N, minlength=prior_C.size)
     is_known_C = (mass_C > 0) & (prior_C > 0)
@@ -168,12 +169,12 @@ def prior_shift(label_N: Ints, weight_N: Floats, prior_C: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class MovingThreshold:
-    """A threshold that follows a signal step by step: one moving average over all, one for each class.
+    """A threshold that follows a signal step by step: a global moving average, and one per class.
 
-    FreeMatch (arXiv 2205.07246, eq. 5 to 8): both start at 1/C, move by ``1 - momentum`` a step before
+    FreeMatch (arXiv 2205.07246, eq. 5 to 8): both start at 1/C, move by ``1 - momentum`` per step before
     the step is judged, and a class's threshold is the global one times the class's average over the
     largest class's. Deviation: a class's average is of the signal of its texts, as in
-    :func:`class_thresholds`; a class that a step has no text of stays where it is.
+    :func:`~llkd_ray.selection.search.class_thresholds`; a class without texts in a step is unchanged.
     """
 
     overall: float
@@ -185,7 +186,7 @@ class MovingThreshold:
         return cls(1 / n_classes, np.full(n_classes, 1 / n_classes), momentum)
 
     def after(self, sum_C: Floats, count_C: Ints) -> MovingThreshold:
-        """The threshold moved by a step's sums and counts per class, which add up over ranks."""
+        """The threshold moved by a step's sums and counts per class, which are added over ranks."""
         if not count_C.sum():
             return self
         keep, move = self.momentum, 1 - self.momentum
@@ -197,13 +198,13 @@ class MovingThreshold:
         )
 
     def of_class(self) -> Floats:
-        """float[C]: what a text of each class has to reach."""
+        """float[C]: the threshold of each class."""
         return self.overall * self.class_C / max(float(self.class_C.max()), 1e-12)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the student trains on in a round, equal on all ranks."""
+    """The training data of a round, the same on all ranks."""
 
     texts: list[str]
     label_N: np.ndarray
@@ -211,10 +212,10 @@ class Batch:
     p_NC: np.ndarray
     """The teacher's distribution; sums to one."""
     prior_C: np.ndarray | None = None
-    """Shares of the classes that the student's answers are to reckon with; None: those of the texts."""
+    """The class prior that the student's predictions assume; None: the texts' class shares."""
 
     def logit_shift(self) -> np.ndarray:
-        """float[C]: what is added to the logits in training."""
+        """float[C]: added to the logits in training."""
         if self.prior_C is None:
             return np.zeros(self.p_NC.shape[1])
         return prior_shift(self.label_N, self.weight_N, self.prior_C)
@@ -231,11 +232,11 @@ class Step:
 def plan_steps(
     length_N: np.ndarray, config: StudentConfig, rank: int, world: int, rng: np.random.Generator
 ) -> Iterator[Step]:
-    """The steps of one epoch for one rank; equal in number on all ranks, whatever N is.
+    """The steps of one epoch for one rank; equal in number on all ranks, for any N.
 
-    Texts are shuffled, sorted by ``length_N`` within windows of 16 batches (so that little is padding) and
+    Texts are shuffled, sorted by ``length_N`` within windows of 16 batches (to reduce padding) and
     cut into global batches, whose order is shuffled again. A rank takes every ``world``-th text of a batch.
-    With the same generator state, every number of ranks makes the same global batches.
+    With the same generator state, any number of ranks has the same global batches.
     """
     n = length_N.size
     order = rng.permutation(n)
@@ -246,7 +247,7 @@ def plan_steps(
     batches = [order[start : start + config.batch_size] for start in range(0, n, config.batch_size)]
     for i in rng.permutation(len(batches)):
         mine = batches[i][rank::world]
-        # A rank without a text still has to take part in the step; its text then counts nothing.
+        # A rank without a text still has to take part in the step, with a text of weight zero.
         yield Step(mine if mine.size else batches[i][:1], world / batches[i].size if mine.size else 0.0)
 
 
@@ -262,7 +263,7 @@ def train_round(
 ) -> dict[str, float]:
     """Train on a round's texts; returns mean loss, steps and, with ``step_thresholds: mask``, ``masked``.
 
-    The loss of a step is the mean over its global batch of weight × what the text counts in the step ×
+    The loss of a step is the mean over its global batch of weight × the text's step weight ×
     ``config.loss``, on logits shifted from ``batch.prior_C`` to the texts' own class shares. AdamW, linear
     warm-up and linear decay to zero over the round. ``masked`` is the share of texts that did not count.
     """
@@ -324,7 +325,7 @@ def _optimizer_and_schedule(
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config.weight_decay),
         lr=config.learning_rate,
-        fused=True,  # a seventh of the time of the plain loop, which is a third of a small model's step
+        fused=True,  # takes a seventh of the time of the plain loop, which is a third of a small model's step
     )
     warmup = max(1, round(config.warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -334,7 +335,7 @@ def _optimizer_and_schedule(
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices only, as is usual for transformers."""
+    """Weight decay for matrices only, as is standard for transformers."""
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},

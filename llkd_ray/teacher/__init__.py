@@ -1,1 +1,1 @@
-"""What turns texts into label distributions: `base` and `factory`, and a module or folder for each kind."""
+"""Teachers return label distributions for texts: `base`, `factory`, and one module or folder per kind."""

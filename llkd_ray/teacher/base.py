@@ -1,4 +1,4 @@
-"""What a teacher gives: answers to texts, and what they have used; and what can go wrong with it.
+"""The interface of a teacher: answers to texts, their usage, and the errors a teacher raises.
 
 Shapes in names: N texts of one call, C labels.
 """
@@ -16,29 +16,29 @@ import numpy as np
 from llkd_ray.config.teacher import PriceConfig
 
 UNASKED = "unasked"
-"""Outcome of a text that was not asked for, because the budget's cap was reached."""
+"""Outcome of a text that was not sent, because the budget's cap was reached."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What texts have used of one teacher; adds up."""
+    """What texts have used of one teacher; values can be added."""
 
     texts: int = 0
-    """Texts sent, each counted once however often it was tried."""
+    """Texts sent, each counted once regardless of retries."""
     requests: int = 0
     prompt_tokens: int = 0
-    """Of all requests, in a prefix cache or not."""
+    """Of all requests, whether or not they were in a prefix cache."""
     cached_tokens: int = 0
-    """Those of ``prompt_tokens`` that a prefix cache knew, where the source tells."""
+    """Those of ``prompt_tokens`` that were in a prefix cache, where the source reports it."""
     answer_tokens: int = 0
     reused_texts: int = 0
-    """Texts whose answer was there from an earlier run."""
+    """Texts whose answer was reused from an earlier run."""
     reused_tokens: int = 0
-    """Prompt and answer tokens that those answers had cost."""
+    """Prompt and answer tokens that the reused answers had cost."""
     cut_texts: int = 0
-    """Texts of which a part was left out, because they were too long."""
+    """Texts that were truncated because they were too long."""
     seconds: float = 0.0
-    """Wall-clock time of tickets in which something was asked; those in flight together count each."""
+    """Wall-clock time of tickets with at least one request; tickets in flight together count each."""
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -52,7 +52,7 @@ class Usage:
         return self.prompt_tokens + self.answer_tokens
 
     def cost(self, price: PriceConfig) -> Decimal:
-        """In the price's currency, exactly."""
+        """The exact cost, in the price's currency."""
         return price.cost(self.prompt_tokens, self.cached_tokens, self.answer_tokens)
 
     def as_dict(self) -> dict[str, Any]:
@@ -60,25 +60,25 @@ class Usage:
 
 
 def add_usages(one: Mapping[str, Usage], other: Mapping[str, Usage]) -> dict[str, Usage]:
-    """Usage by teacher, added up."""
+    """Sum of two usages, by teacher."""
     names = dict.fromkeys([*one, *other])
     return {name: one.get(name, Usage()) + other.get(name, Usage()) for name in names}
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a teacher says to N texts, in their order."""
+    """A teacher's answers to N texts, in the order of the texts."""
 
     probs_NC: np.ndarray
-    """Probability mass on each label, not normalised; anything where there is no answer."""
+    """Probability mass on each label, not normalised; undefined where there is no answer."""
     off_label_N: np.ndarray
     prompt_tokens_N: np.ndarray
     cached_tokens_N: np.ndarray
     answer_tokens_N: np.ndarray
     outcome_N: Sequence[str]
-    """Empty where there is an answer; ``UNASKED``; or one word on why there is none, for the quarantine."""
+    """Empty where there is an answer; ``UNASKED``; or a one-word reason for the quarantine."""
     usage: Usage
-    """What the call has used, texts without an answer included."""
+    """Usage of the call, including texts without an answer."""
 
     @property
     def answered_N(self) -> np.ndarray:
@@ -87,34 +87,34 @@ class Answers:
 
 
 class Allowance(Protocol):
-    """The right to use texts and tokens, under the budget's cap."""
+    """The right to use texts and tokens, within the budget's cap."""
 
     async def take(self, *, texts: int = 0, prompt_tokens: int = 0, answer_tokens: int = 0) -> bool:
-        """Whether so many more may be used: asked before they are. False means that the cap is reached."""
+        """Whether this much more may be used; call it before any use. False means that the cap is reached."""
 
 
 class Unlimited:
-    """An allowance without an end, where there is no cap."""
+    """An unlimited allowance, where there is no cap."""
 
     async def take(self, *, texts: int = 0, prompt_tokens: int = 0, answer_tokens: int = 0) -> bool:
         return True
 
 
 class Teacher(Protocol):
-    """One teacher, as a stage of the stream holds it: an engine, a client of a server, a file of answers."""
+    """One teacher in a stage of the stream: an engine, a client of a server, or a file of answers."""
 
     async def label(self, ids: Sequence[str], texts: Sequence[str], allowance: Allowance) -> Answers:
-        """Label distributions of some texts; several calls may be under way at a time.
+        """Label distributions of some texts; several calls may run concurrently.
 
-        Raises :class:`TeacherDown` where none of them can be answered now, whatever they say.
+        Raises :class:`TeacherDown` where the teacher currently cannot answer any text.
         """
 
     def close(self) -> None:
-        """Give back what it holds; it is not asked again."""
+        """Release its resources; it must not be called again."""
 
 
 class TextFailed(Exception):
-    """This text has no answer; another text may have one."""
+    """This text has no answer; other texts may still get one."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(detail or reason)
@@ -122,14 +122,14 @@ class TextFailed(Exception):
 
 
 class TeacherDown(Exception):
-    """A teacher that cannot answer anything and has given up trying; says why, and what may help."""
+    """The teacher cannot answer anything and has stopped retrying; states the reason and possible fixes."""
 
 
 T = TypeVar("T")
 
 
 async def gather_or_cancel(tasks: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Like asyncio.gather, but what fails ends the others, and its exception comes alone."""
+    """Like asyncio.gather, but a failure cancels the other tasks, and only its exception is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             started = [group.create_task(task) for task in tasks]
@@ -139,18 +139,18 @@ async def gather_or_cancel(tasks: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 class CapReached(Exception):
-    """A request was not made, because the budget's cap leaves no room for it."""
+    """A request was not sent, because the budget's cap leaves no room for it."""
 
 
 class Meter:
-    """What one text uses; asks the allowance before every request."""
+    """Measures the usage of one text; requests an allowance before every request."""
 
     def __init__(self, allowance: Allowance) -> None:
         self.allowance = allowance
         self.requests = self.prompt_tokens = self.cached_tokens = self.answer_tokens = 0
 
     async def request(self, prompt_tokens: int, answer_tokens: int) -> None:
-        """Claim what a request uses at most; a failed one has used it. Raises :class:`CapReached`."""
+        """Claim a request's maximum usage; a failed request keeps its claim. Raises :class:`CapReached`."""
         first = not self.requests
         if not await self.allowance.take(
             texts=int(first), prompt_tokens=prompt_tokens, answer_tokens=answer_tokens
@@ -161,20 +161,20 @@ class Meter:
         self.answer_tokens += answer_tokens
 
     def correct(self, *, prompt_tokens: int = 0, cached_tokens: int = 0, answer_tokens: int = 0) -> None:
-        """Once a request is answered: what it used more (or, negative, less) than was claimed for it."""
+        """After a reply: add the actual usage minus what was claimed (negative if less was used)."""
         self.prompt_tokens += prompt_tokens
         self.cached_tokens += cached_tokens
         self.answer_tokens += answer_tokens
 
 
 AskOne = Callable[[int, Meter], Awaitable[tuple[Any, float]]]
-"""``ask_one(i, meter)`` gives float[C] and the off-label mass of text ``i``, or raises TextFailed."""
+"""``ask_one(i, meter)`` returns float[C] and the off-label mass of text ``i``, or raises TextFailed."""
 
 
 async def label_batch(
     n_texts: int, n_classes: int, ask_one: AskOne, allowance: Allowance, cut: int
 ) -> Answers:
-    """Ask for every text at once and gather what comes; ``cut`` texts are cut.
+    """Request answers for all texts concurrently and collect the results; ``cut`` texts are truncated.
 
     A :class:`~llkd_ray.teacher.base.TeacherDown` of one text ends the call: the others are cancelled.
     """

@@ -1,7 +1,7 @@
-"""The ledger behind the budget's cap: what all teachers have used, and what they may use right now.
+"""The ledger behind the budget's cap: what all teachers have used, and what they may still use.
 
-:class:`Ledger` is held by the one selector; :class:`RemoteAllowance` is how a teacher's ticket asks it.
-No Ray here: who calls whom is wired elsewhere.
+The selector holds the only :class:`Ledger`; a teacher's ticket calls it through :class:`RemoteAllowance`.
+This module does not use Ray: the calls are connected elsewhere.
 """
 
 from __future__ import annotations
@@ -20,26 +20,25 @@ UsageByTeacher = dict[str, Usage]
 
 
 class Ledger:
-    """Books before anything is used: what is spent and what is reserved never exceeds a cap together.
+    """Reserves usage in advance: the sum of spent and reserved usage never exceeds a cap.
 
-    A ticket's reservations stay until it is committed, and are then replaced by what it has really used. So
-    the cap holds as long as nobody uses more than was granted to it, whoever dies and whenever.
+    A ticket's reservations stay until it is committed, and are then replaced by its actual usage. So the
+    cap holds as long as nobody uses more than was granted, no matter which process dies and when.
 
-    *Attempts.* A ticket is asked by one attempt at a time. When a new attempt reserves, what the older one
-    held counts as spent for good, because it may have used it before it died. An older attempt that is
-    heard of again, and an attempt of a ticket that is committed, are denied everything; so nothing that comes
-    twice can free what is used.
+    *Attempts.* A ticket is processed by one attempt at a time. When a new attempt reserves, the older one's
+    reservations permanently count as spent, because it may have used them. Later calls of an older attempt,
+    and of any attempt at a committed ticket, are denied; so no repeated call can release what is used.
 
     *Waiting.* Where a reservation would fit if other tickets turned out to use less than they hold, the
-    answer is "wait": ask again once any ticket is committed. Nobody can wait for ever:
+    answer is "wait": the caller retries once any ticket is committed. No ticket waits forever:
 
-    - A ticket that holds nothing keeps nobody waiting, so there is something to wait for only as long as
-      some other ticket holds something and does not wait itself. The ledger notes who waits. The last of
-      the holders that would begin to wait is denied instead; it ends, is committed, and makes room.
-    - A commit forgets who waits, and so does whatever else makes room. All waiting tickets then ask
-      again, in any order, and the rule above holds among them.
-    - Of a holder that has died, the next attempt or :meth:`abandon` says so. Where neither comes, the others
-      wait: to notice that nothing goes on is the caller's part.
+    - A ticket that holds nothing blocks nobody, so waiting is only useful as long as some other ticket
+      holds something and does not wait itself. The ledger records which tickets wait. The last holder that
+      would start to wait is denied instead; it ends, is committed, and releases its reservations.
+    - A commit, like anything else that releases reservations, clears the record of waiting tickets. All
+      waiting tickets then retry, in any order, and the rule above holds among them.
+    - If a holder dies, its next attempt or :meth:`abandon` reports it. Where neither happens, the others
+      wait: detecting a stall is the caller's responsibility.
     """
 
     def __init__(self, cap: CapConfig, prices: Mapping[str, PriceConfig]) -> None:
@@ -49,7 +48,7 @@ class Ledger:
         self._answered: UsageByTeacher = {}
         self._lost: UsageByTeacher = {}
         self._held: dict[int, UsageByTeacher] = {}
-        self._held_by_all: UsageByTeacher = {}  # kept, for a thousand teachers ask all the time
+        self._held_by_all: UsageByTeacher = {}  # cached: up to a thousand teachers reserve continuously
         self._attempt: dict[int, str] = {}
         self._superseded: set[tuple[int, str]] = set()
         self._committed: set[int] = set()
@@ -57,11 +56,11 @@ class Ledger:
         self._denied: set[tuple[int, str]] = set()
 
     def reserve(self, ticket: int, attempt: str, teacher: str, usage: Usage) -> Verdict:
-        """Ask for the right to use so much more of a teacher; amounts of one attempt add up."""
+        """Reserve further usage of a teacher; amounts of one attempt add up."""
         if self.open:
             return "granted"
         if ticket in self._committed or (ticket, attempt) in self._superseded:
-            return "denied"  # nobody uses it any more, so it says nothing about the cap
+            return "denied"  # the caller is obsolete, so this does not mean that the cap is reached
         if self._attempt.setdefault(ticket, attempt) != attempt:
             self._superseded.add((ticket, self._attempt[ticket]))
             self._attempt[ticket] = attempt
@@ -81,10 +80,10 @@ class Ledger:
         return "denied"
 
     def commit(self, ticket: int, usage: Mapping[str, Usage]) -> None:
-        """The ticket is finished and has used so much, by teacher. Only the first call counts.
+        """The ticket is finished with this usage, by teacher. Only the first call counts.
 
-        A teacher that it holds something of and has used nothing of was asked by an attempt that died, and
-        another one found the answers elsewhere: what it holds is spent for good.
+        A ticket may hold reservations of a teacher without any usage of it: an attempt died, and another one
+        reused existing answers. Such reservations permanently count as spent.
         """
         if ticket in self._committed:
             return
@@ -96,22 +95,22 @@ class Ledger:
         self._answered = add_usages(self._answered, usage)
 
     def abandon(self, ticket: int) -> None:
-        """Whoever asked for the ticket has given up: what it holds is spent for good; another may ask."""
+        """The attempt has given up: its reservations permanently count as spent; another may start."""
         self._lost = add_usages(self._lost, self._release(ticket))
         self._waiting.clear()
 
     def restore(self, lost: Mapping[str, Usage]) -> None:
-        """On resume: what attempts of the killed run may have used, by teacher; counts as spent for good."""
+        """On resume: possible usage of the killed run's attempts, by teacher; permanently counts as spent."""
         self._lost = add_usages(self._lost, lost)
 
     def restore_committed(self, tickets: Iterable[int], usage: Mapping[str, Usage]) -> None:
-        """These tickets were committed before, and have used so much together, by teacher."""
+        """On resume: these tickets are committed, with this total usage by teacher."""
         self._committed.update(tickets)
         self._answered = add_usages(self._answered, usage)
 
     @property
     def spent(self) -> UsageByTeacher:
-        """By teacher: what finished tickets have used, and what may have been used for nothing."""
+        """By teacher: usage of finished tickets, and possible usage of attempts that died."""
         return add_usages(self._answered, self._lost)
 
     @property
@@ -121,28 +120,28 @@ class Ledger:
 
     @property
     def cost(self) -> float:
-        """Of what is spent, in the currency of the prices; what is lost as if no cache had known it."""
+        """Cost of ``spent``, in the currency of the prices; ``lost`` is priced as uncached."""
         return float(self._cost(self._lost))
 
     @property
     def reached(self) -> bool:
-        """Whether some ticket has been denied what it has not been granted since."""
+        """Whether a ticket has been denied a reservation that was not granted later."""
         return bool(self._denied)
 
     @property
     def open(self) -> bool:
-        """No cap is set: everything is granted, and only what is committed is booked."""
+        """No cap is set: everything is granted, and only committed usage is recorded."""
         return self.cap.is_off
 
     def _cost(self, unknown: UsageByTeacher) -> Decimal:
-        """Of what is answered, and of what may be used at most beside it."""
+        """Cost of the committed usage plus the maximum cost of ``unknown``."""
         free = PriceConfig()
         costs = [usage.cost(self._prices.get(name, free)) for name, usage in self._answered.items()]
         costs += [_at_most(usage, self._prices.get(name, free)) for name, usage in unknown.items()]
         return sum(costs, Decimal())
 
     def _release(self, ticket: int) -> UsageByTeacher:
-        """The ticket holds nothing more; returns what it held."""
+        """Remove the ticket's reservations and return them."""
         held = self._held.pop(ticket, {})
         self._held_by_all |= {name: self._held_by_all[name] - usage for name, usage in held.items()}
         return held
@@ -159,7 +158,7 @@ class Ledger:
 
 
 def _at_most(usage: Usage, price: PriceConfig) -> Decimal:
-    """Before it is known which of the prompt's tokens a cache knows."""
+    """The maximum cost, as it is not yet known which prompt tokens are cached."""
     none_or_all = (0, usage.prompt_tokens)
     return max(price.cost(usage.prompt_tokens, cached, usage.answer_tokens) for cached in none_or_all)
 
@@ -172,16 +171,17 @@ _COUNTED = ("texts", "prompt_tokens", "answer_tokens")
 
 
 class RemoteAllowance:
-    """The allowance of one attempt at a ticket, for one teacher; asks elsewhere, in growing blocks.
+    """The allowance of one attempt at a ticket, for one teacher; reserves remotely, in growing blocks.
 
-    ``ask(usage)`` gets the right to use so much more, or not, and waits as long as that is undecided.
-    ``on_grant(total)`` is told all that has been granted so far before any of a new grant is used: what it
-    writes down is what may have been used should this process be killed.
+    ``ask(usage)`` requests the right to use this much more, and waits while the decision is open.
+    ``on_grant(total)`` gets the total granted so far before any of a new grant is used: if this process is
+    killed, what it wrote down is the maximum that may have been used.
 
-    A block is as much again as has been granted of its kind, so that a ticket of N texts makes about log2(N)
-    calls for texts and as many for tokens.
-    Where a block is refused, exactly what is needed is asked for; where that is refused, too, the allowance
-    is at its end and asks no more, but what was granted may still be used up.
+    Each block is as large as the total granted of its kind so far, so that a ticket of N texts makes about
+    log2(N) calls for texts and as many for tokens.
+
+    Where a block is denied, exactly the required amount is requested; where that is denied too, the
+    allowance is exhausted and requests no more, but what was granted may still be used up.
     """
 
     def __init__(
@@ -206,13 +206,13 @@ class RemoteAllowance:
             return True
 
     async def _fetch(self, short: dict[str, int]) -> bool:
-        """Get at least what is short, and a block of it where that is to be had."""
+        """Reserve at least the missing amount, and a whole block if that is granted."""
         if self._ended:
             return False
         block = {name: max(n, self._block[name]) for name, n in short.items()}
         granted = await self._ask(Usage(**block))
         if not granted and block != short:
-            # Near the cap: begin again with small blocks, so that not every request asks twice.
+            # Near the cap: restart with small blocks, so that not every request needs two calls.
             self._block = dict.fromkeys(_COUNTED, 0)
             block = short
             granted = await self._ask(Usage(**block))

@@ -1,7 +1,7 @@
-"""Answers of earlier runs: what a teacher has said to a text once, it is not asked again.
+"""Answers of earlier runs: a text that a teacher has already answered is not sent to it again.
 
-There are no copies. A run registers where its label files lie, under a key of all that decides an answer
-(:func:`answer_key`); a later run with the same key reads them there:
+Nothing is copied. A run registers the location of its label files, under a key of everything that
+determines an answer (:func:`answer_key`); a later run with the same key reads them there:
 
     CACHE/KEY/HASH.json = {"labels": folder of LABELS files, "member": which teacher's rows of them}
 
@@ -32,7 +32,7 @@ from llkd_ray.storage.run_dir import RunStore
 READERS = 8
 """Threads that read label files."""
 OPEN_FILES = 64
-"""Label files that are kept in memory once something was found in them."""
+"""Label files that are kept in memory after an answer was found in them."""
 RECENT_FILES = 64
 """Label files that the speed is measured on."""
 _HARMLESS_ENGINE_ARGUMENTS = {
@@ -42,21 +42,21 @@ _HARMLESS_ENGINE_ARGUMENTS = {
     "max_num_batched_tokens", "max_num_seqs", "max_parallel_loading_workers", "pipeline_parallel_size",
     "seed", "swap_space", "tensor_parallel_size",
 }  # fmt: skip
-"""They change how fast an engine is, not what it says; every other one makes another teacher."""
+"""These affect an engine's speed, not its answers; any other argument makes it a different teacher."""
 _CHECKPOINT_FILES = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _NAMES_OF_MEMBER = {0: ("teacher", "small"), 1: ("large",)}
 _NEEDED = ("text_hash", "member", "probs")
 
-# --- what decides an answer
+# --- key of an answer
 
 
 def answer_key(teacher: TeacherConfig, names: Sequence[str], prompt_hash: str) -> str:
-    """A short name for all that decides what one teacher (no cascade) says to a text.
+    """A short key of everything that determines one teacher's (not a cascade's) answer to a text.
 
-    How it is spread over machines, where it is served and what is made of its answers does not belong to
-    it. A checkpoint folder is told by its path and by names, sizes and times of its files, so that a
-    teacher trained anew in the same folder is another one; ask on the machine that holds it. Raises
-    ValueError where the teacher asks nothing.
+    Parallelism, the server's address and the processing of answers are not part of it. A checkpoint folder
+    is identified by its path and the names, sizes and times of its files, so that retraining into the same
+    folder gives a different teacher; call this on the machine that has the folder. Raises ValueError for a
+    teacher that sends no requests.
     """
     if teacher.kind not in ("vllm", "openai"):
         raise ValueError(f"kind is {teacher.kind!r}: only the answers of a vllm or openai teacher are kept")
@@ -91,7 +91,7 @@ def answer_key(teacher: TeacherConfig, names: Sequence[str], prompt_hash: str) -
 
 
 def _source(model: str | None) -> Any:
-    """A hub name as it is; a checkpoint on this machine with its files' names, sizes and times."""
+    """A hub name unchanged; a local checkpoint with its files' names, sizes and times."""
     path = Path(model or "").expanduser()
     if not model or not path.exists():
         return model
@@ -104,30 +104,31 @@ def _short_hash(content: str) -> str:
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
-# --- who has answers
+# --- registrations
 
 
 def register(uri: str, key: str, labels_uri: str, member: int) -> None:
-    """Tell later runs that the folder ``labels_uri`` holds answers of the teacher ``key``.
+    """Register that the folder ``labels_uri`` holds answers of the teacher ``key``.
 
-    ``member`` says which rows are its own: see LABELS. May be said before the first file is there, and twice.
+    ``member`` selects the teacher's rows: see LABELS. May be called before the first file exists, and
+    repeatedly.
     """
     store = RunStore(uri)
     content = {"labels": _absolute(labels_uri), "member": member}
     name = f"{key}/{_short_hash(json.dumps(content, sort_keys=True))}.json"
-    if not store.exists(name):  # its time says who was first
+    if not store.exists(name):  # its modification time gives the order of registration
         store.write_json(name, content)
 
 
 class Registration(NamedTuple):
-    """A folder of LABELS, and whose rows of it count."""
+    """A folder of LABELS, and the teacher whose rows of it count."""
 
     labels: str
     member: int
 
 
 def registrations(uri: str, key: str) -> list[Registration]:
-    """Who has registered under a key, the first one first. What is no registration is passed over."""
+    """Registrations under a key, the oldest first. Invalid files are skipped."""
     store = RunStore(uri)
     infos = store.fs.get_file_info(pafs.FileSelector(store.path(key), allow_not_found=True))
     found = []
@@ -137,16 +138,16 @@ def registrations(uri: str, key: str) -> list[Registration]:
                 content = store.read_json(f"{key}/{info.base_name}")
                 found.append(Registration(str(content["labels"]), int(content["member"])))
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # another run may be about to write it, or somebody has put a file of his own there
+                continue  # another run may be writing it, or it is an unrelated file
     return found
 
 
 def _absolute(uri: str) -> str:
-    """So that a run is known by one name."""
+    """An absolute URI, so that a run has one name."""
     return uri.rstrip("/") if "://" in uri else str(Path(uri).expanduser().resolve())
 
 
-# --- what they have answered
+# --- answers
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class LabelFile:
 
 
 class AnswerCache:
-    """Finds answers by their texts' hashes; 16 bytes an answer. Safe to use from several threads."""
+    """Finds answers by their texts' hashes; 16 bytes per answer. Thread-safe."""
 
     def __init__(
         self,
@@ -174,16 +175,16 @@ class AnswerCache:
         self._files = files
         self._hash_K, self._file_K, self._position_K = hash_K, file_K, position_K
         self.skipped = skipped
-        """Label folders and files that are gone, cannot be read, or are of an older version."""
+        """Label folders and files that are missing, unreadable, or of an older version."""
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
     def open(cls, uri: str, key: str, n_classes: int, own: str | None) -> AnswerCache:
-        """Index what all runs under a key have answered so far, save the folder ``own``.
+        """Index all answers of runs under a key, except those in the folder ``own``.
 
-        Where two have answered a text, the one that registered first counts. A run that is still going on
-        is taken as it stands.
+        If two runs have answered a text, the one that registered first counts. A run still in progress is
+        indexed in its current state.
         """
         own = _absolute(own) if own else None
         known = [one for one in registrations(uri, key) if one.labels != own]
@@ -194,7 +195,7 @@ class AnswerCache:
         positions = [found[1] for found in read if found]
         sizes = [len(found[0]) if found else 0 for found in read]
         all_hashes = np.concatenate([np.empty(0, np.uint64), *hashes])
-        # np.unique gives the first of equal ones: files are in the order of registration.
+        # np.unique returns the first of equal ones: files are in the order of registration.
         hash_K, first_K = np.unique(all_hashes, return_index=True)
         file_K = np.repeat(np.arange(len(files), dtype=np.int32), sizes)[first_K]
         position_K = np.concatenate([np.empty(0, np.int32), *positions])[first_K]
@@ -206,8 +207,8 @@ class AnswerCache:
     def find(self, text_hash_N: np.ndarray) -> tuple[np.ndarray, pa.Table]:
         """bool[N]: which texts have an answer; and those answers, rows of LABELS in the same order.
 
-        The rows are those of the earlier run: ``row``, ``id`` and ``reused`` are not this one's. A file
-        that is gone since the index was made answers nothing any more.
+        The rows are those of the earlier run: ``row``, ``id`` and ``reused`` do not refer to this run. Files
+        deleted since the index was built give no answers.
         """
         text_hash_N = np.asarray(text_hash_N, dtype=np.uint64)
         place_N = np.searchsorted(self._hash_K, text_hash_N)
@@ -227,7 +228,7 @@ class AnswerCache:
         return found_N, pa.concat_tables(pieces).take(pa.array(back))
 
     def _rows(self, file: int, position_M: np.ndarray) -> pa.Table:
-        """Rows of one file; nothing where it has changed so that it does not have them."""
+        """Rows of one file; empty where the file has changed and no longer has them."""
         table = self._table(file)
         if position_M.max() >= len(table):
             return tables.LABELS.empty_table()
@@ -251,14 +252,14 @@ class AnswerCache:
 
 
 def _is_as_indexed(rows: pa.Table, text_hash_M: np.ndarray, member: int) -> np.ndarray:
-    """bool[M]: a folder may have been deleted and written anew since it was indexed."""
+    """bool[M]: whether rows match the index; a folder may have been deleted and rewritten since."""
     if not len(rows):
         return np.zeros(len(text_hash_M), dtype=bool)
     return (rows["text_hash"].to_numpy() == text_hash_M) & (rows["member"].to_numpy() == member)
 
 
 def _label_files(known: Sequence[Registration]) -> tuple[list[LabelFile], int]:
-    """The files in registered folders, in the order of registration, and how many folders are gone."""
+    """The files in registered folders, in the order of registration, and the number of missing folders."""
     files: list[LabelFile] = []
     gone = 0
     for registration in known:
@@ -277,7 +278,7 @@ def _label_files(known: Sequence[Registration]) -> tuple[list[LabelFile], int]:
 
 
 def _read_hashes(file: LabelFile, n_classes: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """uint64[M] and int32[M]: text hashes and positions of the rows that count; None if it is unfit."""
+    """uint64[M] and int32[M]: text hashes and positions of the rows that count; None for an unusable file."""
     try:
         with _parquet(file) as parquet:
             if not _fits(parquet, n_classes):
@@ -290,7 +291,7 @@ def _read_hashes(file: LabelFile, n_classes: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _fits(parquet: pq.ParquetFile, n_classes: int) -> bool:
-    """Whether it is a file of LABELS with so many probabilities a row, by its footer alone."""
+    """Whether it is a file of LABELS with this number of probabilities per row, by its footer alone."""
     schema, metadata = parquet.schema_arrow, parquet.metadata
     if any(schema.get_field_index(field.name) < 0 for field in tables.LABELS):
         return False
@@ -310,23 +311,23 @@ def _parquet(file: LabelFile) -> pq.ParquetFile:
     return pq.ParquetFile(file.store.path(file.name), filesystem=file.store.fs, pre_buffer=False)
 
 
-# --- how fast they have answered
+# --- speed
 
 
 class Speed(NamedTuple):
-    """How fast an earlier run was."""
+    """The measured speed of an earlier run."""
 
     tokens_per_s: float
     """Prompt tokens of one actor; the median of some tickets."""
     tickets: int
     labels: str
-    """The folder that the newest of them is in."""
+    """The folder of the newest of these tickets."""
 
 
 def speed_of(uri: str, key: str) -> Speed | None:
-    """What earlier runs under a key have measured, by their newest label files; None where none has.
+    """The speed of earlier runs under a key, from their newest label files; None without a measurement.
 
-    A ticket's seconds are shared by as many tickets as were in flight beside it.
+    A ticket's seconds are divided by the number of tickets in flight at the same time.
     """
     files, _ = _label_files(registrations(uri, key))
     newest = sorted(files, key=lambda file: -file.mtime_ns)[:RECENT_FILES]
@@ -337,7 +338,7 @@ def speed_of(uri: str, key: str) -> Speed | None:
 
 
 def _speeds(file: LabelFile) -> Iterator[float]:
-    """Of one ticket, if its file tells."""
+    """The speed of one ticket, if its file records it."""
     try:
         with _parquet(file) as parquet:
             metadata = parquet.schema_arrow.metadata or {}

@@ -1,4 +1,4 @@
-"""A cascade: the small teacher reads everything, the large one what the small one is unsure of."""
+"""A cascade: the small teacher reads all texts, the large one those that the small one is unsure of."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llkd_ray.teacher.worker import Stage
 
 
 class SmallStage(Stage):
-    """A cascade's small teacher: reads all but what is under review, and passes everything on."""
+    """A cascade's small teacher: labels all tickets except reviews, and passes every ticket on."""
 
     def empty(self, leased: pa.Table) -> pa.Table:
         return leased.slice(0, 0)
@@ -38,7 +38,7 @@ class SmallStage(Stage):
 
 
 class LargeStage(Stage):
-    """A cascade's large teacher: reads what the small one is unsure of or has not answered, and reviews."""
+    """A cascade's large teacher: labels texts that the small one is unsure of or failed on, and reviews."""
 
     member = 1
 
@@ -52,7 +52,7 @@ class LargeStage(Stage):
             kept = small.filter(pc.invert(answered_by_large))
             labels = in_row_order([kept, answers.labels], leased["row"].to_numpy())
             if self.is_review(ticket):
-                # A review without an answer leaves a text with the label that it has.
+                # A text whose review fails keeps its label, so it is not quarantined.
                 answers = replace(answers, outcome_M=[""] * len(doubtful))
             done = await self.commit(
                 ticket, doubtful, labels, usage | {self.worker.name: answers.usage}, answers
@@ -66,7 +66,7 @@ class LargeStage(Stage):
         return labels.replace_schema_metadata(None), usage
 
     def _sure_rows(self, small: pa.Table) -> np.ndarray:
-        """int64: the rows whose small answer is not to be doubted."""
+        """int64: the rows whose small answer is accepted without the large teacher."""
         cascade = self.config.teacher.cascade
         assert cascade is not None
         p_MC = normalise(matrix_of(small["probs"], len(self.config.labels.names)))

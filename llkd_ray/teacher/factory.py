@@ -1,4 +1,4 @@
-"""The kinds of teachers there are: how one is made, checked before a run, and told from another."""
+"""The kinds of teachers: how each is created, checked before a run, and identified for reuse."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ CACHE_DIR = "teacher-cache"
 def make_teacher(
     teacher: TeacherConfig, labels: LabelsConfig, on_start: Callable[[float], None], prestart: bool = False
 ) -> Teacher:
-    """The teacher that the settings describe; ``on_start`` hears how long an engine took to start.
+    """Create the teacher of the settings; ``on_start`` gets the seconds that an engine took to start.
 
-    ``prestart``: an engine will be needed soon, so begin with what can be done ahead.
+    ``prestart``: an engine will be needed soon, so start the preparations that can run in advance.
     """
     match teacher.kind:
         case "vllm":
@@ -47,7 +47,7 @@ def make_teacher(
 
 
 def check_teacher(config: Config) -> dict[str, Any]:
-    """Find the mistakes that can be found without an engine; returns facts for the manifest."""
+    """Find the errors that can be found without an engine; returns facts for the manifest."""
     facts = {name: _check(name, one, config.labels) for name, one in config.teacher.members()}
     return facts.get("teacher", {"kind": "cascade", **facts})
 
@@ -66,16 +66,16 @@ def _check(name: str, teacher: TeacherConfig, labels: LabelsConfig) -> dict[str,
 
 
 def cache_folder(config: Config, teacher: TeacherConfig) -> str | None:
-    """Where it is said which runs have answers of which teacher; None where nothing is to be reused."""
+    """The folder that records which runs have answers of which teacher; None where nothing is reused."""
     if teacher.kind == "recorded" or teacher.cache is None:
         return None
     return join_uri(config.run.dir, CACHE_DIR) if teacher.cache == "auto" else teacher.cache
 
 
 def cache_key(config: Config, teacher: TeacherConfig) -> str | None:
-    """Changes with whatever decides an answer apart from the text; None where nothing is to be reused.
+    """Depends on everything that determines an answer except the text; None where nothing is reused.
 
-    For the driver: on another machine, a checkpoint's files may have other times.
+    Call it in the driver: on another machine, a checkpoint's files may have other times.
     """
     if cache_folder(config, teacher) is None:
         return None
@@ -87,9 +87,9 @@ def cache_key(config: Config, teacher: TeacherConfig) -> str | None:
 
 
 def self_contained(config: Config) -> Config:
-    """The config with what its prompts take from files: templates, and the few-shot examples that are drawn.
+    """The config with the files of its prompts inlined: templates, and the drawn few-shot examples.
 
-    Other machines may not have the files, and a run that is resumed may find others.
+    Other machines may not have the files, and their content may change before a resume.
     """
     whole: dict[str, TeacherConfig] = {}
     for name, teacher in config.teacher.members():
@@ -105,12 +105,12 @@ def self_contained(config: Config) -> Config:
 def with_demonstrations(
     config: PromptConfig, labels: LabelsConfig, field: str = "teacher.prompt.draw"
 ) -> PromptConfig:
-    """The config with the drawn examples behind its own, and nothing left to be drawn.
+    """The config with the drawn examples after its own, and nothing left to draw.
 
-    The same rows and the same seed give the same examples in the same order, in whatever files and order
-    the rows stand; of rows that are the same, one counts, and none that the config shows already. Reads
-    everything once and keeps only what may be drawn. Raises :class:`ConfigError`, with ``field``'s name,
-    where a file or a column is missing or a class has too few examples.
+    The same rows and seed give the same examples in the same order, regardless of the files and the order
+    of the rows. Duplicate rows count once, and examples already in the config are excluded. Reads everything
+    once and keeps only candidates. Raises :class:`ConfigError`, with ``field``'s name, where a file or a
+    column is missing or a class has too few examples.
     """
     if config.draw is None:
         return config
@@ -160,7 +160,7 @@ def _key(seed: int, name: str, text: str) -> bytes:
 
 
 def _keep(smallest: list[tuple[bytes, str]], candidate: tuple[bytes, str], count: int) -> None:
-    """Put the candidate among the ``count`` smallest, in order, if it is one of them and not there yet."""
+    """Insert the candidate, in order, if it is new and among the ``count`` smallest."""
     if (len(smallest) < count or candidate < smallest[-1]) and candidate not in smallest:
         insort(smallest, candidate)
         del smallest[count:]

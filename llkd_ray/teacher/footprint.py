@@ -1,4 +1,4 @@
-"""How much a teacher reads for each of some texts, before it is there: its prompts' tokens and requests.
+"""How much a teacher reads for some texts, computed before it starts: prompt tokens and requests.
 
 Shapes in names: N texts.
 """
@@ -23,27 +23,27 @@ from llkd_ray.teacher.vllm.teacher import prepare, room_for_prompt
 
 @dataclass(frozen=True)
 class PromptSizes:
-    """Of N texts."""
+    """Prompt sizes of N texts."""
 
     tokens_N: np.ndarray
     """Of each prompt, as it is sent once."""
     cut_N: np.ndarray
-    """bool[N]: whether a part of the text is left out."""
+    """bool[N]: whether the text is truncated."""
     requests: RequestCounts
     shared: int
-    """Tokens that stand before all of the texts and are the same."""
+    """Length in tokens of the prefix that all prompts share."""
     counted: bool
-    """By the teacher's own tokenizer; otherwise by characters."""
+    """Counted by the teacher's own tokenizer; otherwise estimated from characters."""
     first: str
     """The first prompt, as the teacher reads it."""
     methods: tuple[str, ...] = ()
-    """Of a server: how it may be asked for probabilities, the best one first."""
+    """For a server: the possible scoring methods, the best one first."""
 
 
 def prompt_sizes(
     teacher: TeacherConfig, labels: LabelsConfig, texts: Sequence[str], field: str
 ) -> PromptSizes:
-    """Of a vllm or openai teacher, for one text or more; raises ConfigError, with ``field``, as checks do."""
+    """Sizes for one or more texts of a vllm or openai teacher; raises ConfigError, with ``field``."""
     if teacher.kind == "openai":
         return _of_server(teacher, labels, texts, field)
     tokenizer, prompt, trie = prepare(teacher, labels, field)
@@ -83,7 +83,7 @@ def _requests(method: ScoringMethod) -> RequestCounts:
         case ByLabelIds():
             return requests_by_trie(method.trie)
         case ByVotes():
-            # A server may give one answer a request, whatever it is asked for.
+            # A server may return one answer per request, regardless of the number requested.
             return requests_by_votes(method.samples, method.chat.answer_tokens, prompts=method.samples)
         case _:
             return RequestCounts(prompts=(1, 1), behind=(0, 0), answers=(1, 1))
@@ -94,7 +94,7 @@ def _lengths(encoded: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def _shared(encoded: Sequence[list[int]]) -> int:
-    """Tokens that all prompts begin with, as far as more than one can tell."""
+    """Number of tokens in the prompts' common prefix; unknown from a single prompt."""
     if len(encoded) < 2:
         return 0
     smallest, largest = min(encoded), max(encoded)  # in the order of lists, so all others are between them
@@ -108,17 +108,17 @@ def _shared(encoded: Sequence[list[int]]) -> int:
 
 @dataclass(frozen=True)
 class RequestCounts:
-    """What a teacher is asked for one text, over the prompt's own tokens; from at least to at most."""
+    """Requests for one text and tokens in addition to the prompt's own; each as (minimum, maximum)."""
 
     prompts: tuple[int, int]
-    """Times that the prompt is sent."""
+    """Number of times that the prompt is sent."""
     behind: tuple[int, int]
-    """Tokens behind the prompt, of answers begun, over all requests."""
+    """Tokens of partial answers after the prompt, over all requests."""
     answers: tuple[int, int]
     """Answer tokens, over all requests."""
 
     def __or__(self, other: RequestCounts) -> RequestCounts:
-        """Where it is not known which of two ways it will be."""
+        """The combined range, where it is unknown which of two methods will be used."""
 
         def either(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
             return min(a[0], b[0]), max(a[1], b[1])

@@ -1,15 +1,15 @@
-"""The probabilities of labels of several tokens, from few questions about the next token.
+"""Probabilities of labels of several tokens, from few next-token requests.
 
-The labels' token sequences stand in a trie. All answers that a teacher could give are shared out by the
-longest label that they begin with; those that begin with none are off-label. So the mass of a label is
+The labels' token sequences form a trie. Each possible answer of the teacher is assigned to the longest
+label that it starts with; answers that start with no label are off-label. So the mass of a label is
 
     P(label) = P(its tokens | prompt) - sum of P(tokens | prompt) of the nearest longer labels that extend it
 
 where the probability of a sequence is the product of its tokens' (the chain rule). Next to "card arrival",
-"card" gets the answers that begin with "card" and do not go on with "arrival". Labels and off-label mass
+"card" gets the answers that start with "card" and do not continue with "arrival". Labels and off-label mass
 add up to one by construction.
 
-Shapes in names: C labels, K tokens that are asked for together.
+Shapes in names: C labels, K tokens that are requested together.
 """
 
 from __future__ import annotations
@@ -22,47 +22,47 @@ import numpy as np
 from llkd_ray.teacher.base import gather_or_cancel
 
 MAX_TOKENS = 128
-"""Tokens that one request may ask for: vLLM's limit of ``logprob_token_ids``."""
+"""Maximum number of tokens in one request: vLLM's limit of ``logprob_token_ids``."""
 OVERFULL = 0.01
-"""Next-token probabilities may add up to this much more than one; an engine that says more is broken."""
+"""Next-token probabilities may exceed one by this much in total; beyond that, the engine is faulty."""
 NextTokens = Callable[[tuple[int, ...], tuple[int, ...]], Awaitable[Sequence[float]]]
-"""``ask(after, tokens)``: the probability of each of ``tokens`` as the next one behind ``after``."""
+"""``ask(after, tokens)``: the probability of each of ``tokens`` as the next one after ``after``."""
 
 
 @dataclass(frozen=True)
 class Mass:
-    """How a teacher's answers to one text are shared out; ``probs_C`` and ``off_label`` add up to one."""
+    """Distribution of a teacher's answers to one text; ``probs_C`` and ``off_label`` add up to one."""
 
     probs_C: np.ndarray
     """float64[C]"""
     off_label: float
     min_branch_prob: float
-    """Of branches that were not followed: so much, in all, may stand at another label, or off-label."""
+    """Total mass of branches that were not followed; up to this much may be on a wrong label or off-label."""
     requests: int
 
 
 @dataclass
 class _Node:
-    """A place in the trie: what an answer has begun with."""
+    """A node of the trie: the tokens that an answer starts with."""
 
     after: tuple[int, ...]
     owner: int
-    """The longest label that ``after`` begins with; -1 where it begins with none."""
+    """The longest label that ``after`` starts with; -1 where there is none."""
     children: dict[int, _Node] = field(default_factory=dict)
     claimants: list[int] = field(default_factory=list)
-    """The labels that an answer which begins with ``after`` can come to: those that go on from here, and
-    the owner.
+    """The possible labels of an answer that starts with ``after``: those that continue from here, and the
+    owner.
     """
 
     @property
     def requests(self) -> int:
-        """How many it takes to ask for all children."""
+        """The number of requests for all children."""
         return -(-len(self.children) // MAX_TOKENS)
 
 
 @dataclass
 class _Branch:
-    """A node with the mass of the answers that get there."""
+    """A node with the mass of the answers that reach it."""
 
     mass: float
     node: _Node
@@ -75,16 +75,16 @@ class LabelTrie:
         self._root = root
         self.n_labels = len(root.claimants)
         self.depth = depth
-        """Tokens of the longest label: what must be left of a model's length behind a prompt."""
+        """Tokens of the longest label: a model's length must leave this many after the prompt."""
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[int]]) -> LabelTrie:
-        """From each label's tokens, in label order.
+        """Build the trie from each label's tokens, in label order.
 
         Raises ValueError, with the labels' indexes, where a sequence is empty or two are the same.
         """
         root = _Node(after=(), owner=-1)
-        # Shorter labels first: a node is then made after all labels that its tokens begin with.
+        # Shorter labels first, so that a node is created after all labels that its tokens start with.
         for label in sorted(range(len(sequences)), key=lambda label: len(sequences[label])):
             node, is_new = root, False
             path = [root]
@@ -107,8 +107,8 @@ class LabelTrie:
         return cls(root, max(map(len, sequences)))
 
     def questions(self) -> Iterator[tuple[int, int]]:
-        """Of every place that a walk may come to, the root first: its tokens behind the prompt, and the
-        requests that it takes.
+        """For every node that a walk may visit, the root first: its number of tokens after the prompt, and of
+        requests.
         """
         nodes = [self._root]
         for node in nodes:
@@ -116,21 +116,21 @@ class LabelTrie:
             nodes += [child for child in node.children.values() if child.children]
 
     async def mass(self, ask: NextTokens, min_branch_prob: float) -> Mass:
-        """Share out the answers to one text; branches up to a mass of ``min_branch_prob`` are not followed.
+        """Distribute the answers to one text; branches up to a mass of ``min_branch_prob`` are not followed.
 
-        The walk goes level by level, and asks for all branches of a level that matter at the same time. The
-        mass of a branch that is not followed goes in equal parts to the labels that its answers can come to:
-        those below it and the longest that it begins with. So a label is no further than ``min_branch_prob``
-        from its true mass; one that begins others, no further than its branches that were not followed hold
-        together. That is told of all of them in ``Mass.min_branch_prob``.
+        The walk goes level by level, and requests all relevant branches of a level concurrently. The mass of
+        a branch that is not followed is divided equally between its answers' possible labels: those below it
+        and the longest that it starts with. So the error of a label's mass is at most ``min_branch_prob``;
+        for a label that is a prefix of others, at most the total of its branches that were not followed. The
+        total of all such branches is ``Mass.min_branch_prob``.
 
-        Each node is asked for once. Exceptions of ``ask`` come through as they are, and end the other
-        questions. Raises ValueError where ``min_branch_prob`` is not in [0, 1), or where ``ask`` gives what
-        cannot be probabilities.
+        Each node is requested once. Exceptions of ``ask`` are passed on unchanged, and cancel the other
+        requests. Raises ValueError where ``min_branch_prob`` is not in [0, 1), or where ``ask`` returns
+        invalid probabilities.
         """
         if not 0 <= min_branch_prob < 1:
             raise ValueError(f"min_branch_prob is {min_branch_prob}: give a probability below 1")
-        mass_S = np.zeros(self.n_labels + 1)  # of each label and, at index -1, off-label
+        mass_S = np.zeros(self.n_labels + 1)  # of each label; index -1 is off-label
         level: list[_Branch] = [_Branch(1.0, self._root)]
         requests, left = 0, 0.0
         while level:
@@ -156,7 +156,7 @@ async def _ask_all(ask: NextTokens, node: _Node) -> np.ndarray:
     """float64[K]: probability of each child as the next token, at most one in all."""
     tokens = tuple(node.children)
     chunks = [tokens[start : start + MAX_TOKENS] for start in range(0, len(tokens), MAX_TOKENS)]
-    # The first one alone: an engine's prefix cache then knows the prompt when the others come.
+    # The first one alone, so that the prompt is in the engine's prefix cache for the others.
     answers = [await ask(node.after, chunks[0])]
     answers += await gather_or_cancel([_ask_one(ask, node.after, chunk) for chunk in chunks[1:]])
     for chunk, answer in zip(chunks, answers, strict=True):

@@ -1,9 +1,9 @@
-"""The files of LABELS: one a ticket, with what the ticket has used in its metadata.
+"""The files of LABELS: one per ticket, with the ticket's usage in its metadata.
 
 Shapes in names: M texts of a ticket, C labels.
 
-Our own writes are whole or not there at all, but disks fill up, machines lose power and people copy run
-directories.
+Our own writes are atomic, but files are still checked: disks fill up, machines lose power and people
+copy run directories.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _USAGE, _UNASKED, _IN_FLIGHT = b"usage", b"unasked", b"tickets_in_flight"
 
 @dataclass(frozen=True)
 class TicketLabels:
-    """What a ticket's file holds, as the selector takes it."""
+    """The contents of a ticket's file, as passed to the selector."""
 
     row_M: np.ndarray
     probs_MC: np.ndarray
-    """Probability mass on each label, as the teacher gave it."""
+    """Probability mass on each label, as returned by the teacher."""
     member_M: np.ndarray
     usage: dict[str, Usage]
     """By teacher."""
     unasked: int
-    """Texts of the ticket that were not asked for, because the cap was reached."""
+    """Texts of the ticket that were not sent, because the cap was reached."""
 
     @classmethod
     def empty(cls, n_classes: int) -> TicketLabels:
-        """Of a ticket that stands for no texts."""
+        """For a ticket without texts."""
         nobody = np.empty(0, dtype=np.int64)
         return cls(nobody, np.empty((0, n_classes)), nobody, {}, 0)
 
@@ -73,7 +73,7 @@ def write_ticket(
     unasked: int,
     tickets_in_flight: int,
 ) -> None:
-    """Put a ticket's file in place; the ticket is done once it is."""
+    """Write a ticket's file atomically; the ticket is done once the file exists."""
     metadata = {
         _USAGE: json.dumps({name: one.as_dict() for name, one in usage.items()}),
         _UNASKED: str(unasked),
@@ -83,7 +83,7 @@ def write_ticket(
 
 
 def read_ticket(store: RunStore, folder: str, ticket: int) -> tuple[pa.Table, dict[str, Usage], int]:
-    """LABELS of a ticket, its usage by teacher, and how many of its texts were not asked for."""
+    """LABELS of a ticket, its usage by teacher, and the number of its texts that were not sent."""
     table = store.read_table(ticket_file(folder, ticket))
     usage, unasked = _read_metadata(table.schema.metadata or {})
     return table, usage, unasked
@@ -96,13 +96,13 @@ def read_all(
     put_aside: Callable[[int, str], None],
     skip: Container[int] = (),
 ) -> Iterator[tuple[int, TicketLabels]]:
-    """Every ticket that has a file in a folder, in ascending order; see :func:`~repair.intact_tickets`."""
+    """Every ticket that has a file in a folder, in ascending order; see :func:`intact_tickets`."""
     for ticket, table in intact_tickets(store, folder, put_aside, skip):
         yield ticket, ticket_labels(table, *_read_metadata(table.schema.metadata or {}), n_classes)
 
 
 def ticket_labels(labels: pa.Table, usage: dict[str, Usage], unasked: int, n_classes: int) -> TicketLabels:
-    """LABELS as the selector takes them."""
+    """LABELS in the form that the selector takes."""
     return TicketLabels(
         labels["row"].to_numpy(),
         matrix_of(labels["probs"], n_classes),
@@ -118,7 +118,7 @@ def _read_metadata(metadata: Mapping[bytes, bytes]) -> tuple[dict[str, Usage], i
 
 
 def in_row_order(pieces: Sequence[pa.Table], row_M: np.ndarray) -> pa.Table:
-    """LABELS of several sources in the order of ``row_M``, as far as they are there."""
+    """LABELS of several sources in the order of ``row_M``; rows without labels are left out."""
     table = pa.concat_tables([tables.LABELS.empty_table(), *pieces])
     place = {row: i for i, row in enumerate(row_M.tolist())}
     order = np.argsort([place[row] for row in table["row"].to_pylist()], kind="stable")
@@ -130,17 +130,17 @@ def mark_file(mark: str) -> str:
 
 
 def write_mark(store: RunStore, mark: str, texts: int, usage: Mapping[str, Usage]) -> None:
-    """Say what an attempt at a ticket has sent, and what that may use of each teacher at most.
+    """Record what an attempt at a ticket has sent, and the maximum usage of each teacher.
 
-    The mark goes when the ticket's labels are in place. After a kill, those that are left tell what was asked
-    for nothing.
+    The mark is deleted when the ticket's labels are written. Marks that remain after a kill show what was
+    sent without a stored answer.
     """
     content = {"texts": texts, "usage": {name: one.as_dict() for name, one in usage.items()}}
     store.write_json(mark_file(mark), content)
 
 
 def read_lost_usage(store: RunStore) -> dict[str, Usage]:
-    """What attempts without an answer may have used, by teacher."""
+    """What attempts without a stored answer may have used, by teacher."""
     lost: dict[str, Usage] = {}
     for mark in _read_marks(store):
         lost = add_usages(lost, {teacher: Usage(**one) for teacher, one in mark["usage"].items()})
@@ -148,12 +148,12 @@ def read_lost_usage(store: RunStore) -> dict[str, Usage]:
 
 
 def count_unanswered(store: RunStore) -> int:
-    """Texts that were sent in attempts without an answer, each attempt counted."""
+    """Texts sent in attempts without a stored answer, once per attempt."""
     return sum(mark["texts"] for mark in _read_marks(store))
 
 
 def _read_marks(store: RunStore) -> Iterator[dict[str, Any]]:
-    """What the marks say that are there; one whose ticket is finished in the meantime is passed over."""
+    """The contents of all marks; a mark whose ticket finishes in the meantime is skipped."""
     for name in store.names(SENT_DIR):
         try:
             yield store.read_json(mark_file(name))
@@ -163,18 +163,18 @@ def _read_marks(store: RunStore) -> Iterator[dict[str, Any]]:
 
 BROKEN_DIR = f"{QUARANTINE_DIR}/broken"
 READERS = 16
-"""Files read at a time: on an object store, most of the time is waiting."""
+"""Files read concurrently: on an object store, most of the time is latency."""
 _AT_A_TIME = 16 * READERS
-"""Files held at a time."""
+"""Maximum number of files in memory."""
 
 
 def intact_tickets(
     store: RunStore, folder: str, put_aside: Callable[[int, str], None], skip: Container[int] = ()
 ) -> Iterator[tuple[int, pa.Table]]:
-    """LABELS of every ticket that has a whole file in a folder, and is none of ``skip``, in ascending order.
+    """LABELS of every ticket with an intact file in a folder, except those in ``skip``, in ascending order.
 
-    A file that is no whole parquet file of LABELS goes to BROKEN_DIR, with the reason beside it, and
-    ``put_aside`` is told its ticket and a line about it.
+    A file that is not a complete parquet file of LABELS is moved to BROKEN_DIR, with the reason beside it,
+    and ``put_aside`` gets its ticket and a line about it.
     """
     names = [name for name in store.names(folder, ".parquet") if ticket_of(name) not in skip]
     with ThreadPoolExecutor(READERS) as pool:
@@ -191,11 +191,11 @@ def intact_tickets(
 
 
 def _read(store: RunStore, file: str) -> pa.Table | str:
-    """A label file's table, or in one line why it is none."""
-    content = store.read_bytes(file)  # a store that cannot be reached is no damage, so this may raise
+    """A label file's table, or a line that says why it is invalid."""
+    content = store.read_bytes(file)  # may raise: an unreachable store is not a damaged file
     try:
         table = pq.read_table(pa.BufferReader(content))
-    except (OSError, pa.ArrowException) as error:  # damage shows as either
+    except (OSError, pa.ArrowException) as error:  # damaged files raise either
         return reason_of(error)
     missing = [name for name in tables.LABELS.names if name not in table.column_names]
     return f"no column {missing[0]}" if missing else table

@@ -1,7 +1,7 @@
-"""What the teacher reads: the prompt around a text, its tokens, those of the labels, and what it answers.
+"""The teacher's prompt: the text around the input, tokens of prompts and labels, and parsing of answers.
 
-The text comes last: all before it is the same for every text, and an engine's prefix cache computes it
-once. N texts of one call in names of arrays.
+The text comes last: everything before it is the same for every text, and an engine's prefix cache computes
+it once. Shapes in names: N texts of one call.
 
 Blocks leave no blank lines and no indentation (``trim_blocks``, ``lstrip_blocks``), as in chat templates.
 """
@@ -26,18 +26,18 @@ from llkd_ray.config.schema import LabelsConfig
 from llkd_ray.config.teacher import PromptConfig
 
 Cut = Literal["head", "tail", "middle"]
-"""What is left out of a text that is too long."""
+"""Which part of a text that is too long is left out."""
 Encode = Callable[[Sequence[str]], list[list[int]]]
-ELLIPSIS = " … "  # between what is left of a text whose middle was cut out
+ELLIPSIS = " … "  # replaces the middle of a text that was cut there
 COMMON_SPECIAL = (
     *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>"),
     *("<|end_header_id|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"),
 )
-"""Special tokens of many models, for a served one whose tokenizer is not known."""
+"""Special tokens of many models, for a served model whose tokenizer is unknown."""
 
 
 class Tokenizer(Protocol):
-    """What is needed of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer's interface that is used here."""
 
     chat_template: Any
 
@@ -53,17 +53,17 @@ class Prompt:
     head: str
     tail: str
     answers: tuple[str, ...]
-    """What the teacher is to answer for each label, in label order."""
+    """The expected answer for each label, in label order."""
     add_special_tokens: bool
     message: tuple[str, str] | None = None
-    """What stands around the text in the user's message, where a chat template is around that."""
+    """The strings around the text in the user's message, where a chat template wraps the message."""
     system: str | None = None
     special: tuple[str, ...] = ()
-    """Strings that the model reads as special tokens; in a text they are broken up."""
+    """Strings that the model reads as special tokens; occurrences in a text are broken up."""
 
     @property
     def hash(self) -> str:
-        """Changes with anything that the teacher sees, apart from the text."""
+        """Depends on everything that the teacher reads, except the text."""
         system = () if self.system is None else (self.system,)
         content = "\x00".join([self.head, self.tail, *self.answers, str(self.add_special_tokens), *system])
         return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
@@ -73,23 +73,23 @@ class Prompt:
         return f"{self.head}{escape_special(text, self.special)}{self.tail}"
 
     def messages(self, text: str) -> list[dict[str, str]]:
-        """The prompt as chat messages, for a server that puts them into the model's chat format itself."""
+        """The prompt as chat messages, for a server that applies the model's chat format itself."""
         before, behind = self.message or (self.head, self.tail)
         user = {"role": "user", "content": f"{before}{escape_special(text, self.special)}{behind}"}
         return [user] if self.system is None else [{"role": "system", "content": self.system}, user]
 
 
 def escape_special(text: str, special: tuple[str, ...]) -> str:
-    """The text with a space behind the first character of each special string in it."""
+    """The text with a space after the first character of each special string in it."""
     pattern = _pattern(special)
-    while pattern is not None and pattern.search(text):  # again: what comes of one can be another
+    while pattern is not None and pattern.search(text):  # again: this may create another
         text = pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}" if found[0][1:] else " ", text)
     return text
 
 
 @lru_cache(maxsize=16)
 def _pattern(special: tuple[str, ...]) -> re.Pattern[str] | None:
-    # Without outer white space, so that a space that is put in always breaks them.
+    # Without outer white space, so that an inserted space always breaks them.
     cores = sorted({one.strip() for one in special} - {""}, key=lambda core: (-len(core), core))
     return re.compile("|".join(map(re.escape, cores))) if cores else None
 
@@ -106,10 +106,10 @@ def _special_strings(tokenizer: Tokenizer | None) -> tuple[str, ...]:
 
 
 def build_prompt(config: PromptConfig, labels: LabelsConfig, tokenizer: Tokenizer | None) -> Prompt:
-    """Put instruction, label list and demonstrations together, in the model's chat format if it has one.
+    """Combine instruction, label list and demonstrations, in the model's chat format if it has one.
 
-    Without a tokenizer, ``messages`` is what a server gets. Raises :class:`ConfigError` where a template
-    cannot be used, or where the system message has no place in the model's format.
+    Without a tokenizer, ``messages`` is what a server gets. Raises :class:`ConfigError` where a template is
+    unusable, or where the model's format does not support a system message.
     """
     assert config.draw is None, "demonstrations are drawn before a prompt is built"
     keys = tuple(ascii_uppercase[: len(labels.names)] if config.answer == "letters" else labels.names)
@@ -122,7 +122,7 @@ def build_prompt(config: PromptConfig, labels: LabelsConfig, tokenizer: Tokenize
                 f"teacher.prompt.system: {config.system!r} needs a chat template, and this teacher has none, "
                 "or teacher.prompt.chat is 'never'; put it into teacher.prompt.instruction"
             )
-        # A template of the user's may end with the space that stands before an answer.
+        # A user's template may already end with the space before the answer.
         space = "" if config.template is not None and tail[-1:].isspace() else " "
         return Prompt(head, tail, tuple(f"{space}{key}" for key in keys), True, special=special)
     if config.template is None:
@@ -135,7 +135,7 @@ def build_prompt(config: PromptConfig, labels: LabelsConfig, tokenizer: Tokenize
 
 
 def _in_chat_format(message: tuple[str, str], system: str | None, tokenizer: Tokenizer) -> tuple[str, str]:
-    """What stands around the text once the model's chat template is around the user's message."""
+    """The strings around the text after the model's chat template is applied to the user's message."""
     conversation = [{"role": "user", "content": MARKS[0].join(message)}]
     if system is not None:
         conversation.insert(0, {"role": "system", "content": system})
@@ -164,10 +164,10 @@ def _in_chat_format(message: tuple[str, str], system: str | None, tokenizer: Tok
 
 
 def label_sequences(prompt: Prompt, labels: LabelsConfig, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
-    """Each label's whole answer as tokens, as they come right after the prompt.
+    """Each label's whole answer as tokens, as they follow the prompt.
 
-    Raises :class:`ConfigError` where an answer has no tokens, where it changes how the prompt before it is
-    cut into tokens, or where two labels are the same tokens.
+    Raises :class:`ConfigError` where an answer has no tokens, where it changes the tokenization of the prompt
+    before it, or where two labels have the same tokens.
     """
     encode = _encoder(prompt, tokenizer)
     base, *wholes = encode([prompt.render("x") + answer for answer in ("", *prompt.answers)])
@@ -197,8 +197,8 @@ def encode_prompts(
 ) -> tuple[list[list[int]], np.ndarray]:
     """Token ids of each text's whole prompt, at most ``max_tokens`` long, and bool[N]: which were cut.
 
-    ``cut`` says what is left out of a text that is too long. Never cut are the instruction and the
-    demonstrations; raises :class:`ConfigError` where they leave no room.
+    ``cut`` selects which part of a text that is too long is left out. The instruction and the demonstrations
+    are never cut; raises :class:`ConfigError` where they leave no room for a text.
     """
     if not texts:
         return [], np.zeros(0, dtype=bool)
@@ -213,7 +213,7 @@ def encode_prompts(
 
 
 def room_for_text(prompt: Prompt, tokenizer: Tokenizer, max_tokens: int) -> int:
-    """Tokens that a text may have; raises :class:`ConfigError` where the prompt leaves none."""
+    """Maximum number of tokens of a text; raises :class:`ConfigError` where the prompt leaves none."""
     (around,) = _encoder(prompt, tokenizer)([prompt.render("")])
     if len(around) >= max_tokens:
         raise ConfigError(
@@ -224,7 +224,7 @@ def room_for_text(prompt: Prompt, tokenizer: Tokenizer, max_tokens: int) -> int:
 
 
 def _encoder(prompt: Prompt, tokenizer: Tokenizer) -> Encode:
-    """Turns whole prompts into tokens: without a tokenizer's end mark, as the answer comes next."""
+    """Encodes whole prompts, without a tokenizer's end-of-sequence tokens, as the answer follows."""
     n_marks = _end_marks(tokenizer) if prompt.add_special_tokens else 0
 
     def encode(wholes: Sequence[str]) -> list[list[int]]:
@@ -235,7 +235,7 @@ def _encoder(prompt: Prompt, tokenizer: Tokenizer) -> Encode:
 
 
 def _end_marks(tokenizer: Tokenizer) -> int:
-    """How many tokens a tokenizer puts behind every text."""
+    """The number of tokens that a tokenizer appends to every text."""
     bare, marked = (tokenizer("x", add_special_tokens=add)["input_ids"] for add in (False, True))
     ends = [
         len(marked) - start - len(bare)
@@ -248,32 +248,32 @@ def _end_marks(tokenizer: Tokenizer) -> int:
 def _encode_cut(
     prompt: Prompt, text: str, tokenizer: Tokenizer, encode: Encode, max_tokens: int, room: int, cut: Cut
 ) -> list[int]:
-    """The tokens of a prompt whose text is cut, no more than must be."""
+    """The tokens of a prompt whose text is cut by the minimum that is necessary."""
     text = escape_special(text, prompt.special)
     spans, most = _spans(text, tokenizer), room
-    if spans is None:  # by characters, where a tokenizer does not tell which of them its tokens are
+    if spans is None:  # by characters, where a tokenizer returns no offsets
         spans = [(i, i + 1) for i in range(len(text))]
         most = len(spans)
 
     def attempt(keep: int) -> list[int]:
         return encode([prompt.render(shorten(text, spans, keep, cut))])[0]
 
-    # Tokens merge differently at the seams, so a few more than by the count may have to go.
+    # Tokens merge differently at the cuts, so a few more than counted may have to be removed.
     most = max(0, min(most, len(spans) - 1))
     return attempt(_most(most, lambda keep: len(attempt(keep)) - max_tokens))
 
 
 def _spans(text: str, tokenizer: Tokenizer) -> list[tuple[int, int]] | None:
-    """The characters that each token of the text stands for, where the tokenizer tells."""
+    """The character span of each token of the text, where the tokenizer returns it."""
     if not getattr(tokenizer, "is_fast", True):
         return None
     return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
 
 def shorten(text: str, spans: Sequence[tuple[int, int]], keep: int, cut: Cut) -> str:
-    """What is left of a text where ``keep`` of its tokens stay, which stand for ``spans`` of it.
+    """A text reduced to ``keep`` of its tokens; ``spans`` are the characters of each token.
 
-    ``cut`` says which go: those at its head, at its tail or in its middle.
+    ``cut`` selects which tokens are removed: those at the head, the tail or in the middle.
     """
     if not keep:
         return ""
@@ -284,7 +284,7 @@ def shorten(text: str, spans: Sequence[tuple[int, int]], keep: int, cut: Cut) ->
 
 
 def _most(most: int, excess: Callable[[int], int]) -> int:
-    """The largest number up to ``most`` that has no excess, as 0 has none; looks close to ``most`` first."""
+    """The largest number up to ``most`` without excess (0 has none); searches near ``most`` first."""
     good, too_many, step = most, most + 1, 1
     while good > 0 and (over := excess(good)) > 0:
         step = max(step, over)
@@ -303,9 +303,9 @@ _LEADING = frozenset(" \t\r\n\"'`“”‘’«»*_#>~-–—([{<•:.")
 def match_answer(said: str, answers: Sequence[str]) -> int:
     """The label that a sampled answer means, -1 for none; ``answers`` as in :class:`Prompt`.
 
-    It is the longest of the answers that ``said`` begins with, up to the end of a word, whatever the case,
-    behind quotes, brackets, markdown and one word with a colon ("Label: sea"). A single letter counts only
-    where no word follows in its line: "A. sea" means A, "A boat" does not.
+    It is the longest answer that ``said`` starts with, up to a word boundary and ignoring case, after any
+    quotes, brackets, markdown and one word with a colon ("Label: sea"). A single letter counts only where no
+    word follows on its line: "A. sea" means A, "A boat" does not.
     """
     known = [answer.strip() for answer in answers]
     rest = said.strip()
@@ -326,7 +326,7 @@ def _begins_with(said: str, known: Sequence[str]) -> int:
     found = [i for i, answer in enumerate(known) if _is_whole(folded, answer.casefold())]
     longest = max((len(known[i]) for i in found), default=0)
     found = [i for i in found if len(known[i]) == longest]
-    if len(found) > 1:  # they differ by case alone, so case decides
+    if len(found) > 1:  # they differ only in case
         found = [i for i in found if said.startswith(known[i])]
     return found[0] if len(found) == 1 else -1
 
@@ -357,12 +357,12 @@ DEFAULT_TEMPLATE = r"""
 {{ text_prefix }}{{ text }}{{ answer_prefix }}"""
 FIELD = "teacher.prompt.template"
 MARKS = ("\u241etext\u241e", "\u241eA longer text.\n" * 50 + "\u241e")
-"""Texts of different length that stand nowhere else: they show where a template ends and a text begins."""
+"""Texts of different lengths that occur nowhere else: they locate the text in a rendered template."""
 SETTINGS = {"instruction", "answer", "show_labels", "text_prefix", "answer_prefix", "separator"}
 
 
 def inline_template(config: PromptConfig) -> PromptConfig:
-    """The config with the template itself in place of its file, for machines that do not have that."""
+    """The config with the template's content instead of its path, for machines without the file."""
     if config.template is None or not config.template.endswith(".j2"):
         return config
     try:
@@ -378,11 +378,11 @@ def inline_template(config: PromptConfig) -> PromptConfig:
 def render_around(
     config: PromptConfig, labels: LabelsConfig, key_of: Mapping[str, str], clean: Callable[[str], str]
 ) -> tuple[str, str]:
-    """What the template puts before and behind a text, the same for every text.
+    """The template's output before and after a text, the same for every text.
 
-    ``key_of``: what each label is called in an answer; ``clean`` is applied to the demonstrations' texts.
-    Raises :class:`ConfigError` where the template cannot be read or rendered, where the text does not stand
-    in it once, or where anything else depends on the text.
+    ``key_of``: the key of each label in an answer; ``clean`` is applied to the demonstrations' texts.
+    Raises :class:`ConfigError` where the template cannot be read or rendered, where it does not contain the
+    text exactly once, or where anything else depends on the text.
     """
     source = inline_template(config).template
     variables: dict[str, Any] = {
@@ -414,7 +414,7 @@ def _render(source: str, variables: Mapping[str, Any], text: str) -> str:
     )
     try:
         return environment.from_string(source).render(variables, text=text)
-    except Exception as error:  # a template can raise anything
+    except Exception as error:  # a template may raise any exception
         line = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         known = ", ".join(sorted([*variables, "text"]))
         raise ConfigError(f"{FIELD}: {error}{line}; repair it (there are {known})") from error

@@ -23,7 +23,7 @@ class Recorded:
     """All recorded answers. R answers, C labels."""
 
     place: dict[str, int]
-    """Where the answer to a text's id is."""
+    """The index of the answer for each text id."""
     probs_RC: np.ndarray
     prompt_tokens_R: np.ndarray
     """Zero where they are not recorded."""
@@ -33,13 +33,13 @@ class Recorded:
 
 
 class RecordedTeacher:
-    """A teacher that says what it once said; see ``answers.Teacher``. For benchmarks, mostly."""
+    """A :class:`~llkd_ray.teacher.base.Teacher` that returns recorded answers, mostly for benchmarks."""
 
     def __init__(self, config: RecordedConfig, n_classes: int) -> None:
         self.recorded = read_recorded(config, n_classes)
 
     async def label(self, ids: Sequence[str], texts: Sequence[str], allowance: Allowance) -> Answers:
-        """Tokens are those that the answers are recorded to have cost."""
+        """Usage is the recorded number of tokens of the answers."""
 
         async def one(i: int, meter: Meter) -> tuple[np.ndarray, float]:
             place = self.recorded.place.get(ids[i])
@@ -52,14 +52,14 @@ class RecordedTeacher:
         return await label_batch(len(ids), self.recorded.probs_RC.shape[1], one, allowance, cut=0)
 
     def close(self) -> None:
-        """It holds nothing but memory."""
+        """Nothing to release."""
 
 
 def read_recorded(config: RecordedConfig, n_classes: int) -> Recorded:
     """Read and check recorded answers; of two answers to one id, the first counts.
 
-    Raises :class:`ConfigError` where files or columns are missing, or a row is no distribution over the
-    labels. Holds all of them in memory.
+    Raises :class:`ConfigError` where files or columns are missing, or a row is not a distribution over the
+    labels. Keeps all answers in memory.
     """
     is_folder = not config.uri.endswith(".parquet") and not any(mark in config.uri for mark in "*?[")
     units = expand(f"{config.uri.rstrip('/')}/*.parquet" if is_folder else config.uri, "teacher.recorded")
@@ -96,7 +96,7 @@ def _read_file(base: str, path: str, wanted: dict[str, str]) -> pa.Table:
 
 
 def _check_probs(probs: pa.ChunkedArray, config: RecordedConfig, n_classes: int) -> np.ndarray:
-    """float[R, C]; refuses anything but C finite, non-negative numbers a row."""
+    """float[R, C]; raises ConfigError for anything but C finite, non-negative numbers per row."""
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if not any(is_kind(probs.type) for is_kind in kinds):
         raise ConfigError(

@@ -1,11 +1,11 @@
-"""The stream of tickets: what is leased, asked, put into files and told to the selector.
+"""The stream of tickets: leased, labelled, written to files and reported to the selector.
 
-One Ray Data execution lives as long as the run, so every engine starts once:
+One Ray Data execution lasts for the whole run, so every engine starts once:
 
-    tickets → Leaser (asks the selector for rows, reads their texts) → pool of teacher actors → receipts
+    tickets → Leaser (gets rows from the selector, reads their texts) → pool of teacher actors → receipts
 
-A teacher stage takes the texts of one ticket, writes their label file and then tells the selector. A cascade
-has two pools, one behind the other: the small teacher's file is written before the large one is asked.
+A teacher stage takes the texts of one ticket, writes their label file and then calls the selector. A cascade
+has two pools in sequence: the small teacher's file is written before the large one starts on the ticket.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LEASED = pa.schema([pa.field("ticket", pa.int32()), *tables.NUMBERED_EXAMPLES])
 
 
 class Leaser:
-    """Turns a ticket into the texts that are worth labelling now."""
+    """Turns a ticket into the texts that need a label."""
 
     def __init__(self, store_uri: str, selector: Any) -> None:
         self.examples = Examples.open(RunStore(store_uri))
@@ -70,9 +70,9 @@ def start_stream(config: Config, store_uri: str, selector: Any, tickets: Sequenc
 
 
 def spare_tickets(config: Config) -> range:
-    """One ticket for each that teachers could give back before they are all lost.
+    """One spare ticket for each ticket that teachers could return before they are all lost.
 
-    They come before all others: a ticket that was given back may be what the others wait for.
+    They come before all others, because the others may wait for a returned ticket.
     """
     n = sum(teacher.max_actors * teacher.tickets_in_flight for _, teacher in config.teacher.members())
     return range(-n, 0)
@@ -83,14 +83,13 @@ def _build_stream(
 ) -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    # They warn of every actor that holds a model without booking memory, and ask what an actor would book as
-    # often as they look: each time, a placement group would be made that nobody uses and that holds its GPUs.
+    # They warn about every actor that holds a model without a memory request. They also evaluate an actor's
+    # resources at each check, which would create an unused placement group that holds GPUs.
     context.issue_detectors_config.detectors = []
-    # An actor takes no more tickets than it works on, so a pool is never busier than this: by default, Ray
-    # Data waits for a queue at the actors before it adds one, and tickets are not to be bound before their
-    # time.
+    # An actor takes no more tickets than it works on, so utilization never exceeds 1.0. By default, Ray Data
+    # scales up only once tickets queue at the actors, and tickets must not be assigned that early.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
-    # No read task: one would ask for a whole CPU, which the student's ranks may hold for good.
+    # No read task: it would request a whole CPU, and the student's ranks may hold all CPUs permanently.
     source = ray.data.from_items([{"ticket": t} for t in tickets], override_num_blocks=len(tickets))
     stages: list[type[Stage]] = [OnlyStage]
     if config.teacher.kind == "cascade":
@@ -105,7 +104,7 @@ def _build_stream(
         **arguments,
     )
     for stage, teacher in zip(stages, members, strict=True):
-        # The form without a check that refuses a teacher on GPUs without a batch size: a block is one ticket.
+        # map_batches() rejects a stage on GPUs without a batch size; here a block is one ticket.
         stream = stream.map_batches_internal(
             stage,
             fn_constructor_args=(
@@ -124,9 +123,9 @@ def _build_stream(
 
 
 def _resources(teacher: TeacherConfig, groups: list[PlacementGroup]) -> dict[str, Any]:
-    """What Ray books for an actor: for an engine in several parts, a placement group that its parts find.
+    """Ray resources of an actor; an engine in several parts gets a placement group for its parts.
 
-    Groups that are made are noted in ``groups``; they stay until somebody removes them.
+    Groups that are created are added to ``groups``; they exist until they are removed explicitly.
     """
     if not teacher.is_placed_in_parts:
         booked = {"num_cpus": teacher.cpus * teacher.parts, "num_gpus": teacher.gpus or None}
@@ -135,9 +134,9 @@ def _resources(teacher: TeacherConfig, groups: list[PlacementGroup]) -> dict[str
 
 
 def _in_placement_group(teacher: TeacherConfig, groups: list[PlacementGroup]) -> dict[str, Any]:
-    """For one actor; called by Ray Data in the driver."""
+    """Resources of one actor; called by Ray Data in the driver."""
     bundles = [of_one_part(teacher) for _ in range(teacher.parts)]
-    # The parts of a layer talk to each other for every token, so they stay on one node.
+    # Tensor-parallel parts communicate for every token, so they stay on one node.
     strategy = "STRICT_PACK" if teacher.pipeline_parallel == 1 else "PACK"
     group = ray.util.placement_group(bundles, strategy=strategy, name=f"teacher-{uuid.uuid4().hex}")
     groups.append(group)
@@ -149,10 +148,10 @@ def _in_placement_group(teacher: TeacherConfig, groups: list[PlacementGroup]) ->
 
 
 def _leave_placement_group(teacher: TeacherConfig) -> None:
-    """Give back what was booked for the engine in parts of the actor that this runs in, if it is one.
+    """Remove the placement group of this actor's engine, if it has one.
 
-    A pool that shrinks drops the actor; its group would stay until the run ends, and a pool that grows
-    again makes another one.
+    A pool that shrinks drops the actor; its group would exist until the run ends, and a pool that grows
+    again creates another one.
     """
     if teacher.is_placed_in_parts and ray.is_initialized():
         group = ray.util.get_current_placement_group()
@@ -161,7 +160,7 @@ def _leave_placement_group(teacher: TeacherConfig) -> None:
 
 
 def _pool(fewest: int, most: int, tickets: int) -> ActorPoolStrategy:
-    """From so many to so many actors, each at work on some tickets at a time."""
+    """Between ``fewest`` and ``most`` actors, each working on some tickets concurrently."""
     return ActorPoolStrategy(
         min_size=fewest,
         max_size=most,

@@ -1,4 +1,4 @@
-"""A teacher and all that stands around it: answers of earlier runs, the cap, the mark of what is under way.
+"""A teacher with its surroundings: answers of earlier runs, the cap, and marks of requests in progress.
 
 Shapes in names: M texts of a ticket.
 """
@@ -44,20 +44,20 @@ from llkd_ray.teacher.labels import (
 )
 
 Reserve = Callable[[int, str, str, Usage], Awaitable[bool]]
-"""``reserve(ticket, attempt, teacher, usage)``: whether so much more may be used, says the selector."""
+"""``reserve(ticket, attempt, teacher, usage)``: whether the selector allows this much more usage."""
 
 
 @dataclass(frozen=True)
 class TicketAnswers:
-    """What came of the texts of a ticket."""
+    """The results for the texts of a ticket."""
 
     labels: pa.Table
-    """LABELS of those with an answer, in the order of the texts."""
+    """LABELS of texts with an answer, in the order of the texts."""
     usage: Usage
     outcome_M: Sequence[str]
-    """Of every text: empty where it has an answer, ``UNASKED``, or why it has none."""
+    """For every text: empty where it has an answer, ``UNASKED``, or the reason why it has none."""
     mark: str | None
-    """In SENT_DIR while the answers are not in a file; None where nothing was sent."""
+    """Name in SENT_DIR until the answers are written to a file; None where nothing was sent."""
 
     @property
     def unasked(self) -> int:
@@ -65,7 +65,7 @@ class TicketAnswers:
 
 
 class TeacherWorker:
-    """One teacher of a run, ``member`` of the config's; made in its actor, which prepares it meanwhile."""
+    """One teacher of a run, ``member`` of the config's; it is created in its actor, in the background."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class TeacherWorker:
         teacher: Teacher | None = None,
         key: str | None = None,
     ) -> None:
-        """``key``: what its answers are found by in later runs; without one, nothing is reused."""
+        """``key``: identifies its answers for later runs; without one, nothing is reused."""
         self.config, self.store_uri, self.store = config, store_uri, RunStore(store_uri)
         self.member = member
         self.name, self.teacher_config = list(config.teacher.members())[member]
@@ -89,9 +89,9 @@ class TeacherWorker:
         maker.shutdown(wait=False)
 
     async def label(self, ticket: int, texts: pa.Table) -> TicketAnswers:
-        """Answers to ``texts`` (row, id, text, text_hash), from an earlier run where there is one.
+        """Answers to ``texts`` (row, id, text, text_hash), from an earlier run where available.
 
-        The caller puts the labels in place and then calls :meth:`clear_mark`. Raises
+        The caller writes the labels and then calls :meth:`clear_mark`. Raises
         :class:`~llkd_ray.teacher.base.TeacherDown` where the teacher has given up.
         """
         await asyncio.shield(asyncio.wrap_future(self._made))
@@ -103,7 +103,7 @@ class TeacherWorker:
             return TicketAnswers(reused, usage, [""] * len(texts), None)
         sent, sent_hash = texts.filter(pa.array(~found_M)), hash_M[~found_M]
         mark = f"ticket-{ticket:08d}.{uuid.uuid4().hex}"
-        # The mark tells, after a kill, which texts were sent and never answered.
+        # After a kill, the mark shows which texts were sent and never answered.
         await asyncio.to_thread(write_mark, self.store, mark, len(sent), {})
         assert self._teacher is not None
         answers = await self._teacher.label(
@@ -120,12 +120,12 @@ class TeacherWorker:
         )
 
     async def clear_mark(self, answers: TicketAnswers) -> None:
-        """The labels are in place, so nothing of them is under way any more."""
+        """Delete the mark, once the labels are written."""
         if answers.mark is not None:
             await asyncio.to_thread(self.store.delete, mark_file(answers.mark))
 
     def close(self) -> None:
-        """Close the teacher, as soon as it is made."""
+        """Close the teacher, as soon as it is created."""
 
         def put_away(_: object) -> None:
             if self._teacher is not None:
@@ -173,7 +173,7 @@ class TeacherWorker:
         return RemoteAllowance(ask, note)
 
     def _note_start(self, seconds: float) -> None:
-        """A file for each engine that was started."""
+        """Write a file for each engine start."""
         facts = {"teacher": self.name, "model": self.teacher_config.model, "seconds_to_start": seconds}
         where = {"host": socket.gethostname(), "pid": os.getpid()}
         self.store.write_json(f"{ENGINES_DIR}/{uuid.uuid4().hex}.json", facts | where)
@@ -189,7 +189,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Stage(ABC):
-    """What stages share: one ticket at a call, and what happens when the teacher gives up."""
+    """The common part of stages: one ticket per call, and handling of a teacher that gives up."""
 
     member = 0
     """Index of the stage's teacher among the config's."""
@@ -207,13 +207,13 @@ class Stage(ABC):
         self.store = RunStore(store_uri)
         self.selector = selector
         self.actor = uuid.uuid4().hex
-        # No method of its own: that would keep the stage, and with it an engine, alive when it is dropped.
+        # Not a bound method: that would keep the stage, and with it an engine, alive after it is dropped.
         self.worker = TeacherWorker(config, store_uri, self.member, partial(_reserve, selector), teacher, key)
         self.on_drop = on_drop
 
     def __del__(self) -> None:
-        # Ray Data drops the stage when the stream ends; an engine that is left to die with the actor
-        # prints errors instead.
+        # Ray Data drops the stage when the stream ends; an engine that is killed together with its actor
+        # prints errors.
         if worker := getattr(self, "worker", None):
             worker.close()
             if self.on_drop:
@@ -239,14 +239,14 @@ class Stage(ABC):
 
     @abstractmethod
     async def process(self, ticket: int, leased: pa.Table) -> pa.Table:
-        """See to it that the ticket's file is in place; returns what goes on. Raises TeacherDown."""
+        """Make sure that the ticket's file exists; returns the next stage's input. Raises TeacherDown."""
 
     def empty(self, leased: pa.Table) -> pa.Table:
-        """What goes on of a ticket that needs no more."""
+        """The output for a ticket without texts, or one that was returned."""
         return _RECEIPT.empty_table()
 
     def is_review(self, ticket: int) -> bool:
-        """Whether its texts have labels, at which a cascade's large teacher is to look again."""
+        """Whether its texts already have labels and a cascade's large teacher reviews them."""
         return ticket in self._reviews
 
     @cached_property
@@ -257,8 +257,8 @@ class Stage(ABC):
     async def commit(
         self, ticket: int, leased: pa.Table, labels: pa.Table, usage: dict[str, Usage], answers: TicketAnswers
     ) -> TicketLabels:
-        """Put a finished ticket's labels in place, and in quarantine what came to nothing; returns what the
-        selector is to be told.
+        """Write a finished ticket's labels, and its failed texts to quarantine; returns what
+        :meth:`notify` sends to the selector.
         """
         has_label_M = pc.is_in(leased["row"], value_set=labels["row"].combine_chunks()).to_numpy(
             zero_copy_only=False
@@ -277,19 +277,19 @@ class Stage(ABC):
         return ticket_labels(labels, usage, unasked, len(self.config.labels.names))
 
     async def existing(self, ticket: int) -> TicketLabels | None:
-        """What the ticket's file says, where an earlier attempt died before it could tell the selector."""
+        """The contents of the ticket's file, if an earlier attempt died before it notified the selector."""
         if not self.store.exists(ticket_file(LABELS_DIR, ticket)):
             return None
         said = await asyncio.to_thread(read_ticket, self.store, LABELS_DIR, ticket)
         return ticket_labels(*said, len(self.config.labels.names))
 
     async def notify(self, ticket: int, labels: TicketLabels) -> pa.Table:
-        """Tell the selector of a ticket whose file is in place; returns the receipt."""
+        """Notify the selector of a ticket whose file exists; returns the receipt."""
         await self.selector.put_labels.remote(ticket, labels)
         return pa.table({"ticket": [ticket], "rows": [len(labels.row_M)]}, schema=_RECEIPT)
 
     async def _give_back(self, ticket: int, reason: str) -> None:
-        """Let another actor have the ticket, and take no further one before the teaching is over."""
+        """Return the ticket for another actor, and take no further one until teaching is over."""
         call = uuid.uuid4().hex
         await self.selector.give_back.remote(ticket, self.worker.name, self.actor, reason, call)
         await self.selector.wait_taught.remote()

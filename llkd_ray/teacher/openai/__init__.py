@@ -1,1 +1,1 @@
-"""The teacher behind a server that speaks the OpenAI protocol."""
+"""The teacher on a server with an OpenAI-compatible API."""

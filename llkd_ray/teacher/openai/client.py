@@ -1,14 +1,13 @@
-"""Requests to a model server: taken in turn, counted, tried again, and given up in time.
+"""Requests to a model server, with rate limiting, usage accounting, retries and a final failure.
 
-What may go wrong and what is done about it:
+Errors and their handling:
+- the server is busy (429, or 503 with Retry-After): all requests pause for the stated time, then continue;
+- a transient error (5xx, no connection, timeout, an invalid reply): the request is retried after a
+  back-off, ``teacher.attempts`` times in all, and then the text has failed;
+- the text is rejected (400, 413, 422, …): the text has failed at once;
+- access is rejected (401, 403, 404, …), or no request gets a reply any more: the teacher is down.
 
-- the server is busy (429, or 503 with Retry-After): all requests pause for as long as it says, and go on;
-- it stumbles (5xx, no connection, no answer in time, a reply that makes no sense): the request is tried
-  again after a while, ``teacher.attempts`` times in all, and then the text has failed;
-- it refuses this text (400, 413, 422, …): the text has failed at once;
-- it refuses us (401, 403, 404, …), or nothing at all is answered any more: the teacher is down.
-
-The key is sent as a header and stands nowhere else: not in an error, a log or a file.
+The key is sent as a header and appears nowhere else: not in an error, a log or a file.
 """
 
 from __future__ import annotations
@@ -34,30 +33,32 @@ from llkd_ray.teacher.base import Meter, TeacherDown, TextFailed
 
 logger = logging.getLogger(__name__)
 LONGEST_BACK_OFF_S = 60.0
-DETAIL_CHARS = 300  # of what a server says about an error
+DETAIL_CHARS = 300  # of a server's error message
 FEW = 2
-"""Texts in a row that have failed: enough to doubt the server where none is left to tell; one may be bad."""
+"""Consecutive failed texts that are enough to suspect the server when no further text follows; a single
+failure may be a bad text.
+"""
 T = TypeVar("T")
 
 
 class BadReply(Exception):
-    """A reply that makes no sense; the next one may."""
+    """An invalid reply; a retry may succeed."""
 
 
 class NoScores(BadReply):
-    """A sound reply without the scores that were asked for: the server may not have them."""
+    """A valid reply without the requested scores: the server may not support them."""
 
 
 class Refused(TextFailed):
-    """The server does not take this request, and says that the request is to blame."""
+    """The server rejects this request, and reports that the request is the cause."""
 
 
 class NotServed(TeacherDown):
-    """There is no such address or model on the server."""
+    """The server does not have this address or model."""
 
 
 class _Busy(Exception):
-    """Not now; a request that is refused like this has used nothing."""
+    """The server is busy; a request rejected like this has used nothing."""
 
     def __init__(self, status: int, retry_after_s: float | None) -> None:
         super().__init__(f"HTTP {status}")
@@ -65,7 +66,7 @@ class _Busy(Exception):
 
 
 class _Retryable(Exception):
-    """Worth another try. ``sent`` is false where the request cannot have reached the server."""
+    """The request may be retried. ``sent`` is false where it cannot have reached the server."""
 
     def __init__(self, reason: str, detail: str, sent: bool = True) -> None:
         super().__init__(detail)
@@ -85,19 +86,19 @@ class _ReportedUsage(BaseModel):
 
 @dataclass(frozen=True)
 class Post(Generic[T]):
-    """A request, what it uses at most, and how its reply is read."""
+    """A request, its maximum usage, and how to read its reply."""
 
     path: str
-    """Below ``base_url``, such as /completions."""
+    """Relative to ``base_url``, such as /completions."""
     body: dict[str, Any]
     prompt_tokens: int
     answer_tokens: int
     read: Callable[[dict[str, Any]], T]
-    """Raises :class:`BadReply`, or pydantic's ValidationError, where the reply makes no sense."""
+    """Raises :class:`BadReply`, or pydantic's ValidationError, for an invalid reply."""
 
 
 class ServerClient:
-    """The requests of one teacher actor; lives in one event loop."""
+    """The requests of one teacher actor; belongs to one event loop."""
 
     def __init__(self, teacher: TeacherConfig) -> None:
         assert teacher.server is not None
@@ -119,12 +120,12 @@ class ServerClient:
 
     @property
     def has_answered(self) -> bool:
-        """Whether any request has had a good reply so far."""
+        """Whether any request has had a valid reply so far."""
         return self._known_good is not None
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """While something is asked. Silence counts from here: nobody was asked anything before."""
+        """Context of a request in progress. Silence counts from here: nothing was requested before."""
         if not self._calls:
             self._working_since = time.monotonic()
         self._calls += 1
@@ -134,13 +135,13 @@ class ServerClient:
             self._calls -= 1
 
     async def post(self, request: Post[T], meter: Meter, *, probing: bool = False) -> T:
-        """What ``request.read`` makes of the reply.
+        """The result of ``request.read`` on the reply.
 
-        Raises TextFailed, TeacherDown, and CapReached where the allowance ends; when ``probing``, a reply
-        that lacks the scores raises NoScores at once, else it is a bad one like others.
+        Raises TextFailed, TeacherDown, and CapReached where the allowance ends. When ``probing``, a reply
+        without the scores raises NoScores at once; otherwise it counts as an invalid reply.
         """
-        # The slot is kept between tries, so that a server that is down is not asked for one text after the
-        # other before the first ones are given up.
+        # The slot is kept between retries, so that further texts are not sent to a server that is down before
+        # the first ones have failed.
         async with self._slots:
             await self._not_judging.wait()
             return await self._send_with_retries(request, meter, probing)
@@ -158,7 +159,7 @@ class ServerClient:
                 self._correct(request, reply, meter)
                 answer = _read(request, reply)
             except _Busy as busy:
-                # It has used nothing, so the claim stands for the next try.
+                # It has used nothing, so the claim stays valid for the next try.
                 refusals += 1
                 self._pause(busy, refusals)
             except NoScores as error:
@@ -178,12 +179,12 @@ class ServerClient:
                 return answer
 
     async def judge(self, failure: TextFailed, meter: Meter, *, is_last: bool = False) -> None:
-        """Once a text has failed: raises TeacherDown where it is not the text that is to blame.
+        """After a text has failed: raises TeacherDown where the server is the cause, not the text.
 
-        Many in a row without a good answer in between are no proof, as bad texts take longest and so come
-        last. The last request that had an answer is made again: if it has one now, the texts are bad. That
-        is found out of a few as well where the text is the last one that its call waits for, which would end
-        as if the server were well.
+        Many consecutive failures prove nothing, as bad texts take longest and so come last. Therefore the
+        last request that succeeded is repeated: if it succeeds again, the texts are bad. A few failures are
+        enough for this check where the text is the last one of its call, which would otherwise end as if the
+        server were healthy.
         """
         self._failed_in_a_row += 1
         many = 3 * self.teacher.attempts
@@ -197,7 +198,7 @@ class ServerClient:
             ):
                 return
             if self._known_good is not None:
-                self._not_judging.clear()  # no further text is sent before it is known
+                self._not_judging.clear()  # no further text is sent before the result
                 try:
                     await self._send_with_retries(self._known_good, meter, probing=False)
                 except TextFailed as again:
@@ -209,7 +210,7 @@ class ServerClient:
         raise self.down(f"{self._failed_in_a_row} texts in a row have failed", failure)
 
     def down(self, what: str, last: TextFailed) -> TeacherDown:
-        """The error for a server that answers nothing, with what to look at."""
+        """The error for a server that answers nothing, with possible causes."""
         if last.reason.startswith("refused"):
             field, remedy = f"model {self.teacher.model!r}", "see what it says, and teacher.server.scores"
         elif last.reason == "timed_out":
@@ -225,7 +226,7 @@ class ServerClient:
         return TeacherDown(f"teacher.{field}: {what}, the last with {last.reason}{detail}; {remedy}")
 
     def close(self) -> None:
-        """Give the connections back, if the event loop still runs; they end with the process anyway."""
+        """Close the connections, if the event loop still runs; otherwise they end with the process."""
         client, self._client = self._client, None
         if client is not None and self._loop is not None and self._loop.is_running():
             asyncio.run_coroutine_threadsafe(client.aclose(), self._loop)
@@ -233,7 +234,7 @@ class ServerClient:
     # --- one attempt
 
     async def _wait_turn(self) -> None:
-        """Wait for the end of a pause, and for this request's place among those of a minute."""
+        """Wait for the end of a pause, and for this request's turn within ``requests_per_minute``."""
         while (wait := self._resume_at - time.monotonic()) > 0:
             await asyncio.sleep(wait + random.uniform(0, 0.1 * self.server.back_off_s))  # not all at once
         if self.server.requests_per_minute is not None:
@@ -242,7 +243,7 @@ class ServerClient:
             await asyncio.sleep(mine - time.monotonic())
 
     async def _send(self, request: Post[Any]) -> dict[str, Any]:
-        client = self._http()  # made before the time runs
+        client = self._http()  # created before the timeout starts
         try:
             async with asyncio.timeout(self.teacher.timeout_s):
                 reply = await client.post(self.server.base_url.rstrip("/") + request.path, json=request.body)
@@ -250,7 +251,7 @@ class ServerClient:
             raise _Retryable("timed_out", f"no answer in {self.teacher.timeout_s:g} s") from None
         except httpx.ConnectError as error:
             raise _Retryable("no_connection", self._without_key(str(error)), sent=False) from None
-        except httpx.HTTPError as error:  # broken off, or not HTTP
+        except httpx.HTTPError as error:  # connection lost, or not HTTP
             raise _Retryable("no_connection", self._without_key(str(error))) from None
         if not reply.is_success:
             self._raise_for_status(reply)
@@ -263,14 +264,14 @@ class ServerClient:
         return content
 
     def _raise_for_status(self, reply: httpx.Response) -> None:
-        """Raise what an error status means."""
+        """Raise the exception for an error status."""
         status = reply.status_code
         detail = self._without_key(_error_text(reply))
         wait_s = retry_after_s(reply.headers.get("retry-after"))
         if status == 429 or (status == 503 and wait_s is not None):
             raise _Busy(status, wait_s)
         if status in (401, 402) or (status == 403 and not self.has_answered):
-            # Later, a 403 may mean one text (some hosts moderate); a key that is gone shows soon enough.
+            # Later, a 403 may concern one text (some hosts moderate); a revoked key is detected soon anyway.
             key = "is set" if self._key else "is not set"
             raise TeacherDown(
                 f"teacher.server.api_key_env: {self.server.base_url!r} answers HTTP {status} ({detail}) and "
@@ -296,12 +297,12 @@ class ServerClient:
                     max_connections=self.server.concurrency,
                     max_keepalive_connections=self.server.concurrency,
                 ),
-                timeout=None,  # asyncio.timeout holds for the whole attempt, however slowly bytes come
+                timeout=None,  # asyncio.timeout covers the whole attempt, even if bytes arrive slowly
             )
         return self._client
 
     def _correct(self, request: Post[Any], reply: dict[str, Any], meter: Meter) -> None:
-        """Replace what was claimed by what the server says that it was, where it says so."""
+        """Replace the claimed usage by the usage in the server's reply, where it reports one."""
         try:
             usage = _ReportedUsage.model_validate(reply.get("usage"))
         except ValidationError:
@@ -330,7 +331,7 @@ class ServerClient:
         return max(self._answered_at, self._working_since)
 
     def _pause(self, busy: _Busy, refusals: int) -> None:
-        """Let all requests wait, as the limit is the server's."""
+        """Pause all requests, as the limit is the server's."""
         wait_s = busy.retry_after_s or self._back_off_s(refusals)
         now = time.monotonic()
         silent_s = now + wait_s - self._quiet_since
@@ -350,7 +351,7 @@ class ServerClient:
         await asyncio.sleep(self._back_off_s(tries))
 
     def _back_off_s(self, tries: int) -> float:
-        """Twice as long each time, give or take a quarter, so that requests do not come back together."""
+        """Doubles each time, with ±25% jitter, so that requests are not retried together."""
         longest = min(LONGEST_BACK_OFF_S, self.server.back_off_s * 2.0 ** min(tries - 1, 30))
         return longest * random.uniform(0.75, 1.25)
 
@@ -369,7 +370,7 @@ def _read(request: Post[T], reply: dict[str, Any]) -> T:
 
 
 def _error_text(reply: httpx.Response) -> str:
-    """What the server says about an error, in one line."""
+    """The server's error message, in one line."""
     try:
         content = json.loads(reply.content)
         error = content.get("error", content) if isinstance(content, dict) else content
@@ -380,7 +381,7 @@ def _error_text(reply: httpx.Response) -> str:
 
 
 def retry_after_s(header: str | None, now: datetime | None = None) -> float | None:
-    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3): a number, or a date; else None."""
+    """Seconds in a Retry-After header (RFC 9110, 10.2.3), given as a number or a date; else None."""
     if header is None:
         return None
     try:
@@ -396,7 +397,7 @@ def retry_after_s(header: str | None, now: datetime | None = None) -> float | No
 
 
 def api_key(variable: str) -> str | None:
-    """The key in an environment variable; raises TeacherDown, without the key, where it cannot be sent."""
+    """The key in an environment variable; raises TeacherDown, without the key, if it cannot be sent."""
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise TeacherDown(

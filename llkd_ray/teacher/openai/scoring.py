@@ -1,6 +1,6 @@
-"""Three ways to a label's probability by the OpenAI protocol; servers differ in which they have.
+"""Three methods to get label probabilities from an OpenAI-compatible API; servers support different ones.
 
-Shapes in names: C labels, K tokens that are asked for together.
+Shapes in names: C labels, K tokens that are requested together.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from llkd_ray.teacher.openai.client import BadReply, NoScores, Post, Refused
 from llkd_ray.teacher.prompt import Prompt, encode_prompts, match_answer, room_for_text, shorten
 
 CHARS_PER_TOKEN = 4
-"""For texts to be cut without a tokenizer: usual for English, too many for most other languages."""
+"""For cutting texts without a tokenizer: typical for English, too many for most other languages."""
 TOKENS_PER_MESSAGE = 16
-"""What a chat template puts around a message, at most; what servers count has the last word."""
-Logprob = Annotated[float, Field(le=1e-3)]  # refuses nan, too
+"""Maximum tokens that a chat template adds to a message; the server's count replaces this estimate."""
+Logprob = Annotated[float, Field(le=1e-3)]  # also rejects nan
 PostOne = Callable[[Post[Any]], Awaitable[Any]]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What the teacher says to one text."""
+    """The teacher's answer to one text."""
 
     probs_C: np.ndarray
     off_label: float
     cut: bool
-    """Whether a part of the text was left out."""
+    """Whether the text was truncated."""
 
 
 class ScoringMethod(Protocol):
-    """A way to the labels' probabilities for one text."""
+    """A method to get the labels' probabilities for one text."""
 
     name: str
     prompt: Prompt
@@ -49,7 +49,7 @@ class ScoringMethod(Protocol):
         """Raises what ``ServerClient.post`` raises."""
 
 
-# --- of exactly the labels' tokens
+# --- by the labels' tokens
 
 
 class ByLabelIds:
@@ -76,7 +76,7 @@ class ByLabelIds:
                 "prompt": [*token_ids, *after],
                 "max_tokens": 1,
                 "temperature": 0.0,
-                "logprobs": 1,  # vLLM wants it set beside the next
+                "logprobs": 1,  # vLLM requires it with logprob_token_ids
                 "logprob_token_ids": list(tokens),
                 "return_tokens_as_token_ids": True,
             }
@@ -86,7 +86,7 @@ class ByLabelIds:
 
         try:
             mass = await self.trie.mass(next_tokens, self.teacher.min_branch_prob)
-        except ValueError as error:  # several replies that make sense, but not together
+        except ValueError as error:  # replies that are valid individually, but inconsistent
             raise TextFailed("bad_answer", str(error)) from None
         return Scored(mass.probs_C, mass.off_label, bool(cut))
 
@@ -125,15 +125,16 @@ def _no_more_than_one(probs: np.ndarray) -> np.ndarray:
 
 
 class Chat:
-    """Puts texts to the chat endpoint, cut to what fits into ``max_model_len``.
+    """Sends texts to the chat endpoint, cut to fit into ``max_model_len``.
 
-    With a tokenizer, texts are cut by tokens. Without one they are cut by characters, four to a token, and
-    a request is claimed at one token a byte, which no tokenizer passes; the server's count then corrects it.
+    With a tokenizer, texts are cut by tokens. Without one they are cut by characters, four per token, and
+    a request is claimed at one token per byte, the upper bound of any tokenizer; the server's count then
+    corrects it.
     """
 
     def __init__(self, teacher: TeacherConfig, prompt: Prompt, tokenizer: Any | None, field: str) -> None:
         self.teacher, self.prompt = teacher, prompt
-        # Slow tokenizers do not tell which characters their tokens are.
+        # Slow tokenizers return no character offsets.
         self.tokenizer = tokenizer if getattr(tokenizer, "is_fast", True) else None
         self.answers = tuple(answer.strip() for answer in prompt.answers)
         self.answer_tokens = math.ceil(2 * max(map(len, self.answers)) / 3) + 8
@@ -154,7 +155,7 @@ class Chat:
     def request(
         self, text: str, answers: int, answer_tokens: int, **body: Any
     ) -> tuple[dict[str, Any], bool]:
-        """Arguments of a :class:`Post`, ``read`` apart, and whether the text is cut."""
+        """Arguments of a :class:`Post`, except ``read``, and whether the text is cut."""
         pieces = self._pieces(text)
         cut = len(pieces) > self.room
         if cut:
@@ -166,7 +167,7 @@ class Chat:
         return {"path": "/chat/completions", **arguments}, cut
 
     def _pieces(self, text: str) -> list[tuple[int, int]]:
-        """Where each token begins and ends in the text; without a tokenizer, what may be one."""
+        """Start and end of each token in the text; estimated without a tokenizer."""
         if self.tokenizer is not None:
             options = {"add_special_tokens": False, "return_offsets_mapping": True}
             return self.tokenizer(text, **options)["offset_mapping"]
@@ -177,7 +178,7 @@ class Chat:
 
 
 class ByTopLogprobs:
-    """The probabilities of those labels' letters that are among the likeliest first tokens."""
+    """Probabilities of the labels' letters that are among the likeliest first tokens."""
 
     name = "top_logprobs"
 
@@ -213,9 +214,9 @@ class _ScoredChoices(BaseModel):
 
 
 def read_top_logprobs(letters: Sequence[str], reply: dict[str, Any]) -> np.ndarray:
-    """float[C]: what the likeliest tokens give to each letter, spaces around it or not.
+    """float[C]: the probability of each letter among the likeliest tokens, with or without spaces.
 
-    Small letters count where no capital one is among the tokens.
+    Lower-case letters count where no upper-case one is among the tokens.
     """
     logprobs = _ScoredChoices.model_validate(reply).choices[0].logprobs
     likeliest = logprobs.content[0].top_logprobs if logprobs and logprobs.content else None
@@ -238,7 +239,7 @@ class ByVotes:
         self.chat, self.prompt = chat, chat.prompt
         self.samples = chat.teacher.confidence.samples
         self.at_once = self.samples
-        """Answers that the server gives to one request, as far as is known."""
+        """Answers that the server returns per request, as far as known."""
 
     async def score(self, text: str, post: PostOne) -> Scored:
         said: list[str] = []
@@ -278,5 +279,5 @@ class _SaidChoices(BaseModel):
 
 
 def read_answers(reply: dict[str, Any]) -> list[str]:
-    """What the teacher says, in each of its answers."""
+    """The text of each sampled answer."""
     return [choice.message.content or "" for choice in _SaidChoices.model_validate(reply).choices]

@@ -1,7 +1,8 @@
-"""The teacher behind a server that speaks the OpenAI protocol.
+"""The teacher on a server with an OpenAI-compatible API.
 
-What a server can tell differs: of exactly the labels' tokens (vLLM), of its likeliest tokens (OpenAI and
-most others), or nothing but answers. The first request finds out, unless ``server.scores`` says.
+Servers differ in the probabilities they return: of exactly the labels' tokens (vLLM), of the likeliest
+tokens (OpenAI and most others), or none, only answers. The first request detects this, unless
+``server.scores`` is set.
 
 Shapes in names: N texts of one call, C labels.
 """
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class OpenAITeacher:
-    """A client of a server; see ``answers.Teacher``. Its connections live in one event loop."""
+    """A :class:`~llkd_ray.teacher.base.Teacher` that is a client of a server; belongs to one event loop."""
 
     def __init__(self, teacher: TeacherConfig, labels: LabelsConfig) -> None:
         self.teacher = teacher
@@ -39,7 +40,7 @@ class OpenAITeacher:
         self.client = ServerClient(teacher)
         self.methods, _ = possible_methods(teacher, labels, "teacher")
         self.method: ScoringMethod | None = None
-        """None until a first reply has shown what the server can do."""
+        """None until a first reply has shown what the server supports."""
         self._deciding = asyncio.Lock()
 
     async def label(self, ids: Sequence[str], texts: Sequence[str], allowance: Allowance) -> Answers:
@@ -81,7 +82,7 @@ class OpenAITeacher:
         return await self.method.score(text, partial(self.client.post, meter=meter))
 
     async def _find_method(self, text: str, meter: Meter) -> tuple[ScoringMethod, Scored]:
-        """Find the first way that the server knows, with the answer to this text."""
+        """Find the first method that the server supports, and its result for this text."""
         post = partial(self.client.post, meter=meter, probing=True)
         for method in self.methods[:-1]:
             try:
@@ -93,7 +94,7 @@ class OpenAITeacher:
             return method, await method.score(text, post)
         except (NoScores, Refused) as error:
             if isinstance(error, Refused) and "logprob" not in str(error):
-                raise  # it may be the text
+                raise  # the text may be the cause
             assert self.teacher.server is not None
             raise TeacherDown(
                 f"teacher.server.scores {method.name!r}: {self.teacher.server.base_url!r} cannot do it "
@@ -104,9 +105,9 @@ class OpenAITeacher:
 def check_server_teacher(
     teacher: TeacherConfig, labels: LabelsConfig, field: str = "teacher"
 ) -> dict[str, Any]:
-    """Find the mistakes that can be found without a request; returns facts for the manifest.
+    """Find the errors that can be found without a request; returns facts for the manifest.
 
-    Raises :class:`ConfigError`; ``field`` is where ``teacher`` stands in the settings.
+    Raises :class:`ConfigError`; ``field`` is the location of ``teacher`` in the settings.
     """
     server = teacher.server
     assert server is not None
@@ -136,7 +137,7 @@ def check_server_teacher(
 def possible_methods(
     teacher: TeacherConfig, labels: LabelsConfig, field: str
 ) -> tuple[list[ScoringMethod], Prompt]:
-    """The ways to be tried, best first, and the prompt of the best; raises :class:`ConfigError`."""
+    """The methods to try, best first, and the prompt of the best; raises :class:`ConfigError`."""
     server = teacher.server
     assert server is not None
     scores = "votes" if teacher.confidence.method == "votes" else server.scores
@@ -154,7 +155,7 @@ def possible_methods(
         methods.append(ByLabelIds(teacher, by_ids, label_sequences(by_ids, labels, tokenizer), tokenizer))
         if scores == "label_ids":
             return methods, by_ids
-    # The server has a chat template of its own where the tokenizer has none.
+    # Where the tokenizer has no chat template, the server uses its own.
     has_template = tokenizer is not None and getattr(tokenizer, "chat_template", None)
     chat_prompt = build_prompt(teacher.prompt, labels, tokenizer if has_template else None)
     chat = Chat(teacher, chat_prompt, tokenizer, field)

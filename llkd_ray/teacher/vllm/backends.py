@@ -1,7 +1,8 @@
-"""The two kinds of vLLM engines, and which of them suits a machine.
+"""The two kinds of vLLM engines, and which of them is used on a machine.
 
-vLLM's own asynchronous engine imports vLLM in both processes, one after the other, and takes each request
-and reply through several layers on the actor's side. Here the actor sends token ids and gets probabilities.
+vLLM's own asynchronous engine imports vLLM in both processes, one after the other, and passes each request
+and reply through several layers in the actor. With :class:`ChildEngine`, the actor sends token ids and
+receives probabilities.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ from llkd_ray.teacher.vllm.requests import (
 
 
 class EngineStarter:
-    """Starts an engine whenever it is called."""
+    """Starts a new engine at each call."""
 
     def __init__(self, teacher: TeacherConfig) -> None:
         self.teacher = teacher
         self._prestarted: ChildEngine | None = None
 
     def prestart(self) -> None:
-        """Begin with what a start on CPUs can do ahead; the next engine will be there sooner."""
+        """Start the preparations that a CPU engine allows in advance; the next engine will start faster."""
         if is_one_process(self.teacher):
-            with suppress(OSError):  # no room for a process now; there may be when it is needed
+            with suppress(OSError):  # no resources for a process now; retried when the engine is needed
                 self._prestarted = ChildEngine(self.teacher)
 
     def __call__(self) -> RunningEngine:
@@ -62,7 +63,7 @@ class EngineStarter:
         return engine
 
     def close(self) -> None:
-        """Put away what was begun and never used."""
+        """Shut down a prestarted engine that was never used."""
         if self._prestarted is not None:
             self._prestarted.shutdown()
             self._prestarted = None
@@ -74,13 +75,13 @@ COMMAND = (sys.executable, "-m", "llkd_ray.teacher.vllm.child_main")
 class ChildEngine:
     """A :class:`~llkd_ray.teacher.vllm.requests.RunningEngine`, once :meth:`start` has returned.
 
-    Its process begins at once to import vLLM, which is most of what it does before it needs the settings.
+    Its process imports vLLM immediately, which is most of the work that does not need the settings.
     """
 
     def __init__(self, teacher: TeacherConfig) -> None:
         self.teacher = teacher
         self._connection, theirs = Pipe()
-        # vLLM tells some causes of a failed start there and nowhere else. With LLKD_VERBOSE, people read it.
+        # vLLM reports some causes of a failed start only on stderr. With LLKD_VERBOSE, the user sees stderr.
         self._log = None if os.environ.get("LLKD_VERBOSE") else tempfile.TemporaryFile()  # noqa: SIM115
         with theirs:
             self._process = subprocess.Popen(
@@ -129,7 +130,7 @@ class ChildEngine:
         return said
 
     def shutdown(self) -> None:
-        # Nothing is left to be saved, and one that hangs hears nothing else.
+        # There is no state to save, and a hung process reacts to nothing else.
         self._process.kill()
         self._process.wait()
         self._outbox.put(None)
@@ -137,8 +138,8 @@ class ChildEngine:
             self._log.close()
 
     def _send(self) -> None:
-        """In a thread: a process that hangs takes nothing more, and then this waits, and nobody else."""
-        with suppress(OSError):  # it is dead, which the other thread tells
+        """Runs in a thread, so that a hung process, which reads nothing more, blocks only this thread."""
+        with suppress(OSError):  # it is dead, which the other thread reports
             while (request := self._outbox.get()) is not None:
                 self._connection.send(request)
 
@@ -150,7 +151,7 @@ class ChildEngine:
         self._call_in_loop(self._fail_all)
 
     def _call_in_loop(self, callback: Any, *arguments: Any) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits
+        with suppress(RuntimeError):  # the loop is closed, so nothing waits
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(callback, *arguments)
 
@@ -168,14 +169,14 @@ class ChildEngine:
 
 
 def _environment(teacher: TeacherConfig) -> dict[str, str]:
-    """The child's environment: vLLM reads it when it is imported, OpenMP when it is loaded."""
+    """The child's environment: vLLM reads it on import, OpenMP on load."""
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # Ray sets its own, 1 for an actor of less than a CPU.
+        # Ray sets this to 1 for an actor of less than a CPU.
         "OMP_NUM_THREADS": str(threads_of(teacher)),
-        # A thread that spins while it waits takes the core from the student, or from another thread.
+        # A spinning thread takes a core away from the student or from another thread.
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
 
@@ -190,10 +191,10 @@ class AsyncEngine:
     @classmethod
     def start(cls, teacher: TeacherConfig) -> AsyncEngine:
         """Raises RuntimeError with the root cause where it does not start."""
-        # Read by vLLM when it is imported.
+        # vLLM reads it on import.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         if not teacher.gpus and teacher.parts > 1:
-            # By default vLLM gives each part a memory node of its own and refuses where there is but one.
+            # By default vLLM assigns each part its own NUMA node and fails where there is only one.
             cores = np.array_split(sorted(os.sched_getaffinity(0)), teacher.parts)
             bound = "|".join(",".join(map(str, own)) for own in cores)
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", bound)
@@ -204,7 +205,7 @@ class AsyncEngine:
         with _captured_stderr() as log:
             try:
                 arguments = AsyncEngineArgs(**engine_arguments(teacher))
-                # By default it would take batches as small as a server's that answers at once.
+                # The default usage context has a server's smaller batch sizes, for low latency.
                 return cls(AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS))
             except Exception as error:
                 raise RuntimeError(root_cause(log) or f"{type(error).__name__}: {error}") from error
@@ -231,9 +232,9 @@ class AsyncEngine:
 
 @contextmanager
 def _captured_stderr() -> Iterator[IO[bytes] | None]:
-    """A file that also gets what the engine's processes, which inherit it, write to stderr.
+    """A file that also receives the stderr of the engine's processes, which inherit it.
 
-    vLLM tells the root cause of a failed start there and nowhere else. With LLKD_VERBOSE, people read it.
+    vLLM reports the root cause of a failed start only there. With LLKD_VERBOSE, the user reads stderr.
     """
     if os.environ.get("LLKD_VERBOSE"):
         yield None
@@ -251,7 +252,7 @@ def _captured_stderr() -> Iterator[IO[bytes] | None]:
 
 
 def root_cause(log: IO[bytes] | None) -> str:
-    """The first error that a log of nested tracebacks ends in, without its time and place; or nothing."""
+    """The first error that a log of nested tracebacks ends in, without its time and location; or empty."""
     if log is None:
         return ""
     log.seek(0)

@@ -1,9 +1,9 @@
 """The process of an engine on CPUs: ``python -m llkd_ray.teacher.vllm.child_main FD``; see ``backends``.
 
-It schedules and computes in one thread. What comes by the connection FD: the teacher's settings, once, and
-then ``(number, token_ids, request)``, or ``(number, None, None)`` where nobody waits for it any more. What
-goes back: None once the engine has started, or why it has not; then lists of ``(number, response)``, where
-a refused request has the reason as a string.
+It schedules and computes in one thread. It receives through the connection FD: the teacher's settings, once,
+and then ``(number, token_ids, request)``, or ``(number, None, None)`` to cancel a request. It sends: None
+once the engine has started, or the reason why it has not; then lists of ``(number, response)``, where the
+response to a rejected request is the reason as a string.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ Request = tuple[int, list[int] | None, EngineRequest | None]
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's; the actor decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal; the actor ends this process
     connection = Connection(int(sys.argv[1]))
-    import vllm  # noqa: F401  # before the settings come: it takes seconds
+    import vllm  # noqa: F401  # before the settings arrive: it takes seconds
 
     try:
         teacher = connection.recv()
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _receive(connection: Connection, inbox: queue.SimpleQueue[Request]) -> None:
-    """Empty the connection at all times, so that whoever sends never waits for a step."""
+    """Read the connection continuously, so that the sender never waits for an engine step."""
     while True:
         try:
             inbox.put(connection.recv())
@@ -65,9 +65,9 @@ def _start(teacher: TeacherConfig) -> Any:
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    # As on GPUs, so that teacher.engine may hold the same settings everywhere.
+    # The same class as on GPUs, so that teacher.engine accepts the same settings everywhere.
     arguments = AsyncEngineArgs(**engine_arguments(teacher))
-    # By default it would take batches as small as a server's that answers at once.
+    # The default usage context has a server's smaller batch sizes, for low latency.
     return LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
 
 
@@ -93,7 +93,7 @@ def _serve(engine: Any, inbox: queue.SimpleQueue[Request], connection: Connectio
 
 
 def _arrived(inbox: queue.SimpleQueue[Request], wait: bool) -> Iterator[Request]:
-    """All requests that are there; ``wait`` for one where there is none."""
+    """All requests received so far; ``wait`` for one if there is none."""
     try:
         yield inbox.get(block=wait)
         while True:

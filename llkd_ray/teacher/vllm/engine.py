@@ -1,7 +1,7 @@
-"""An engine that may die: started when it is first needed, started anew when it is lost.
+"""An engine that may die: started on first use, and restarted after it is lost.
 
-It lives in processes of its own below the teacher's actor, so that its death is not the actor's: the
-actor knows which texts were under way, keeps the answers it has, and finds the text that kills engines.
+It runs in its own processes, children of the teacher's actor, so that the actor survives its death: the
+actor knows which texts were in progress, keeps the answers it has, and identifies a text that kills engines.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class Gate:
-    """Lets many in together, or one alone."""
+    """A lock that admits many shared holders, or one exclusive holder."""
 
     def __init__(self) -> None:
         self._door = asyncio.Lock()
@@ -57,9 +57,9 @@ class Gate:
 
 
 class Engine:
-    """One engine at a time, on demand. ``start`` gives a new one, in a thread.
+    """One engine at a time, on demand. ``start`` returns a new one; it runs in a thread.
 
-    ``on_start`` hears the seconds that each start took. Belongs to one event loop.
+    ``on_start`` gets the seconds that each start took. Belongs to one event loop.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Engine:
     async def with_retries(self, attempt_once: Callable[[], Awaitable[T]]) -> T:
         """Result of ``attempt_once`` (all requests for one text), repeated where the engine is lost.
 
-        From its second try on a text is asked with nothing else under way: then a lost engine is its doing,
-        and the texts that were under way with it go free. Raises :class:`TextFailed` after
-        ``teacher.attempts`` tries, and :class:`TeacherDown` where no engine starts, or one after the other is
-        lost without a reply; from then on always.
+        Retries of a text run with no other text in progress: if the engine is lost again, this text is the
+        cause, and texts that were in progress with it before are cleared. Raises :class:`TextFailed` after
+        ``teacher.attempts`` tries, and :class:`TeacherDown` where no engine starts, or several in a row are
+        lost without a reply; after that, always.
         """
         reason = ""
         for attempt in range(self.teacher.attempts):
@@ -99,8 +99,8 @@ class Engine:
     async def generate(self, token_ids: Sequence[int], request: EngineRequest) -> EngineResponse:
         """The engine's reply to one request.
 
-        Raises :class:`EngineLost` where the engine is gone or has given nobody a reply for
-        ``teacher.timeout_s``, and :class:`TextFailed` where it refuses the request.
+        Raises :class:`EngineLost` where the engine has died or has returned no reply at all for
+        ``teacher.timeout_s``, and :class:`TextFailed` where it rejects the request.
         """
         engine = await self._running()
         began = time.monotonic()
@@ -140,13 +140,13 @@ class Engine:
             return self._engine
 
     async def _started(self) -> RunningEngine:
-        """A new engine, after several tries if need be: memory that is short now may be free in a moment."""
+        """A new engine, with several tries if necessary: a lack of memory may be temporary."""
         said = ""
         gave_up = threading.Event()
         came: list[RunningEngine] = []
 
         def put_away() -> None:
-            with suppress(IndexError):  # there is none, or the other has it
+            with suppress(IndexError):  # there is none, or the other caller took it
                 came.pop().shutdown()
 
         def start() -> RunningEngine:
@@ -163,7 +163,7 @@ class Engine:
             try:
                 engine = await asyncio.wait_for(asyncio.to_thread(start), self.teacher.start_timeout_s)
             except TimeoutError:
-                # A thread cannot be stopped: its engine is put away when it comes, or now if it just has.
+                # A thread cannot be stopped: its engine is shut down once it has started, or now if it has.
                 gave_up.set()
                 put_away()
                 raise TeacherDown(
@@ -183,7 +183,7 @@ class Engine:
         )
 
     async def _lose(self, engine: RunningEngine, why: str) -> None:
-        """Put an engine away, once, whoever finds it lost; the next request starts another."""
+        """Shut down a lost engine, once, regardless of who reports it; the next request starts another."""
         async with self._starting:
             if engine is not self._engine:
                 return
@@ -191,7 +191,7 @@ class Engine:
             self._losses += 1
             logger.warning("the engine of %s is lost: %s", self.teacher.model, why)
             await asyncio.to_thread(engine.shutdown)
-        # Two texts that kill engines can lose so many in a row: more is not the texts' doing.
+        # Two texts that kill engines can cause this many losses in a row: with more, texts are not the cause.
         if self._losses > 2 * self.teacher.attempts:
             self._down = TeacherDown(
                 f"teacher.model: {self._losses} engines of {self.teacher.model!r} were lost one after the "

@@ -1,6 +1,7 @@
-"""What an engine is asked and what it replies, in our words and in vLLM's, and its start-up settings.
+"""An engine's requests and responses, in our types and vLLM's, and its start-up settings.
 
-vLLM's own take seconds to import and long to send; whoever asks an engine in another process needs neither.
+vLLM's own types take seconds to import and long to serialize; code that calls an engine in another process
+needs neither.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from llkd_ray.config.teacher import TeacherConfig
 
 @dataclass(frozen=True)
 class NextToken:
-    """How probable is each of these tokens as the next one, among all of the vocabulary?"""
+    """Requests the probability of each of these tokens as the next one, over the whole vocabulary."""
 
     tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Some answers, drawn at random."""
+    """Requests some randomly sampled answers."""
 
     number: int
     longest: int
-    """Tokens of an answer, at most."""
+    """Maximum tokens of an answer."""
     temperature: float
 
 
@@ -40,51 +41,51 @@ EngineRequest = NextToken | Samples
 
 @dataclass(frozen=True)
 class EngineResponse:
-    """What came of one request."""
+    """The result of one request."""
 
     cached_tokens: int
-    """Tokens of the prompt that the prefix cache knew."""
+    """Tokens of the prompt that were in the prefix cache."""
     probs: tuple[float, ...] = ()
-    """Of a :class:`NextToken`'s tokens."""
+    """For the tokens of a :class:`NextToken`."""
     answers: tuple[str, ...] = ()
-    """Of :class:`Samples`."""
+    """For :class:`Samples`."""
     answer_tokens: int = 0
-    """Of all answers together."""
+    """Total of all answers."""
 
 
 class EngineLost(Exception):
-    """The engine died, hung or failed with the request; it may be the text's doing, or not."""
+    """The engine died, hung or failed during the request; the text may or may not be the cause."""
 
 
 class EngineDied(EngineLost):
-    """It has not only lost the request, it is no more."""
+    """The engine has not only lost the request, its process has died."""
 
     def __init__(self) -> None:
         super().__init__("engine_died")
 
 
 class RunningEngine(Protocol):
-    """An engine that has started. Belongs to the event loop that first asks it."""
+    """An engine that has started. Belongs to the event loop that uses it first."""
 
     async def generate(self, token_ids: Sequence[int], request: EngineRequest) -> EngineResponse:
-        """Raises :class:`EngineLost`, and ``TextFailed`` where it refuses the request.
+        """Raises :class:`EngineLost`, and ``TextFailed`` where it rejects the request.
 
-        Whoever stops waiting takes the request out of the engine.
+        Cancelling the call removes the request from the engine.
         """
 
     def shutdown(self) -> None:
-        """Put it away, whatever it does; requests under way are lost."""
+        """Stop it immediately, whatever its state; requests in progress are lost."""
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What vLLM raises for a request that it does not take."""
+    """The exceptions that vLLM raises for a request that it rejects."""
     from vllm.exceptions import VLLMClientError
 
     return VLLMClientError, ValueError
 
 
 def engine_prompt(token_ids: Sequence[int]) -> Any:
-    """A prompt that is "rendered" already: AsyncLLM would take each plain one through a thread of its own."""
+    """A prompt marked as rendered: AsyncLLM would pass each plain one through a thread of its own."""
     from vllm.inputs.engine import tokens_input
 
     return tokens_input(list(token_ids))
@@ -92,7 +93,7 @@ def engine_prompt(token_ids: Sequence[int]) -> Any:
 
 @cache
 def sampling_params(request: EngineRequest) -> Any:
-    """vLLM's sampling parameters. Kept, because making them was a fifth of what a request cost."""
+    """vLLM's sampling parameters. Cached, because creating them was a fifth of a request's cost."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -113,7 +114,7 @@ def sampling_params(request: EngineRequest) -> Any:
 
 
 def response_from(request: EngineRequest, output: Any) -> EngineResponse:
-    """What a finished RequestOutput says."""
+    """The response in a finished RequestOutput."""
     cached = output.num_cached_tokens or 0
     if isinstance(request, NextToken):
         logprobs = output.outputs[0].logprobs[0]
@@ -128,26 +129,27 @@ def response_from(request: EngineRequest, output: Any) -> EngineResponse:
 
 
 CPU_BLOCK_SIZE = 32
-"""Tokens of a block of the prefix cache on CPU, where vLLM takes 128 by default. Only whole blocks are found
-again, so a small one saves most of what the requests for names of several tokens have in common."""
+"""Tokens in a block of the prefix cache on CPU, where vLLM's default is 128. Only whole blocks can be reused,
+so small blocks reuse most of the shared prefix of requests for names of several tokens.
+"""
 
 
 def is_one_process(teacher: TeacherConfig) -> bool:
     """Whether an engine on CPUs schedules and computes in one process, a child of the actor.
 
-    By default vLLM takes two on CPUs, so that it can bind threads to cores: the second takes seconds more to
-    start, and the first spins while it waits, which costs a core. That pays where there are memory nodes to
-    keep apart, and it is left alone where somebody binds threads by vLLM's own variable.
+    By default vLLM uses two on CPUs, so that it can bind threads to cores: the second takes seconds more to
+    start, and the first spins while it waits, which occupies a core. That pays off where there are several
+    NUMA nodes, and the default is kept where the user binds threads through vLLM's own variable.
     """
     is_bound = bool(os.environ.get("VLLM_CPU_OMP_THREADS_BIND"))
     return not teacher.gpus and teacher.parts == 1 and not is_bound and _memory_nodes() <= 1
 
 
 def threads_of(teacher: TeacherConfig) -> int:
-    """Threads that an engine of one process computes with.
+    """Compute threads of an engine in one process.
 
-    As many as the CPUs that are booked for it; where less than one is, one for each physical core. They do
-    not spin, so a student that wants some of the cores meanwhile gets them.
+    As many as the CPUs reserved for it; with less than one CPU, one for each physical core. They do not spin,
+    so the student can use idle cores.
     """
     if teacher.cpus >= 1:
         return int(teacher.cpus)
@@ -156,7 +158,7 @@ def threads_of(teacher: TeacherConfig) -> int:
 
 
 def engine_arguments(teacher: TeacherConfig) -> dict[str, Any]:
-    """What vLLM is told; ``teacher.engine`` has the last word."""
+    """Arguments for vLLM; ``teacher.engine`` overrides them."""
     on_cpu = teacher.gpus == 0
     arguments: dict[str, Any] = {
         "model": teacher.model,
@@ -179,11 +181,11 @@ def engine_arguments(teacher: TeacherConfig) -> dict[str, Any]:
         if is_one_process(teacher):
             arguments["distributed_executor_backend"] = "uni"
     elif teacher.parts > 1:
-        # Its workers find the placement group that the actor is in, on one node or on several.
+        # Its workers use the placement group of the actor, on one node or on several.
         arguments["distributed_executor_backend"] = "ray"
     return arguments | teacher.engine
 
 
 def _memory_nodes() -> int:
-    """Memory nodes (NUMA) of this machine; 0 where it does not tell."""
+    """NUMA nodes of this machine; 0 where unknown."""
     return len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))

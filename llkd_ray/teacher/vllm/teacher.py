@@ -31,7 +31,7 @@ from llkd_ray.teacher.vllm.requests import NextToken, Samples
 
 
 class VllmTeacher:
-    """An engine in this process's care; see ``answers.Teacher``."""
+    """A :class:`~llkd_ray.teacher.base.Teacher` whose engine is managed by this process."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class VllmTeacher:
         on_start: Callable[[float], None],
         prestart: bool = False,
     ) -> None:
-        """``prestart``: it will be asked soon, so begin with what can be done ahead."""
+        """``prestart``: it will be used soon, so start the preparations that can run in advance."""
         self.teacher = teacher
         self._start = EngineStarter(teacher)
         if prestart:
@@ -85,7 +85,7 @@ class VllmTeacher:
         return mass.probs_C, mass.off_label
 
     async def _by_votes(self, token_ids: list[int], meter: Meter) -> tuple[np.ndarray, float]:
-        """float[C]: the share of K sampled answers for each label, and the share for none of them."""
+        """float[C]: the share of K sampled answers for each label, and the share without a label."""
         confidence, longest = self.teacher.confidence, self.trie.depth
         samples = Samples(confidence.samples, longest, confidence.sampling_temperature)
         await meter.request(len(token_ids), samples.number * longest)
@@ -100,7 +100,7 @@ class VllmTeacher:
 
 
 def prepare(teacher: TeacherConfig, labels: LabelsConfig, field: str) -> tuple[Any, Prompt, LabelTrie]:
-    """Tokenizer, prompt and the labels' tokens; raises ConfigError with ``field`` for what cannot be."""
+    """Tokenizer, prompt and the labels' tokens; raises ConfigError, with ``field``, for invalid settings."""
     assert teacher.model is not None
     tokenizer = load_tokenizer(teacher.model, teacher.revision, f"{field}.model")
     prompt = build_prompt(teacher.prompt, labels, tokenizer)
@@ -108,7 +108,7 @@ def prepare(teacher: TeacherConfig, labels: LabelsConfig, field: str) -> tuple[A
 
 
 def check_vllm_teacher(teacher: TeacherConfig, labels: LabelsConfig, field: str) -> dict[str, Any]:
-    """Find the mistakes that can be found without an engine; returns facts for the manifest."""
+    """Find the errors that can be found without an engine; returns facts for the manifest."""
     tokenizer, prompt, trie = prepare(teacher, labels, field)
     room_for_text(prompt, tokenizer, room_for_prompt(teacher, trie))
     return {
@@ -120,5 +120,5 @@ def check_vllm_teacher(teacher: TeacherConfig, labels: LabelsConfig, field: str)
 
 
 def room_for_prompt(teacher: TeacherConfig, trie: LabelTrie) -> int:
-    """Tokens that a prompt may have, so that the longest answer still fits behind it."""
+    """Maximum tokens of a prompt, so that the longest answer still fits after it."""
     return teacher.max_model_len - trie.depth
