@@ -1,8 +1,8 @@
-"""The Python interface: a distillation, a comparison, a prediction.
+"""The Python API: run a distillation, a comparison or a prediction.
 
-Each takes settings as a checked object, as a dictionary or as the path of a YAML file, with overrides, and
-returns a small typed result. Nothing is kept between two calls but files. Ray is started for a call and
-stopped after it, unless it runs already.
+Each function takes settings as a validated object, a dictionary or the path of a YAML file, with overrides,
+and returns a small typed result. Only files persist between two calls. Ray is started for a call and stopped
+after it, unless it is already running.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ class Distilled:
     config: Config = field(repr=False)
     """The resolved settings."""
     summary: dict[str, Any] = field(repr=False)
-    """What summary.json holds: the figures of teacher and student, counts and costs."""
+    """The content of summary.json: metrics of teacher and student, counts and costs."""
     metrics: list[dict[str, Any]] = field(repr=False)
-    """A line a round, as in metrics.jsonl."""
+    """One entry per round, as in metrics.jsonl."""
     model: str
-    """The folder that transformers loads."""
+    """Folder of the student, which transformers can load."""
     report: str
-    """The page."""
+    """Path or URI of report.html."""
 
     @property
     def accuracy(self) -> float | None:
-        """Of the student, on the test set; None without one."""
+        """Accuracy of the student on the test set; None without a test set."""
         return self.summary["student"]["accuracy"]
 
     @property
     def macro_f1(self) -> float | None:
-        """Of the student, on the test set; None without one."""
+        """Macro-F1 of the student on the test set; None without a test set."""
         return self.summary["student"]["macro_f1"]
 
     @property
     def teacher_agreement(self) -> float | None:
-        """Share of held-out texts with the teacher's answer; None without a hold-out."""
+        """Share of hold-out texts where the student agrees with the teacher; None without a hold-out."""
         return self.summary["student"]["teacher_agreement"]
 
 
@@ -73,7 +73,7 @@ class Compared:
     summary: list[dict[str, str]] = field(repr=False)
     """The rows of summary.csv."""
     errors: dict[str, str]
-    """Of the trials that failed, by name; the same call tries them again."""
+    """Errors of failed trials, by trial name; repeating the call retries them."""
     report: str
 
 
@@ -83,14 +83,14 @@ class Predicted:
 
     out: str
     summary: dict[str, Any]
-    """Rows in, predicted and refused, with the reasons."""
+    """Numbers of rows read, predicted and refused, with the reasons."""
     thresholds: dict[str, Any] | None = field(repr=False)
-    """What was fitted on gold; None where nothing was."""
+    """Thresholds fitted on gold; None if none were fitted."""
     predictions: str
-    """The folder of the parquet files."""
+    """Folder of the parquet files with the predictions."""
 
     def table(self) -> pa.Table:
-        """All predictions, in memory."""
+        """All predictions as one in-memory table."""
         store = RunStore(self.out)
         names = store.names(FOLDERS[CORPUS], ".parquet")
         return pa.concat_tables([store.read_table(f"{FOLDERS[CORPUS]}/{name}") for name in names])
@@ -104,8 +104,8 @@ def distill(
 ) -> Distilled:
     """Distil a teacher into a student, in a new run directory below ``run.dir``.
 
-    ``config`` is a checked config, the same as a dictionary, or a YAML file's path. Raises ConfigError for a
-    mistake in it and TeacherDown where the teacher cannot go on; :func:`resume` then goes on from there.
+    ``config`` is a validated config, a dictionary, or the path of a YAML file. Raises ConfigError for a
+    mistake in it, and TeacherDown if the teacher fails permanently; :func:`resume` continues such a run.
     """
     settings = resolve(Config, config, overrides)
     with _shown(display) as there:
@@ -113,9 +113,9 @@ def distill(
 
 
 def resume(run_dir: str | Path, overrides: Overrides = (), *, display: Display | None = None) -> Distilled:
-    """Resume a run that was stopped; of a finished one, write summary, model and report again.
+    """Resume a stopped run; for a finished run, write summary, model and report again.
 
-    ``overrides`` may raise ``budget.rounds`` and ``budget.train`` of a finished run, which then goes on.
+    ``overrides`` may raise ``budget.rounds`` and ``budget.train`` of a finished run, which then continues.
     """
     with _shown(display) as there:
         return _distilled(loop.resume(str(run_dir), there, overrides))
@@ -133,9 +133,9 @@ def compare(
 ) -> Compared:
     """Compare policies on the same labels, resuming where an earlier call stopped.
 
-    ``out`` is the folder for the results; for a YAML file it is ``runs/`` and the file's name unless it is
-    given. ``only`` names teachers, lines and seeds to train for, ``add`` results.csv of other machines;
-    ``report_only`` trains nothing. Raises ConfigError for what the user can correct.
+    ``out`` is the folder for the results; for a YAML file it defaults to ``runs/`` and the file's name.
+    ``only`` restricts training to the given teachers, lines and seeds; ``add`` lists results.csv files of
+    other machines; ``report_only`` trains nothing. Raises ConfigError for mistakes that the user can correct.
     """
     if isinstance(config, str | Path):
         comparison = load_comparison(config, overrides)
@@ -161,9 +161,9 @@ def predict(
 ) -> Predicted:
     """Label a corpus of any size with a classifier.
 
-    Settings are those of :class:`~llkd_ray.prediction.config.PredictConfig`; the least of them:
+    Settings are those of :class:`~llkd_ray.prediction.config.PredictConfig`; a minimal example is
     ``{"model": run_dir, "corpus": {"uri": "reviews.csv", "text": "body"}, "out": "predicted"}``. Raises
-    ConfigError for a mistake; its message names the setting, or the flag of jobs/predict.py that sets it.
+    ConfigError for a mistake; its message names the setting or the flag of jobs/predict.py that sets it.
     """
     settings = resolve(PredictConfig, config, overrides)
     with _shown(display) as there:
@@ -187,7 +187,7 @@ def _distilled(outcome: loop.Outcome) -> Distilled:
 
 @contextmanager
 def _shown(display: Display | None) -> Iterator[Display]:
-    """The caller's display, which it opens and closes, or one for this call."""
+    """The caller's display, which the caller opens and closes, or a new one for this call."""
     if display is not None:
         yield display
         return

@@ -1,4 +1,4 @@
-"""The command lines of jobs/*.py: flags to settings to one call; a user's mistake is one line."""
+"""Command-line interfaces of jobs/*.py: parse flags, make one call, print a user's mistake in one line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from llkd_ray.teacher.base import TeacherDown
 
 
 def distill_main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; returns the exit status."""
+    """Entry point of jobs/distill.py; returns the exit status."""
     options = distill_parser().parse_args(arguments)
     try:
         return run_program(partial(_dispatch, options))
@@ -38,7 +38,7 @@ def distill_main(arguments: Sequence[str] | None = None) -> int:
 
 
 def distill_parser() -> argparse.ArgumentParser:
-    """What jobs/distill.py takes."""
+    """The argument parser of jobs/distill.py."""
     parser = argparse.ArgumentParser(
         prog="distill.py",
         description="Distil an LLM into a small text classifier. Without a config: the quickstart.",
@@ -62,7 +62,7 @@ def _dispatch(options: argparse.Namespace, display: Display) -> None:
         else:
             _finish([start_run(config, display)], display)
     else:
-        # Imported here: it loads torch to train a teacher, seconds that only the quickstart needs.
+        # Imported here because it loads torch, which takes seconds and is needed only by the quickstart.
         from llkd_ray.quickstart.teacher import prepare
 
         settings = prepare(Path(local_dir("runs")) / "quickstart-data", say=display.say)
@@ -74,7 +74,7 @@ def _dispatch(options: argparse.Namespace, display: Display) -> None:
 
 
 def quickstart(config: Config, display: Display) -> list[Outcome]:
-    """The configured policy, then ``random`` on the same labels with the same budget."""
+    """Run the configured policy, then ``random`` on the same labels with the same budget."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = [f"quickstart-{stamp}-{policy}" for policy in (config.selection.policy, "random")]
     first = start_run(resolve(Config, config, {"run.name": names[0]}), display)
@@ -86,7 +86,7 @@ def quickstart(config: Config, display: Display) -> list[Outcome]:
 
 
 def _finish(outcomes: Sequence[Outcome], display: Display) -> None:
-    """The short table, and where the results are."""
+    """Print a short table and the paths of the results."""
     header = ("", "accuracy", "macro-F1", "agrees", "labelled", "trained on", "teacher tokens", "seconds")
     first = outcomes[0].summary
     rows = []
@@ -127,7 +127,7 @@ def _figures(scores: dict[str, Any]) -> list[str]:
 
 
 def audit_main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line asks for; returns the exit status."""
+    """Entry point of jobs/audit.py; returns the exit status."""
     options = audit_parser().parse_args(arguments)
 
     def work(display: Display) -> None:
@@ -148,7 +148,7 @@ def audit_main(arguments: Sequence[str] | None = None) -> int:
 
 
 def audit_parser() -> argparse.ArgumentParser:
-    """What jobs/audit.py takes."""
+    """The argument parser of jobs/audit.py."""
     parser = argparse.ArgumentParser(
         prog="audit.py", description="Let people look at a run's labels, and bring back what they say."
     )
@@ -190,7 +190,7 @@ FAILED, STOPPED = 1, 130
 
 
 def compare_main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; returns the exit status."""
+    """Entry point of jobs/compare.py; returns the exit status."""
     options = compare_parser().parse_args(arguments)
     try:
         return run_program(partial(_compare, options))
@@ -212,7 +212,7 @@ def _compare(options: argparse.Namespace, display: Display) -> int:
 
 
 def compare_parser() -> argparse.ArgumentParser:
-    """What jobs/compare.py takes."""
+    """The argument parser of jobs/compare.py."""
     parser = argparse.ArgumentParser(
         prog="compare.py",
         description="Set policies, or any other change of settings, against each other on the same labels. "
@@ -250,7 +250,7 @@ def compare_parser() -> argparse.ArgumentParser:
 
 
 def export_main(arguments: Sequence[str] | None = None) -> int:
-    """Export what the command line asks for; returns the exit status."""
+    """Entry point of jobs/export.py; returns the exit status."""
     options = export_parser().parse_args(arguments)
 
     def work(display: Display) -> None:
@@ -269,7 +269,7 @@ def export_main(arguments: Sequence[str] | None = None) -> int:
 
 
 def export_parser() -> argparse.ArgumentParser:
-    """What jobs/export.py takes."""
+    """The argument parser of jobs/export.py."""
     parser = argparse.ArgumentParser(
         prog="export.py",
         description="Make a run's model ready to be taken elsewhere: calibrate it by the gold there is by "
@@ -283,7 +283,7 @@ def export_parser() -> argparse.ArgumentParser:
 
 
 def predict_main(arguments: Sequence[str] | None = None) -> int:
-    """Predict what the command line asks for; returns the exit status."""
+    """Entry point of jobs/predict.py; returns the exit status."""
     options = predict_parser().parse_args(arguments)
 
     def work(display: Display) -> None:

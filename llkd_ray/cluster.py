@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: joined or started, and checked for resources."""
+"""Connects to or starts the Ray cluster of a run, and checks its resources."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from llkd_ray.resources import check_resources
 
 @contextmanager
 def connect(address: str | None) -> Iterator[None]:
-    """Join the cluster at an address, or that the job or RAY_ADDRESS names, or start one on this machine.
+    """Join the cluster at ``address``, or that of the job or RAY_ADDRESS, or start one on this machine.
 
-    A cluster that existed before stays; one that was started here is shut down.
+    An existing cluster keeps running; a cluster that was started here is shut down.
     """
     if ray.is_initialized():
         yield
         return
-    # Read by the controller of Ray Train, whose report() waits for its next health check of the workers:
-    # two seconds a round by default.
+    # Read by Ray Train's controller. report() waits for its next health check of the workers: by default two
+    # seconds per round.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     address = address or os.environ.get("RAY_ADDRESS")
     verbose = bool(os.environ.get("LLKD_VERBOSE"))
@@ -46,7 +46,7 @@ def connect(address: str | None) -> Iterator[None]:
 
 
 class Background:
-    """Work in a thread of the driver; its error is kept for the driver, which waits elsewhere."""
+    """Work in a thread of the driver; an exception is stored in ``error`` for the driver to check."""
 
     def __init__(self, name: str, work: Callable[[], object]) -> None:
         self.error: BaseException | None = None
@@ -65,25 +65,25 @@ class Background:
         return not self._thread.is_alive()
 
     def wait(self, seconds: float) -> None:
-        """Return when the work has ended, or after so many seconds."""
+        """Return when the work has ended, or after ``seconds``."""
         self._thread.join(seconds)
 
 
 def check_fit(config: Config) -> None:
-    """Refuse a run that can never get its actors: it would wait for ever without a message.
+    """Raise ConfigError for a run whose actors can never be placed: it would wait forever without a message.
 
-    Skipped where an autoscaler may still add nodes (LLKD_AUTOSCALING=1, set by cluster.yaml).
+    Skipped if an autoscaler may still add nodes (LLKD_AUTOSCALING=1, set by cluster.yaml).
     """
     if os.environ.get("LLKD_AUTOSCALING") != "1":
         check_resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
 
 def remove_left_groups(bundle: Mapping[str, float]) -> int:
-    """Remove this job's unnamed placement groups whose bundles all ask for just this; returns how many.
+    """Remove this job's unnamed placement groups whose bundles all equal ``bundle``; returns how many.
 
-    Where the controller of Ray Train dies, its group would keep the resources that the next one waits for.
-    Ray's own cleaner asks the State API who is alive; it finds nobody on clusters without a dashboard, nor
-    where two clusters share a machine. All other groups of a job have names.
+    If the controller of Ray Train dies, its group keeps the resources that the next controller waits for.
+    Ray's own cleanup relies on the State API, which finds no actors on clusters without a dashboard or if two
+    clusters share a machine. All other placement groups of a job are named.
     """
     job, removed = ray.get_runtime_context().get_job_id(), 0
     for group in ray.util.placement_group_table().values():

@@ -1,4 +1,4 @@
-"""Output for people: progress on a terminal or in a log, numbers as text, exit status of a program."""
+"""Console output: progress on a terminal or in a log, number formatting, exit status of a program."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from llkd_ray.config.base import ConfigError
 LOG_EVERY_S = 5.0
 LOG_AT_MOST_S = 60.0
 LOG_SHARE = 0.05
-"""A log line comes after LOG_EVERY_S, or after this share of the time so far where that is more, up to
-LOG_AT_MOST_S: often at first, when people look, and not ten thousand lines in a day."""
+"""The interval between log lines is this share of the elapsed time, between LOG_EVERY_S and LOG_AT_MOST_S.
+
+Lines are frequent at first, when people watch, and a day does not produce ten thousand lines.
+"""
 LOG_WIDTH = 110
-"""Characters that a table may take in a log."""
+"""Maximum width of a table in a log, in characters."""
 
 
 class Display:
-    """Prints what is finished and shows what is in progress. Without a terminal it prints plain lines.
+    """Prints finished steps and shows current progress. Without a terminal it prints plain lines.
 
-    Texts are printed literally: names and paths may hold what rich takes for markup.
+    Texts are printed literally, because names and paths may contain characters that rich reads as markup.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -49,11 +51,11 @@ class Display:
             self._status.stop()
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         self.console.print(Text(f"[{time.monotonic() - self._began:5.0f} s] {line}"))
 
     def update(self, line: str, rows: Sequence[tuple[str, str]] = ()) -> None:
-        """Show what is in progress: a line, and for a terminal rows of a name and a text, if given."""
+        """Show current progress: a line, or on a terminal rows of name and text, if given."""
         if self._status:
             self._status.update(_grid(rows) if rows else Text(line))
         elif line != self._last_update and time.monotonic() - self._last_time >= self._pause():
@@ -61,7 +63,7 @@ class Display:
             self.say(line)
 
     def _pause(self) -> float:
-        """Seconds between two lines of a log."""
+        """Seconds between two log lines."""
         return min(LOG_AT_MOST_S, max(LOG_EVERY_S, LOG_SHARE * (time.monotonic() - self._began)))
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -82,9 +84,9 @@ def _grid(rows: Sequence[tuple[str, str]]) -> Table:
 
 MISSING = "–"
 SAMPLE_CHARS = 400
-"""Of a sample text; the rest is cut off."""
+"""Maximum characters shown of a sample text."""
 NARROW = "\u202f"
-"""A narrow space that does not break."""
+"""Narrow no-break space."""
 
 
 def percent(share: float | None) -> str:
@@ -104,7 +106,7 @@ def decimals(number: float | None, places: int = 3) -> str:
 
 
 def money(amount: float | None, currency: str) -> str:
-    """Small amounts with enough digits to tell them from zero."""
+    """An amount as text; small amounts have enough digits to be distinguished from zero."""
     if amount is None:
         return MISSING
     return f"{amount:,.2f}{NARROW}{currency}" if not 0 < amount < 0.1 else f"{amount:.2g}{NARROW}{currency}"
@@ -126,7 +128,7 @@ def shorten(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """A name as plain text in Markdown, in tables too."""
+    """Escape a name for Markdown, including tables."""
     return re.sub(r"([\\`*_{}\[\]<>#|&])", r"\\\1", " ".join(text.split()))
 
 
@@ -134,9 +136,9 @@ USER_MISTAKE, TEACHER_DOWN = 2, 3
 
 
 def run_program(work: Callable[[Display], int | None], describe: Callable[[str], str] = str) -> int:
-    """Run a program; returns its exit status, which is 0 where ``work`` returns none.
+    """Run a program; returns its exit status, which is 0 if ``work`` returns none.
 
-    A :class:`ConfigError` goes to stderr, its message passed through ``describe``.
+    A :class:`ConfigError` is printed to stderr after its message is passed through ``describe``.
     """
     try:
         with Display() as display:

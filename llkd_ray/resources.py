@@ -1,8 +1,8 @@
-"""Whether the nodes have the resources of a run: its bundles are packed before anything starts.
+"""Checks before a run starts that its resource bundles fit on the nodes of the cluster.
 
-Ray places an actor or a rank when a node has room for it, and waits silently until one has. So what does not
-fit is refused, with the sum that shows why. Nothing books memory; the selector, Ray Train's controller and
-Ray Data's own actors book no CPU.
+Ray waits silently until a node has room for an actor or a rank. A run that does not fit is therefore
+rejected, with the calculation that shows why. Nothing reserves memory; the selector, Ray Train's controller
+and Ray Data's own actors reserve no CPU.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from llkd_ray.config.teacher import TeacherConfig
 LEASER_CPUS = 0.05
 """CPUs of the actor that reads the texts of tickets."""
 READING_CPUS = 0.5
-"""CPUs of a task that reads the corpus: below 1, so that it fits beside actors of another run."""
+"""CPUs of a task that reads the corpus: below 1, so that it fits next to actors of another run."""
 TEACHER, STUDENT, LEASER = "teacher actor", "student rank", "reader of tickets"
 Resources = Mapping[str, float]
-"""Amounts by Ray's names: CPU, GPU and custom ones."""
+"""Amounts by Ray resource name: CPU, GPU and custom resources."""
 _UNITS = 10_000  # Ray counts resources in ten-thousandths
 
 
@@ -42,17 +42,17 @@ class Bundle:
 
 
 def of_one_part(teacher: TeacherConfig) -> dict[str, float]:
-    """What Ray books for one part of an engine, or for a whole one that is in one part."""
+    """Resources that Ray reserves for one part of an engine, or for an engine in one part."""
     return {"CPU": teacher.cpus, "GPU": teacher.gpus, **teacher.resources}
 
 
 def of_a_rank(student: StudentConfig) -> dict[str, float]:
-    """What Ray books for a rank."""
+    """Resources that Ray reserves for a student rank."""
     return {"CPU": student.cpus, "GPU": student.gpus, **student.resources}
 
 
 def check_resources(config: Config, nodes: Sequence[Resources]) -> None:
-    """Raises ConfigError where the run's smallest pools do not fit on nodes of so many resources each."""
+    """Raises ConfigError if the run's minimum pools do not fit on nodes with the given resources."""
     if unplaced(nodes, [Bundle.of("reading task", "corpus", {"CPU": READING_CPUS})]):
         raise ConfigError(
             f"corpus: a task that reads it needs {READING_CPUS:g} CPUs, but no node has them: "
@@ -67,7 +67,7 @@ def check_resources(config: Config, nodes: Sequence[Resources]) -> None:
 
 
 def bundles_of(config: Config, ranks: int) -> list[Bundle]:
-    """All that a run with so many student ranks needs at once, its teachers' pools at their minimum."""
+    """All bundles of a run with ``ranks`` student ranks and its teachers' pools at their minimum size."""
     bundles = [Bundle.of(LEASER, "", {"CPU": LEASER_CPUS})]
     for name, teacher in config.teacher.members():
         parts = _bundles_of_an_actor(teacher, member_field(name))
@@ -76,9 +76,9 @@ def bundles_of(config: Config, ranks: int) -> list[Bundle]:
 
 
 def ranks_to_start(student: StudentConfig, nodes: Sequence[Resources]) -> int:
-    """The ranks that Ray Train will start: of (min, max), as many as the nodes would hold if they were empty.
+    """The ranks that Ray Train will start: within (min, max), as many as would fit on empty nodes.
 
-    It ignores what the teachers use of them, and would wait for ever to place the last ranks.
+    Ray Train ignores the resources that teachers use, and would wait forever to place the last ranks.
     """
     rank = Bundle.of(STUDENT, "student", of_a_rank(student))
     held = sum(min(_units(node.get(name, 0)) // amount for name, amount in rank.needs) for node in nodes)
@@ -86,7 +86,7 @@ def ranks_to_start(student: StudentConfig, nodes: Sequence[Resources]) -> int:
 
 
 def unplaced(nodes: Sequence[Resources], bundles: Sequence[Bundle]) -> list[Bundle]:
-    """The bundles that do not fit; first fit, the largest first.
+    """The bundles that do not fit; packed by first fit in decreasing order of size.
 
     The size of a bundle is its largest share of the total of a resource.
     """
@@ -109,13 +109,13 @@ def unplaced(nodes: Sequence[Resources], bundles: Sequence[Bundle]) -> list[Bund
 
 
 def _bundles_of_an_actor(teacher: TeacherConfig, field: str) -> list[Bundle]:
-    """Tensor-parallel parts stay on one node; the stages of a pipeline need not."""
+    """Tensor-parallel parts must share a node; pipeline stages may be on different nodes."""
     needs = of_one_part(teacher)
     if teacher.is_placed_in_parts and teacher.pipeline_parallel > 1:
         return [Bundle.of(f"part of a {TEACHER}", field, needs)] * teacher.parts
     if teacher.is_placed_in_parts:
         return [Bundle.of(TEACHER, field, {name: amount * teacher.parts for name, amount in needs.items()})]
-    # In one bundle, or in several processes of one actor on CPUs.
+    # A single part, or several processes of one actor on CPUs.
     return [Bundle.of(TEACHER, field, needs | {"CPU": teacher.cpus * teacher.parts})]
 
 
@@ -123,7 +123,7 @@ def _bundles_of_an_actor(teacher: TeacherConfig, field: str) -> list[Bundle]:
 
 
 def _too_much(config: Config, bundles: Sequence[Bundle], nodes: Sequence[Resources], name: str) -> str:
-    """Why the nodes have too little of a resource in all."""
+    """Message: the nodes have too little of a resource in total."""
     asking = [bundle for bundle in bundles if name in dict(bundle.needs)]
     sums = {
         what: _total([bundle for bundle in asking if kind in bundle.what], name)
@@ -141,7 +141,7 @@ def _too_much(config: Config, bundles: Sequence[Bundle], nodes: Sequence[Resourc
 def _no_place(
     config: Config, bundles: Sequence[Bundle], nodes: Sequence[Resources], left: Sequence[Bundle]
 ) -> str:
-    """Why the nodes have enough in all, but not where it is needed."""
+    """Message: the nodes have enough in total, but some bundles fit on no node."""
     names = sorted({name for bundle in bundles for name, _ in bundle.needs})
     shapes = Counter(", ".join(f"{name} {node.get(name, 0):g}" for name in names) for node in nodes)
     homeless = Counter((bundle.what, bundle.needs) for bundle in left)
@@ -173,7 +173,7 @@ def _listed(things: Sequence[str]) -> str:
 
 
 def _fields(bundles: Sequence[Bundle], names: Sequence[str]) -> str:
-    """The settings by which the bundles ask for resources."""
+    """The settings with which the bundles request resources."""
     asked = [(one.field, name) for one in bundles if one.field for name, _ in one.needs if name in names]
     settings = {"CPU": "cpus", "GPU": "gpus"}
     return ", ".join(dict.fromkeys(f"{field}.{settings.get(name, 'resources')}" for field, name in asked))

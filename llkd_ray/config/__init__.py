@@ -1,1 +1,1 @@
-"""Every setting, its checks, loading, and the schedule that follows from it. Pure."""
+"""All settings, their checks, their loading, and the schedule derived from them. Uses no Ray."""

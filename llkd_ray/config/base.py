@@ -1,4 +1,4 @@
-"""What all sections of the configuration share: strict, frozen, and one form for every mistake."""
+"""Base of all configuration sections: strict, frozen, with one format for all error messages."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """A frozen part of the tree that refuses what it does not know."""
+    """A frozen part of the configuration tree that rejects unknown settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
     whole: ClassVar[str] = "config"
-    """The field of a mistake that belongs to no single setting; "" where its message names one."""
+    """The field named for an error that concerns no single setting; "" if its message names one."""
 
 
 SectionT = TypeVar("SectionT", bound=Section)
 
 
 def parse(section: type[SectionT], tree: Mapping[str, Any]) -> SectionT:
-    """Check plain settings. Raises :class:`ConfigError` with one line per mistake."""
+    """Validate plain settings. Raises :class:`ConfigError` with one line per mistake."""
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        # A setting of several types is refused once for each of them; that is one mistake.
+        # pydantic reports a union-typed setting once per type; that is a single mistake.
         reasons: dict[str, list[str]] = {}
         for problem in error.errors():
             reasons.setdefault(_field(problem["loc"]) or section.whole, []).append(_reason(section, problem))
@@ -38,13 +38,13 @@ def parse(section: type[SectionT], tree: Mapping[str, Any]) -> SectionT:
 
 
 def _field(loc: Sequence[Any]) -> str:
-    """The setting's dotted name, without the names of types that pydantic appends to it."""
+    """The setting's dotted name, without the type names that pydantic appends."""
     types = re.compile(r"int|(constrained-)?float|str|bool|tuple\[.*\]|literal\[.*\]")
     return ".".join(str(part) for part in loc if not types.fullmatch(str(part)))
 
 
 def _reason(section: type[BaseModel], problem: Any) -> str:
-    """What one pydantic error says of a field: value and remedy."""
+    """The message of one pydantic error: value and remedy."""
     match problem["type"]:
         case "extra_forbidden":
             return f"unknown setting; known here: {', '.join(_known_fields(section, problem['loc'][:-1]))}"
@@ -57,7 +57,7 @@ def _reason(section: type[BaseModel], problem: Any) -> str:
 
 
 def _known_fields(section: type[BaseModel], loc: Sequence[Any]) -> list[str]:
-    """The field names of the section at ``loc``, as far as the tree of models tells."""
+    """The field names of the section at ``loc``, as far as it can be resolved in the model tree."""
     for part in loc:
         if not isinstance(part, str) or part not in section.model_fields:
             continue
@@ -69,7 +69,7 @@ def _known_fields(section: type[BaseModel], loc: Sequence[Any]) -> list[str]:
 
 
 def ends(number: int | tuple[int, int]) -> tuple[int, int]:
-    """Least and most of a pool that is given as a number or as (min, max); raises ValueError."""
+    """Minimum and maximum of a pool size given as a number or as (min, max); raises ValueError."""
     low, high = (number, number) if isinstance(number, int) else number
     if not 1 <= low <= high:
         raise ValueError(f"is {number}: give a number, at least 1, or (min, max) with 1 <= min <= max")
@@ -77,5 +77,5 @@ def ends(number: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def member_field(name: str) -> str:
-    """Where the settings of a teacher stand that :meth:`TeacherConfig.members` calls so."""
+    """The path of the settings of the teacher that :meth:`TeacherConfig.members` calls ``name``."""
     return "teacher" if name == "teacher" else f"teacher.cascade.{name}"

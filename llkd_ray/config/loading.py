@@ -1,4 +1,4 @@
-"""Settings from and to YAML: files, ``--set a.b=c`` overrides, the resolved config."""
+"""Reads and writes settings as YAML: files, ``--set a.b=c`` overrides, the resolved config."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Overrides = Mapping[str, Any] | Sequence[str]
 def resolve(
     kind: type[SectionT], given: SectionT | Mapping[str, Any] | str | Path, overrides: Overrides = ()
 ) -> SectionT:
-    """Settings with overrides and absolute paths, checked once.
+    """Settings with overrides and absolute paths, validated once.
 
-    ``given``: checked settings, a dictionary, or a YAML file's path.
+    ``given``: validated settings, a dictionary, or the path of a YAML file.
     Raises :class:`ConfigError` with one line per mistake.
     """
     if isinstance(given, kind) and not overrides:
@@ -35,7 +35,7 @@ def resolve(
 
 
 def load_config(path: str | Path, overrides: Overrides = ()) -> Config:
-    """Read a YAML file, apply ``a.b=c`` overrides (values are YAML) and check the whole.
+    """Read a YAML file, apply ``a.b=c`` overrides (values are YAML) and validate the result.
 
     Raises :class:`ConfigError` with one line per mistake.
     """
@@ -43,12 +43,12 @@ def load_config(path: str | Path, overrides: Overrides = ()) -> Config:
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
-    """Check a plain tree of settings; raises :class:`ConfigError` with one line per mistake."""
+    """Validate a plain tree of settings; raises :class:`ConfigError` with one line per mistake."""
     return parse(Config, tree)
 
 
 def load_tree(path: str | Path) -> dict[str, Any]:
-    """The settings of a YAML file, unchecked; raises :class:`ConfigError` where it cannot be read."""
+    """The settings of a YAML file, not validated; raises :class:`ConfigError` if it cannot be read."""
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -61,14 +61,14 @@ def load_tree(path: str | Path) -> dict[str, Any]:
 
 
 def dotted(overrides: Overrides) -> list[str]:
-    """Overrides as the command line gives them; strings go through YAML and come back unchanged."""
+    """Overrides in command-line form; strings survive the YAML round trip unchanged."""
     if isinstance(overrides, Mapping):
         return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     return list(overrides)
 
 
 def apply_overrides(tree: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
-    """A copy of ``tree`` with each ``a.b=c`` set; ``c`` is read as YAML, so ``null`` and lists work."""
+    """A copy of ``tree`` with each ``a.b=c`` applied; ``c`` is parsed as YAML, so ``null`` and lists work."""
     result = _copy(tree)
     for override in dotted(overrides):
         name, equals, text = override.partition("=")
@@ -95,7 +95,7 @@ def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; :func:`load_config` reads it back unchanged."""
     tree = config.model_dump(mode="json")
     readable = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    # Some characters (a lone NEL, for one) do not come back from PyYAML's readable form.
+    # Some characters, such as a lone NEL, do not survive a round trip through PyYAML's unicode output.
     return readable if yaml.safe_load(readable) == tree else yaml.safe_dump(tree, sort_keys=False)
 
 

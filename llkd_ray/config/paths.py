@@ -1,4 +1,4 @@
-"""Local paths in settings, made absolute: workers of a cluster run from another directory than the driver."""
+"""Makes local paths in settings absolute: cluster workers run in another directory than the driver."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from llkd_ray.config.base import Section, SectionT
 
 
 def absolute(uri: str) -> str:
-    """A local path from the root on; a URI stays as it is."""
+    """An absolute local path; a URI is returned unchanged."""
     return uri if "://" in uri else str(Path(uri).expanduser().resolve())
 
 
 def absolute_folder(model: str) -> str:
-    """A checkpoint's folder by its whole path; a hub's name stays as it is."""
+    """The absolute path of a checkpoint folder; a hub name is returned unchanged."""
     return absolute(model) if Path(model).expanduser().is_dir() else model
 
 
 def local_dir(folder: str) -> str:
-    """Where a relative folder for results is.
+    """The absolute path of a results folder.
 
-    In a job that was submitted to a cluster the working directory is a copy that Ray deletes, so results
-    go below the home directory there.
+    In a job submitted to a cluster, the working directory is a copy that Ray deletes, so results are written
+    below the home directory there.
     """
     if "://" in folder or Path(folder).expanduser().is_absolute():
         return absolute(folder)
@@ -42,7 +42,7 @@ class Resolve:
 DataUri = Annotated[str, Resolve(absolute)]
 DataUris = Annotated[str | tuple[str, ...], Resolve(absolute)]
 Model = Annotated[str, Resolve(absolute_folder)]
-"""A checkpoint's folder or a hub's name."""
+"""A checkpoint folder or a hub name."""
 OptionalModel = Annotated[str | None, Resolve(absolute_folder)]
 ResultDir = Annotated[str, Resolve(local_dir)]
 Template = Annotated[str | None, Resolve(lambda text: absolute(text) if text.endswith(".j2") else text)]
@@ -50,7 +50,7 @@ Cache = Annotated[str | None, Resolve(lambda folder: folder if folder == "auto" 
 
 
 def with_absolute_paths(section: SectionT) -> SectionT:
-    """The settings with every marked path absolute; nothing else changes, so nothing is checked again."""
+    """The settings with every marked path absolute; not validated again, as nothing else changes."""
     changes = {}
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)

@@ -1,4 +1,4 @@
-"""How a run's budget is cut into tickets (what the teacher reads) and rounds (what the student learns)."""
+"""Splits a run's budget into tickets (batches of texts for the teacher) and rounds (training batches)."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from llkd_ray.config.schema import Config
 
 @dataclass(frozen=True)
 class Schedule:
-    """The plan of a run, fixed by the config and the number of texts.
+    """The plan of a run, determined by the config and the number of texts.
 
-    Tickets are numbered: first those of the hold-out, then those of the pool, those of the test set, and the
-    reviews, of which every round after the first has one where a cascade's large teacher reviews.
+    Tickets are numbered in this order: hold-out, pool, test set, reviews. If a cascade's large teacher
+    reviews labels, every round after the first has one review ticket.
     """
 
     ticket_size: int
-    """Texts a ticket stands for."""
+    """Texts in a ticket."""
     rounds: int
     holdout: int
-    """Pool texts that only the teacher sees."""
+    """Pool texts that the teacher labels but the student is never trained on."""
     labels: int
-    """Pool texts, hold-out apart, that the teacher labels."""
+    """Pool texts that the teacher labels, without the hold-out."""
     test: int
     """Test texts that the teacher labels."""
     train: int
-    """Texts that the student trains on, in all."""
+    """Total number of texts that the student trains on."""
     first_labels: float
     growth: float
-    """New texts of a round over those of the round before."""
+    """Ratio of a round's new texts to those of the previous round."""
     reviews: bool = False
 
     @classmethod
     def plan(cls, config: Config, n_pool: int, n_test: int) -> Schedule:
-        """Hold the budgets against what there is; raises :class:`ConfigError` where it is not enough."""
+        """Compare the budgets with the number of texts; raises :class:`ConfigError` if there are too few."""
         budget, evaluation = config.budget, config.evaluation
         labels = min(budget.labels or n_pool, n_pool)
         holdout = min(evaluation.holdout, labels // 10)
@@ -89,19 +89,19 @@ class Schedule:
         return self.review_tickets.stop
 
     def fixed_tickets(self) -> Sequence[int]:
-        """Hold-out and test set: tickets whose rows nobody chooses in the run."""
+        """Tickets of hold-out and test set, whose rows do not depend on acquisition."""
         return [*self.holdout_tickets, *self.test_tickets]
 
     def is_fixed(self, ticket: int) -> bool:
         return ticket in self.holdout_tickets or ticket in self.test_tickets
 
     def needed_for(self, round_number: int) -> Iterator[int]:
-        """The tickets that must be done before a round can choose."""
+        """The tickets that must be labelled before a round can select its batch."""
         yield from range(self.tickets_before(round_number))
         yield from self.review_tickets[:round_number]
 
     def in_order(self) -> Iterator[int]:
-        """All tickets, as teachers are to take them: what rounds wait for first, the test set last."""
+        """All tickets in the order of labelling: first those that rounds wait for, the test set last."""
         yield from self.holdout_tickets
         done = self.pool_tickets.start
         for k in range(self.rounds):
@@ -111,26 +111,26 @@ class Schedule:
         yield from self.test_tickets
 
     def tickets_before(self, round_number: int) -> int:
-        """All tickets below this number are labelled before the round is selected.
+        """All tickets below this number are labelled before the round's batch is selected.
 
-        Hold-out and an even share of the pool's tickets, or ``first_labels`` of them where that is more,
-        come before round 0; the last round may choose from all.
+        Hold-out and an equal share of the pool's tickets (or ``first_labels`` of them if that is more) come
+        before round 0; the last round may select from all.
         """
         pool = self.pool_tickets
         even = 1 / self.rounds
         first = max(self.first_labels, even)
         later = (1 - first) * (round_number / (self.rounds - 1)) if self.rounds > 1 else 1 - first
-        # The small number keeps a rounding error of the sum from asking for one ticket more.
+        # The small constant prevents a rounding error from adding one ticket.
         return pool.start + min(len(pool), ceil(len(pool) * (first + later) - 1e-6))
 
     def round_of(self, ticket: int) -> int:
-        """The first round that may choose from the rows of a ticket of the pool, or by a review."""
+        """The first round that may select from the rows of a pool ticket, or use a review ticket."""
         if ticket in self.review_tickets:
             return ticket - self.review_tickets.start + 1
         return bisect_right(range(self.rounds), ticket, key=self.tickets_before)
 
     def ticket_rows(self, ticket: int) -> int:
-        """Texts of a ticket that is no review: ``ticket_size``, fewer for the last of its kind."""
+        """Texts in a ticket other than a review: ``ticket_size``, or fewer for the last of its kind."""
         for tickets, rows in (
             (self.holdout_tickets, self.holdout),
             (self.pool_tickets, self.labels),
@@ -141,11 +141,11 @@ class Schedule:
         raise AssertionError(f"ticket {ticket} of {self.n_tickets}")
 
     def train_target(self, round_number: int) -> int:
-        """Texts trained on after the round, if every round finds as many as it may take."""
+        """Total number of training texts after the round, if every round fills its batch."""
         done, left = round_number + 1, self.rounds - round_number - 1
         if self.growth == 1:
             share = done / self.rounds
         else:  # a geometric series
             share = (self.growth**done - 1) / (self.growth**self.rounds - 1)
-        # Every round gets a text at least. The small number keeps a rounding error from taking one away.
+        # Every round gets at least one text. The small constant prevents a rounding error from removing one.
         return min(max(int(self.train * share + 1e-6), done), self.train - left)

@@ -1,7 +1,7 @@
 """The configuration tree: every setting with its unit, its default and its checks.
 
-A run is described by one frozen :class:`Config`. It comes from a YAML file and ``--set a.b=c``
-overrides (``loading.py``), and every mistake that can be seen without data is refused here, before
+A run is described by one frozen :class:`Config`. It is read from a YAML file and ``--set a.b=c``
+overrides (``loading.py``). All mistakes that can be detected without data raise an error here, before
 anything starts, with the field, the value and the remedy in one line.
 """
 
@@ -82,7 +82,7 @@ class LabelsConfig(Section):
 
     @property
     def known_prior(self) -> tuple[float, ...]:
-        """``prior`` in the order of the names, summing to one; empty where nothing is known."""
+        """``prior`` in the order of the names, normalised to sum to one; empty if unknown."""
         total = sum(self.prior.values())
         return tuple(self.prior[name] / total for name in self.names) if self.prior else ()
 
@@ -185,7 +185,7 @@ class SelectionConfig(Section):
     @field_validator("quota", "prior", mode="before")
     @classmethod
     def _off(cls, exponent: Any) -> Any:
-        """YAML reads a bare ``off`` as false, which would count as the exponent 0."""
+        """YAML parses a bare ``off`` as false, which would be read as the exponent 0."""
         if exponent is True:
             raise ValueError("is true: give an exponent from 0 to 1, or off")
         return "off" if exponent is False else exponent

@@ -1,4 +1,4 @@
-"""The settings of a teacher: what it is, what it is asked, what its confidence means, what it costs."""
+"""The settings of a teacher: model, prompt, calibration of its confidence, price."""
 
 from __future__ import annotations
 
@@ -138,9 +138,9 @@ class PriceConfig(Section):
         return not (self.input or self.cached or self.output)
 
     def cost(self, prompt_tokens: int, cached_tokens: int, answer_tokens: int) -> Decimal:
-        """In the currency; ``cached_tokens`` are among ``prompt_tokens``.
+        """Cost in the currency; ``prompt_tokens`` include ``cached_tokens``.
 
-        Exact, so that a sum of many small costs is not above a cap by a rounding error.
+        Exact decimal arithmetic, so that rounding errors of many small costs cannot exceed a cap.
         """
         cached = self.input if self.cached is None else self.cached
         parts = (
@@ -286,7 +286,7 @@ class TeacherConfig(Section):
         return self
 
     def members(self) -> Iterator[tuple[str, TeacherConfig]]:
-        """The teachers that are asked, by name: the two of a cascade, or the one, called ``teacher``."""
+        """The teachers by name: the two of a cascade, or the only one, named ``teacher``."""
         if self.cascade is None or self.kind != "cascade":
             yield "teacher", self
         else:
@@ -302,15 +302,15 @@ class TeacherConfig(Section):
 
     @property
     def reviews(self) -> bool:
-        """Whether a large teacher looks again at labels that a confident student contradicts."""
+        """Whether a large teacher relabels texts whose label a confident student contradicts."""
         return self.kind == "cascade" and self.cascade is not None and self.cascade.review_margin is not None
 
     @property
     def parts(self) -> int:
-        """Processes that one engine is spread over."""
+        """Number of processes of one engine."""
         return self.tensor_parallel * self.pipeline_parallel
 
     @property
     def is_placed_in_parts(self) -> bool:
-        """Whether Ray places each part of an engine by itself; parts on CPUs are processes of one actor."""
+        """Whether Ray places each part of an engine separately; parts on CPUs are processes of one actor."""
         return self.parts > 1 and self.gpus > 0

@@ -1,1 +1,1 @@
-"""From a user's files to numbered EXAMPLES."""
+"""Corpus ingestion: read a user's files and write them as numbered EXAMPLES."""

@@ -1,4 +1,4 @@
-"""What makes a raw row an example, or why it is refused. Pure functions, one row at a time."""
+"""Turns a raw row into an example or a refusal with its reason. Pure functions, one row at a time."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from typing import NamedTuple
 from llkd_ray.config.schema import SourceConfig
 from llkd_ray.corpus.readers import RawRow, Unreadable
 
-START_CHARS = 200  # how much of a refused text the quarantine keeps
+START_CHARS = 200  # characters of a refused text that the quarantine keeps
 NO_GOLD = -1
-# Line breaks that are control characters would, if only removed, glue two words together.
+# Line breaks that are control characters become line feeds; removing them would join two words.
 _BREAKS = re.compile(r"\r\n?|[\x0b\x0c\x85]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
-# Lists and objects may be too deep for Python's own repr, and as large as a line.
+# Lists and objects may be too deeply nested for Python's own repr, and as large as a line.
 _IN_SHORT = reprlib.Repr()
 _IN_SHORT.maxstring = _IN_SHORT.maxother = START_CHARS
 
 
 class Refusal(NamedTuple):
-    """Why a row is not used. ``reason`` is one word that is counted, ``detail`` is for people."""
+    """Why a row is not used. ``reason`` is a one-word key that is counted, ``detail`` is for people."""
 
     reason: str
     detail: str = ""
 
 
 def text_hash(text: str) -> int:
-    """The 64-bit hash by which equal texts are found: duplicates, and answers of earlier runs."""
+    """A 64-bit hash that identifies equal texts: duplicates, and texts that earlier runs labelled."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
@@ -47,10 +47,10 @@ class Example(NamedTuple):
 
 
 def clean_text(value: object, max_chars: int, field: str = "corpus") -> str | Refusal:
-    """The text without control characters (tab and line feed stay), NFC, without outer white space.
+    """Remove control characters (except tab and line feed), normalise to NFC and strip outer white space.
 
-    ``value`` may be anything; bytes are read as UTF-8, and surrogates count as bytes that are not UTF-8.
-    Reasons: missing, not_text, undecodable, empty, too_long. Cleaning a clean text changes nothing.
+    ``value`` may be of any type; bytes are read as UTF-8, and surrogates count as bytes that are not UTF-8.
+    Refusal reasons: missing, not_text, undecodable, empty, too_long. The function is idempotent.
     """
     if value is None:
         return Refusal("missing")
@@ -74,7 +74,7 @@ def clean_text(value: object, max_chars: int, field: str = "corpus") -> str | Re
 
 
 def _undecodable(text: str) -> str:
-    """What cannot be written as UTF-8, or "" where all can."""
+    """Describe the first character that cannot be encoded as UTF-8; "" if there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -85,7 +85,7 @@ def _undecodable(text: str) -> str:
 
 
 def start_of_text(value: object) -> str:
-    """The first START_CHARS characters of whatever was read, as valid UTF-8."""
+    """The first START_CHARS characters of the value that was read, as valid UTF-8."""
     if value is None:
         return ""
     if isinstance(value, bytes):
@@ -95,10 +95,10 @@ def start_of_text(value: object) -> str:
 
 
 class GoldNames:
-    """Finds the class that a gold value means.
+    """Maps a gold value to a class index.
 
-    A string is a name. A number, or a string of digits, is an index from 0; where some names are
-    numbers themselves, it is a name too, so that a rating 1 to 5 is never taken for an index.
+    A string is a label name. A number, or a string of digits, is a 0-based index. If some label names are
+    numbers themselves, it is a name instead, so that a rating from 1 to 5 is never read as an index.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -106,7 +106,7 @@ class GoldNames:
         self._numbers_are_names = any(name.strip().isdecimal() for name in names)
 
     def index(self, value: object) -> int | Refusal | None:
-        """The index of the class; None for null, NaN and blank; a Refusal for anything unknown."""
+        """The index of the class; None for null, NaN and blank values; a Refusal for unknown values."""
         if isinstance(value, bytes):
             value = value.decode("utf-8", "surrogateescape")
         if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -117,7 +117,7 @@ class GoldNames:
             if not name:
                 return None
         elif (isinstance(value, int) and not isinstance(value, bool)) or (
-            isinstance(value, float) and value.is_integer()  # a column of integers with gaps, from pandas
+            isinstance(value, float) and value.is_integer()  # pandas: integers with missing values
         ):
             name = str(int(value)) if abs(value) < 1e9 else ""
         found = self._index.get(value) if isinstance(value, str) else None
@@ -141,10 +141,10 @@ class Cleaner:
         self._gold_required = field == "test"
 
     def __call__(self, row: RawRow) -> Example | Refusal:
-        """The example, or the first reason against the row.
+        """The example, or the first reason to refuse the row.
 
-        Reasons beside those of :func:`clean_text`: broken_line, unknown_gold, missing_gold (test only),
-        bad_id.
+        Reasons in addition to those of :func:`clean_text`: broken_line, unknown_gold, missing_gold (test
+        set only), bad_id.
         """
         if row.broken:
             return Refusal("broken_line", row.broken)
@@ -158,7 +158,7 @@ class Cleaner:
             return Refusal("missing_gold", f"{self._field}.gold is {self._source.gold!r}")
         hash_ = text_hash(text)
         given = row.id.decode("utf-8", "surrogateescape") if isinstance(row.id, bytes) else row.id
-        if given is None or given == "" or given != given:  # NaN is no id
+        if given is None or given == "" or given != given:  # NaN is not an id
             id_ = f"{hash_:016x}"
         elif isinstance(given, (list, dict, Unreadable)):
             return Refusal("bad_id", f"{self._field}.id: a value of type {type(given).__name__}")

@@ -1,14 +1,14 @@
-"""From the user's files to EXAMPLES: clean, de-duplicate, number. Memory does not grow with the corpus.
+"""Writes the user's files as EXAMPLES: clean, de-duplicate, number. Memory does not grow with the corpus.
 
-1. Read: one Ray Data task per 32 MiB writes cleaned texts to staging shards, refused rows to the
-   quarantine, and gives back only counts. A shard is named by its task, so order does not depend on
-   scheduling. Large files of lines are scanned first, so that they, too, are read in pieces.
-2. De-duplicate: texts that repeat an earlier one are found by their hashes. The test
-   set comes first, so a pool text that is in it goes.
-3. Finalise: shards that lose rows are rewritten, the others moved; the index is written last.
+1. Read: one Ray Data task per 32 MiB writes cleaned texts to staging shards and refused rows to the
+   quarantine, and returns only counts. A shard is named after its task, so the order does not depend on
+   scheduling. Large line-based files are scanned first, so that they can be read in pieces as well.
+2. De-duplicate: texts that repeat an earlier one are found by their hashes. The test set comes first, so a
+   pool text that also occurs in the test set is dropped.
+3. Finalise: shards that lose rows are rewritten, the others are moved. The index is written last.
 
-One task per 4 million rows reads its share of the hashes of every group and notes which rows must go; one
-task per group that loses rows rewrites it. Neither reads what it does not need.
+One task per 4 million rows reads its share of the hashes of every group and records which rows to drop; one
+task per group that loses rows rewrites the group. Neither reads more than it needs.
 
 Shapes in names: B buckets of hashes, G groups of shards, S shards, R repeated rows, N rows.
 """
@@ -52,22 +52,21 @@ from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import EXAMPLES_INDEX, QUARANTINE_DIR, RunStore
 from llkd_ray.storage.tables import Examples
 
-REPORT_SECONDS = 10.0  # between two reports of progress
+REPORT_SECONDS = 10.0  # between two progress reports
 
 
 def ingest(config: Config, store: RunStore, say: Callable[[str], None] = print) -> Examples:
     """Write EXAMPLES of ``config.corpus`` (the pool) and ``config.test``; Ray must be initialised.
 
-    Where the index is there already, nothing is done; a half-finished ingestion starts over. The same
-    input gives the same rows in the same order. Two texts count as the same where their 64-bit hashes
-    agree: among 100 million different texts, the chance that one is lost that way is about 1 in 4,000.
+    Does nothing if the index already exists; an unfinished ingestion starts over. The same input gives the
+    same rows in the same order. Two texts count as equal if their 64-bit hashes are equal: among 100 million
+    different texts, the probability that one is lost to a collision is about 1 in 4,000.
 
-    Raises :class:`ConfigError` where files or columns are not there, a file cannot be read, or no text
-    is left.
+    Raises :class:`ConfigError` if files or columns are missing, a file cannot be read, or no text is left.
     """
     if store.exists(EXAMPLES_INDEX):
         return Examples.open(store)
-    # The test set first: of equal texts the earliest stays.
+    # The test set comes first, because the first of several equal texts is kept.
     parts = {"test": config.test, "pool": config.corpus}
     present = {part: source for part, source in parts.items() if source is not None}
     items = [item for part, source in present.items() for item in _read_items(part, source, say)]
@@ -101,7 +100,7 @@ def ingest(config: Config, store: RunStore, say: Callable[[str], None] = print) 
 
 
 def _field(part: str) -> str:
-    """The section of the configuration that a part comes from."""
+    """The configuration section that a part comes from."""
     return "corpus" if part == "pool" else part
 
 
@@ -123,7 +122,7 @@ def _check_rows(part: str, source: SourceConfig, kept: int, rows_in: int, reason
 
 
 def _delete_leftovers(store: RunStore) -> None:
-    """Delete what an unfinished ingestion left."""
+    """Delete the files of an unfinished ingestion."""
     store.fs.delete_dir_contents(store.path("examples"), missing_dir_ok=True)
     for name in store.names(QUARANTINE_DIR):
         if name.startswith(("pool-", "test-")):
@@ -135,7 +134,7 @@ def _delete_leftovers(store: RunStore) -> None:
 
 def _read_items(part: str, source: SourceConfig, say: Callable[[str], None]) -> list[dict[str, Any]]:
     units = plan(source, _field(part))
-    # A limit counts from the front, so one task reads until it is reached.
+    # A limit counts rows from the start, so a single task reads until it is reached.
     packs = [units] if source.limit else pack(list(cut_large(units, source, _field(part), say)))
     return [{"part": part, "task": number, "units": pickle.dumps(one)} for number, one in enumerate(packs)]
 
@@ -143,7 +142,7 @@ def _read_items(part: str, source: SourceConfig, say: Callable[[str], None]) -> 
 def cut_large(
     units: Sequence[Unit], source: SourceConfig, field: str, say: Callable[[str], None]
 ) -> Iterator[Unit]:
-    """The units, with large files of lines in pieces."""
+    """The units, with large line-based files cut into pieces."""
     cuts = [byte_ranges(unit, sources.TASK_BYTES) for unit in units]
     items = [
         {"byte_range": pickle.dumps(byte_range), "field": field, "max_chars": source.max_chars}
@@ -178,7 +177,7 @@ def _read(
     store: RunStore,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Run the read tasks; their summaries in the order of ``items``, whatever the order of running."""
+    """Run the read tasks and return their summaries in the order of ``items``, regardless of scheduling."""
     summaries: dict[int, dict[str, Any]] = {}
     last = time.monotonic()
     arguments = {"present": dict(present), "labels": tuple(labels), "store": store}
@@ -194,16 +193,16 @@ def _read(
 def _run(
     task: Any, items: Sequence[dict[str, Any]], **arguments: Any
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Run one task for each item; yields the item's place and its answer, as they come.
+    """Run one task for each item; yields the item's index and its result in order of completion.
 
-    Raises the :class:`ConfigError` of the first task that had one.
+    Raises the :class:`ConfigError` of the first task that returns one.
     """
     if not items:
         return
     numbered = [{**item, "place": place} for place, item in enumerate(items)]
     answers = 0
     with quiet_ray_data():
-        # from_items needs no read task, which would ask for a whole CPU.
+        # from_items needs no read task, which would request a whole CPU.
         done = ray.data.from_items(numbered, override_num_blocks=len(numbered)).map_batches(
             task, batch_size=1, num_cpus=READING_CPUS, fn_kwargs=arguments
         )
@@ -217,7 +216,7 @@ def _run(
 
 
 def _as_answer(batch: dict[str, np.ndarray], work: Callable[[], dict[str, Any]]) -> dict[str, np.ndarray]:
-    """What a task returns. A user's mistake is returned as data, so that no Ray traceback surrounds it."""
+    """A task's return value. A ConfigError is returned as data, so that no Ray traceback surrounds it."""
     try:
         answer = work()
     except ConfigError as error:
@@ -227,7 +226,7 @@ def _as_answer(batch: dict[str, np.ndarray], work: Callable[[], dict[str, Any]])
 
 @contextmanager
 def quiet_ray_data() -> Iterator[None]:
-    """No progress bars: they would overwrite the run's own output."""
+    """Disable Ray Data's progress bars, which would overwrite the run's own output."""
     context = DataContext.get_current()
     before = context.enable_progress_bars, context.print_on_execution_start
     context.enable_progress_bars = context.print_on_execution_start = False
@@ -257,7 +256,7 @@ def _stage(
     labels: Sequence[str],
     store: RunStore,
 ) -> dict[str, Any]:
-    """Clean the rows of some units into staging shards and quarantine files; returns the counts."""
+    """Clean the rows of some units, write staging shards and quarantine files, and return the counts."""
 
     writer = StagingWriter(store, f"{part}-{task:06d}")
     for kept in writer.clean(units, source, _field(part), labels):
@@ -271,14 +270,14 @@ def _stage(
     }
 
 
-BUCKET_ROWS = 4_000_000  # hashes that one task compares: about 250 MB at work
+BUCKET_ROWS = 4_000_000  # hashes that one task compares: about 250 MB at its peak
 
 
 def find_repeats(store: RunStore, groups: Sequence[tuple[str, ShardGroup]]) -> np.ndarray:
-    """int64[B, G]: how many rows each bucket found in each group that must go.
+    """int64[B, G]: number of rows to drop that each bucket found in each group.
 
-    Which ones they are is in the bucket's file: for each row its position in the group, shifted left
-    by one bit, and the bit set where it leaked; group after group.
+    The bucket's file says which rows they are, group by group: each row's position in the group, shifted
+    left by one bit; the lowest bit is set for a pool row whose text is also in the test set (leaked).
     """
     shares = buckets(sum(group.rows for _, group in groups), BUCKET_ROWS)
     shared: Any = ray.put(list(groups))
@@ -295,7 +294,7 @@ def _repeats_in_bucket(
     store: RunStore, groups: Sequence[tuple[str, ShardGroup]], bucket: int, share: tuple[int, int]
 ) -> np.ndarray:
     """int64[G]: rows to drop from each group, among those whose hash falls into the bucket's partitions."""
-    with ThreadPoolExecutor(16) as pool:  # many small reads, on an object store each takes its time
+    with ThreadPoolExecutor(16) as pool:  # many small reads, and an object store is slow to answer each
         records = list(pool.map(lambda one: read_hashes(store, one[1].hashes_file, *share), groups))
     group_N = np.repeat(np.arange(len(groups)), [one.size for one in records])
     record_N = np.concatenate(records)
@@ -309,7 +308,7 @@ def _repeats_in_bucket(
 def finalise(
     store: RunStore, groups: Sequence[tuple[str, ShardGroup]], lost_BG: np.ndarray
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Counter[str]]]:
-    """Put the final shards in place; returns them by part, and what was dropped by part and reason."""
+    """Write the final shards; returns them by part, and the number of dropped rows by part and reason."""
     start_BG = np.cumsum(lost_BG, axis=1) - lost_BG
     whole = [
         shard
@@ -324,7 +323,7 @@ def finalise(
         ]
         if marks:
             rewritten[index] = _drop_repeats.remote(store, group, marks)
-    with ThreadPoolExecutor(16) as pool:  # on an object store a move is a copy, which takes its time
+    with ThreadPoolExecutor(16) as pool:  # a move is a slow copy on an object store
         list(pool.map(lambda shard: _move(store, shard), whole))
     shards: dict[str, list[dict[str, Any]]] = {"pool": [], "test": []}
     dropped: dict[str, Counter[str]] = {"pool": Counter(), "test": Counter()}
@@ -353,10 +352,10 @@ def _move(store: RunStore, shard: StagedShard) -> None:
 def _drop_repeats(
     store: RunStore, group: ShardGroup, marks: Sequence[tuple[int, int, int]]
 ) -> tuple[list[int], Mapping[str, int]]:
-    """Put the shards of a group in place without its repeated rows.
+    """Write the final shards of a group without its repeated rows.
 
-    Returns the rows left by shard, and those dropped by reason. ``marks``: bucket, first mark and number of
-    marks in that bucket's file.
+    Returns the number of remaining rows by shard, and of dropped rows by reason. ``marks``: bucket, first
+    mark and number of marks in that bucket's file.
     """
     pieces = []
     for bucket, start, count in marks:
@@ -372,7 +371,7 @@ def _drop_repeats(
         if shard_mark_R.size:
             position_R = (shard_mark_R >> 1) - (end - shard.rows)
             reasons.update(_rewrite(store, shard, position_R, (shard_mark_R & 1).astype(bool)))
-        elif not store.exists(_target(shard)):  # it does where this task was begun before
+        elif not store.exists(_target(shard)):  # it exists if this task is a retry
             _move(store, shard)
     return kept_S, dict(reasons)
 
@@ -380,7 +379,7 @@ def _drop_repeats(
 def _rewrite(
     store: RunStore, shard: StagedShard, position_R: np.ndarray, leaked_R: np.ndarray
 ) -> Mapping[str, int]:
-    """Write a shard without some of its rows, which go to the quarantine; returns these by reason."""
+    """Write a shard without its repeated rows, which go to the quarantine; returns their counts by reason."""
     table = store.read_table(shard.file)
     keep_N = np.ones(shard.rows, dtype=bool)
     keep_N[position_R] = False

@@ -1,7 +1,7 @@
-"""File readers: one unit of a corpus to raw rows, one at a time, in bounded memory. Needs no Ray.
+"""File readers: yield the raw rows of one unit of a corpus, one at a time, in bounded memory. Needs no Ray.
 
-Nothing is cleaned here: a broken row comes out as a broken row. What to read is planned in
-:mod:`llkd_ray.corpus.sources`.
+Nothing is cleaned here: a broken row is returned as a broken row. :mod:`llkd_ray.corpus.sources` plans what
+to read.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import SourceConfig
 from llkd_ray.storage.run_dir import open_filesystem
 
-BATCH_ROWS = 1024  # rows turned into Python objects at a time, at most
-BATCH_BYTES = 32 << 20  # of such rows, where a parquet file tells
+BATCH_ROWS = 1024  # most rows converted to Python objects at a time
+BATCH_BYTES = 32 << 20  # most uncompressed bytes of such a batch from a parquet file
 MIN_LINE_BYTES = 16 << 20  # the longest line read whole, unless max_chars asks for longer ones
 COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for a value in a file that Python cannot hold, such as a date in the year 300,000."""
+    """Placeholder for a value that Python cannot represent, such as a date in the year 300,000."""
 
     kind: str
 
@@ -39,8 +39,8 @@ class Unreadable:
 class RawRow(NamedTuple):
     """One row as it was read. ``position``: the 0-based row in its source (line, for jsonl and txt).
 
-    Text read from bytes that are not UTF-8 holds surrogates. Where ``broken`` says what is wrong with
-    the row, ``text`` is what was read of it.
+    Text read from bytes that are not UTF-8 contains surrogates. If the row is broken, ``broken`` gives the
+    reason and ``text`` is the part that was read.
     """
 
     position: int
@@ -52,24 +52,24 @@ class RawRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Unit:
-    """What is read in one go: a file or a piece of it, some row groups of parquet, a share of a hub's set."""
+    """The input of one reader: a file or a piece of it, parquet row groups, or a share of a hub data set."""
 
-    source: str  # as people know it
+    source: str  # as shown to users
     kind: str  # parquet, jsonl, json, ndjson, csv, tsv, txt or hf
     size: int  # bytes, roughly
     base: str = ""  # opens the file's filesystem
-    path: str = ""  # on that filesystem
+    path: str = ""  # path on that filesystem
     part: tuple[int, int] = (0, 1)  # parquet: row groups [start, stop); hf: (index, of how many)
-    span: tuple[int, int] | None = None  # file of lines: bytes [start, stop), whole records; None: all of it
+    span: tuple[int, int] | None = None  # line-based file: bytes [start, stop), whole records; None: all
     first: int = 0  # position of the first row
 
 
 def read_rows(unit: Unit, source: SourceConfig, field: str, labels: Sequence[str]) -> Iterator[RawRow]:
     """The rows of one unit that pass ``source.where``, in order.
 
-    Blank lines of jsonl and csv files are no rows. ``labels`` are the label names: a hub data set that
-    knows its classes by the same names gives names, not its own indices. Raises :class:`ConfigError`
-    where the file cannot be read to its end.
+    Blank lines of jsonl and csv files are not rows. ``labels`` are the label names: if a hub data set uses
+    the same class names, its gold values are returned as names instead of its own indices. Raises
+    :class:`ConfigError` if the file cannot be read to its end.
     """
     with reading(unit, field):
         match unit.kind:
@@ -88,8 +88,8 @@ def read_rows(unit: Unit, source: SourceConfig, field: str, labels: Sequence[str
 
 @contextmanager
 def reading(unit: Unit, field: str) -> Iterator[None]:
-    """Turn what goes wrong while a unit is read into a :class:`ConfigError` that names it."""
-    # The hub library raises errors of many kinds, ValueError and its own among them.
+    """Convert an error while a unit is read into a :class:`ConfigError` that names the unit."""
+    # The hub library raises many exception types, including ValueError and its own.
     expected = Exception if unit.kind == "hf" else (OSError, EOFError, pa.ArrowException, csv.Error)
     try:
         yield
@@ -112,7 +112,7 @@ def wanted_columns(source: SourceConfig) -> list[str]:
 
 def open_parquet(unit: Unit) -> pq.ParquetFile:
     fs, _ = open_filesystem(unit.base)
-    # A buffered stream reads page by page, so a large row group need not fit into memory.
+    # A buffered stream reads page by page, so a large row group does not have to fit into memory.
     return pq.ParquetFile(unit.path, filesystem=fs, buffer_size=1 << 20, pre_buffer=False)
 
 
@@ -120,7 +120,7 @@ def _parquet_rows(unit: Unit, source: SourceConfig) -> Iterator[RawRow]:
     with open_parquet(unit) as file:
         position = unit.first
         for group in range(*unit.part):
-            # The texts of a row group are read only where one of its rows is wanted.
+            # The texts of a row group are read only if one of its rows passes the filter.
             filters = file.read_row_group(group, columns=list(source.where)) if source.where else None
             if filters is None or passing(filters, source.where).any():
                 start = position
@@ -133,21 +133,21 @@ def _parquet_rows(unit: Unit, source: SourceConfig) -> Iterator[RawRow]:
 
 
 def _table_rows(table: pa.Table, first: int, source: SourceConfig) -> Iterator[RawRow]:
-    """The wanted rows of a table whose first row stands at ``first``."""
+    """The rows of a table that pass ``source.where``; ``first`` is the position of the table's first row."""
     blank = [None] * table.num_rows
     texts = _values(table[source.text])
     golds = blank if source.gold is None else _values(table[source.gold])
     ids = blank if source.id is None else _values(table[source.id])
-    # Picked in Python: Arrow cannot take rows of every type, and takes those of string views wrongly.
+    # Selected in Python: Arrow's take() lacks some types and is wrong for string views.
     for at in np.flatnonzero(passing(table, source.where)).tolist():
         yield RawRow(first + at, texts[at], golds[at], ids[at])
 
 
 def _values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
-    """Python values. Arrow does not check strings when reading; bad bytes become surrogates."""
+    """A column as Python values. Arrow reads strings without validation; bad bytes become surrogates."""
     try:
         return column.to_pylist()
-    except (ValueError, OverflowError):  # bad bytes, dates that Python does not know
+    except (ValueError, OverflowError):  # bad bytes, or dates that Python cannot represent
         return [_value(scalar) for scalar in column]
 
 
@@ -165,7 +165,7 @@ def _value(scalar: pa.Scalar) -> Any:
 
 
 def passing(table: pa.Table, where: dict[str, Any]) -> np.ndarray:
-    """bool[rows]: the rows whose columns equal the wanted values; each distinct value is compared once."""
+    """bool[rows]: rows whose columns equal the values of ``where``; each distinct value is compared once."""
     mask = np.ones(table.num_rows, dtype=bool)
     for name, wanted in where.items():
         column = table[name].combine_chunks()
@@ -176,7 +176,7 @@ def passing(table: pa.Table, where: dict[str, Any]) -> np.ndarray:
 
 
 def _equals(value: object, wanted: str | int | bool) -> bool:
-    """Whether a value is the wanted one; a csv has only strings, so ``3`` equals ``"3"``."""
+    """Whether a value equals the wanted one; csv files hold only strings, so ``3`` equals ``"3"``."""
     if value is None or isinstance(value, (list, dict, Unreadable)):
         return False
     if isinstance(value, str) and isinstance(wanted, bool):
@@ -216,16 +216,16 @@ def _hub_rows(unit: Unit, source: SourceConfig, labels: Sequence[str]) -> Iterat
         position += table.num_rows
 
 
-# Files of lines
+# Line-based files
 
 
 def _lines(unit: Unit, max_chars: int) -> Iterator[tuple[str, str, int]]:
-    """Text without its end, "" or what is wrong with the line, and the byte behind it (decompressed).
+    """Per line: text without line break, error or "", and the byte offset after the line (decompressed).
 
-    Read as bytes and decoded line by line: bad bytes become surrogates and spoil one line. A line too
-    long to hold is cut, its rest passed over.
+    Lines are read as bytes and decoded one by one: bad bytes become surrogates and affect only their line. A
+    line that is too long is truncated, and the rest of it is skipped.
     """
-    # A character takes at most 12 bytes in JSON (a pair of \\u escapes), so no text is cut unseen.
+    # A character takes at most 12 bytes in JSON (a pair of \\u escapes), so no valid text is truncated.
     limit = max(MIN_LINE_BYTES, 16 * max_chars)
     at, stop = unit.span or (0, None)
     with _open_at(unit, at) as stream:
@@ -244,7 +244,7 @@ def _lines(unit: Unit, max_chars: int) -> Iterator[tuple[str, str, int]]:
 
 
 def _open_at(unit: Unit, start: int) -> io.BufferedReader:
-    """The file's bytes, decompressed; a piece's, from ``start`` on, as only plain files have pieces."""
+    """The file's bytes from ``start`` on, decompressed; only uncompressed files are read in pieces."""
     fs, _ = open_filesystem(unit.base)
     if unit.span is None:
         file = fs.open_input_stream(unit.path, compression=compression_of(unit))
@@ -255,12 +255,12 @@ def _open_at(unit: Unit, start: int) -> io.BufferedReader:
 
 
 def compression_of(unit: Unit) -> str | None:
-    """How a file of lines is compressed, by the end of its name."""
+    """The compression of a line-based file, by its file extension."""
     return COMPRESSIONS.get(unit.path.lower().rpartition(".")[2])
 
 
 def jsonl_records(unit: Unit, max_chars: int) -> Iterator[tuple[int, Any, str, str]]:
-    """Position, value, the line as it is, and "" or what is wrong with it; blank lines are left out."""
+    """Per record: position, value, raw line, and error or ""; blank lines are skipped."""
     for position, (line, wrong, _) in enumerate(_lines(unit, max_chars), unit.first):
         if line.strip():
             record = None
@@ -285,9 +285,9 @@ def _jsonl_rows(unit: Unit, source: SourceConfig) -> Iterator[RawRow]:
 
 
 def csv_steps(unit: Unit, max_chars: int) -> Iterator[tuple[list[str], str, int]]:
-    """Fields, "" or what is wrong, and the byte behind the record; a blank line has neither of the two.
+    """Per record: fields, error or "", and the byte offset after it; a blank line has no fields and no error.
 
-    Behind every step the reader is as fresh as at a file's start, so a piece may begin there.
+    After every step the reader is in its initial state, so a piece may start there.
     """
     csv.field_size_limit(max(MIN_LINE_BYTES, 16 * max_chars))
     cut, end = "", 0
@@ -298,7 +298,7 @@ def csv_steps(unit: Unit, max_chars: int) -> Iterator[tuple[list[str], str, int]
             cut = cut or wrong
             yield line + "\n"
 
-    # Strict: a stray quote breaks its own record and does not silently swallow the next ones.
+    # Strict: a stray quote breaks its own record instead of silently absorbing the next ones.
     reader = csv.reader(feed(), delimiter="\t" if unit.kind == "tsv" else ",", strict=True)
     while True:
         fields: list[str] = []
@@ -313,7 +313,7 @@ def csv_steps(unit: Unit, max_chars: int) -> Iterator[tuple[list[str], str, int]
 
 
 def csv_records(unit: Unit, max_chars: int) -> Iterator[tuple[int, list[str], str]]:
-    """Number (-1 for the header), fields, and "" or what is wrong; blank lines are left out."""
+    """Per record: number (-1 for the header), fields, and error or ""; blank lines are skipped."""
     has_header = unit.span is None or unit.span[0] == 0
     steps = ((fields, wrong) for fields, wrong, _ in csv_steps(unit, max_chars) if fields or wrong)
     for number, (fields, wrong) in enumerate(steps, -1 if has_header else unit.first):

@@ -1,4 +1,4 @@
-"""How many rows a source has, and some of its texts, without reading it all. Needs no Ray."""
+"""Row count and a sample of a source's texts, without reading the whole source. Needs no Ray."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from llkd_ray.corpus.readers import (
 from llkd_ray.storage.run_dir import open_filesystem
 
 PARTS = 20
-"""Places that a sample is drawn from, where the files allow it."""
+"""Number of places that a sample is drawn from, if the files allow it."""
 LOOK_BYTES = 1 << 20
-"""Bytes of a file of lines in which lines are counted."""
+"""Bytes at the start of a line-based file in which lines are counted."""
 SCAN_BYTES = 16 << 20
-"""What is read for a sample, about, so that it is spread inside of parts, too."""
+"""Approximate bytes read for a sample, so that it is also spread within each part."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How many rows a source has, ``where`` and refusals apart."""
+    """Number of rows of a source, before ``where`` and refusals."""
 
     count: int
     is_exact: bool
@@ -43,14 +43,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Sample:
-    """Some rows of a source, from several places of it."""
+    """Some rows of a source, from several places in it."""
 
     kept: list[Example]
     refused: Counter[str]
-    """By reason. A text that the sample holds twice is a duplicate."""
+    """Counts by reason. A text that occurs twice in the sample is a duplicate."""
     parts: int
     passed: float
-    """Share of the rows that ``where`` lets through."""
+    """Share of the rows that pass ``where``."""
 
     @property
     def read(self) -> int:
@@ -58,15 +58,15 @@ class Sample:
 
     @property
     def usable(self) -> float:
-        """Share of a source's rows that come to be texts of the run."""
+        """Share of a source's rows that become texts of the run."""
         return self.passed * len(self.kept) / self.read if self.read else 0.0
 
 
-# --- how many
+# --- row counts
 
 
 def count_rows(units: Sequence[Unit], source: SourceConfig, field: str) -> Rows | None:
-    """From footers where there are any, else from the bytes of the files; None where nothing tells."""
+    """Row count from parquet footers or hub metadata, else estimated from file sizes; None if unknown."""
     files = list({unit.source: unit for unit in units}.values())
     counts = []
     for unit in files:
@@ -95,7 +95,7 @@ def _count(unit: Unit) -> Rows | None:
 
 
 def _count_lines(unit: Unit) -> Rows:
-    """The lines in the first bytes, and as many in the others; a guess, as a record may have several."""
+    """Extrapolate from the lines in the first bytes; an estimate, as a record may span several lines."""
     fs, _ = open_filesystem(unit.base)
     with fs.open_input_stream(unit.path, compression=None) as stream:
         start = stream.read(LOOK_BYTES)
@@ -106,7 +106,7 @@ def _count_lines(unit: Unit) -> Rows:
 
 
 def _decompressed(start: bytes, compression: str | None) -> bytes:
-    """As far as the first bytes of a file go."""
+    """Decompress as much as the first bytes of a file allow."""
     if compression is None:
         return start
     pieces = []
@@ -115,18 +115,18 @@ def _decompressed(start: bytes, compression: str | None) -> bytes:
             while piece := stream.read(1 << 16):
                 pieces.append(piece)
     except OSError:
-        pass  # it ends in the middle, as it must
+        pass  # the input is truncated, so the stream ends early
     return b"".join(pieces)
 
 
-# --- some of them
+# --- samples
 
 
 def draw(units: Sequence[Unit], source: SourceConfig, field: str, labels: Sequence[str], n: int) -> Sample:
-    """Up to ``n`` rows, of evenly spaced parts of the source and spread over the beginning of each.
+    """Up to ``n`` rows from evenly spaced parts of the source, spread over the beginning of each part.
 
-    With ``source.limit`` they are its first rows, as those are all that is read; with ``source.where`` the
-    first that pass in each part.
+    With ``source.limit`` these are the first rows of the source, because a run reads no others; with
+    ``source.where``, the first rows of each part that pass.
     """
     parts = [_Part(unit) for unit in units] if source.limit else _parts(units, source, field)
     wanted = min(n, source.limit or n)
@@ -146,8 +146,9 @@ def draw(units: Sequence[Unit], source: SourceConfig, field: str, labels: Sequen
 
 
 def _share_passing(units: Sequence[Unit], source: SourceConfig, field: str) -> float | None:
-    """Share of the rows that ``where`` lets through, counted, where its columns can be read by themselves and
-    are small: files are often sorted by them, so that no sample tells.
+    """Counted share of the rows that pass ``where``; None unless its columns are small parquet columns.
+
+    It is counted because files are often sorted by these columns, so that a sample is not representative.
     """
     if any(unit.kind != "parquet" for unit in units):
         return None
@@ -167,7 +168,7 @@ def _share_passing(units: Sequence[Unit], source: SourceConfig, field: str) -> f
 
 @dataclass(frozen=True)
 class _Part:
-    """What a reader reads in one go, and over how many of its first rows a sample is spread."""
+    """A unit of reading, and the number of its first rows that a sample is spread over."""
 
     unit: Unit
     rows: int = 0
@@ -176,15 +177,15 @@ class _Part:
     def read(
         self, source: SourceConfig, field: str, labels: Sequence[str], n: int, most: int
     ) -> Iterator[RawRow]:
-        """About ``n`` rows, evenly spaced in the part's first ``most`` bytes; then further ones."""
+        """About ``n`` rows, evenly spaced in the part's first ``most`` bytes; then rows after those."""
         over = min(self.rows, max(n, int(most / self.bytes_a_row)))
         for number, row in enumerate(read_rows(self.unit, source, field, labels)):
-            if over <= n or number * n % over < n:  # true of n in every ``over`` numbers
+            if over <= n or number * n % over < n:  # true for n of every ``over`` numbers
                 yield row
 
 
 def _parts(units: Sequence[Unit], source: SourceConfig, field: str) -> list[_Part]:
-    """Parquet files by row groups; other files cannot be entered in the middle."""
+    """Parquet files are split by row group; other files cannot be read from the middle."""
     parts: list[_Part] = []
     for unit in units:
         with reading(unit, field):
@@ -196,7 +197,7 @@ def _parts(units: Sequence[Unit], source: SourceConfig, field: str) -> list[_Par
 
 
 def _row_groups(unit: Unit) -> list[tuple[Unit, int]]:
-    """Each by itself, with its rows."""
+    """Each row group as a unit, with its number of rows."""
     groups, first = [], unit.first
     with open_parquet(unit) as file:
         for group in range(*unit.part):
@@ -207,13 +208,13 @@ def _row_groups(unit: Unit) -> list[tuple[Unit, int]]:
 
 
 def _rows_to_cross(unit: Unit) -> int:
-    """Rather too few than too many, or the sample would come short; none where each row is a download."""
+    """Rows to spread a sample over: a low estimate, so that it reaches its size; 0 if rows are downloaded."""
     counted = None if unit.kind == "hf" else _count(unit)
     return 0 if counted is None else int(0.9 * counted.count)
 
 
 def _spread_out(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
-    """PARTS of them, evenly spaced; then as many of those that are left, and so on."""
+    """Batches of up to PARTS evenly spaced parts, each taken from the parts not yet returned."""
     rest = list(parts)
     while rest:
         places = {number * len(rest) // PARTS for number in range(PARTS)}
@@ -224,7 +225,7 @@ def _spread_out(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
 def _read_evenly(
     parts: Sequence[_Part], source: SourceConfig, field: str, labels: Sequence[str], n: int
 ) -> tuple[list[RawRow], int]:
-    """About as many rows of each part, ``n`` in all where there are so many; and how many were looked at."""
+    """About equally many rows of each part, ``n`` in total if available; and how many rows were scanned."""
     density, most = ceil(n / len(parts)), SCAN_BYTES // len(parts)
     readers = {place: part.read(source, field, labels, density, most) for place, part in enumerate(parts)}
     rows: list[RawRow] = []

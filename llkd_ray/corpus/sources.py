@@ -1,17 +1,18 @@
-"""From the ``uri`` of a corpus to units of reading: files found, columns checked, work cut up. No Ray.
+"""Turns the ``uri`` of a corpus into units: finds files, checks columns, splits the work. Needs no Ray.
 
-Everything that can be refused by looking at names, headers and footers is refused here, before a task
-starts.
+All errors that names, headers and footers reveal are raised here, before a task starts.
+
+Large line-based files are split in three steps:
 
 1. Byte ranges of about the same size, cut without looking at the content.
-2. A scan of each, which can run anywhere: where its first record may begin, and for each such place, where
-   the first record after the range begins and how many rows lie between.
-3. Pieces: from the start of the file, each begins where the previous one ends. A place that was not scanned
-   is scanned now, so a wrong guess costs time and never a row.
+2. A scan of each range, which can run on any node: where its first record may start, and for each such
+   place, where the first record after the range starts and how many rows lie between.
+3. Pieces: from the start of the file, each starts where the previous one ends. A place that was not scanned
+   is scanned now, so a wrong guess costs time but never loses a row.
 
-In jsonl and txt a record begins after any line break. In a csv file the break may be inside quotes: then the
-record begins after the line with an odd number of quotes. Quotes that are not csv quotes (``5" pipe``) make
-that guess fail, which the third step notices. The scan reads the file once more.
+In jsonl and txt files a record starts after any line break. In a csv file the line break may be inside
+quotes: then the record starts after the line with an odd number of quotes. Quotes that are not csv quotes
+(``5" pipe``) make that guess fail, which step 3 detects. The scan reads the file one additional time.
 """
 
 from __future__ import annotations
@@ -44,21 +45,21 @@ from llkd_ray.corpus.readers import (
 )
 from llkd_ray.storage.run_dir import open_filesystem
 
-TASK_BYTES = 32 << 20  # what one task reads, where the files allow it
-JSONL_LOOK_ROWS = 1000  # rows in which a JSON lines file must show its columns
-NAME_CHARS, NAMES_SHOWN = 100, 50  # of the columns that a message lists
-HUB_UNITS = 64  # a hub data set is opened anew in every unit, so it is not cut finer than this
+TASK_BYTES = 32 << 20  # read by one task, if the files allow it
+JSONL_LOOK_ROWS = 1000  # first rows of a JSON lines file, where all columns must occur
+NAME_CHARS, NAMES_SHOWN = 100, 50  # limits for column names listed in a message
+HUB_UNITS = 64  # most units of a hub data set, which every unit opens again
 KINDS = ("parquet", "jsonl", "json", "ndjson", "csv", "tsv", "txt")
 
 
 def plan(source: SourceConfig, field: str) -> list[Unit]:
-    """Everything that ``source`` names, in reading order: by uri, then by path.
+    """All units of ``source`` in reading order: by uri, then by path.
 
-    Raises :class:`ConfigError` where a uri matches nothing, kinds are mixed or unknown, a file cannot
-    be opened, or a column is not there. ``field`` is the section's name, for the message.
+    Raises :class:`ConfigError` if a uri matches nothing, file kinds are mixed or unknown, a file cannot be
+    opened, or a column is missing. ``field`` is the section's name, for the message.
     """
     found = [unit for uri in source.uris for unit in expand(uri, field)]
-    files = list({unit.source: unit for unit in found}.values())  # overlapping globs name a file twice
+    files = list({unit.source: unit for unit in found}.values())  # overlapping globs match a file twice
     by_kind = {_family(unit.kind): unit for unit in files}
     if len(by_kind) > 1:
         first, second = list(by_kind.values())[:2]
@@ -72,7 +73,7 @@ def plan(source: SourceConfig, field: str) -> list[Unit]:
 
 
 def pack(units: Sequence[Unit]) -> list[list[Unit]]:
-    """Neighbouring units together until they reach TASK_BYTES, so that small files share a task."""
+    """Group consecutive units up to TASK_BYTES, so that small files share a task."""
     packs: list[list[Unit]] = []
     filled = TASK_BYTES
     for unit in units:
@@ -88,9 +89,9 @@ def pack(units: Sequence[Unit]) -> list[list[Unit]]:
 
 
 def expand(uri: str, field: str) -> list[Unit]:
-    """The files of one uri, sorted by path; not yet cut into units.
+    """The files of one uri, sorted by path; not yet split into units.
 
-    Raises :class:`ConfigError`, which names ``field``, where there is none.
+    Raises :class:`ConfigError`, which names ``field``, if there are none.
     """
     if uri.startswith("hf://"):
         return [Unit(source=uri, kind="hf", size=TASK_BYTES)]
@@ -106,7 +107,7 @@ def expand(uri: str, field: str) -> list[Unit]:
     elif info.type == pafs.FileType.Directory:
         selector = pafs.FileSelector(path, recursive=len(pattern) != 1 or pattern == ["**"])
         wanted = pattern or ["**"]
-        # Markers and rubbish such as _SUCCESS and .ipynb_checkpoints do not count.
+        # Ignores marker files and hidden folders such as _SUCCESS and .ipynb_checkpoints.
         infos = [
             one
             for one in fs.get_file_info(selector)
@@ -126,11 +127,11 @@ def expand(uri: str, field: str) -> list[Unit]:
 
 
 def _split_glob(uri: str) -> tuple[str, list[str]]:
-    """The part before the first wildcard, which can be opened, and the parts of the pattern behind it."""
+    """The prefix before the first wildcard, which can be opened, and the parts of the pattern after it."""
     remote = "://" in uri
     if not remote and Path(uri).expanduser().exists():
         return uri, []
-    # In a URI the question mark begins the options, so it is no wildcard there.
+    # In a URI the question mark starts the options, so it is not a wildcard.
     address, mark, query = uri.partition("?") if remote else (uri, "", "")
     wildcard = re.search(r"[*\[]" if remote else r"[*?\[]", address)
     if wildcard is None:
@@ -144,7 +145,7 @@ def _below(path: str, folder: str) -> list[str]:
 
 
 def _fits(parts: list[str], pattern: list[str]) -> bool:
-    """Whether the parts of a path match those of a glob; ``**`` stands for any number of folders."""
+    """Whether the parts of a path match those of a glob; ``**`` matches any number of folders."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
@@ -174,7 +175,7 @@ def _family(kind: str) -> str:
 
 
 def _inspect(unit: Unit, source: SourceConfig, field: str, number: int) -> list[Unit]:
-    """The units of one file, after a look at its columns."""
+    """Check the columns of one file and return its units."""
     with reading(unit, field):
         match unit.kind:
             case "parquet":
@@ -193,7 +194,7 @@ def _inspect(unit: Unit, source: SourceConfig, field: str, number: int) -> list[
                             f"{field}.{setting}: {value!r} is set, but txt files have no columns: "
                             "leave it out, or use csv or jsonl"
                         )
-            case _ if number == 0:  # a key may be absent anywhere, so only the first file is looked at
+            case _ if number == 0:  # any row may lack a key, so only the first file is checked
                 seen = _jsonl_keys(unit, source, field)
                 if seen:
                     _check_columns(seen, unit, source, field)
@@ -216,14 +217,14 @@ def _check_columns(columns: Sequence[str], unit: Unit, source: SourceConfig, fie
 
 
 def _describe(columns: Sequence[str]) -> str:
-    """In one line, whatever stands where the names of columns should be."""
+    """The column names in one line, whatever they contain."""
     shown = [name if name.isprintable() else repr(name) for name in (one[:NAME_CHARS] for one in columns)]
     more = ["…"] if len(shown) > NAMES_SHOWN else []
     return ", ".join([*shown[:NAMES_SHOWN], *more]) or "(none)"
 
 
 def _parquet_units(unit: Unit, source: SourceConfig, field: str) -> list[Unit]:
-    """Row groups together until the wanted columns reach TASK_BYTES, uncompressed."""
+    """Group row groups until the wanted columns reach TASK_BYTES, uncompressed."""
     with open_parquet(unit) as file:
         _check_columns(file.schema_arrow.names, unit, source, field)
         for name in source.where:
@@ -253,7 +254,7 @@ def _hub_units(unit: Unit, source: SourceConfig, field: str) -> list[Unit]:
             f"{field}.uri: {unit.source!r} has the unknown option {strangers[0]!r}: "
             "it takes split, config and revision"
         )
-    if Path(name).expanduser().is_dir():  # a local folder; workers run elsewhere, so make it absolute
+    if Path(name).expanduser().is_dir():  # a local folder; workers have another working directory
         unit = replace(unit, source=f"hf://{Path(name).expanduser().resolve()}{mark}{query}")
     data = open_hub(unit)
     columns = list(data.features or next(iter(data), {}))
@@ -275,12 +276,12 @@ def _jsonl_keys(unit: Unit, source: SourceConfig, field: str) -> list[str]:
     return list(keys)
 
 
-CHUNK = 1 << 20  # bytes looked at in one go
+CHUNK = 1 << 20  # bytes read at a time
 
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Bytes [start, end) of a file of lines, wherever records begin."""
+    """Bytes [start, end) of a line-based file, regardless of where records start."""
 
     unit: Unit
     start: int
@@ -289,7 +290,7 @@ class ByteRange:
 
 @dataclass(frozen=True)
 class Found:
-    """One way to read a byte range: records from byte ``start`` to ``stop``, with so many numbered rows."""
+    """One way to read a byte range: the records from byte ``start`` to ``stop``, which are ``rows`` rows."""
 
     start: int
     stop: int
@@ -297,7 +298,7 @@ class Found:
 
 
 def byte_ranges(unit: Unit, size: int) -> list[ByteRange]:
-    """Byte ranges of at most ``size`` bytes; none where the unit is small or can only be read in one go."""
+    """Byte ranges of at most ``size`` bytes; none if the unit is small or cannot be split."""
     if unit.kind in ("parquet", "hf") or unit.span or compression_of(unit) or unit.size <= size:
         return []
     count = -(-unit.size // size)
@@ -306,19 +307,19 @@ def byte_ranges(unit: Unit, size: int) -> list[ByteRange]:
 
 
 def scan(byte_range: ByteRange, max_chars: int) -> list[Found]:
-    """The ways to read a byte range, none where no record begins in it.
+    """The possible ways to read a byte range; none if no record starts in it.
 
-    ``max_chars`` is the source's: it decides how long a csv field may be.
+    ``max_chars`` is that of the source; it limits the length of a csv field.
     """
     places = _places(byte_range)
     return [found_from(byte_range, place, max_chars) for place in places if place < byte_range.end]
 
 
 def pieces(scanned: Sequence[tuple[ByteRange, Sequence[Found]]], max_chars: int) -> Iterator[Unit]:
-    """The units that read one file, from all its byte ranges in order, with what was found in each."""
+    """The units of one file; ``scanned`` holds all its byte ranges in order, with their scan results."""
     at, number = 0, 0
     for byte_range, found in scanned:
-        if at >= byte_range.end:  # the record before reaches beyond it
+        if at >= byte_range.end:  # the previous record extends past this range
             continue
         here = next((one for one in found if one.start == at), None) or found_from(byte_range, at, max_chars)
         yield replace(byte_range.unit, span=(at, here.stop), first=number, size=here.stop - at)
@@ -326,7 +327,7 @@ def pieces(scanned: Sequence[tuple[ByteRange, Sequence[Found]]], max_chars: int)
 
 
 def found_from(byte_range: ByteRange, start: int, max_chars: int) -> Found:
-    """How to read a byte range whose first record begins at ``start``."""
+    """How to read a byte range whose first record starts at ``start``."""
     if byte_range.unit.kind in ("csv", "tsv"):
         return _csv_from(byte_range, start, max_chars)
     with _open(byte_range.unit) as file:
@@ -344,11 +345,11 @@ def _csv_from(byte_range: ByteRange, start: int, max_chars: int) -> Found:
             break
     else:
         stop = byte_range.unit.size
-    return Found(start, stop, max(0, rows - (start == 0)))  # the header is no row
+    return Found(start, stop, max(0, rows - (start == 0)))  # the header is not a row
 
 
 def _places(byte_range: ByteRange) -> list[int]:
-    """Where the first record of a byte range may begin."""
+    """Offsets at which the first record of a byte range may start."""
     if byte_range.start == 0:
         return [0]
     with _open(byte_range.unit) as file:
@@ -364,7 +365,7 @@ def _open(unit: Unit) -> pa.NativeFile:
 
 
 def _chunks(file: pa.NativeFile, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """The bytes [start, stop) as chunks, each with its place."""
+    """The bytes [start, stop) as chunks, each with its offset."""
     while start < stop and (chunk := file.read_at(min(CHUNK, stop - start), start)):
         yield start, chunk
         start += len(chunk)
@@ -375,7 +376,7 @@ def _count(file: pa.NativeFile, start: int, stop: int, what: bytes) -> int:
 
 
 def _behind_break(file: pa.NativeFile, start: int, stop: int) -> int:
-    """The first place from ``start`` on that has a line break before it; ``stop`` where there is none."""
+    """The first offset from ``start`` on that follows a line break; ``stop`` if there is none."""
     for place, chunk in _chunks(file, start - 1, stop):
         if (found := chunk.find(b"\n")) >= 0:
             return place + found + 1
@@ -383,7 +384,7 @@ def _behind_break(file: pa.NativeFile, start: int, stop: int) -> int:
 
 
 def _behind_odd_line(file: pa.NativeFile, start: int, stop: int) -> int:
-    """The place behind the first line with an odd number of quotes; ``stop`` where there is none."""
+    """The offset after the first line with an odd number of quotes; ``stop`` if there is none."""
     quotes = 0
     for place, chunk in _chunks(file, start, stop):
         if not quotes % 2 and b'"' not in chunk:

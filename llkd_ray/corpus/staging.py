@@ -1,8 +1,8 @@
-"""Staging: what a read task leaves behind, before repeated texts are known. Needs no Ray.
+"""Staging: the files that a read task writes before repeated texts are known. Needs no Ray.
 
-A file holds those of neighbouring rows: the end of each of PARTITIONS partitions (little-endian uint32), then
-RECORDs in ascending order of hash. What shares the top bits of its hash is in one partition, and
-neighbouring partitions are one read, so that finding repeated texts takes time in proportion to the corpus.
+A hashes file holds the hashes of consecutive rows: the end of each of PARTITIONS partitions (little-endian
+uint32), then RECORDs in ascending order of hash. A partition holds the hashes with the same top bits, and
+adjacent partitions are read at once, so the time to find repeated texts is linear in the corpus size.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from llkd_ray.storage.run_dir import QUARANTINE_DIR, RunStore
 
 STAGING = "examples/staging"
 SHARD_ROWS = 50_000
-SHARD_CHARS = 16 << 20  # of texts and ids in one shard: 64 MiB at most
-SHARD_GROUP_ROWS = 1_000_000  # whose hashes are in one file, about
-GROUP_ROWS = 1024  # the least that Examples.read reads for one row
-QUARANTINE_ROWS = 10_000  # in one file
-# Beside each staging shard: what the quarantine needs of a row that repeats another.
+SHARD_CHARS = 16 << 20  # characters of texts and ids in one shard: at most 64 MiB
+SHARD_GROUP_ROWS = 1_000_000  # approximate rows whose hashes share a file
+GROUP_ROWS = 1024  # rows in a parquet row group, the smallest read of Examples.read
+QUARANTINE_ROWS = 10_000  # rows in one file
+# Stored next to each staging shard: what the quarantine needs to know about a repeated row.
 KEYS = pa.schema(
     [
         pa.field("source", pa.string(), nullable=False),
@@ -39,7 +39,7 @@ KEYS = pa.schema(
 
 @dataclass(frozen=True)
 class StagedShard:
-    """A staging shard; its files are in STAGING."""
+    """A staging shard, with its files in STAGING."""
 
     name: str
     rows: int
@@ -55,7 +55,7 @@ class StagedShard:
 
 @dataclass(frozen=True)
 class ShardGroup:
-    """Neighbouring shards of one read task, whose hashes are in one file."""
+    """Consecutive shards of one read task, whose hashes are in one file."""
 
     name: str
     shards: tuple[StagedShard, ...]
@@ -69,7 +69,7 @@ class ShardGroup:
         return f"{STAGING}/{self.name}.hashes"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; :meth:`from_dict` backwards."""
+        """For JSON; the inverse of :meth:`from_dict`."""
         return asdict(self)
 
     @classmethod
@@ -78,7 +78,7 @@ class ShardGroup:
 
 
 class StagingWriter:
-    """Collects rows and writes a file whenever enough are together."""
+    """Buffers rows and writes a file whenever enough are collected."""
 
     def __init__(self, store: RunStore, stem: str) -> None:
         self._store = store
@@ -98,9 +98,9 @@ class StagingWriter:
     def clean(
         self, units: Sequence[Unit], source: SourceConfig, field: str, labels: Sequence[str]
     ) -> Iterator[tuple[str, int, Example]]:
-        """Read and clean the units' rows, ``source.limit`` at most: source, position and example of each.
+        """Read and clean the units' rows, at most ``source.limit``; yields source, position and example.
 
-        Refused rows go to the quarantine. Raises :class:`ConfigError` where a file cannot be read to its end.
+        Refused rows go to the quarantine. Raises :class:`ConfigError` if a file cannot be read to its end.
         """
         cleaner = Cleaner(source, field, labels)
         rows = ((unit.source, row) for unit in units for row in read_rows(unit, source, field, labels))
@@ -180,7 +180,7 @@ def write_hashes(store: RunStore, relative: str, hash_N: np.ndarray) -> None:
 
 
 def read_hashes(store: RunStore, relative: str, first: int, end: int) -> np.ndarray:
-    """RECORD[n]: the partitions [first, end) of a file; of equal hashes, the earlier row stands first."""
+    """RECORD[n]: the partitions [first, end) of a file; equal hashes are in row order."""
     with store.fs.open_input_file(store.path(relative)) as file:
         end_P = np.concatenate([[0], np.frombuffer(file.read_at(_HEAD_BYTES, 0), dtype=_ENDS)])
         start, stop = int(end_P[first]) * RECORD.itemsize, int(end_P[end]) * RECORD.itemsize
@@ -188,16 +188,16 @@ def read_hashes(store: RunStore, relative: str, first: int, end: int) -> np.ndar
 
 
 def buckets(n_rows: int, bucket_rows: int) -> list[tuple[int, int]]:
-    """Partitions [first, end) of each bucket, so that one holds about ``bucket_rows`` of all rows."""
+    """Partitions [first, end) of each bucket, so that a bucket holds about ``bucket_rows`` of all rows."""
     count = min(PARTITIONS, max(1, -(-n_rows // bucket_rows)))
     edges = [PARTITIONS * number // count for number in range(count + 1)]
     return list(pairwise(edges))
 
 
 def repeats(hash_N: np.ndarray, in_test_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows whose hash stands earlier already: int64[R] ascending, and bool[R] whether it leaked.
+    """Rows whose hash occurs in an earlier row: int64[R] ascending, and bool[R] whether the row leaked.
 
-    A row leaked where it is not of the test set and the first row with its hash is.
+    A row leaked if it is not in the test set but the first row with its hash is.
     """
     order_N = np.argsort(hash_N, kind="stable")
     sorted_N = hash_N[order_N]

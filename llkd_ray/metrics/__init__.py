@@ -1,1 +1,1 @@
-"""Pure numpy: uncertainty, calibration, quality."""
+"""Uncertainty, calibration and quality metrics on arrays. Uses no Ray and no torch."""

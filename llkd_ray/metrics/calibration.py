@@ -1,12 +1,12 @@
-"""Making probabilities comparable: batch calibration without gold, a temperature with gold.
+"""Calibration of the teacher's probabilities: batch calibration without gold, a temperature with gold.
 
-A calibrator is fitted once, on what the teacher reads before the first round: hold-out and first tickets,
-which are random draws from the pool. Later texts are chosen by the student, so neither their mean nor their
-gold represents the pool. And a label must not change once a student has been trained on it, or a resumed run
-would go on from other labels than it stopped at.
+A calibrator is fitted once, on the texts labelled before the first round: hold-out and first tickets, which
+are random draws from the pool. Later texts are acquired with the student's scores, so neither their mean nor
+their gold is representative of the pool. In addition, a label must not change after a student has been
+trained on it; otherwise a resumed run would continue with different labels.
 
-Shapes in names: N texts, C classes. ``mass_NC`` is probability mass as the teacher gave it, not normalised;
-a row of zeros says nothing and stays uniform whatever the method.
+Shapes in names: N texts, C classes. ``mass_NC`` is the teacher's probability mass, not normalised; a row of
+zeros carries no information and becomes uniform with every method.
 """
 
 from __future__ import annotations
@@ -21,36 +21,37 @@ from llkd_ray.config.teacher import ConfidenceConfig
 from llkd_ray.metrics.uncertainty import Floats, Ints, normalise
 
 MIN_PROBABILITY = 1e-6
-"""Lower bound of a label's probability under a temperature.
+"""Lower bound of a label's probability when a temperature is applied.
 
-Servers return their 20 likeliest tokens only. The others are recorded as 0, although they are just below the
-smallest returned one, about 1e-6. With 1e-12 as the bound, the few texts whose gold was not returned decide
-the temperature, and make it far too high.
+Servers return only the 20 most likely tokens. The others are recorded as 0, although their probability is
+just below the smallest returned one, about 1e-6. With a bound of 1e-12, the few texts whose gold label was
+not returned dominate the fit, and the temperature becomes far too high.
 """
 
 
 def batch_calibrate(p_NC: Floats, mean_C: Floats, strength: float = 1.0) -> Floats:
-    """float[N, C]: probabilities divided by a mean answer, to the power ``strength``.
+    """float[N, C]: probabilities divided by the mean answer to the power ``strength``.
 
-    Batch Calibration (arXiv 2309.17249, eq. 3, in log space): what a prompt makes a label likely by,
-    whatever the text, is estimated by the mean over a batch of texts. It takes the classes for equally
-    frequent where ``strength`` is 1; 0 changes nothing.
+    Batch Calibration (arXiv 2309.17249, eq. 3, in log space): the prompt's bias towards each label is
+    estimated by the mean over a batch of texts. A ``strength`` of 1 assumes equally frequent classes; 0
+    changes nothing.
     """
     return normalise(p_NC / np.maximum(mean_C, 1e-12) ** strength)
 
 
 def fit_temperature(p_NC: Floats, gold_N: Ints) -> float:
-    """The temperature at which the probabilities fit gold best, by log loss; between 0.05 and 20.
+    """The temperature that minimises the log loss on gold; between 0.05 and 20.
 
-    Guo et al. 2017 (arXiv 1706.04599, sec. 4.2). The order of a text's labels stays; above 1 they
-    were over-confident. Raises ValueError where there is no gold.
+    Guo et al. 2017 (arXiv 1706.04599, sec. 4.2). The ranking of a text's labels is unchanged; a temperature
+    above 1 means that the probabilities were over-confident. Raises ValueError if there is no gold.
 
-    scikit-learn 1.8 does the same, but only around an estimator that computes the probabilities itself and
-    for the classes that its sample has; this takes probabilities that are there, of labels without gold, too.
+    scikit-learn 1.8 offers the same, but only wrapped around an estimator that computes the probabilities,
+    and only for classes that occur in its sample. This function takes existing probabilities, including
+    those of labels without gold.
     """
     if not gold_N.size:
         raise ValueError("gold_N is empty: a temperature needs texts with gold")
-    # A second to import, which every process of a run would wait for and one needs.
+    # Importing takes a second, and only one process of a run needs it.
     from scipy.optimize import minimize_scalar
     from sklearn.metrics import log_loss
 
@@ -64,7 +65,7 @@ def fit_temperature(p_NC: Floats, gold_N: Ints) -> float:
 
 
 def cross_fitted(p_NC: Floats, gold_N: Ints, rng: np.random.Generator, folds: int = 5) -> Floats:
-    """float[N, C]: each text at the temperature fitted on the other folds."""
+    """float[N, C]: each text's probabilities at the temperature fitted on the other folds."""
     fold_N = rng.permutation(gold_N.size) % folds
     scaled_NC = np.empty_like(p_NC)
     for fold in np.unique(fold_N):
@@ -74,13 +75,13 @@ def cross_fitted(p_NC: Floats, gold_N: Ints, rng: np.random.Generator, folds: in
 
 
 def at_temperature(p_NC: Floats, temperature: float) -> Floats:
-    """float[N, C]: the probabilities with their logarithms divided by a temperature."""
+    """float[N, C]: the probabilities after dividing their logarithms by a temperature."""
     log_NC = np.log(np.maximum(p_NC, MIN_PROBABILITY)) / temperature
     return normalise(np.exp(log_NC - log_NC.max(axis=1, keepdims=True)))
 
 
 MIN_GOLD = 20
-"""Texts with gold that a temperature is fitted on at least."""
+"""Minimum number of texts with gold to fit a temperature."""
 
 
 @dataclass(frozen=True)
@@ -92,42 +93,42 @@ class MeanAnswer:
 
     @classmethod
     def of(cls, mass_NC: Floats) -> MeanAnswer:
-        """Rows without any mass do not count."""
+        """The mean over all rows with nonzero mass."""
         mass_NC = np.asarray(mass_NC, dtype=np.float64)
         said_N = mass_NC.sum(axis=1) > 0
         return cls(normalise(mass_NC[said_N]).sum(axis=0), int(np.count_nonzero(said_N)))
 
     def mean(self) -> Floats:
-        """float[C], sums to one: the mean with one more text that is wholly undecided.
+        """float[C], sums to one: the mean including one additional text with a uniform distribution.
 
-        That text is ours, not the paper's (arXiv 2309.17249): among hundreds of labels some get next to no
-        mass in a few hundred texts, and a quotient by next to nothing would make one of them win wherever
-        it gets a little.
+        The additional text is our extension of the paper (arXiv 2309.17249): with hundreds of labels, some
+        get almost no mass in a few hundred texts, and dividing by a value near 0 would make such a label win
+        wherever it gets a little mass.
         """
         return (self.sum_C + 1 / self.sum_C.size) / (self.texts + 1)
 
 
 @dataclass(frozen=True)
 class Calibrator:
-    """Makes the probabilities that a run works with out of a teacher's answers, one text at a time."""
+    """Converts a teacher's answers into the probabilities that a run uses, each text independently."""
 
     method: str = "raw"
-    """raw, batch, temperature or votes, as in :class:`~llkd_ray.config.teacher.ConfidenceConfig`."""
+    """raw, batch, temperature or votes; see :class:`~llkd_ray.config.teacher.ConfidenceConfig`."""
     prior_C: tuple[float, ...] | None = None
-    """Of batch: the mean answer that is divided out."""
+    """For batch: the mean answer to divide by."""
     strength: float = 1.0
-    """Of batch: the power of the mean."""
+    """For batch: the exponent of the mean."""
     temperature: float | None = None
-    """Of temperature; above 1 the teacher was over-confident."""
+    """For temperature; above 1 if the teacher was over-confident."""
     fitted_on: int = 0
-    """Texts that it was fitted on: of temperature, those with gold; 0 where there is nothing to fit."""
+    """Number of texts used for fitting: for temperature, those with gold; 0 if the method needs no fit."""
 
     @classmethod
     def fit(cls, config: ConfidenceConfig, mass_NC: Floats, gold_N: Ints) -> Calibrator:
-        """Fit to what was read before the first round.
+        """Fit to the texts labelled before the first round.
 
-        ``gold_N`` is int[N], -1 where unknown; only temperature looks at it. Raises ValueError where the
-        texts are too few for the method.
+        ``gold_N`` is int[N], -1 if unknown; only the temperature method uses it. Raises ValueError if there
+        are too few texts for the method.
         """
         mass_NC, gold_N = np.asarray(mass_NC, dtype=np.float64), np.asarray(gold_N)
         if mass_NC.ndim != 2 or len(mass_NC) != len(gold_N):
@@ -153,7 +154,7 @@ class Calibrator:
 
     @classmethod
     def of_mean(cls, mean: MeanAnswer, strength: float) -> Calibrator:
-        """Batch calibration by a mean that was gathered before. Raises ValueError where it is of no text."""
+        """Batch calibration with an accumulated mean. Raises ValueError if the mean is of no texts."""
         if not mean.texts:
             raise ValueError(
                 "teacher.confidence.method is 'batch', but the teacher has given no answer before the first "
@@ -163,7 +164,7 @@ class Calibrator:
         return cls("batch", prior_C=prior_C, strength=strength, fitted_on=mean.texts)
 
     def apply(self, mass_NC: Floats) -> Floats:
-        """float[N, C]: distributions over the labels. Each row depends on itself alone."""
+        """float[N, C]: distributions over the labels. Each row is computed independently of the others."""
         p_NC = normalise(mass_NC)
         if self.prior_C is not None:
             if len(self.prior_C) != p_NC.shape[1]:
@@ -178,7 +179,7 @@ class Calibrator:
         return p_NC
 
     def as_dict(self) -> dict[str, Any]:
-        """For a JSON file; :meth:`from_dict` reads it back unchanged."""
+        """For a JSON file; the inverse of :meth:`from_dict`."""
         return asdict(self)
 
     @classmethod

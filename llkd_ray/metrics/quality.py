@@ -1,13 +1,15 @@
-"""The quality of a classifier's answers, with intervals.
+"""Quality metrics of a classifier, with confidence intervals.
 
-Accuracy and macro-F1 compare with true labels (gold), agreement with the teacher, which may be wrong.
+Accuracy and macro-F1 compare with true labels (gold); agreement compares with the teacher, which may be
+wrong.
 
-All figures are plain numbers for a JSON file; None stands for what cannot be known, such as the precision of
-a label that is never predicted. Calibration is that of the likeliest label ("confidence calibration", Guo et
-al. 2017, arXiv 1706.04599); log loss and Brier score judge the whole distribution.
+All metrics are plain numbers for a JSON file; None means undefined, such as the precision of a label that is
+never predicted. Calibration is that of the most likely label ("confidence calibration", Guo et al. 2017,
+arXiv 1706.04599); log loss and Brier score evaluate the whole distribution.
 
-Legend: N texts, C classes, M bins of confidence, R resamples, B resamples of one block, K distinct pairs of
-true and predicted class. ``gold_N`` and ``predicted_N`` are int[N] in [0, C), ``p_NC`` is float[N, C].
+Shapes in names: N texts, C classes, M confidence bins, R resamples, B resamples of one block, K distinct
+pairs of true and predicted class. ``gold_N`` and ``predicted_N`` are int[N] in [0, C), ``p_NC`` is
+float[N, C].
 """
 
 from __future__ import annotations
@@ -25,25 +27,25 @@ Metric = Literal["accuracy", "macro_f1"]
 BINS = 15
 DECILES = 10
 BLOCK = 4_000_000
-"""Draws held in memory at a time by the bootstrap."""
+"""Maximum number of draws that the bootstrap holds in memory at a time."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A classifier compared with gold; all three are in [0, 1]."""
+    """Metrics of a classifier against gold; all three are in [0, 1]."""
 
     accuracy: float
     macro_f1: float
-    """Mean F1 of the classes that occur in the truth or in the answers."""
+    """Mean F1 of the classes that occur in gold or in the predictions."""
     ece: float
     """Expected calibration error; 0 is best."""
 
 
 def classification(gold_N: np.ndarray, p_NC: np.ndarray, labels: int) -> Scores:
-    """Score the answers ``p_NC`` of a classifier over ``labels`` classes; rows need not sum to one.
+    """Score a classifier's predictions ``p_NC`` over ``labels`` classes; rows need not sum to one.
 
-    Raises ValueError on empty input, on shapes that do not fit, and on a true label outside
-    [0, labels): leave texts without a true label (-1) out before.
+    Raises ValueError for empty input, for mismatched shapes, and for a true label outside [0, labels):
+    remove texts without a true label (-1) first.
     """
     gold_N, p_NC = np.asarray(gold_N), np.asarray(p_NC)
     if p_NC.ndim != 2 or p_NC.shape[1] != labels:
@@ -65,10 +67,10 @@ def classification(gold_N: np.ndarray, p_NC: np.ndarray, labels: int) -> Scores:
 
 
 def expected_calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, bins: int = 15) -> float:
-    """The gap between confidence and accuracy, averaged over equal bins of confidence, by their size.
+    """The difference between confidence and accuracy, averaged over equal-width bins weighted by size.
 
     Equations 3 and 5 of Guo et al. 2017 (arXiv 1706.04599), whose experiments use 15 bins: bin m
-    (1..M) holds the texts with a confidence in ((m - 1)/M, m/M]; ours takes 0 into the first as well.
+    (1..M) holds the texts with a confidence in ((m - 1)/M, m/M]; here the first bin also includes 0.
     """
     confidence_N, correct_N = np.asarray(confidence_N, dtype=float), np.asarray(correct_N, dtype=float)
     _check_pair(confidence_N, correct_N, "confidence_N", "correct_N")
@@ -77,13 +79,13 @@ def expected_calibration_error(confidence_N: np.ndarray, correct_N: np.ndarray, 
     if not (confidence_N.min() >= 0 and confidence_N.max() <= 1 + 1e-6):
         raise ValueError(f"confidence_N holds {confidence_N.min()}..{confidence_N.max()}, outside 0..1")
     bin_N = confidence_bins(confidence_N, bins)
-    # |bin| / N × |accuracy - confidence| of a bin is the size of its summed differences over N.
+    # |bin| / N × |accuracy - confidence| of a bin equals the absolute sum of its differences, divided by N.
     gap_M = np.bincount(bin_N, weights=correct_N - confidence_N, minlength=bins)
     return float(np.abs(gap_M).sum() / confidence_N.size)
 
 
 def confidence_bins(confidence_N: np.ndarray, bins: int = 15) -> np.ndarray:
-    """int[N] in [0, bins): which of equal bins of confidence, closed on the right, each text falls into."""
+    """int[N] in [0, bins): each text's bin among equal-width confidence bins, closed on the right."""
     return np.clip(np.ceil(np.asarray(confidence_N) * bins).astype(int) - 1, 0, bins - 1)
 
 
@@ -97,9 +99,9 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a metric over texts drawn with replacement.
 
-    Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. Both metrics depend only on
-    how often each pair of true and predicted class occurs, so a resample is one multinomial draw of the
-    pair counts: the same distribution as drawing N texts, at the cost of K numbers instead of N.
+    Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. Both metrics depend only on the
+    counts of pairs of true and predicted class, so a resample is one multinomial draw of these counts: the
+    same distribution as drawing N texts, with K numbers instead of N.
     """
     gold_N, predicted_N = np.asarray(gold_N), np.asarray(predicted_N)
     _check_pair(gold_N, predicted_N, "gold_N", "predicted_N")
@@ -120,8 +122,10 @@ def bootstrap_interval(
 
 
 def binomial_interval(hits: int, texts: int, level: float = 0.95) -> tuple[float, float] | tuple[None, None]:
-    """Exact interval of a share (Clopper & Pearson 1934): it covers the true share in ``level`` of all cases
-    at least. Both ends are None without any text."""
+    """Exact interval of a proportion (Clopper & Pearson 1934), with a coverage of at least ``level``.
+
+    Both ends are None if there are no texts.
+    """
     from scipy.stats import binomtest
 
     if not texts:
@@ -131,11 +135,11 @@ def binomial_interval(hits: int, texts: int, level: float = 0.95) -> tuple[float
 
 
 def _macro_f1(pairs_K2: np.ndarray, drawn_RK: np.ndarray) -> np.ndarray:
-    """float[R]: macro-F1 of every resample, over the classes that occur in it."""
+    """float[R]: macro-F1 of each resample, over the classes that occur in it."""
     classes_C, pair_class_K2 = np.unique(pairs_K2, return_inverse=True)
     one_hot_CC = np.eye(classes_C.size)
     is_gold_KC, is_predicted_KC = one_hot_CC[pair_class_K2.reshape(-1, 2).T]
-    # F1 of a class is 2·hits / (times it is true + times it is answered).
+    # F1 of a class is 2·hits / (count in gold + count in predictions).
     hits_RC = drawn_RK @ (is_gold_KC * is_predicted_KC)
     occurs_RC = drawn_RK @ (is_gold_KC + is_predicted_KC)
     f1_RC = 2 * hits_RC / np.maximum(occurs_RC, 1)
@@ -143,7 +147,7 @@ def _macro_f1(pairs_K2: np.ndarray, drawn_RK: np.ndarray) -> np.ndarray:
 
 
 def agreement(p_student_NC: np.ndarray, p_teacher_NC: np.ndarray) -> float:
-    """Share of the texts on which student and teacher give the same label."""
+    """Share of the texts on which student and teacher predict the same label."""
     p_student_NC, p_teacher_NC = np.asarray(p_student_NC), np.asarray(p_teacher_NC)
     if p_student_NC.ndim != 2 or p_student_NC.shape != p_teacher_NC.shape:
         raise ValueError(
@@ -155,19 +159,19 @@ def agreement(p_student_NC: np.ndarray, p_teacher_NC: np.ndarray) -> float:
 
 
 def has_plateaued(value_K: Sequence[float], patience: int, min_gain: float) -> bool:
-    """Whether none of the last ``patience`` values is ``min_gain`` above the best of those before them."""
+    """Whether none of the last ``patience`` values exceeds the best earlier value by ``min_gain``."""
     before, last = value_K[:-patience], value_K[-patience:]
     return bool(before) and max(last) < max(before) + min_gain
 
 
 def by_falling_confidence(confidence_N: np.ndarray, parts: int) -> list[np.ndarray]:
-    """int[N / parts] each: the texts by falling confidence, in parts that differ by one text at most."""
+    """int[N / parts] each: texts by descending confidence, in parts whose sizes differ by at most one."""
     order_N = np.argsort(-confidence_N, kind="stable")
     return np.array_split(order_N, min(parts, order_N.size))
 
 
 def _check_pair(one_N: np.ndarray, other_N: np.ndarray, one: str, other: str) -> None:
-    """Both arrays have the same texts, at least one, and finite values."""
+    """Raise ValueError unless both arrays have the same non-zero number of texts and finite values."""
     if one_N.shape[:1] != other_N.shape[:1]:
         raise ValueError(f"{one} has {one_N.shape[:1]} texts and {other} {other_N.shape[:1]}: not the same")
     if not len(one_N):
@@ -180,10 +184,10 @@ def _check_pair(one_N: np.ndarray, other_N: np.ndarray, one: str, other: str) ->
 def quality_of(
     mass_NC: Floats, gold_N: Ints, calibrator: Calibrator, rng: np.random.Generator
 ) -> dict[str, Any] | None:
-    """The teacher as it answers (``raw``) and as it is used, on the texts whose gold is known (not -1).
+    """The teacher's quality before (``raw``) and after calibration, on texts with gold (not -1).
 
-    None where gold is known of no text. Leave out the texts that the calibrator was fitted on with their
-    gold: on them it looks better than it is.
+    None if no text has gold. Exclude texts whose gold was used to fit the calibrator: on them the
+    calibration looks better than it is.
     """
     mass_NC, gold_N = np.asarray(mass_NC), np.asarray(gold_N)
     known_N = gold_N >= 0
@@ -201,17 +205,17 @@ def quality_of(
 def teacher_quality(
     gold_N: Ints, p_NC: Floats, rng: np.random.Generator, resamples: int = 1000
 ) -> dict[str, Any]:
-    """All figures of a teacher's answers ``p_NC``; rows need not sum to one.
+    """All quality metrics of a teacher's answers ``p_NC``; rows need not sum to one.
 
     - ``accuracy``, ``macro_f1``, ``ece``: as in :mod:`llkd_ray.metrics.quality`; ``ece_interval``: 95 %.
-    - ``nll``: mean of minus the logarithm of gold's probability, which counts as 1e-12 at least.
+    - ``nll``: mean negative log-probability of gold, with the probability bounded below by 1e-12.
     - ``brier``: mean over texts of the summed squared differences to gold, 0 to 2 (Brier 1950, eq. 2).
-    - ``auroc``: the probability that a right answer has a higher confidence than a wrong one (Hendrycks &
-      Gimpel 2017, arXiv 1610.02136); None where all are right or all wrong.
-    - ``by_decile``: tenths of the texts, the most confident first; ``reliability``: 15 equal bins of
-      confidence (DeGroot & Fienberg 1983); ``per_class``: each label's figures, in the order of the labels.
+    - ``auroc``: the probability that a correct answer has a higher confidence than a wrong one (Hendrycks &
+      Gimpel 2017, arXiv 1610.02136); None if all answers are correct or all wrong.
+    - ``by_decile``: tenths of the texts, the most confident first; ``reliability``: 15 equal-width confidence
+      bins (DeGroot & Fienberg 1983); ``per_class``: metrics of each label, in the order of the labels.
 
-    Raises ValueError on empty input, on shapes that do not fit, and on gold outside [0, C).
+    Raises ValueError for empty input, for mismatched shapes, and for gold outside [0, C).
     """
     gold_N, p_NC = np.asarray(gold_N), np.asarray(p_NC, dtype=np.float64)
     if p_NC.ndim != 2:
@@ -252,10 +256,10 @@ def ece_interval(
 ) -> tuple[float, float]:
     """Bootstrap interval of the expected calibration error, over texts drawn with replacement.
 
-    The basic interval (Davison & Hinkley 1997, eq. 5.6): twice the estimate less the resamples' quantiles,
-    never below 0. The estimate is too high by what chance does to the bins, and resamples are too high by it
-    once more, so their own quantiles lie above the true value of a teacher that is well calibrated, at any
-    number of texts; the basic interval takes that off. For the same reason the estimate itself can lie above
+    The basic interval (Davison & Hinkley 1997, eq. 5.6): twice the estimate minus the quantiles of the
+    resamples, never below 0. Random variation within the bins biases the estimate upwards, and the resamples
+    have this bias twice, so their quantiles lie above the true value of a well-calibrated teacher at any
+    number of texts; the basic interval corrects for it. For the same reason the estimate itself can lie above
     the interval.
     """
     bin_N = confidence_bins(confidence_N, BINS).astype(np.int32)
@@ -284,13 +288,13 @@ def _part(confidence_N: Floats, correct_N: np.ndarray) -> dict[str, Any]:
 
 
 def reliability(confidence_N: Floats, correct_N: np.ndarray) -> list[dict[str, Any]]:
-    """Texts, accuracy and mean confidence of ``BINS`` equal bins of confidence."""
+    """Number of texts, accuracy and mean confidence of ``BINS`` equal-width confidence bins."""
     bin_N = confidence_bins(confidence_N, BINS)
     return [_part(confidence_N[bin_N == m], correct_N[bin_N == m]) for m in range(BINS)]
 
 
 def _per_class(gold_N: Ints, predicted_N: Ints, confidence_N: Floats, n_classes: int) -> list[dict[str, Any]]:
-    """Precision is the accuracy where the label is answered, to be held against the confidence there."""
+    """Metrics of each label; compare precision with the mean confidence of texts predicted as the label."""
     from sklearn.metrics import precision_recall_fscore_support
 
     precision_C, recall_C, f1_C, gold_C = precision_recall_fscore_support(

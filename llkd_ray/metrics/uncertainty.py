@@ -1,7 +1,9 @@
-"""What a label distribution tells: pure numpy on ``p_NC`` (N texts, C classes).
+"""Uncertainty of label distributions ``p_NC``, and random numbers by row. Pure numpy.
 
-And random numbers by row: those of a stream depend on how many were drawn before, these do not, so that any
-division of the rows into chunks decides alike. Shapes in names: N texts or rows, C classes.
+Random numbers by row do not depend on how many were drawn before, unlike those of a stream, so decisions are
+the same for any division of the rows into chunks.
+
+Shapes in names: N texts or rows, M scored texts, L selected indices, C classes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ Mask = NDArray[np.bool_]
 
 
 def normalise(mass_NC: Floats) -> Floats:
-    """Probabilities over the labels from mass over a larger vocabulary; rows without mass get 1/C."""
+    """Normalise mass over a larger vocabulary to probabilities over the labels; rows without mass get 1/C."""
     mass_NC = np.asarray(mass_NC, dtype=np.float64)
     total_N1 = mass_NC.sum(axis=1, keepdims=True)
     uniform = 1.0 / mass_NC.shape[1]
@@ -25,12 +27,12 @@ def normalise(mass_NC: Floats) -> Floats:
 
 
 def confidence(p_NC: Floats) -> Floats:
-    """float[N]: probability of the most likely label. LLKD's teacher signal (arXiv 2411.08028, sec. 3)."""
+    """float[N]: probability of the most likely label; LLKD's teacher signal (arXiv 2411.08028, sec. 3)."""
     return np.max(p_NC, axis=1)
 
 
 def margin(p_NC: Floats) -> Floats:
-    """float[N]: the most likely label's probability less the second's; 0 is undecided, 1 is certain.
+    """float[N]: the highest minus the second-highest probability; 0 is undecided, 1 is certain.
 
     Scheffer, Decomain & Wrobel 2001, "Active hidden Markov models for information extraction".
     """
@@ -39,10 +41,10 @@ def margin(p_NC: Floats) -> Floats:
 
 
 def entropy(p_NC: Floats) -> Floats:
-    """float[N]: predictive entropy over log C, so 0 is certain and 1 is uniform.
+    """float[N]: predictive entropy divided by log C, so 0 is certain and 1 is uniform.
 
-    LLKD's student signal is the entropy (arXiv 2411.08028, sec. 3); dividing by log C is ours, so that
-    it lies on the same scale whatever the number of classes.
+    LLKD's student signal is the entropy (arXiv 2411.08028, sec. 3); the division by log C is our addition, so
+    that the scale does not depend on the number of classes.
     """
     p_NC = np.asarray(p_NC, dtype=np.float64)
     log_p_NC = np.log(p_NC, out=np.zeros_like(p_NC), where=p_NC > 0)
@@ -50,29 +52,29 @@ def entropy(p_NC: Floats) -> Floats:
 
 
 def support(p_NC: Floats, label_N: Ints) -> Floats:
-    """float[N]: the probability that one model gives to the label that another one chose."""
+    """float[N]: the probability that one model assigns to the label predicted by another."""
     return p_NC[np.arange(label_N.size), label_N]
 
 
 @dataclass(frozen=True)
 class StudentScores:
-    """What the student thinks of some texts: three numbers each, which is all that policies look at."""
+    """The student's scores of some texts: the three numbers per text that policies use."""
 
     label_M: Ints
-    """The pseudo-labels that ``support_M`` is about; negative where there was none."""
+    """The pseudo-labels that ``support_M`` refers to; negative if there was none."""
     uncertainty_M: Floats
     margin_M: Floats
     support_M: Floats
-    """The probability of ``label_M``; nan where there was none."""
+    """The probability of ``label_M``; nan if there was no pseudo-label."""
 
     @classmethod
     def of(cls, p_MC: Floats, label_M: Ints) -> StudentScores:
-        """From the student's answers and the pseudo-labels of the same texts."""
+        """From the student's predictions and the pseudo-labels of the same texts."""
         support_M = np.where(label_M < 0, np.nan, support(p_MC, label_M))
         return cls(label_M, entropy(p_MC), margin(p_MC), support_M)
 
     def take(self, index_L: Ints | Mask) -> StudentScores:
-        """Those at these places, in this order."""
+        """The scores at the given indices, in that order."""
         return StudentScores(*(column[index_L] for column in vars(self).values()))
 
 
@@ -85,7 +87,7 @@ class RowRandom:
 
     @classmethod
     def from_rng(cls, rng: np.random.Generator) -> RowRandom:
-        """Another one at each call."""
+        """A new instance with a key drawn from ``rng``."""
         return cls(int(rng.integers(2**63)))
 
     def __call__(self, row_N: Ints) -> Floats:
@@ -94,9 +96,9 @@ class RowRandom:
 
 
 def hash_uniform(seed: int, row_N: Ints) -> Floats:
-    """float64[N] in [0, 1): a number of each row that looks random and depends on seed and row alone.
+    """float64[N] in [0, 1): a pseudo-random number per row that depends only on seed and row.
 
-    The finaliser of SplitMix64 (Steele, Lea & Flood 2014), on the row's place in the seed's sequence.
+    The finaliser of SplitMix64 (Steele, Lea & Flood 2014), applied to the row's index in the seed's sequence.
     """
     with np.errstate(over="ignore"):
         x_N = (row_N.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)

@@ -1,1 +1,1 @@
-"""The embedded default: a corpus and a small teacher made on this machine."""
+"""The quickstart: a corpus and a small teacher, created on this machine without downloads."""

@@ -1,13 +1,13 @@
-"""A corpus that every installation has: sentences from the docstrings of installed Python packages.
+"""A corpus that needs no download: sentences from the docstrings of installed Python packages.
 
 The true label of a sentence is the subject area of its module. Sources are parsed, never imported.
-Docstrings are cut into sentences, and what is not plain English prose is dropped. Words that give the
-area away (a module's dotted path, names of packages) are masked. Modules, not sentences, are dealt to
-three splits, by a hash of their name: no module is on two sides, and the same package versions always
-give the same corpus.
+Docstrings are split into sentences, and everything but plain English prose is dropped. Words that reveal
+the area (a module's dotted path, names of packages) are masked. Modules, not sentences, are assigned to
+three splits by a hash of their name: no module is in two splits, and the same package versions always give
+the same corpus.
 
-Standard library only: to read in several processes, :func:`read_corpus` runs this file as a script, which
-starts in a tenth of a second.
+Uses the standard library only: to read in several processes, :func:`read_corpus` runs this file as a script,
+which starts in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-# Subject areas and the packages or modules behind each. Only the standard library and packages that come
-# with every installation of llkd-ray, on CPU and GPU machines alike.
+# Subject areas with their packages or modules. Only the standard library and packages that every
+# installation of llkd-ray includes, on CPU and GPU machines.
 AREAS: Mapping[str, tuple[str, ...]] = {
     "algebra": ("sympy", "mpmath"),
     "drawing": ("matplotlib", "mpl_toolkits", "PIL", "fontTools", "turtle"),
@@ -46,19 +46,19 @@ AREAS: Mapping[str, tuple[str, ...]] = {
         *("urllib", "wsgiref", "xmlrpc"),
     ),
 }
-# Parts of a package that belong to another area than the rest of it.
+# Subpackages whose subject differs from that of their package.
 ELSEWHERE = ("ray.air", "ray.llm", "ray.rllib", "ray.serve.llm", "ray.train", "ray.tune")
-# Folders and files whose docstrings are copies, or not about the package's subject.
+# Folders and files whose docstrings are copies or unrelated to the package's subject.
 _NOT_READ = re.compile(
     r"^(?:tests?|testing|conftest|test_.*|.*_test|examples?|benchmarks?|_?vendor(?:ed)?|_?third_?party.*|"
     r"externals|thirdparty_files)$"
 )
-# The share of the modules that goes to each split, and the most sentences that the split takes: of one
-# area, and of one module (a few large modules must not stand for a whole area, least of all in the test).
+# Each split's share of the modules, and its maximum number of sentences per area and per module. A few large
+# modules must not dominate an area, especially in the test split.
 SHARES: Mapping[str, float] = {"teacher": 0.70, "pool": 0.22, "test": 0.08}
 CAPS: Mapping[str, tuple[int, int]] = {"teacher": (4200, 80), "pool": (800, 40), "test": (160, 20)}
 MASK = "it"
-# Masked in every sentence: names by which packages are known, also to other packages.
+# Masked in every sentence: common names of packages, which also occur in other packages.
 _BRANDS = re.findall(
     r"\S+",
     "sympy mpmath matplotlib pyplot mpl pillow pil fonttools networkx nx sklearn scikit-learn torch pytorch "
@@ -127,9 +127,9 @@ def sentences(docstring: str) -> Iterator[str]:
 
 
 def is_clean(sentence: str, min_words: int = 8, max_words: int = 60) -> bool:
-    """Whether it is one whole English sentence of words rather than code, markup or symbols.
+    """Whether the text is one complete English sentence rather than code, markup or symbols.
 
-    ``min_words`` is 8, since shorter ones ("Return the number of items.") mostly fit every area.
+    ``min_words`` is 8 because shorter sentences ("Return the number of items.") mostly fit every area.
     """
     words = sentence.split()
     if not min_words <= len(words) <= max_words or not sentence.isascii():
@@ -148,7 +148,7 @@ def is_clean(sentence: str, min_words: int = 8, max_words: int = 60) -> bool:
 
 
 def _paragraphs(docstring: str) -> Iterator[str]:
-    """Runs of prose lines that belong together, each joined to one line."""
+    """Paragraphs of prose, each joined into one line."""
     block: list[str] = []
     block_indent, hangs = 0, False
     for indent, text in [*_prose_lines(docstring), (0, "")]:
@@ -165,7 +165,7 @@ def _paragraphs(docstring: str) -> Iterator[str]:
 
 
 def _prose_lines(docstring: str) -> Iterator[tuple[int, str]]:
-    """(indent, text) of each line of prose; an empty text stands for a break."""
+    """(indent, text) of each line of prose; an empty text is a paragraph break."""
     lines = inspect.cleandoc(docstring).expandtabs().split("\n")
     skipped_below: int | None = None  # lines indented deeper are a literal block or a directive's body
     skipped_section = False
@@ -199,9 +199,9 @@ def _prose_lines(docstring: str) -> Iterator[tuple[int, str]]:
 
 
 def names_to_mask(module: str) -> re.Pattern[str]:
-    """Matches the parts of the module's dotted path and well-known package names.
+    """A pattern that matches the parts of the module's dotted path and well-known package names.
 
-    Whole words only, in any case, singular or plural.
+    It matches whole words only, case-insensitively, singular or plural.
     """
     parts = {part.strip("_") for part in module.split(".")}
     names = sorted(
@@ -211,12 +211,12 @@ def names_to_mask(module: str) -> re.Pattern[str]:
 
 
 def fingerprint(text: str) -> str:
-    """Equal for texts that differ in case, digits or spacing only."""
+    """A key that is equal for texts that differ only in case, digits or spacing."""
     return re.sub(r"\d+", "0", " ".join(text.casefold().split()))
 
 
 def split_of(module: str) -> str:
-    """The split that a module belongs to; depends on its dotted name alone."""
+    """The split of a module; depends only on its dotted name."""
     left = _hash(f"split:{module}") / 2**64
     for split, share in SHARES.items():
         left -= share
@@ -230,7 +230,7 @@ def _hash(text: str) -> int:
 
 
 def area_of(module: str, areas: Mapping[str, Sequence[str]] = AREAS) -> str | None:
-    """The subject area of a dotted module name; the longest matching prefix decides."""
+    """The subject area of a dotted module name, by the longest matching prefix."""
     if _is_under(module, ELSEWHERE):
         return None
     found = [
@@ -244,7 +244,7 @@ def _is_under(module: str, packages: Sequence[str]) -> bool:
 
 
 def find_modules(package: str) -> dict[str, Path]:
-    """Dotted name to source file of a package's modules, or of a single module; found, not imported."""
+    """Dotted names and source files of a package's modules, or of a single module; nothing is imported."""
     top, *below = package.split(".")
     spec = find_spec(top)
     if spec is None:
@@ -271,7 +271,7 @@ def docstrings(source: bytes) -> Iterator[str]:
             text := ast.get_docstring(node, clean=False)
         ):
             yield text
-        # Only statements can hold definitions: walking expressions too would take most of the time.
+        # Only statements can contain definitions; visiting expressions as well would dominate the run time.
         inner = getattr(node, "body", [])
         stack.extend(
             child
@@ -286,10 +286,10 @@ def read_corpus(
     processes: int = 2,
     say: Callable[[str], None] = print,
 ) -> list[Sentence]:
-    """Read, clean, mask, de-duplicate and split; sorted by module, then as they stand in it.
+    """Read, clean, mask, de-duplicate and split; sorted by module, then by position in the module.
 
-    A text that stands in two areas is dropped: it says nothing about either. Raises RuntimeError if an
-    area comes out empty in a split.
+    A text that occurs in two areas is dropped, as its label is ambiguous. Raises RuntimeError if an area has
+    no sentences in a split.
     """
     work = {area: _modules_to_read(area, areas, say) for area in areas}
     found: list[Sentence] = []
@@ -315,7 +315,7 @@ def read_corpus(
 def _modules_to_read(
     area: str, areas: Mapping[str, Sequence[str]], say: Callable[[str], None]
 ) -> list[tuple[str, str, str]]:
-    """(module, file, split) of an area's modules, shuffled by hash so that every package has its turn."""
+    """(module, file, split) of an area's modules, shuffled by hash to mix the packages."""
     files: dict[str, Path] = {}
     for package in areas[area]:
         modules = find_modules(package)
@@ -332,13 +332,13 @@ def _read_in_process(
     caps: Mapping[str, tuple[int, int]],
     say: Callable[[str], None],
 ) -> list[Sentence]:
-    """Read one area in a process of its own; its error messages go to ours."""
+    """Read one area in a subprocess, which shares this process's stderr."""
     begun = told = time.monotonic()
     command = [sys.executable, "-I", os.path.abspath(__file__)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        # All of it is read before the first answer is written, so neither side waits for the other.
+        # The child reads all input before it writes output, so the pipes cannot deadlock.
         process.stdin.write(json.dumps({"modules": modules, "caps": dict(caps)}))
         process.stdin.close()
         rows = []
@@ -363,7 +363,7 @@ def read_area(
 ) -> Iterator[tuple[str, str, str]]:
     """(module, split, masked sentence) of each (module, file, split), in order, until all splits are full.
 
-    ``caps`` gives each split the most sentences it takes, in all and of one module.
+    ``caps``: each split's maximum number of sentences, in total and per module.
     """
     taken: Counter[str] = Counter()
     seen: set[str] = set()
@@ -376,7 +376,7 @@ def read_area(
         names = names_to_mask(module)
         try:
             texts = [names.sub(MASK, text) for doc in docstrings(source) for text in sentences(doc)]
-        except (SyntaxError, ValueError):  # a template, or written for another version of Python
+        except (SyntaxError, ValueError):  # a template, or code for another Python version
             continue
         for text in texts:
             if room > 0 and fingerprint(text) not in seen:
@@ -388,8 +388,8 @@ def read_area(
 
 def main() -> None:
     """Read {modules, caps} from standard input and print one JSON line for each sentence."""
-    gc.disable()  # the trees are large and hold no cycles: half the time
-    warnings.simplefilter("ignore")  # other people's invalid escape sequences
+    gc.disable()  # the syntax trees are large and have no cycles; this halves the run time
+    warnings.simplefilter("ignore")  # invalid escape sequences in the packages' sources
     job = json.load(sys.stdin)
     for row in read_area(job["modules"], job["caps"]):
         print(json.dumps(row))

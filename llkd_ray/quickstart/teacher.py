@@ -1,9 +1,9 @@
-"""The embedded default: a real corpus and a small real teacher, made on the spot, without any download.
+"""The quickstart: creates a real corpus and a small real teacher without any download.
 
-The corpus are sentences from the docstrings of installed packages; the class is the subject area. One
-slice of it trains the teacher, a causal language model of one Llama layer that answers a prompt with a
-label, as a large one would. It is right on about 70 % of the sentences of modules that it has not
-seen, and its confidence tells much about which.
+The corpus consists of sentences from the docstrings of installed packages; the class is the subject area.
+One slice of it trains the teacher, a causal language model with one Llama layer that answers a prompt with a
+label, as a large model would. Its accuracy on sentences of unseen modules is about 70 %, and its confidence
+is informative about which answers are correct.
 
 Shapes: N texts, B texts of a batch, T tokens, V vocabulary, C labels, D width, H heads.
 """
@@ -38,7 +38,7 @@ from llkd_ray.quickstart.corpus import AREAS, CAPS, Sentence, read_corpus
 from llkd_ray.teacher.prompt import Prompt, build_prompt, encode_prompts, label_sequences
 
 MARKER = "ready.json"
-MAX_TOKENS = 256  # of a prompt; the longest sentences have about 150
+MAX_TOKENS = 256  # of a prompt; the longest sentences have about 150 tokens
 PROMPT = PromptConfig(
     instruction="",
     answer="names",
@@ -52,30 +52,30 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the teacher is made."""
+    """Hyperparameters of the teacher and its training."""
 
     vocabulary: int = 8000
     width: int = 128
-    heads: int = 2  # of 64: the smallest head that every attention kernel of vLLM has
+    heads: int = 2  # head size 64, the smallest that all attention kernels of vLLM support
     epochs: float = 4.0
     batch: int = 128
     learning_rate: float = 2.5e-3
-    hidden_tokens: float = 0.3  # share of a text's tokens that one step does not see
-    smoothing: float = 0.1  # of the label, over all labels: keeps the confidence honest
-    seconds: float = 100.0  # brake: training is shortened to end within it on a busy machine
+    hidden_tokens: float = 0.3  # share of a text's tokens that are masked in a training step
+    smoothing: float = 0.1  # label smoothing, against over-confidence
+    seconds: float = 100.0  # time limit: training is shortened on a busy machine
 
 
 def prepare(folder: Path, seed: int = 0, say: Say = print) -> dict[str, Any]:
-    """Make corpus and teacher in ``folder``, or find them finished; return the settings of a run on them.
+    """Create corpus and teacher in ``folder`` unless they exist; return the settings of a run on them.
 
     Writes pool.parquet and test.parquet (id, text, label, module) and teacher/, a checkpoint folder. The
-    settings are a tree for ``config.parse_config``, with absolute paths. Takes one to two minutes on two
-    cores. Raises RuntimeError where the installed packages have too few docstrings for a corpus.
+    settings are a tree for ``config.loading.parse_config``, with absolute paths. Takes one to two minutes on
+    two cores. Raises RuntimeError if the installed packages have too few docstrings for a corpus.
     """
     folder = Path(folder).resolve()
     recipe = Recipe()
     made_as = {"seed": seed, "recipe": asdict(recipe), "areas": AREAS, "caps": CAPS}
-    made_as = json.loads(json.dumps(made_as))  # as it is read back: lists for tuples
+    made_as = json.loads(json.dumps(made_as))  # in the form that is read back: lists instead of tuples
     marker = folder / MARKER
     if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == made_as:
         say(f"quickstart: corpus and teacher are ready in {folder}")
@@ -89,7 +89,7 @@ def prepare(folder: Path, seed: int = 0, say: Say = print) -> dict[str, Any]:
         _write_split(folder / f"{split}.parquet", [one for one in corpus if one.split == split])
     _tell_counts(corpus, say)
     make_teacher(folder / "teacher", corpus, tuple(AREAS), recipe, seed, say)
-    # Last of all, and in one step: a folder without it is made anew.
+    # Written last and atomically: a folder without the marker is created again.
     temporary = marker.with_suffix(".tmp")
     temporary.write_text(json.dumps(made_as, indent=1), encoding="utf-8")
     os.replace(temporary, marker)
@@ -98,7 +98,7 @@ def prepare(folder: Path, seed: int = 0, say: Say = print) -> dict[str, Any]:
 
 
 def settings(folder: Path, seed: int) -> dict[str, Any]:
-    """The tree of settings of a run on a finished folder."""
+    """The settings tree of a run on a finished folder."""
     columns = {"text": "text", "gold": "label", "id": "id"}
     return {
         "corpus": {"uri": str(folder / "pool.parquet"), **columns},
@@ -135,7 +135,7 @@ def _tell_counts(corpus: Sequence[Sentence], say: Say) -> None:
 def make_teacher(
     folder: Path, corpus: Sequence[Sentence], names: Sequence[str], recipe: Recipe, seed: int, say: Say
 ) -> None:
-    """Train a teacher on the corpus's teacher slice, tell how good it is on its test, save it."""
+    """Train a teacher on the corpus's teacher slice, report its quality on the test split, and save it."""
     labels = LabelsConfig(names=tuple(names))
     index = {name: i for i, name in enumerate(names)}
     slice_, test = ([one for one in corpus if one.split == split] for split in ("teacher", "test"))
@@ -167,9 +167,9 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def train_tokenizer(examples: Sequence[tuple[str, str]], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, blind to case, trained on whole prompts with their (text, label) filled in.
+    """A lower-casing byte-level BPE, trained on whole prompts with their (text, label) filled in.
 
-    The labels stand in what it is trained on, so each becomes a token of its own.
+    The labels are part of the training text, so each becomes a single token.
     """
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Lowercase()
@@ -199,8 +199,10 @@ def train_tokenizer(examples: Sequence[tuple[str, str]], vocabulary: int) -> Pre
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Torch on one thread: its matrices here are small, and two threads that wait for each other on a busy
-    machine took about ten times the processor time of one, in one try.
+    """Run torch on one thread.
+
+    The matrices are small, and in one measurement on a busy machine two threads that waited for each other
+    took about ten times the CPU time of one.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -222,8 +224,8 @@ def train_teacher(
 ) -> LlamaForCausalLM:
     """Train a one-layer Llama to continue each prompt (int[T] token ids) with its label's token.
 
-    The loss is the cross-entropy over the whole vocabulary, at the last position only: that is all that
-    is ever asked of this teacher, and it costs a small part of a language model's loss.
+    The loss is the cross-entropy over the whole vocabulary at the last position only: this teacher predicts
+    nothing else, and it costs a small fraction of a full language-model loss.
     """
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -239,7 +241,7 @@ def train_teacher(
     begun = told = time.monotonic()
     for step, rows in enumerate(_batches([len(ids) for ids in tokens], recipe.batch, rng)):
         elapsed = time.monotonic() - begun
-        if step >= 20:  # a fixed pace gives a fixed result; only a machine too slow for it ends sooner
+        if step >= 20:  # fewer steps only if the machine is too slow; otherwise reproducible
             steps = min(steps, int(step * recipe.seconds / elapsed))
         if step >= steps:
             break
@@ -285,11 +287,11 @@ def _new_model(vocabulary: int, recipe: Recipe, seed: int) -> LlamaForCausalLM:
 
 
 def last_logits(model: LlamaForCausalLM, ids_BT: torch.Tensor, seen_BT: torch.Tensor) -> torch.Tensor:
-    """float[B, V]: what a one-layer model says after the last token, looking at the tokens seen only.
+    """float[B, V]: logits of a one-layer model after the last token, attending only to tokens seen.
 
-    The same numbers as the model's own forward pass, in less than half the time of a training step: no
-    other position's query, output or feed-forward is computed. Texts are padded on the left; the padding
-    counts as not seen.
+    Equal to the model's own forward pass, but takes less than half the time in a training step, because
+    query, output and feed-forward are computed for the last position only. Texts are padded on the left;
+    padding counts as not seen.
     """
     (layer,) = model.model.layers
     attention = layer.self_attn
@@ -311,10 +313,10 @@ def last_logits(model: LlamaForCausalLM, ids_BT: torch.Tensor, seen_BT: torch.Te
 
 
 def _batches(lengths: Sequence[int], batch: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Row numbers, epoch after epoch without end; texts of like length together, to pad little."""
+    """Batches of row numbers, over endless epochs; texts of similar length are batched to reduce padding."""
     lengths_N = np.array(lengths)
     while True:
-        # Random within a length, and in the order of the batches.
+        # Ties in length are shuffled here, the order of the batches below.
         order = np.lexsort((rng.random(len(lengths_N)), lengths_N))
         batches = [order[start : start + batch] for start in range(0, len(order), batch)]
         yield from (batches[i] for i in rng.permutation(len(batches)))
@@ -325,7 +327,7 @@ def _encode(prompt: Prompt, texts: Sequence[str], tokenizer: PreTrainedTokenizer
 
 
 def _pad_left(tokens: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """int[B, T] token ids, and bool[B, T]: which of them are real."""
+    """int[B, T] token ids, and bool[B, T]: False for padding."""
     longest = max(map(len, tokens))
     ids_BT = np.zeros((len(tokens), longest), dtype=np.int64)
     real_BT = np.zeros((len(tokens), longest), dtype=bool)
@@ -349,7 +351,7 @@ def label_probs(
 
 
 def report_teacher(p_NC: np.ndarray, gold_N: np.ndarray, say: Say) -> None:
-    """Tell the teacher's accuracy on held-out sentences, and what its confidence is worth."""
+    """Report the teacher's accuracy on held-out sentences, and accuracy by confidence."""
     right_N, confidence_N = p_NC.argmax(1) == gold_N, p_NC.max(1)
     say(f"teacher: right on {right_N.mean():.1%} of {len(gold_N):,} sentences that it has not seen")
     fifths = np.array_split(np.argsort(-confidence_N, kind="stable"), 5)

@@ -1,1 +1,1 @@
-"""A distillation: `loop` is the algorithm on one page."""
+"""A distillation run: `loop` contains the whole algorithm."""

@@ -1,4 +1,4 @@
-"""What labelling will take, from a sample: pure arithmetic on intervals.
+"""Estimates the tokens, cost and time of labelling from a sample: pure arithmetic on intervals.
 
 Shapes in names: N texts of the sample.
 """
@@ -20,12 +20,12 @@ from llkd_ray.config.teacher import PriceConfig
 from llkd_ray.teacher.footprint import RequestCounts
 
 Z = 1.96
-"""Half of a 95 % interval, in standard errors."""
+"""Half-width of a 95 % interval, in standard errors."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number between ``low`` and ``high``; ``middle`` is None where nothing speaks for any in between."""
+    """A number between ``low`` and ``high``; ``middle`` is the point estimate, None if there is none."""
 
     low: float
     middle: float | None
@@ -40,12 +40,12 @@ class Estimate:
         return cls(low, low if low == high else None, high)
 
     def __add__(self, other: Estimate) -> Estimate:
-        """Ends are added, which is never too narrow."""
+        """Adds the bounds, so the interval is never too narrow."""
         both = None if self.middle is None or other.middle is None else self.middle + other.middle
         return Estimate(self.low + other.low, both, self.high + other.high)
 
     def times(self, low: float, high: float | None = None) -> Estimate:
-        """With a factor that is not negative: known, or between two numbers."""
+        """Multiply by a non-negative factor: an exact one, or one between two numbers."""
         high = low if high is None else high
         middle = None if self.middle is None or low != high else self.middle * low
         return Estimate(self.low * low, middle, self.high * high)
@@ -62,27 +62,27 @@ NOTHING = Estimate.exactly(0.0)
 
 
 def mean(value_N: np.ndarray, population: float, taken: float, most: float = math.inf) -> Estimate:
-    """The mean of ``taken`` values out of a population that the sample is drawn from, with a 95 % interval.
+    """The mean of ``taken`` values from the population that was sampled, with a 95 % interval.
 
-    W. G. Cochran, Sampling Techniques (1977), sections 2.6 to 2.8: the standard error of a mean, with the
-    correction for a finite population; here once for the sample and once for what is taken. A population
-    may be infinite. A value is known to be between 0 and ``most``, and so is the mean.
+    W. G. Cochran, Sampling Techniques (1977), sections 2.6 to 2.8: the standard error of a mean with the
+    finite population correction, applied once for the sample and once for the values taken. The population
+    may be infinite. Every value lies between 0 and ``most``, and so does the mean.
     """
     n = len(value_N)
     middle = float(np.mean(value_N))
     share = max(0.0, 1 / n - 1 / population) + max(0.0, 1 / taken - 1 / population)
-    # One value says nothing of how far others are from it.
+    # A single value gives no estimate of the variance.
     spread = float(np.std(value_N, ddof=1)) if n > 1 else math.inf
     half = Z * spread * math.sqrt(share) if share else 0.0
     return Estimate(max(0.0, middle - half), middle, min(max(most, middle), middle + half))
 
 
-# --- what it comes to
+# --- totals
 
 
 @dataclass(frozen=True)
 class Bill:
-    """What one teacher, or several, will be asked."""
+    """Texts, tokens and cost of the requests to one teacher or several."""
 
     texts: Estimate
     prompt_tokens: Estimate
@@ -102,16 +102,16 @@ class Bill:
         return self.prompt_tokens + self.answer_tokens
 
     def from_none_up(self) -> Bill:
-        """Where any part of the texts may be asked for."""
+        """The same with all lower bounds 0, for when it is unknown which texts will be requested."""
         parts = self.texts, self.prompt_tokens, self.answer_tokens, self.cost
         return Bill(*(Estimate.between(0.0, part.high) for part in parts))
 
 
 def bill(texts: Estimate, tokens: Estimate, requests: RequestCounts, price: PriceConfig) -> Bill:
-    """For so many texts whose prompts have ``tokens`` in all, each prompt counted once.
+    """The bill for ``texts`` texts whose prompts have ``tokens`` in total, each prompt counted once.
 
-    A prompt that is sent again is in the prefix cache, so it costs what cached tokens cost; the first time
-    it is taken for new, although what stands before the text is the same in all.
+    A prompt that is sent again is in the prefix cache and costs the price of cached tokens. The first time,
+    all its tokens are billed as new, although the part before the text is the same in all prompts.
     """
     prompt_tokens = tokens.times(*requests.prompts) + texts.times(*requests.behind)
     answer_tokens = texts.times(*requests.answers)
@@ -124,14 +124,14 @@ def bill(texts: Estimate, tokens: Estimate, requests: RequestCounts, price: Pric
 
 
 def hours(tokens: Estimate, slowest: float, fastest: float) -> Estimate:
-    """For so many prompt tokens at a speed (tokens a second, all actors) between two."""
+    """Hours for so many prompt tokens, between two speeds (tokens per second of all actors)."""
     if slowest == fastest:
         return tokens.times(1 / (3600 * fastest))
     return Estimate(tokens.low / (3600 * fastest), None, tokens.high / (3600 * slowest))
 
 
 def what_caps_do(cap: CapConfig, whole: Bill, currency: str) -> list[str]:
-    """For each cap that is set, whether it ends the run before all labels are had; one line each."""
+    """For each cap that is set, one line: whether it ends the run before all texts are labelled."""
     caps = (
         ("texts", cap.texts, whole.texts, "texts"),
         ("tokens", cap.tokens, whole.tokens, "tokens"),
@@ -157,17 +157,17 @@ def _verdict(limit: float, need: Estimate) -> str:
 
 MEASURE_S = 0.3
 SIZE = 1024
-"""Rows and columns of the matrices that are multiplied."""
+"""Rows and columns of the benchmark matrices."""
 UTILISATION = (0.1, 0.5)
-"""What an engine makes of a machine's matrix products, at least and at most: no law, but what is usual."""
+"""Lowest and highest share of the matrix product throughput that engines usually reach; a rule of thumb."""
 
 
 def tokens_per_s(model: str, dtype: str, on_gpu: bool) -> tuple[float, float] | None:
-    """At least and at most so many new prompt tokens a second on all of this machine, or on one GPU of it.
+    """Lower and upper bound of new prompt tokens per second, on all CPUs of this machine or on one GPU.
 
-    A token takes two operations for each weight that is no embedding (J. Kaplan et al., arXiv 2001.08361,
-    section 2.1), and the machine does as many as it does in matrix products, at a utilisation. None where
-    ``model`` is no local checkpoint whose size can be read, or where the GPU is not here.
+    A token takes two operations for each non-embedding weight (J. Kaplan et al., arXiv 2001.08361, section
+    2.1). The speed is the measured throughput of matrix products times a utilisation. None if ``model`` is
+    not a local checkpoint whose size can be read, or if this machine has no GPU but one is required.
     """
     weights = count_weights(Path(model).expanduser())
     if not weights:
@@ -183,9 +183,9 @@ def tokens_per_s(model: str, dtype: str, on_gpu: bool) -> tuple[float, float] | 
 
 
 def count_weights(checkpoint: Path) -> int:
-    """Of a folder with safetensors files, embeddings apart; 0 where it is none.
+    """Number of non-embedding weights in a folder with safetensors files; 0 if there are none.
 
-    A layer that turns states into words is left out, too: it works on a prompt's last token alone.
+    The output layer (``lm_head``) is excluded as well: it processes only a prompt's last token.
     """
     if not checkpoint.is_dir():
         return 0
@@ -196,7 +196,7 @@ def count_weights(checkpoint: Path) -> int:
 
 
 def _header(file: Path) -> dict[str, Any]:
-    """The tensors of a safetensors file by name: its first 8 bytes say how long the JSON is that follows."""
+    """The tensors of a safetensors file by name; its first 8 bytes are the length of the JSON header."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))
@@ -205,7 +205,7 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 def matmul_flops(device: str, kind: Any) -> float:
-    """Operations a second in products of square matrices; takes MEASURE_S seconds."""
+    """Floating-point operations per second in products of square matrices; takes MEASURE_S seconds."""
     import torch
 
     a, b = (torch.ones(SIZE, SIZE, dtype=kind, device=device) for _ in range(2))
@@ -215,7 +215,7 @@ def matmul_flops(device: str, kind: Any) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    multiply()  # the first one chooses how
+    multiply()  # warm-up: the first call selects a kernel
     times, began = 0, time.perf_counter()
     while (passed := time.perf_counter() - began) < MEASURE_S:
         multiply()

@@ -1,4 +1,4 @@
-"""The algorithm on one page: label, select, train, refresh, until the budget is spent."""
+"""The main algorithm: label, select, train, refresh, until the budget is spent."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ from llkd_ray.teacher.labels import count_unanswered
 
 
 def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
-    """Run the distillation at ``store_uri``, resuming from the files there; returns its summary.
+    """Run the distillation at ``store_uri``, resuming from existing files; returns its summary.
 
-    Raises ConfigError for what the user can correct, and the original error otherwise.
+    Raises ConfigError for mistakes that the user can correct, and the original error otherwise.
     """
     began = time.monotonic()
     store = RunStore(store_uri)
@@ -65,7 +65,7 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
         examples = ingest(config, store, display.say)
         schedule = Schedule.plan(config, examples.n_pool, examples.n_test)
         store.write_json(MANIFEST, manifest(config, examples, schedule, teacher_facts))
-        draw_holdout(config, examples, schedule)  # refuses a hold-out that nothing can be fitted on
+        draw_holdout(config, examples, schedule)  # refuses a hold-out too small for calibration
         measure = Measure(store, schedule, config)
         lines = store.read_metrics()
         over = is_over(config, lines)
@@ -88,7 +88,7 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
 
 
 def is_over(config: Config, lines: Sequence[dict[str, Any]]) -> bool:
-    """Whether the rounds are done, or agreement with the teacher has stopped growing."""
+    """Whether all rounds are done, or agreement with the teacher has plateaued."""
     budget = config.budget
     if len(lines) == budget.rounds:
         return True
@@ -97,9 +97,9 @@ def is_over(config: Config, lines: Sequence[dict[str, Any]]) -> bool:
 
 
 def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
-    """Wait for labels and the student's scores, select, train; returns the line of metrics.
+    """Wait for labels and the student's scores, select a batch, train; returns the round's metrics.
 
-    Raises ConfigError where the first round has nothing to train on.
+    Raises ConfigError if the first round has nothing to train on.
     """
     began = time.monotonic()
     run.throughput.begin_round(began)
@@ -128,7 +128,7 @@ def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
         "round": k,
         **counts,
         **figures,
-        "loss": trained.get("loss"),  # none where the first batch after a restart is empty
+        "loss": trained.get("loss"),  # missing if the first batch after a restart is empty
         "staleness": selected["staleness"],
         "seconds": seconds,
         "pace": run.throughput.points(),
@@ -138,7 +138,7 @@ def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
 def conclude(
     config: Config, store: RunStore, measure: Measure, last: int, totals: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
-    """Write summary, model and report of a run whose last round is ``last``."""
+    """Write the summary, model and report of a run; ``last`` is its last round."""
     counts = {key: totals[key] for key in ("labelled", "trained", "teacher_tokens")}
     summary = {
         "teacher": measure.teacher(np.random.default_rng(0)),
@@ -160,7 +160,7 @@ def conclude(
         destination_filesystem=store.fs,
     )
     write_calibration(store, summary["calibration"])
-    if ONNX_DIR in store.folders(MODEL_DIR):  # of the weights before these
+    if ONNX_DIR in store.folders(MODEL_DIR):  # exported from earlier weights
         store.fs.delete_dir(store.path(f"{MODEL_DIR}/{ONNX_DIR}"))
     write_insight(store, measure, last)
     write_pages(store)
@@ -168,14 +168,14 @@ def conclude(
 
 
 def failed_teachers(store: RunStore) -> list[dict[str, str]]:
-    """Teacher actors that gave up, each once, with the reason."""
+    """Teacher actors that stopped permanently, each once, with the reason."""
     files = (store.read_json(f"{LOST_DIR}/{name}") for name in store.names(LOST_DIR))
     of_actor = {facts["actor"]: {"teacher": facts["teacher"], "reason": facts["reason"]} for facts in files}
     return list(of_actor.values())
 
 
 def spending(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
-    """What each teacher has used, what that cost, and whether the cap was reached."""
+    """Usage and cost of each teacher, and whether the cap was reached."""
     members = dict(config.teacher.members())
     usage = {
         name: one | {"cost": float(Usage(**one).cost(members[name].price))}
@@ -191,7 +191,7 @@ def spending(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(config: Config) -> dict[str, Any]:
-    """Find every mistake that can be found before anything starts; returns facts about the teacher."""
+    """Run all checks that are possible before anything starts; returns facts about the teacher."""
     check_policies(config)
     check_student(config.student)
     check_trackers(config)
@@ -199,7 +199,7 @@ def check(config: Config) -> dict[str, Any]:
 
 
 def check_policies(config: Config) -> None:
-    """Raise ConfigError for an unknown policy, or an option that the policy does not have."""
+    """Raise ConfigError for an unknown policy or an unknown option of a policy."""
     find_selection(config.selection)
     find_acquisition(config.acquisition)
 
@@ -207,7 +207,7 @@ def check_policies(config: Config) -> None:
 def manifest(
     config: Config, examples: Examples, schedule: Schedule, teacher_facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """What decides the results, next to the config."""
+    """Everything besides the config that affects the results."""
     return {
         "llkd_ray": version("llkd-ray"),
         "versions": library_versions(),
@@ -221,7 +221,7 @@ def manifest(
 
 
 def describe(line: dict[str, Any]) -> str:
-    """A round's line of metrics as a person reads it."""
+    """A round's metrics as a line of text."""
     seconds = sum(line["seconds"].values())
     parts = [f"round {line['round']}: {line['labelled']} labelled, {line['trained']} trained on"]
     for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1"), ("teacher_agreement", "agreement")):
@@ -231,7 +231,7 @@ def describe(line: dict[str, Any]) -> str:
 
 
 MORE = ("budget.rounds", "budget.train")
-"""Settings that may be raised in a finished run."""
+"""Settings that may be raised when a finished run is extended."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class Outcome:
 
 
 def start_run(config: Config, display: Display) -> Outcome:
-    """A new run, in a directory of its own."""
+    """Start a new run in its own directory."""
     name = config.run.name or f"{config.selection.policy}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = join_uri(config.run.dir, name)
     if RunStore(run_dir).exists(CONFIG):
@@ -254,10 +254,11 @@ def start_run(config: Config, display: Display) -> Outcome:
 
 
 def resume(run_dir: str, display: Display, overrides: Overrides = ()) -> Outcome:
-    """Resume a run that was stopped, by its own config, or extend a finished one by more rounds.
+    """Resume a stopped run with its own config, or extend a finished run by more rounds.
 
-    ``overrides`` may raise ``budget.rounds`` and ``budget.train`` of a run whose rounds are all done: until
-    then they decide what the teacher reads for which round. Raises ConfigError for anything else.
+    ``overrides`` may raise ``budget.rounds`` and ``budget.train`` only after all rounds are done, because
+    before that they determine which texts the teacher labels for each round. Raises ConfigError for
+    anything else.
     """
     store = open_run(run_dir)
     config = run_config(store)
@@ -289,7 +290,7 @@ def _with_more_rounds(config: Config, store: RunStore, overrides: Sequence[str])
 
 
 def open_run(run_dir: str, field: str = "--resume") -> RunStore:
-    """The files of a run; raises ConfigError, which names ``field``, where there is none."""
+    """The store of an existing run; raises ConfigError, which names ``field``, if there is no run."""
     store = RunStore(absolute(run_dir))
     if not store.exists(CONFIG):
         raise ConfigError(f"{field}: {run_dir} has no {CONFIG}; give the directory of a run")

@@ -1,4 +1,4 @@
-"""What a run would do, and what it would take of the teacher, from a sample, before anything starts.
+"""Plans a run without starting it: what it would do, and its estimated use of the teacher, from a sample.
 
 Shapes in names: N texts of a sample.
 """
@@ -41,7 +41,7 @@ TEST_SAMPLE_ROWS = 200
 
 
 def plan(config: Config, display: Display) -> None:
-    """Check the config, read a sample and say what a run would do. Starts neither Ray nor an engine."""
+    """Check the config, read a sample and print what a run would do. Starts neither Ray nor an engine."""
     config = self_contained(config)
     check(config)
     budget = config.budget
@@ -74,7 +74,7 @@ def plan(config: Config, display: Display) -> None:
 
 
 def _say_totals(config: Config, plans: Sequence[TeacherPlan], display: Display) -> None:
-    """Both teachers of a cascade together, and what the caps make of it."""
+    """Print the totals of a cascade's two teachers, and the effect of the caps."""
     bills = [one.bill for one in plans if one.bill is not None]
     if len(bills) < len(plans):
         if not config.budget.cap.is_off:
@@ -89,9 +89,9 @@ def _say_totals(config: Config, plans: Sequence[TeacherPlan], display: Display) 
 
 
 def look_at(config: Config, source: SourceConfig, field: str, n: int, say: Callable[[str], None]) -> Part:
-    """Count a source's rows and draw a sample, which ``say`` hears of.
+    """Count a source's rows and draw a sample; reports both through ``say``.
 
-    Raises :class:`ConfigError` where none of its rows can be used.
+    Raises :class:`ConfigError` if none of the sampled rows is usable.
     """
     units = sources.plan(source, field)
     sample = draw(units, source, field, config.labels.names, n)
@@ -109,7 +109,7 @@ def look_at(config: Config, source: SourceConfig, field: str, n: int, say: Calla
         )
         texts = max(len(sample.kept), round(rows.count * sample.usable))
     if rows is not None and rows.is_exact and field == "corpus":
-        Schedule.plan(config, rows.count, 0)  # a budget that does not fit all rows fits no part of them
+        Schedule.plan(config, rows.count, 0)  # a budget that does not fit all rows fits no subset
     size = sum(unit.size for unit in units) / 2**20
     say(f"{field}: {count} in {len(units)} part(s), {size:,.1f} MiB to read")
     refused = "".join(f", {count} {reason}" for reason, count in sample.refused.most_common())
@@ -124,14 +124,14 @@ def look_at(config: Config, source: SourceConfig, field: str, n: int, say: Calla
 
 @dataclass(frozen=True)
 class Part:
-    """Texts that teachers read: of the pool, or of the test set."""
+    """Texts that teachers label: those of the pool or of the test set."""
 
     name: str
     sample: Sample
     population: float
-    """Texts that there are, about; infinite where that is unknown."""
+    """Approximate number of texts; infinite if unknown."""
     taken: float | None
-    """Texts that are labelled at most; None where that is unknown."""
+    """Maximum number of texts that are labelled; None if unknown."""
 
     @property
     def texts(self) -> list[str]:
@@ -146,14 +146,14 @@ class Part:
 class TeacherPlan:
     lines: list[str]
     bill: Bill | None
-    """What it is asked; None where the number of texts is unknown."""
+    """Estimated requests to the teacher; None if the number of texts is unknown."""
     first_prompt: str | None = None
 
 
 def plan_teacher(config: Config, field: str, teacher: TeacherConfig, parts: Sequence[Part]) -> TeacherPlan:
-    """``teacher`` is one member of the config's, at ``field``, with nothing left to be read from files.
+    """Plan the requests to ``teacher``, one of the config's members, whose settings are at ``field``.
 
-    Raises ConfigError as a check does.
+    Its prompt and demonstrations must already be loaded from files. Raises ConfigError as a check does.
     """
     taken = [part.taken for part in parts if part.taken is not None]
     is_known = len(taken) == len(parts)
@@ -186,16 +186,16 @@ def plan_teacher(config: Config, field: str, teacher: TeacherConfig, parts: Sequ
 
 @dataclass(frozen=True)
 class _Need:
-    """What is asked of one teacher."""
+    """The requests that one teacher must answer."""
 
     bill: Bill
     new_tokens: Estimate
-    """Prompt tokens that no prefix cache can know: each text once, without what all prompts begin with."""
+    """Prompt tokens that are never in the prefix cache: each text once, without the common prefix."""
 
     @classmethod
     def of(cls, part: Part, size: PromptSizes, found_N: np.ndarray, teacher: TeacherConfig) -> _Need:
         assert part.taken is not None
-        asked_N = (~found_N).astype(float)  # a text that is answered already takes nothing
+        asked_N = (~found_N).astype(float)  # texts with an answer in the cache cost nothing
 
         def in_all(value_N: np.ndarray, most: float) -> Estimate:
             assert part.taken is not None
@@ -215,15 +215,15 @@ class _Need:
 def _needed(
     teacher: TeacherConfig, parts: Sequence[Part], sizes: Sequence[PromptSizes], found: Sequence[np.ndarray]
 ) -> _Need:
-    """Over all parts."""
+    """The requests for all parts together."""
     return reduce(add, (_Need.of(*one, teacher) for one in zip(parts, sizes, found, strict=True)))
 
 
-# --- in words
+# --- as text
 
 
 def describe_totals(whole: Bill, teacher: TeacherConfig) -> str:
-    """Tokens and cost; ``teacher`` has the currency."""
+    """Tokens and cost as text, in the currency of ``teacher``."""
     digits = 2 if whole.cost.high >= 1 else 4
     cost = f"{whole.cost.words(digits)} {teacher.price.currency}" if whole.cost.high else "free of charge"
     return (
@@ -260,7 +260,7 @@ def _ends(ends: tuple[int, int]) -> str:
 def _answered(
     folder: str | None, key: str | None, n_classes: int, parts: Sequence[Part]
 ) -> tuple[list[np.ndarray], list[str]]:
-    """bool[N] for each part: which texts of its sample earlier runs have answered."""
+    """bool[N] for each part: texts of its sample that earlier runs answered; and lines that report it."""
     if folder is None or key is None:
         return [np.zeros(len(part.texts), dtype=bool) for part in parts], []
     cache = AnswerCache.open(folder, key, n_classes, own=None)
@@ -282,7 +282,7 @@ def _saved(need: Bill, without: Bill, teacher: TeacherConfig) -> str:
 
 
 def _time(teacher: TeacherConfig, need: _Need, earlier: Speed | None) -> str:
-    """Hours, and where the speed is known from."""
+    """Hours of labelling, and the source of the speed."""
     tokens, fewest, most = need.bill.prompt_tokens, teacher.min_actors, teacher.max_actors
     if (speed := teacher.tokens_per_s) is not None:
         return f"{_hours(hours(tokens, speed * fewest, speed * most))}, at teacher.tokens_per_s"
@@ -298,7 +298,7 @@ def _time(teacher: TeacherConfig, need: _Need, earlier: Speed | None) -> str:
         guess = tokens_per_s(teacher.model, teacher.dtype, on_gpu)
     if guess is None:
         return "hours: unknown until a first run has measured it; set teacher.tokens_per_s where you know it"
-    # On CPUs, all actors share what was measured.
+    # On CPUs, all actors share the measured throughput.
     slowest, fastest = (n * teacher.parts if on_gpu else 1 for n in (fewest, most))
     low, high = (UTILISATION[0], UTILISATION[1])
     return (

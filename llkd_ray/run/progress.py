@@ -1,6 +1,7 @@
 """The status of a run: one line for a log, a few rows for a terminal, numbers for a dashboard.
 
-All come from the driver, so each has one source, whatever restarts. Ray prefixes metrics with ``ray_``.
+The driver publishes all of them, so each has a single source even if actors restart. Ray prefixes metrics
+with ``ray_``.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from ray.util.metrics import Counter, Gauge
 from llkd_ray.display import count, duration, money, percent
 
 BAR = 24
-"""Characters of a bar."""
+"""Width of a progress bar in characters."""
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A snapshot of a run. None stands for what is not known, or not limited."""
+    """A snapshot of a run. None means unknown or unlimited."""
 
     labelled: int
     to_label: int
@@ -33,12 +34,12 @@ class RunStatus:
     round_number: int
     rounds: int
     note: str
-    """The student's activity."""
+    """The student's current activity."""
     last: dict[str, Any]
-    """The metrics of the last finished round; empty before."""
+    """The metrics of the last finished round; empty before the first."""
     seconds_left: float | None
     budget_left: str
-    """What the cap still allows, as text; '' without a cap."""
+    """The remaining budget under the cap, as text; '' without a cap."""
 
     def line(self) -> str:
         """For a log."""
@@ -62,7 +63,7 @@ class RunStatus:
         labelled = f"{count(self.labelled)} of {count(self.to_label)} labelled"
         if self.labels_a_second >= 0.5:
             labelled += f", {self.labels_a_second:,.0f} a second"
-        # The student's notes name the round themselves.
+        # The student's notes already name the round.
         doing = self.note.removeprefix(f"round {self.round_number}: ") or "starting"
         rows = [
             ("round", f"{self.round_number} ({self.round_number + 1} of {self.rounds}): {doing}"),
@@ -82,7 +83,7 @@ class RunStatus:
         return [(name, _plain(text)) for name, text in rows]
 
     def numbers(self) -> dict[str, float]:
-        """For a dashboard; what is not known is left out."""
+        """For a dashboard; unknown values are omitted."""
         known: dict[str, float | None] = {
             "labelled_texts": self.labelled,
             "trained_texts": self.trained,
@@ -96,9 +97,9 @@ class RunStatus:
 
 
 def seconds_left(lines: Sequence[dict[str, Any]], rounds: int, in_round: float) -> float | None:
-    """Each remaining round is taken to last as long as the last one; None before a round has finished.
+    """Assume that each remaining round takes as long as the last one; None before a round has finished.
 
-    The first is a poor measure where it waited for engines to start, but the only one there is.
+    The first round may include the start of the engines, but no better measure is available at that point.
     """
     if not lines:
         return None
@@ -107,7 +108,7 @@ def seconds_left(lines: Sequence[dict[str, Any]], rounds: int, in_round: float) 
 
 
 def budget_left(cap: dict[str, Any], used: dict[str, float], currency: str) -> str:
-    """What the limits of ``budget.cap`` still allow of texts, tokens and cost, as text."""
+    """The remaining texts, tokens and cost under ``budget.cap``, as text."""
     said = []
     for unit in ("texts", "tokens"):
         if cap.get(unit) is not None:
@@ -136,23 +137,23 @@ def _bar(done: int, whole: int) -> str:
 
 
 def _rounded(seconds: float) -> float:
-    """An estimate is shown to ten seconds, or to the minute."""
+    """Round an estimate to ten seconds, or to a minute from five minutes on."""
     return round(seconds / 10) * 10 if seconds < 300 else round(seconds / 60) * 60
 
 
 def _plain(text: str) -> str:
-    """Without narrow spaces, which some terminals lack."""
+    """Replace narrow spaces, which some terminals cannot display."""
     return text.replace("\u202f", " ")
 
 
 WINDOW_S = 30.0
 """Seconds over which rates are averaged."""
 POINTS = 64
-"""Points kept of a round at most; a long round keeps at least half as many."""
+"""Maximum number of points kept for a round; a long round keeps at least half as many."""
 
 
 class ThroughputMeter:
-    """Rates of labelling from observations of labelled texts and tokens; the caller gives the times."""
+    """Labelling rates from observed counts of texts and tokens; the caller supplies the times."""
 
     def __init__(self) -> None:
         self._began: float | None = None
@@ -167,7 +168,7 @@ class ThroughputMeter:
             self._round.append((0.0, self._last[1]))
 
     def note(self, now: float, labelled: int, tokens: int) -> None:
-        """Texts labelled and tokens used by ``now``."""
+        """Record the total of texts labelled and tokens used at time ``now``."""
         self._last = now, labelled
         self._recent.append((now, labelled, tokens))
         while now - self._recent[0][0] > WINDOW_S:
@@ -176,7 +177,7 @@ class ThroughputMeter:
             return
         moment = now - self._began, labelled
         if len(self._round) > 1 and self._round[-1][1] == self._round[-2][1] == labelled:
-            self._round[-1] = moment  # no change: first and last point of a pause are enough
+            self._round[-1] = moment  # no change: only the first and last point of a pause are kept
             return
         if self._seen % self._every == 0:
             self._round.append(moment)
@@ -185,7 +186,7 @@ class ThroughputMeter:
             self._round, self._every = self._round[::2], self._every * 2
 
     def points(self) -> list[list[float]]:
-        """Seconds since the round began and texts labelled by then, for the metrics."""
+        """Pairs of seconds since the round started and texts labelled by then, for the metrics."""
         found = list(self._round)
         if (
             self._last
@@ -196,7 +197,7 @@ class ThroughputMeter:
         return [[round(seconds, 2), labelled] for seconds, labelled in found]
 
     def rates(self) -> tuple[float, float]:
-        """Labels and tokens a second over the last WINDOW_S; 0 before two observations."""
+        """Labels and tokens per second over the last WINDOW_S; 0 before two observations."""
         if len(self._recent) < 2:
             return 0.0, 0.0
         (first, labels, tokens), (last, more_labels, more_tokens) = self._recent[0], self._recent[-1]
@@ -205,21 +206,21 @@ class ThroughputMeter:
         return (more_labels - labels) / (last - first), (more_tokens - tokens) / (last - first)
 
     def in_round(self, now: float) -> float:
-        """Seconds since the round began; 0 before the first."""
+        """Seconds since the round started; 0 before the first round."""
         return 0.0 if self._began is None else now - self._began
 
 
 EVERY_S = 2.0
-"""Seconds between two publications; Ray collects metrics no more often."""
+"""Seconds between two publications; Ray does not collect metrics more often."""
 COUNTED = ("labelled_texts", "trained_texts", "teacher_tokens")
-"""Numbers that only grow, published as counters too, so that dashboards can compute rates."""
+"""Numbers that only increase; also published as counters, so that dashboards can compute rates."""
 
 
 class Gauges:
-    """A gauge for each number, and a counter for each that only grows."""
+    """A Ray gauge for each number, and a counter for each number that only increases."""
 
     def __init__(self, run: str) -> None:
-        """``run`` tags the metrics, so that runs on one cluster are told apart."""
+        """``run`` tags the metrics, to distinguish the runs of one cluster."""
         self.tags = {"run": run}
         self._gauges: dict[str, Gauge] = {}
         self._counters: dict[str, Counter] = {}
@@ -227,7 +228,7 @@ class Gauges:
         self._shown = -EVERY_S
 
     def show(self, numbers: Mapping[str, float]) -> None:
-        """Publish the numbers, unless some were published less than EVERY_S ago."""
+        """Publish the numbers, unless the last publication was less than EVERY_S ago."""
         now = time.monotonic()
         if now - self._shown < EVERY_S:
             return
@@ -235,7 +236,7 @@ class Gauges:
         for name, value in numbers.items():
             self._gauge(name).set(value, self.tags)
             if name in COUNTED:
-                # The first value may come from an earlier driver, so it counts as no growth.
+                # The first value may include an earlier driver's work, so it does not count as growth.
                 grown = value - self._counted.setdefault(name, value)
                 if grown > 0:
                     self._counter(name).inc(grown, self.tags)

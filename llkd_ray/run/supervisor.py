@@ -1,4 +1,4 @@
-"""Selector, teacher stream and training run under supervision: waiting for one ends when another fails."""
+"""Supervises selector, teacher stream and training run: waiting for one ends when another fails."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from llkd_ray.teacher.stream import spare_tickets, start_stream
 
 POLL_S = 0.25
 STREAM_ENDS_S = 30.0
-"""How long the teachers' stream may take to end once there is no selector."""
+"""Seconds that the teacher stream may take to end after the selector was killed."""
 
 
 class Run:
-    """Selector, teacher stream and training run of one distillation, for a ``with`` statement.
+    """Context manager for the selector, teacher stream and training run of one distillation.
 
-    Nothing of them is left at its end.
+    All of them are stopped on exit.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Run:
         over: bool = False,
         lines: Sequence[dict[str, Any]] = (),
     ) -> None:
-        """``over``: no round is left; ``lines``: the metrics of finished rounds, a list that grows."""
+        """``over``: no rounds remain; ``lines``: metrics of finished rounds, which the caller extends."""
         self.config, self.store, self.session = config, store, session
         self.schedule, self.display, self.over = schedule, display, over
         self.teacher: Background | None = None
@@ -67,17 +67,17 @@ class Run:
 
     def __exit__(self, kind: object = None, error: BaseException | None = None, trace: object = None) -> None:
         if error is not None:
-            # Said first: a driver that crashes during shutdown has then told its reason.
+            # Reported first, so that the reason is known even if the driver crashes during shutdown.
             self.display.say(f"stopping: {' '.join(str(error).split()) or type(error).__name__}")
         ray.kill(self.selector)
-        # Its callers fail now. Calls still pending when Ray is shut down can crash the driver.
+        # Pending calls fail now. Calls still pending when Ray shuts down can crash the driver.
         if self.teacher:
             self.teacher.wait(STREAM_ENDS_S)
         delete_snapshots(self.store)
 
     def _start_others(self) -> None:
         over = self.call("next_round") == self.schedule.rounds or self.over
-        # The selector has read all label files by now and has put damaged ones aside.
+        # At this point the selector has read all label files and moved damaged ones aside.
         self._asked = open_tickets(self.store, self.schedule, over)
         if self._asked:
             tickets = [*spare_tickets(self.config), *self._asked]
@@ -86,14 +86,14 @@ class Run:
             self.student = start_training(self.config, self.store, self.selector)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """The selector's answer; raises what broke in teacher or student if that comes first."""
+        """The result of a selector call; raises an error of teacher or student if that occurs first."""
         answer = getattr(self.selector, method).remote(*arguments)
         while not ray.wait([answer], timeout=POLL_S)[0]:
             self._check()
         return ray.get(answer)
 
     def finish(self) -> None:
-        """After the last round: let the teacher label hold-out and test set; wait for all parts to end."""
+        """After the last round: let the teacher label hold-out and test set, and wait until all parts end."""
         self.call("finish")
         for part in (self.teacher, self.student):
             while part and not part.ended:
@@ -112,7 +112,7 @@ class Run:
                 self.display.say(line)
                 self._reported.add(line)
         if self._asked is not None and not set(stats["damaged"]) <= set(self._asked):
-            # Found by a restarted selector, when the teachers' list of tickets is already fixed.
+            # A restarted selector found the damage, but the stream's list of tickets is already fixed.
             raise TeacherDown("the label file of a ticket that was done is damaged")
         if stats["trouble"]:
             raise TeacherDown(stats["trouble"])
@@ -157,14 +157,14 @@ class Run:
 
 
 def open_tickets(store: RunStore, schedule: Schedule, over: bool) -> list[int]:
-    """Tickets without a label file, in order; where no round is left, of hold-out and test set only."""
+    """Tickets without a label file, in order; if no rounds remain, only those of hold-out and test set."""
     done = {ticket_of(name) for name in store.names(LABELS_DIR, ".parquet")}
     wanted = schedule.fixed_tickets() if over else schedule.in_order()
     return [ticket for ticket in wanted if ticket not in done]
 
 
 def plain_error(error: BaseException) -> BaseException:
-    """The user's own mistake from under Ray's wrappers, if there is one."""
+    """The ConfigError inside Ray's wrapper exceptions, if there is one; otherwise the error itself."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ConfigError):

@@ -1,7 +1,7 @@
-"""A run's figures in TensorBoard, MLflow or Weights & Biases, each by one word in ``run.trackers``.
+"""Logs a run's metrics to TensorBoard, MLflow or Weights & Biases, as listed in ``run.trackers``.
 
-The packages are optional and are imported when they are asked for. What a tracker is told is in the run
-directory anyway, so one that breaks is left out with a word, and never ends a run.
+The packages are optional and are imported only when a tracker is used. All logged values are also in the run
+directory, so a tracker that fails is disabled with a message and never ends a run.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from llkd_ray.config.schema import Config
 from llkd_ray.storage.run_dir import RunStore
 
 PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
-"""Tracker and the package that it needs."""
+"""Trackers and the modules that they need."""
 INSTALL = {"tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}
 PROJECT = "llkd-ray"
-"""Name of the experiment or project."""
+"""Name of the MLflow experiment or W&B project."""
 TENSORBOARD_DIR = "tensorboard"
 IDS = "trackers.json"
-"""By which ids trackers know the run, so that one that is resumed goes on there."""
+"""File with the trackers' ids of the run, so that a resumed run continues the same entries."""
 LONGEST_PARAMETER = 250
-"""Characters of a setting's value; MLflow's stores take 500 at most, older ones 250."""
+"""Maximum characters of a setting's value; MLflow's stores accept up to 500, older versions 250."""
 Say = Callable[[str], None]
 
 
 class Tracker(Protocol):
-    """Who is told of a run."""
+    """A backend that receives a run's metrics."""
 
     def log(self, step: int, figures: Mapping[str, float]) -> None: ...
     def close(self, succeeded: bool) -> None: ...
 
 
 class Trackers:
-    """All trackers of a run, for a ``with`` statement; tells each what it is told."""
+    """Context manager for all trackers of a run; forwards each call to every tracker."""
 
     def __init__(self, config: Config, store: RunStore, say: Say) -> None:
         self.config, self.store, self.say = config, store, say
@@ -56,11 +56,11 @@ class Trackers:
             self._try(name, lambda tracker=tracker: tracker.close(kind is None))  # type: ignore[misc]
 
     def log_round(self, line: Mapping[str, Any]) -> None:
-        """Tell of a finished round."""
+        """Log the metrics of a finished round."""
         self._log(int(line["round"]), numbers_of(line))
 
     def log_summary(self, summary: Mapping[str, Any], last: int) -> None:
-        """Tell of a finished run."""
+        """Log the final figures of a finished run."""
         parts = {part: summary.get(part) or {} for part in ("student", "teacher")}
         kept = {
             f"final/{part}/{key}": value
@@ -86,7 +86,7 @@ class Trackers:
             self._open[name] = Wandb(run_name, settings, ids)
 
     def _try(self, name: str, call: Callable[[], None]) -> None:
-        """What is said goes to people: the figures are in the files, and the run is worth more."""
+        """Call a tracker and disable it on failure; the run continues, and its metrics are on disk."""
         try:
             call()
         except Exception as error:
@@ -102,7 +102,7 @@ class TensorBoard:
     def __init__(self, store: RunStore) -> None:
         from tensorboardX import SummaryWriter
 
-        # A driver that goes on adds a file; TensorBoard reads all of a folder as one run.
+        # A resumed run adds a file; TensorBoard reads all files of a folder as one run.
         self.writer = SummaryWriter(store.path(TENSORBOARD_DIR))
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
@@ -115,12 +115,12 @@ class TensorBoard:
 
 
 class Mlflow:
-    """A run of the experiment PROJECT, where MLFLOW_TRACKING_URI says."""
+    """A run of the experiment PROJECT on the server or folder in MLFLOW_TRACKING_URI."""
 
     def __init__(self, run_name: str, settings: Mapping[str, str], ids: dict[str, str]) -> None:
         import mlflow
 
-        # Its client, not its module's functions, which keep one run open for the whole process.
+        # Uses the client because the module-level functions keep one active run per process.
         self.client = mlflow.MlflowClient()
         self.id = ids.get("mlflow", "")
         if self.id:
@@ -141,7 +141,7 @@ class Mlflow:
 
 
 class Wandb:
-    """A run of the project PROJECT; WANDB_MODE=offline keeps it on this machine."""
+    """A run of the project PROJECT; WANDB_MODE=offline stores it on this machine only."""
 
     def __init__(self, run_name: str, settings: Mapping[str, str], ids: dict[str, str]) -> None:
         import wandb
@@ -159,7 +159,7 @@ class Wandb:
 
 
 def check_trackers(config: Config) -> None:
-    """Refuse trackers that this machine, or the run directory, is not fit for."""
+    """Raise ConfigError for trackers that are not installed or cannot write to the run directory."""
     for name in config.run.trackers:
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise ConfigError(
@@ -174,7 +174,7 @@ def check_trackers(config: Config) -> None:
 
 
 def numbers_of(line: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a round's metrics; those of a part under ``part/``."""
+    """The numeric values of a round's metrics; nested ones are named ``part/key``."""
     found = {key: float(value) for key, value in line.items() if _is_number(value) and key != "round"}
     for part in ("seconds", "staleness"):
         for key, value in (line.get(part) or {}).items():
@@ -184,12 +184,12 @@ def numbers_of(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Settings with dotted names, as short words."""
+    """Flattened settings: dotted names and values as text, cut to LONGEST_PARAMETER characters."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{above}{name}.")
         elif value is not None:
-            # Names of options are the user's, and trackers do not take every character.
+            # Option names are chosen by the user, and trackers do not accept all characters.
             safe = "".join(c if c.isalnum() or c in "._-/ " else "_" for c in f"{above}{name}")
             yield safe, str(value)[:LONGEST_PARAMETER]
 

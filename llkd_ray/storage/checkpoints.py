@@ -1,4 +1,4 @@
-"""Checkpoints as transformers knows them: what is needed of one without its weights.
+"""Checkpoints in transformers' format: everything that can be read without loading the weights.
 
 Shapes in names: N texts, C classes.
 """
@@ -26,7 +26,7 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 def load_tokenizer(source: str, revision: str | None, field: str) -> Any:
     """The tokenizer of a checkpoint folder or hub name.
 
-    Raises :class:`ConfigError` where there is none; ``field`` is the setting that named ``source``.
+    Raises :class:`ConfigError` if there is none; ``field`` is the setting that named ``source``.
     """
     from transformers import AutoTokenizer
 
@@ -39,7 +39,7 @@ def load_tokenizer(source: str, revision: str | None, field: str) -> Any:
             f"({first_line})"
         ) from None
     if len(tokenizer) < len(tokenizer.all_special_ids) + 10:
-        # For some types, transformers makes an empty tokenizer where there are no files for it.
+        # For some model types, transformers creates an empty tokenizer if the files are missing.
         raise ConfigError(
             f"{field}: {source!r} has no tokenizer files (its tokenizer knows {len(tokenizer)} tokens); save "
             "the tokenizer beside the weights"
@@ -48,9 +48,9 @@ def load_tokenizer(source: str, revision: str | None, field: str) -> Any:
 
 
 def size_on_disk(model: str) -> int | None:
-    """Bytes of a checkpoint's weights, in a folder or in the hub's cache; None where they are not here.
+    """Bytes of a checkpoint's weights in a folder or in the hub's cache; None if they are not stored locally.
 
-    One kind of file counts, as some checkpoints hold their weights in several.
+    Only one file format is counted, as some checkpoints contain their weights in several.
     """
     folder = Path(model) if Path(model).is_dir() else _cached_folder(model)
     if folder is None:
@@ -62,7 +62,7 @@ def size_on_disk(model: str) -> int | None:
 
 
 def _cached_folder(name: str) -> Path | None:
-    """Where the hub's cache has a model's newest files."""
+    """The folder in the hub's cache with a model's newest files."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -75,27 +75,27 @@ def _cached_folder(name: str) -> Path | None:
 
 HEAD = "ForSequenceClassification"
 UNKNOWN_LENGTH = 1_000_000_000
-"""A tokenizer that does not know how much its model reads says more than this."""
+"""A tokenizer without a known maximum length reports a larger number than this."""
 READ_BY_DEFAULT = 512
 _CONFIG_FILE = "config.json"
 _MATTERS = (".json", ".safetensors", ".bin", ".txt", ".model")
-"""Ends of the names of a checkpoint's files that decide its answers."""
+"""Extensions of the checkpoint files that affect the predictions."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A classifier that was looked at, not loaded."""
+    """A classifier that was inspected without loading its weights."""
 
     source: str
-    """A folder, local or a URI, or a hub name."""
+    """A local folder, a URI or a hub name."""
     revision: str | None
     labels: tuple[str, ...]
-    """In the order of its outputs."""
+    """In the order of the model's outputs."""
     max_tokens: int
     fingerprint: str
-    """Differs where the answers may: the hash of its files, or the hub's commit."""
+    """Hash of the files or the hub's commit; differs whenever the predictions may differ."""
     temperature: float | None = None
-    """Makes its confidence that of ``student_calibration``, where a run has fitted one."""
+    """Calibrates the confidence; fitted by ``student_calibration``, None if it was not fitted."""
 
     @property
     def is_remote(self) -> bool:
@@ -103,9 +103,9 @@ class Checkpoint:
 
 
 def inspect(model: str, revision: str | None = None, max_tokens: int | None = None) -> Checkpoint:
-    """What a run directory, a checkpoint folder or a hub name stands for.
+    """The checkpoint that a run directory, a checkpoint folder or a hub name refers to.
 
-    Raises :class:`ConfigError` where it is no classifier with two or more classes, one of which is right.
+    Raises :class:`ConfigError` if it is not a single-label classifier with two or more classes.
     """
     source, trained_tokens = _find(model)
     if revision and (_is_folder(source) or "://" in source):
@@ -128,7 +128,7 @@ def inspect(model: str, revision: str | None = None, max_tokens: int | None = No
 
 @contextmanager
 def local_copy(source: str, weights: bool = True) -> Iterator[str]:
-    """A folder on this machine, or a hub name; what lies on an object store is copied and removed again."""
+    """A local folder or a hub name; files on an object store are copied to a temporary folder."""
     if "://" not in source:
         yield source
         return
@@ -140,7 +140,7 @@ def local_copy(source: str, weights: bool = True) -> Iterator[str]:
         yield folder
 
 
-# Finding it
+# Locating the checkpoint
 
 
 def _is_folder(model: str) -> bool:
@@ -148,7 +148,7 @@ def _is_folder(model: str) -> bool:
 
 
 def _find(model: str) -> tuple[str, int | None]:
-    """The checkpoint, and how many tokens of a text its run trained on, where a run made it."""
+    """The checkpoint's location, and the ``student.max_tokens`` of the run that made it, if any."""
     if not _is_folder(model) and "://" not in model:
         if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
             raise ConfigError(
@@ -177,7 +177,7 @@ def _find(model: str) -> tuple[str, int | None]:
 
 
 def _trained_tokens(run: RunStore) -> int | None:
-    """``student.max_tokens`` of a run; None where there is no run."""
+    """``student.max_tokens`` of a run; None if there is no run."""
     if not run.exists(CONFIG):
         return None
     tree = yaml.safe_load(run.read_bytes(CONFIG))
@@ -192,7 +192,7 @@ def _files(store: RunStore) -> list[str]:
 
 
 def _fingerprint(source: str) -> str:
-    """A hash of all files that matter, each read once."""
+    """A hash of all files that affect the predictions, each read once."""
     store, whole = RunStore(source), hashlib.blake2b(digest_size=16)
     for name in _files(store):
         whole.update(name.encode() + b"\0")
@@ -202,7 +202,7 @@ def _fingerprint(source: str) -> str:
     return whole.hexdigest()
 
 
-# Looking at it
+# Inspecting it
 
 
 def _load_config(folder: str, model: str, revision: str | None) -> Any:
@@ -257,13 +257,13 @@ def _temperature(config: Any, model: str) -> float | None:
 
 
 def _reads(config: Any, tokenizer: Any) -> int:
-    """Tokens that the model reads of a text."""
+    """Number of tokens that the model reads of a text."""
     positions = getattr(config, "max_position_embeddings", None)
     if tokenizer.model_max_length < UNKNOWN_LENGTH:
         return int(min(tokenizer.model_max_length, positions or tokenizer.model_max_length))
-    # Models after RoBERTa count positions from behind the padding mark on, and so read two fewer.
+    # RoBERTa-like models number positions after the padding index, so they read two tokens fewer.
     return positions - 2 if positions else READ_BY_DEFAULT
 
 
 CALIBRATION_KEY = "llkd_calibration"
-"""In a student's config.json: the temperature of its answers, and how it was had."""
+"""Key in a student's config.json: the temperature of its predictions, and how it was fitted."""

@@ -1,9 +1,10 @@
-"""The lock of a run directory: one driver at a time, and of each actor the newest incarnation only.
+"""The lock of a run directory: one driver at a time, and only the newest incarnation of each actor.
 
-Who starts work writes an epoch: a file named by a number one above all others and by the driver's session.
-The newest epoch holds the lock. An actor checks its :class:`Fence` before it writes what only the newest may
-write, so that one wrongly taken for dead is stopped there. A driver sends heartbeats as a count that grows,
-so clocks need not agree: where the last driver's count stands still, its run may be taken over.
+A driver or actor that starts work writes an epoch: a file named after a number one above all others and after
+the driver's session. The newest epoch holds the lock. An actor checks its :class:`Fence` before it writes
+files that only the newest incarnation may write, so an actor wrongly considered dead is stopped there. A
+driver sends heartbeats as an increasing count, so clocks need not agree: if the last driver's count no longer
+increases, its run may be taken over.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from llkd_ray.storage.run_dir import EPOCHS_DIR, SESSIONS_DIR, RunStore
 HEARTBEAT_S = 5.0
 """Seconds between two heartbeats."""
 TAKEOVER_S = 3 * HEARTBEAT_S
-"""Seconds without a heartbeat after which a driver counts as dead."""
+"""Seconds without a heartbeat after which a driver is considered dead."""
 TAKEOVER_CHECKS = 15
-"""Checks in that time. They are counted, as a clock goes on while the whole machine is suspended."""
+"""Checks in that time. Checks are counted because clocks may advance while the machine is suspended."""
 SETTLE_S = 1.0
-"""Seconds, longer than two drivers that start at once take from listing the epochs to writing their own."""
+"""Seconds; longer than a driver takes from listing the epochs to writing its own."""
 THROTTLE_S = 5.0
 
 
@@ -38,10 +39,10 @@ class Superseded(RuntimeError):
 
 
 class Fence:
-    """Whether one's own epoch is still the newest."""
+    """Checks that its owner's epoch is still the newest."""
 
     def __init__(self, store: RunStore, session: str, number: int | None = None) -> None:
-        """With a ``number``, only that epoch is one's own; without, all of the session are."""
+        """With a ``number``, only that epoch belongs to the owner; otherwise all epochs of the session do."""
         self.store, self.session, self.number = store, session, number
         self._looked = -THROTTLE_S
 
@@ -53,7 +54,7 @@ class Fence:
         return cls(store, session, number)
 
     def check(self) -> None:
-        """Raise :class:`Superseded` if a newer epoch is there; one listing of a small folder."""
+        """Raise :class:`Superseded` if a newer epoch exists; costs one listing of a small folder."""
         number, session = max(_epochs(self.store))
         if session != self.session or self.number not in (None, number):
             raise Superseded(
@@ -61,14 +62,14 @@ class Fence:
             )
 
     def check_throttled(self) -> None:
-        """The same at most every THROTTLE_S: for calls that are frequent and harmless."""
+        """Like :meth:`check`, at most once every THROTTLE_S; for frequent calls that do no harm if stale."""
         if time.monotonic() - self._looked >= THROTTLE_S:
             self.check()
             self._looked = time.monotonic()
 
 
 class Session:
-    """A driver's hold on a run directory, with heartbeats from a thread."""
+    """A driver's lock on a run directory, with heartbeats from a thread."""
 
     def __init__(self, store: RunStore) -> None:
         self.store = store
@@ -80,7 +81,7 @@ class Session:
         self._thread = threading.Thread(target=self._send_heartbeats, name="session", daemon=True)
 
     def begin(self) -> None:
-        """Raises ConfigError where another driver has started at the same moment."""
+        """Acquire the lock; raises ConfigError if another driver started at the same moment."""
         self._write()
         own = Fence.claim(self.store, self.id)
         time.sleep(SETTLE_S / 10 if self.store.is_local else SETTLE_S)
@@ -92,7 +93,7 @@ class Session:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise :class:`Superseded` where another driver has taken over."""
+        """Raise :class:`Superseded` if another driver has taken over."""
         if self.error:
             raise self.error
 
@@ -111,7 +112,7 @@ class Session:
             except Superseded as error:
                 self.error = error
                 return
-            except OSError:  # the store is out of reach for a while; the next heartbeat may reach it
+            except OSError:  # the store is temporarily unreachable; the next heartbeat retries
                 continue
 
     def _end(self) -> None:
@@ -124,7 +125,7 @@ class Session:
 
 @contextmanager
 def hold_lock(store: RunStore, say: Callable[[str], None] = print) -> Iterator[Session]:
-    """Hold the run directory. Raises ConfigError where another live driver holds it."""
+    """Hold the lock of the run directory. Raises ConfigError if another live driver holds it."""
     wait_until_free(store, say)
     session = Session(store)
     session.begin()
@@ -135,7 +136,7 @@ def hold_lock(store: RunStore, say: Callable[[str], None] = print) -> Iterator[S
 
 
 def wait_until_free(store: RunStore, say: Callable[[str], None]) -> None:
-    """Return once the last driver has ended or counts as dead; raises ConfigError where it lives."""
+    """Return once the last driver has ended or is considered dead; raises ConfigError if it is alive."""
     epochs = _epochs(store)
     if not epochs:
         return
@@ -144,7 +145,7 @@ def wait_until_free(store: RunStore, say: Callable[[str], None]) -> None:
     here = last["host"] == _identity()["host"]
     if last["ended"] or (here and not psutil.pid_exists(last["pid"])):
         return
-    # Its process id may be reused by now, and is unknown on other hosts: are there heartbeats?
+    # The process id may have been reused, and is unknown on other hosts, so only heartbeats tell.
     who = f"process {last['pid']} on {last['host']}"
     say(f"the last driver, {who}, has not ended this run: waiting {TAKEOVER_S:.0f} s for a heartbeat")
     for _ in range(TAKEOVER_CHECKS):
@@ -161,10 +162,10 @@ def _in_use(store: RunStore, who: str) -> str:
 
 
 def _identity() -> dict[str, Any]:
-    """Host, process namespace and process id; no times, as a clock may be set."""
+    """Host, process namespace and process id; no times, as clocks may be changed."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         namespace = ""
     return {"host": f"{socket.gethostname()} {namespace}".strip(), "pid": os.getpid()}
 

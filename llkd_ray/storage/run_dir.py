@@ -1,8 +1,8 @@
-"""The run directory: files are the truth, everything else is a cache of them.
+"""The run directory: its files are the source of truth, everything else is a cache of them.
 
-A file exists when it is whole: on a local disk it is written beside its place and renamed, on an object
-store one PUT is atomic anyway. Each file belongs to one ticket, one round or one step, so writing it
-again after a retry gives the same file.
+A file exists only when it is complete: on a local disk it is written under a temporary name and renamed; on
+an object store a PUT is atomic. Each file belongs to one ticket, one round or one step, so a retry writes the
+same file again.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ METRICS = "metrics.jsonl"
 EXAMPLES_INDEX = "examples/index.json"
 LABELS_DIR = "labels"
 SMALL_DIR = "labels-small"
-"""What a cascade's small teacher said, before the large one was asked."""
+"""Answers of a cascade's small teacher, before the large one is asked."""
 CALIBRATION = "calibration.json"
 LEASES_DIR = "leases"
 SENT_DIR = "sent"
 ENGINES_DIR = "engines"
 SNAPSHOTS_DIR = "snapshots"
-"""What a selector knows, for one that restarts while its driver lives."""
+"""State of the selector, for its restart under the same driver."""
 LOST_DIR = "lost"
-"""A file for each teacher actor that has given up, with the reason."""
+"""A file for each teacher actor that stopped permanently, with the reason."""
 QUARANTINE_DIR = "quarantine"
 EPOCHS_DIR = "epochs"
-"""A file for whoever was ever in charge of the run, the newest with the largest number."""
+"""A file for each driver or actor that ever held the lock; the newest has the largest number."""
 SESSIONS_DIR = "sessions"
-"""A file for each driver that has worked on the run."""
+"""A file for each driver of the run."""
 ROUNDS_DIR = "rounds"
 CHECKPOINTS_DIR = "checkpoints"
 MODEL_DIR = "model"
 ONNX_DIR = "onnx"
-"""In the model's folder, where the hub expects it."""
+"""Subfolder of the model's folder, where the hub expects it."""
 _UNFINISHED = ".tmp"
-"""Ends the name of a local file that is not in its place yet."""
+"""Suffix of a local file that has not been renamed yet."""
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """Filesystem and path of a local path or a URI such as ``s3://bucket/folder``."""
     if uri.startswith("s3://") and "allow_delayed_open" not in uri:
-        # A small file is one PUT then, not the three requests of an upload in parts.
+        # A small file is then one PUT instead of the three requests of a multipart upload.
         uri += f"{'&' if '?' in uri else '?'}allow_delayed_open=true"
     if "://" in uri:
         return pafs.FileSystem.from_uri(uri)
@@ -60,13 +60,13 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def join_uri(folder: str, *names: str) -> str:
-    """A place below a folder; the options of a URI (``s3://bucket/runs?region=…``) stay at its end."""
+    """A path below a folder; the options of a URI (``s3://bucket/runs?region=…``) stay at its end."""
     address, mark, options = folder.partition("?") if "://" in folder else (folder, "", "")
     return "/".join([address.rstrip("/"), *names]) + mark + options
 
 
 class RunStore:
-    """Reads and writes the files of one run; cheap to build and to pickle.
+    """Reads and writes the files of one run; cheap to construct and to pickle.
 
     Paths are relative to the run directory, with forward slashes.
     """
@@ -76,15 +76,15 @@ class RunStore:
         self.fs, self.root = open_filesystem(uri)
         self.root = self.root.rstrip("/")
         self.is_local = isinstance(self.fs, pafs.LocalFileSystem)
-        # S3 has no folders; making one costs a request for each part of the path.
+        # S3 has no folders; creating one costs a request for each part of the path.
         self._has_folders = self.fs.type_name != "s3"
 
     def path(self, relative: str) -> str:
-        """The path as its filesystem knows it."""
+        """The path on the store's filesystem."""
         return f"{self.root}/{relative}"
 
     def uri(self, relative: str = "") -> str:
-        """The address by which another store, or a user, finds it; on a local disk the absolute path."""
+        """The address for users and other stores; on a local disk the absolute path."""
         if not relative:
             return self.root if self.is_local else self._uri
         return self.path(relative) if self.is_local else join_uri(self._uri, relative)
@@ -93,9 +93,9 @@ class RunStore:
         return self.fs.get_file_info(self.path(relative)).type != pafs.FileType.NotFound
 
     def names(self, folder: str, suffix: str = "") -> list[str]:
-        """Sorted names of the files in a folder; empty where there is no such folder.
+        """Sorted names of the files in a folder; empty if there is no such folder.
 
-        What a killed writer left unfinished is not among them.
+        Unfinished files of killed writers are not included.
         """
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
         found = [info.base_name for info in self.fs.get_file_info(selector) if info.is_file]
@@ -109,18 +109,18 @@ class RunStore:
         )
 
     def delete(self, relative: str) -> None:
-        """Delete a file; one that is not there is no error."""
+        """Delete a file; a missing file is not an error."""
         with suppress(FileNotFoundError):
             self.fs.delete_file(self.path(relative))
 
     def write_bytes(self, relative: str, content: bytes) -> None:
-        """Write a whole file, atomically."""
+        """Write a complete file, atomically."""
         with self.writing(relative) as stream:
             stream.write(content)
 
     @contextmanager
     def writing(self, relative: str) -> Iterator[pa.NativeFile]:
-        """A stream to a file that is in its place at the end; a large one on S3 may be there cut off."""
+        """A stream to a file that exists once the block ends; on S3, a large file may end up truncated."""
         target = self.path(relative)
         if self._has_folders:
             self.fs.create_dir(target.rpartition("/")[0], recursive=True)
@@ -147,14 +147,14 @@ class RunStore:
             return json.loads(self.read_bytes(relative))
 
     def write_table(self, relative: str, table: pa.Table, row_group_size: int | None = None) -> None:
-        """Write a parquet file, atomically; its schema should be one of ``schemas``."""
+        """Write a parquet file, atomically; its schema should be one of ``tables``."""
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, row_group_size=row_group_size, compression="zstd")
         self.write_bytes(relative, buffer.getvalue().to_pybytes())
 
     def read_table(self, relative: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A parquet file, or some of its columns. Raises ConfigError for a damaged one."""
-        # Not pq.read_table, which asks an object store twice more for the file's size.
+        """Read a parquet file, or some of its columns. Raises ConfigError if it is damaged."""
+        # Not pq.read_table, which costs two more requests to an object store for the file's size.
         with (
             self._naming(relative),
             pq.ParquetFile(self.path(relative), filesystem=self.fs, pre_buffer=True) as file,
@@ -163,22 +163,22 @@ class RunStore:
 
     @contextmanager
     def _naming(self, relative: str) -> Iterator[None]:
-        """Say which file it is that cannot be read; that there is none is another matter."""
+        """Name the file in errors of damaged files; FileNotFoundError is passed on unchanged."""
         try:
             yield
         except FileNotFoundError:
             raise
-        except (OSError, ValueError) as error:  # pyarrow raises both for damage; its own are ValueErrors
+        except (OSError, ValueError) as error:  # pyarrow raises both for damaged files
             raise ConfigError(
                 f"{self.uri(relative)} cannot be read ({reason_of(error)}): "
                 "if it is damaged, put a copy back, or begin a new run, which finds the labels in the cache"
             ) from error
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Put one round's line at the end of metrics.jsonl; a line of the same round is replaced."""
+        """Add one round's line to metrics.jsonl, in order of rounds; replaces a line of the same round."""
         lines = self.read_bytes(METRICS).splitlines() if self.exists(METRICS) else []
         later: list[bytes] = []
-        # From the end, where it mostly belongs: lines of earlier rounds need not be understood.
+        # Searched from the end, where the line usually belongs, so earlier rounds are not parsed.
         while lines and (last := json.loads(lines[-1])["round"]) >= line["round"]:
             kept = lines.pop()
             later += [kept] if last > line["round"] else []
@@ -193,7 +193,7 @@ class RunStore:
 
 
 def reason_of(error: Exception) -> str:
-    """What an exception says, in one line."""
+    """An exception's message in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -209,10 +209,10 @@ def ticket_of(name: str) -> int:
 
 BATCH = "batch.parquet"
 SELECTED = "selected.json"
-"""In a round's folder: its batch exists once this file does."""
+"""File in a round's folder: the round's batch is complete once this file exists."""
 SCORES = "scores.parquet"
 TRAINED = "trained.json"
-"""In a round's folder: the student has finished the round once this file exists."""
+"""File in a round's folder: the student has finished the round once this file exists."""
 
 
 def round_file(round_number: int, name: str) -> str:
@@ -221,7 +221,7 @@ def round_file(round_number: int, name: str) -> str:
 
 
 def predictions_file(round_number: int, rank: int, ranks: int) -> str:
-    """Where one rank of ``ranks`` puts the student's answers after a round."""
+    """The file in which one of ``ranks`` ranks writes the student's predictions after a round."""
     return round_file(round_number, f"predictions-{rank:04d}-of-{ranks:04d}.parquet")
 
 
@@ -229,16 +229,16 @@ ASKED = "audit/asked.parquet"
 ANSWERS = "audit/answers.parquet"
 ESTIMATE = "audit/estimate.json"
 AUDITED = "audited.parquet"
-"""In a round's folder."""
+"""File in a round's folder: people's labels that the round was scored and selected with."""
 
 
 SUMMARY = "summary.json"
 INSIGHT = "insight.json"
-"""What a finished run shows of single classes and texts."""
+"""Figures of a finished run on single classes and texts."""
 
 
 CANDIDATE_SAMPLE = "candidate_sample.parquet"
-"""In a round's folder."""
+"""File in a round's folder."""
 
 
 REPORT = "report.html"

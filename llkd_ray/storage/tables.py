@@ -1,13 +1,16 @@
 """The tables of a run: explicit Arrow schemas, so that empty and all-null columns keep their type.
 
-    audit/asked.parquet       the rows that were written out, with teacher's and student's answers of then
-    audit/answers.parquet     what people said of them
-    audit/estimate.json       what the random sample says of the pseudo-labels
-    rounds/k/audited.parquet  the answers that round k was scored and selected by
+Files of an audit:
 
-A person's label takes the place of the teacher's, with confidence 1, from the next start of the run on. It
-is kept with each round that knows it, so that a round that is trained again is trained on the same labels.
-Shapes in names: M rows, C labels.
+    audit/asked.parquet       rows exported for people, with the teacher's and student's answers at that time
+    audit/answers.parquet     the labels that people gave
+    audit/estimate.json       quality of the pseudo-labels, estimated from the random sample
+    rounds/k/audited.parquet  the answers that round k was scored and selected with
+
+A person's label replaces the teacher's, with confidence 1, from the next start of the run on. It is stored
+with each round that uses it, so that a round that is trained again uses the same labels.
+
+Shapes in names: M rows, N texts, C labels.
 """
 
 from __future__ import annotations
@@ -38,9 +41,9 @@ from llkd_ray.storage.run_dir import (
     ticket_file,
 )
 
-# One text a row. The dense row number is not stored: it is the shard's first row (manifest) plus the
-# position in the shard. ``gold`` is the index into labels.names, -1 where unknown. ``text_hash`` tells equal
-# texts, here and in other runs (``corpus.cleaning.text_hash``).
+# One row per text. The dense row number is not stored: it is the shard's first row (from the index) plus the
+# position in the shard. ``gold`` is the index into labels.names, -1 if unknown. ``text_hash`` identifies
+# equal texts, in this run and in others (``corpus.cleaning.text_hash``).
 EXAMPLES = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -49,21 +52,21 @@ EXAMPLES = pa.schema(
         pa.field("text_hash", pa.uint64(), nullable=False),
     ]
 )
-# EXAMPLES as they are read back, with the row number put on.
+# EXAMPLES as they are read back, with the row number added.
 NUMBERED_EXAMPLES = pa.schema([pa.field("row", pa.int64(), nullable=False), *EXAMPLES])
-# Which rows the tickets of one round stand for.
+# The rows that the tickets of one round contain.
 LEASES = pa.schema(
     [
         pa.field("ticket", pa.int32(), nullable=False),
         pa.field("row", pa.int64(), nullable=False),
     ]
 )
-# What the teacher said. ``probs``: probability mass of each label over the teacher's whole vocabulary,
-# not normalised; ``off_label``: the mass on everything else (0 where the source does not tell).
-# ``text_hash`` is how later runs find the answer; ``member`` says which teacher gave it (0: the only or the
-# small one, 1: the large one of a cascade); ``reused``: it was there before this run. Tokens are those of
-# all requests for the text; ``cached_tokens`` are among the prompt's. The file's metadata hold under
-# ``usage`` what the ticket has used, by teacher (``answers.Usage``).
+# The teacher's answers. ``probs``: probability mass of each label over the teacher's whole vocabulary, not
+# normalised; ``off_label``: the mass on everything else (0 if the source does not report it). Later runs find
+# the answer by ``text_hash``; ``member`` is the teacher that gave it (0: the only or the small one, 1: the
+# large one of a cascade); ``reused``: the answer comes from an earlier run. Tokens are those of all requests
+# for the text; ``prompt_tokens`` include ``cached_tokens``. The file's metadata hold under ``usage`` what the
+# ticket used, by teacher (``teacher.base.Usage``).
 LABELS = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -78,7 +81,7 @@ LABELS = pa.schema(
         pa.field("reused", pa.bool_(), nullable=False),
     ]
 )
-# What the student trains on in one round. ``probs`` sums to one; ``weight`` has mean one.
+# The student's training batch of one round. ``probs`` sums to one; ``weight`` has mean one.
 ROUND = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -88,8 +91,8 @@ ROUND = pa.schema(
         pa.field("weight", pa.float32(), nullable=False),
     ]
 )
-# The student's opinion before a selection: predictive entropy over log(C), best probability less the
-# second, and the probability of the teacher's label (nan where the teacher has not labelled the text).
+# The student's scores before a selection: predictive entropy divided by log(C), best probability minus the
+# second, and the probability of the teacher's label (nan if the teacher has not labelled the text).
 SCORES = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -98,8 +101,8 @@ SCORES = pa.schema(
         pa.field("support", pa.float16(), nullable=False),
     ]
 )
-# Some of what a round could choose from, to be looked at: as it was just before the choice, with whether it
-# was chosen. ``confidence`` is the teacher's; the student's signals are nan where it had not looked.
+# A sample of a round's candidates, for inspection: their state just before the selection, and whether they
+# were selected. ``confidence`` is the teacher's; the student's signals are nan for texts it had not scored.
 CANDIDATE_SAMPLE = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -110,14 +113,14 @@ CANDIDATE_SAMPLE = pa.schema(
         pa.field("selected", pa.bool_(), nullable=False),
     ]
 )
-# The student's answers on the rows it is evaluated on, after a round.
+# The student's predictions on the evaluation rows after a round.
 PREDICTIONS = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
         pa.field("probs", pa.list_(pa.float32()), nullable=False),
     ]
 )
-# Rows that were refused: where they stood, why, and how they began.
+# Refused rows: their position, the reason, and the start of the text.
 QUARANTINE = pa.schema(
     [
         pa.field("source", pa.string(), nullable=False),
@@ -127,8 +130,8 @@ QUARANTINE = pa.schema(
         pa.field("start_of_text", pa.string(), nullable=False),
     ]
 )
-# What people were asked about: ``why`` it was chosen, whether it is of the random sample, what teacher and
-# student said then.
+# Texts that people were asked to label: ``why`` each was chosen, whether it belongs to the random sample, and
+# the answers of teacher and student at that time.
 AUDIT_ASKED = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -141,7 +144,7 @@ AUDIT_ASKED = pa.schema(
         pa.field("student_confidence", pa.float32(), nullable=False),
     ]
 )
-# What people said.
+# The labels that people gave.
 AUDIT_ANSWERS = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -152,20 +155,20 @@ AUDIT_ANSWERS = pa.schema(
 
 @dataclass(frozen=True)
 class AuditAnswers:
-    """Labels that people gave, by row, ascending."""
+    """Labels that people gave, in ascending order of rows."""
 
     row_M: Ints
     label_M: Ints
 
     @classmethod
     def of(cls, by_row: dict[int, int]) -> AuditAnswers:
-        """From the label of each row."""
+        """From a mapping of row to label."""
         rows = sorted(by_row)
         return cls(np.array(rows, dtype=np.int64), np.array([by_row[row] for row in rows], dtype=np.int16))
 
     @classmethod
     def read(cls, store: RunStore, file: str = ANSWERS) -> AuditAnswers:
-        """Those of a file; none where there is no file."""
+        """The answers in a file; none if there is no file."""
         if not store.exists(file):
             return cls.of({})
         table = store.read_table(file)
@@ -173,7 +176,7 @@ class AuditAnswers:
 
     @classmethod
     def of_round(cls, store: RunStore, round_number: int) -> AuditAnswers:
-        """Those that a round was scored and selected by."""
+        """The answers that a round was scored and selected with."""
         return cls.read(store, round_file(round_number, AUDITED))
 
     def __len__(self) -> int:
@@ -187,12 +190,12 @@ class AuditAnswers:
         store.write_table(file, pa.Table.from_arrays(columns, schema=AUDIT_ANSWERS))
 
     def keep_for(self, store: RunStore, round_number: int) -> None:
-        """Put them beside a round that is scored or selected by them; nothing where nobody was asked."""
+        """Store the answers with a round that is scored or selected with them; no file if there are none."""
         if len(self):
             self.write(store, round_file(round_number, AUDITED))
 
     def correct(self, batch: pa.Table, n_classes: int) -> pa.Table:
-        """A ROUND with these labels in place of the teacher's, all of their probability on them."""
+        """A ROUND table with these labels instead of the teacher's, each with probability 1."""
         row_N = batch["row"].to_numpy()
         place_N = np.searchsorted(self.row_M, row_N)
         known_N = place_N < len(self)
@@ -207,7 +210,7 @@ class AuditAnswers:
 
 
 def read_calibrator(store: RunStore, config: Config) -> Calibrator | None:
-    """A run's calibrator; None where it is yet to be fitted."""
+    """A run's calibrator; None if it has not been fitted yet."""
     if store.exists(CALIBRATION):
         return Calibrator.from_dict(store.read_json(CALIBRATION))
     if config.teacher.confidence.method in ("batch", "temperature"):
@@ -216,7 +219,7 @@ def read_calibrator(store: RunStore, config: Config) -> Calibrator | None:
 
 
 def read_labels(store: RunStore, tickets: Iterable[int]) -> pa.Table:
-    """LABELS of the given tickets; a ticket without a file is left out."""
+    """LABELS of the given tickets; tickets without a file are skipped."""
     parts = [LABELS.empty_table()]
     for ticket in tickets:
         with suppress(FileNotFoundError):
@@ -225,7 +228,7 @@ def read_labels(store: RunStore, tickets: Iterable[int]) -> pa.Table:
 
 
 def read_predictions(store: RunStore, round_number: int, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """int64[N] and float64[N, C]: rows of test set and hold-out, and what the student says after a round."""
+    """int64[N], float64[N, C]: rows of test set and hold-out, and the student's answers after a round."""
     ranks = store.read_json(round_file(round_number, TRAINED))["ranks"]
     files = [predictions_file(round_number, rank, ranks) for rank in range(ranks)]
     table = pa.concat_tables([store.read_table(file) for file in files])
@@ -233,7 +236,7 @@ def read_predictions(store: RunStore, round_number: int, n_classes: int) -> tupl
 
 
 def trained_rows(store: RunStore) -> np.ndarray:
-    """int64[M]: the rows that are in a round's batch."""
+    """int64[M]: the rows in the batches of all rounds."""
     files = [round_file(k, BATCH) for k in range(len(store.folders(ROUNDS_DIR)))]
     found = [store.read_table(file, ["row"])["row"].to_numpy() for file in files if store.exists(file)]
     return np.concatenate([np.empty(0, dtype=np.int64), *found])
@@ -247,7 +250,7 @@ def list_column(matrix_NC: np.ndarray) -> pa.Array:
 
 
 def matrix_of(column: pa.ChunkedArray, n_columns: int) -> np.ndarray:
-    """float64[N, C]: a ``probs`` column as a matrix; :func:`list_column` backwards."""
+    """float64[N, C]: a ``probs`` column as a matrix; the inverse of :func:`list_column`."""
     flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return flat.astype(np.float64).reshape(-1, n_columns)
 
@@ -261,7 +264,7 @@ class Shard:
 
 
 class Examples:
-    """The texts of a run by row number: pool rows first, the rows of the test set behind them."""
+    """The texts of a run by row number: first the pool rows, then the rows of the test set."""
 
     def __init__(self, store: RunStore, pool: Sequence[Shard], test: Sequence[Shard] = ()) -> None:
         self.store = store
@@ -272,7 +275,7 @@ class Examples:
 
     @classmethod
     def open(cls, store: RunStore) -> Examples:
-        """The examples that ``corpus.ingest`` has written."""
+        """Open the examples written by ``corpus.ingest``."""
         index = store.read_json(EXAMPLES_INDEX)
         return cls(store, *([Shard(**one) for one in index[part]] for part in ("pool", "test")))
 
@@ -286,9 +289,9 @@ class Examples:
         return np.arange(self.n_pool, self.n_rows)
 
     def read(self, rows: Iterable[int] | np.ndarray, columns: Sequence[str] = EXAMPLES.names) -> pa.Table:
-        """The given rows, in the given order, as ``row`` and ``columns``.
+        """The given rows, in the given order, with the columns ``row`` and ``columns``.
 
-        Opens only the shards, and reads only the row groups, that hold one of them.
+        Opens only the shards, and reads only the row groups, that contain one of them.
         """
         wanted = np.asarray(rows, dtype=np.int64)
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.n_rows):
@@ -308,7 +311,7 @@ class Examples:
         return table.take(pa.array(back))
 
     def _read_shard(self, shard: int, positions: np.ndarray, columns: Sequence[str]) -> pa.Table:
-        """Ascending positions (int64[n]) of one shard."""
+        """Rows of one shard at ascending positions (int64[n])."""
         path = self.store.path(self.shards[shard].file)
         with pq.ParquetFile(path, filesystem=self.store.fs) as file:
             sizes = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
@@ -316,7 +319,7 @@ class Examples:
             group_of = np.searchsorted(group_start, positions, side="right") - 1
             groups = np.unique(group_of)
             table = file.read_row_groups(groups.tolist(), columns=list(columns))
-        # Positions within the groups read, which now lie one behind the other.
+        # Positions within the row groups that were read, which are now concatenated.
         read_start = np.cumsum([0, *(sizes[g] for g in groups)])[:-1]
         start_of_group = dict(zip(groups.tolist(), read_start - group_start[groups], strict=True))
         shift = np.array([start_of_group[g] for g in group_of.tolist()], dtype=np.int64)
