@@ -1,4 +1,4 @@
-"""People look at a run's labels: python jobs/audit.py export RUN --out rows.csv, then import RUN rows.csv."""
+"""Review a run's labels: python jobs/audit.py export RUN --out rows.csv, then import RUN rows.csv."""
 
 import sys
 

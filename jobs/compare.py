@@ -1,4 +1,4 @@
-"""Set policies against each other on the same labels: python jobs/compare.py CONFIG.yaml [--out DIR] …"""
+"""Compare policies on the same labels: python jobs/compare.py CONFIG.yaml [--out DIR] …"""
 
 import sys
 

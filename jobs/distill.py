@@ -1,6 +1,6 @@
 """Distil an LLM into a small classifier: python jobs/distill.py [CONFIG.yaml] [--set key=value …].
 
-Without a config it runs the quickstart: a corpus and a small teacher made on the spot.
+Without a config it runs the quickstart, which creates a corpus and a small teacher locally.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Check the set-up, and say what to do: python jobs/doctor.py [CONFIG.yaml] [--set key=value …] [--json].
+"""Check the set-up and suggest fixes: python jobs/doctor.py [CONFIG.yaml] [--set key=value …] [--json].
 
-Without a config it checks the installation for the quickstart. Exit status 2 where there is a problem.
+Without a config it checks the installation for the quickstart. Exit status 2 if there is a problem.
 """
 
 import sys

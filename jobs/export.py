@@ -1,4 +1,4 @@
-"""A run's model for use elsewhere: python jobs/export.py RUN_OR_MODEL [--onnx] [--push-to-hub OWNER/NAME]."""
+"""Export a run's model: python jobs/export.py RUN_OR_MODEL [--onnx] [--push-to-hub OWNER/NAME]."""
 
 import sys
 

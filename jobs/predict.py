@@ -1,4 +1,4 @@
-"""A classifier over any corpus: python jobs/predict.py MODEL CORPUS_URI --out URI [--precision 0.9 …]."""
+"""Predict any corpus: python jobs/predict.py MODEL CORPUS_URI --out URI [--target-precision 0.9 …]."""
 
 import sys
 

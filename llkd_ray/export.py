@@ -1,6 +1,6 @@
-"""Export of a model: recalibrated, with a card, as ONNX, on the hub.
+"""Exports a model: recalibrated, with a model card, as ONNX, to the hub.
 
-Shapes in names: B texts of a batch, L tokens of the longest, C labels.
+Shapes in names: B texts of a batch, L tokens of the longest text, C labels.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Exported:
     model: str
     """The folder."""
     calibration: dict[str, Any] | None = field(default=None, repr=False)
-    """Of a run: as in config.json."""
+    """The calibration of a run's model, as in config.json."""
     onnx: str | None = None
     differences: list[Difference] = field(default_factory=list)
-    """ONNX Runtime against torch, batch by batch."""
+    """ONNX Runtime compared with torch, batch by batch."""
     address: str | None = None
-    """On the hub."""
+    """The model's address on the hub."""
 
 
 def export_model(
@@ -55,11 +55,11 @@ def export_model(
     private: bool = False,
     say: Say = print,
 ) -> Exported:
-    """Update a finished run's model by people's answers since, or take a checkpoint folder.
+    """Update a finished run's model with people's latest answers, or export a checkpoint folder.
 
-    The temperature is refitted, card and report are rewritten; a checkpoint that no run made stays as it is.
-    ``onnx`` adds ``onnx/model.onnx``, ``push_to_hub`` uploads the folder under that
-    name. Raises ConfigError for mistakes of the user.
+    The temperature is refitted, card and report are rewritten; a checkpoint not made by a run is unchanged.
+    ``onnx`` adds ``onnx/model.onnx``; ``push_to_hub`` uploads the folder under that name. Raises ConfigError
+    for user errors.
     """
     checkpoint = inspect(model)
     if not (checkpoint.is_remote or Path(checkpoint.source).is_dir()):
@@ -92,7 +92,7 @@ def export_model(
 
 
 def _run_of(model: str) -> RunStore | None:
-    """The finished run whose directory, or whose model/, this is."""
+    """The finished run that this directory, or this model/ folder, belongs to."""
     for store in (RunStore(model), RunStore(model.rstrip("/").removesuffix(f"/{MODEL_DIR}"))):
         if store.exists(CONFIG) and store.exists(SUMMARY):
             return store
@@ -100,14 +100,14 @@ def _run_of(model: str) -> RunStore | None:
 
 
 def _recalibrate(run: RunStore, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Refit the temperature on all labels of today; writes it into the model and the summary."""
+    """Refit the temperature on all current labels; writes it into the model and the summary."""
     config = run_config(run)
     last = run.read_metrics()[-1]["round"]
     row_M, audited = audited_sample(run), None
     if row_M.size:
         texts = Examples.open(run).read(row_M, ["text"])["text"].to_pylist()
         student = load(checkpoint, config.student.precision, torch.device("cpu"))
-        audited = row_M, score(student, texts, checkpoint.max_tokens, None)  # without its temperature
+        audited = row_M, score(student, texts, checkpoint.max_tokens, None)  # without the temperature
     found = fit_student(run, config, last, audited)
     write_calibration(run, found)
     run.write_json(SUMMARY, run.read_json(SUMMARY) | {"calibration": found})
@@ -116,7 +116,7 @@ def _recalibrate(run: RunStore, checkpoint: Checkpoint) -> dict[str, Any]:
 
 @contextmanager
 def _local_copy(store: RunStore) -> Iterator[Path]:
-    """The folder on this machine, all of it."""
+    """The complete folder on this machine."""
     if store.is_local:
         yield Path(store.root)
         return
@@ -126,14 +126,14 @@ def _local_copy(store: RunStore) -> Iterator[Path]:
 
 
 IGNORED = ["*.tmp", ".*"]
-"""Left by a killed writer."""
+"""Left behind by a killed writer."""
 
 
 def push(folder: Path, name: str, *, private: bool, message: str) -> str:
-    """Upload the folder as the model ``OWNER/NAME``, which is made if there is none; returns its address.
+    """Upload the folder as the model ``OWNER/NAME``, which is created if needed; returns its address.
 
-    The token is the one that ``hf auth login`` has stored, or HF_TOKEN. Raises ConfigError where the hub
-    refuses, or does not answer.
+    The token is the one stored by ``hf auth login``, or HF_TOKEN. Raises ConfigError if the hub refuses or
+    does not answer.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -155,7 +155,7 @@ def push(folder: Path, name: str, *, private: bool, message: str) -> str:
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise ConfigError(_push_failure(name, error)) from None
     except Exception as error:
-        # Of a hub that does not answer: the client's own errors come from a library below it that changes.
+        # Errors of a hub that does not answer come from the client's HTTP library, which varies by version.
         if "Connect" in type(error).__name__ or "Timeout" in type(error).__name__:
             raise ConfigError(_push_failure(name, error)) from None
         raise
@@ -172,7 +172,7 @@ def _push_failure(name: str, error: Exception) -> str:
 
 FILE = "model.onnx"
 LIMIT = 1e-4
-"""How far a logit may be from torch's."""
+"""Maximum difference of a logit from torch's."""
 OUTPUT = "logits"
 
 
@@ -186,7 +186,7 @@ class Difference:
 
 
 class _Logits(nn.Module):
-    """The model with its inputs by place and nothing but logits as output."""
+    """The model with positional inputs and only logits as output."""
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()
@@ -197,10 +197,10 @@ class _Logits(nn.Module):
 
 
 def export_onnx(student: Student, max_tokens: int, store: RunStore) -> list[Difference]:
-    """Write ``onnx/model.onnx`` into the folder of ``store``; any number of texts, of any length, at a time.
+    """Write ``onnx/model.onnx`` into the folder of ``store``; batch size and text length are dynamic.
 
-    The student is on the CPU, in float32. Returns what :func:`differences` finds. Raises ConfigError, and
-    leaves no file, where the extra is missing, the model cannot be exported, or it answers otherwise.
+    The student is on the CPU, in float32. Returns the result of :func:`differences`. Raises ConfigError, and
+    leaves no file, if the extra is missing, the model cannot be exported, or its outputs differ.
     """
     _require_extra()
     example = student.pad(_batch(student, [3, 7], np.random.default_rng(0)))
@@ -233,7 +233,7 @@ def export_onnx(student: Student, max_tokens: int, store: RunStore) -> list[Diff
                 f"{worst.largest:.2g}, where {LIMIT:g} is the most: no file is left; try another version of "
                 "onnxruntime"
             )
-        for part in sorted(Path(folder).iterdir()):  # weights of over 2 GB lie beside the graph
+        for part in sorted(Path(folder).iterdir()):  # weights over 2 GB are stored next to the graph
             target = store.path(f"{ONNX_DIR}/{part.name}")
             store.fs.create_dir(store.path(ONNX_DIR), recursive=True)
             pafs.copy_files(str(part), target, pafs.LocalFileSystem(), store.fs)
@@ -241,7 +241,7 @@ def export_onnx(student: Student, max_tokens: int, store: RunStore) -> list[Diff
 
 
 def differences(student: Student, max_tokens: int, file: Path) -> list[Difference]:
-    """ONNX Runtime against torch on batches of many shapes, of random tokens, padded where lengths differ."""
+    """ONNX Runtime vs. torch on batches of many shapes: random tokens, padded if lengths differ."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -259,7 +259,7 @@ def differences(student: Student, max_tokens: int, file: Path) -> list[Differenc
 
 
 def _batch(student: Student, lengths: list[int], rng: np.random.Generator) -> list[dict[str, list[int]]]:
-    """Texts of these numbers of tokens: ordinary ones, for some models take padding from the tokens."""
+    """Texts with these numbers of ordinary tokens, because some models infer padding from the token ids."""
     order = list(student.encode(["a"], 8)[0])
     ordinary = np.setdiff1d(np.arange(len(student.tokenizer)), student.tokenizer.all_special_ids)
     fill = {"attention_mask": 1}
@@ -282,7 +282,7 @@ def _require_extra() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of optional packages that are missing, such as torchvision."""
+    """Suppresses the exporter's warnings about missing optional packages, such as torchvision."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

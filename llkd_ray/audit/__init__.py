@@ -1,1 +1,1 @@
-"""People look at labels, and their answers come back into a run."""
+"""Human audit: exports labels for review and imports the answers into a run."""

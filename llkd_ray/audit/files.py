@@ -1,9 +1,9 @@
-"""Files in which people are asked for labels and in which their answers come back.
+"""File formats in which people are asked for labels and in which their answers are returned.
 
-By the end of the name: ``.csv`` for spreadsheets, ``.jsonl`` for programs, ``.json`` for Label Studio (tasks
-out; its JSON, JSON-MIN or CSV exports in). Texts of the corpus are not to be trusted: a spreadsheet would
-take a cell that begins with ``=`` for a formula, so such a cell gets an apostrophe before it, which is taken
-off again.
+The file extension decides: ``.csv`` for spreadsheets, ``.jsonl`` for programs, ``.json`` for Label Studio
+(tasks on export; its JSON, JSON-MIN or CSV exports on import). Corpus texts are untrusted: a spreadsheet
+would interpret a cell that begins with ``=`` as a formula, so such a cell is prefixed with an apostrophe,
+which is removed on import.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from llkd_ray.config.base import ConfigError
 KINDS = (".csv", ".jsonl", ".json")
 OWN = ("row", "id", "why", "text", "teacher", "teacher_confidence", "student", "student_confidence", "label")
 HINTS = ("why", "teacher", "teacher_confidence", "student", "student_confidence")
-"""What may sway the person who answers."""
+"""Fields that may bias the person who answers."""
 CELL_CHARS = 32_000
-"""Of a text in a spreadsheet, whose cells take 32,767 characters."""
+"""Maximum length of a text in a spreadsheet, whose cells hold 32,767 characters."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'", "＝", "＋", "－", "＠")
 
 
@@ -43,17 +43,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a person said of a row; ``label`` is empty where nothing was said."""
+    """A person's answer for a row; ``label`` is empty if no answer was given."""
 
     where: str
-    """The place in the file, for messages."""
+    """Location in the file, for error messages."""
     row: str
     label: str
     id: str | None = None
 
 
 def kind_of(name: str, flag: str) -> str:
-    """The ending that decides the format; raises ConfigError for another one."""
+    """The extension that decides the format; raises ConfigError for any other."""
     for kind in KINDS:
         if name.lower().endswith(kind):
             return kind
@@ -61,7 +61,7 @@ def kind_of(name: str, flag: str) -> str:
 
 
 def written(questions: Sequence[Question], kind: str, blind: bool) -> bytes:
-    """The file's content; ``blind`` leaves out why a text was chosen and what the models say of it."""
+    """The file's content; ``blind`` omits why a text was chosen and what the models predicted."""
     rows = [
         {key: value for key, value in asdict(one).items() if not (blind and key in HINTS)}
         for one in questions
@@ -84,7 +84,7 @@ def labelling_config(labels: Sequence[str]) -> str:
 
 
 def read(content: bytes, kind: str, name: str) -> list[Answer]:
-    """The answers in a file, those that are empty among them; raises ConfigError where it cannot be read."""
+    """The answers in a file, including empty ones; raises ConfigError if it cannot be read."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -105,12 +105,12 @@ def read(content: bytes, kind: str, name: str) -> list[Answer]:
 
 
 def guarded(cell: str) -> str:
-    """A cell that no spreadsheet takes for a formula; :func:`plain` backwards."""
+    """A cell that no spreadsheet interprets as a formula; the inverse of :func:`plain`."""
     return "'" + cell if cell.startswith(_FORMULA) else cell
 
 
 def plain(cell: str) -> str:
-    """What :func:`guarded` was given."""
+    """The original content of a cell returned by :func:`guarded`."""
     return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
 
 
@@ -125,14 +125,14 @@ def _csv(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes:
         if len(row["text"]) > CELL_CHARS:
             cells["text"] = guarded(row["text"][:CELL_CHARS] + " …")
         writer.writerow(cells)
-    return out.getvalue().encode("utf-8-sig")  # the mark tells spreadsheets that it is UTF-8
+    return out.getvalue().encode("utf-8-sig")  # the BOM tells spreadsheets that it is UTF-8
 
 
 def _from_csv(text: str, name: str) -> Iterator[Answer]:
-    # Spreadsheets write what their language separates lists by.
+    # The separator that spreadsheets write depends on their locale.
     header = text.partition("\n")[0]
     separator = max(",;\t", key=header.count)
-    # Not csv's own limit on a field, which is the whole process's: texts are not needed, and come cut.
+    # csv's own field size limit is process-wide, so it stays as it is: texts are cut and not needed here.
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
     missing = [column for column in ("row", "label") if column not in (reader.fieldnames or ())]
     if missing:
@@ -149,7 +149,7 @@ def _from_csv(text: str, name: str) -> Iterator[Answer]:
 
 
 def _task(row: dict[str, Any]) -> dict[str, Any]:
-    """A Label Studio task; the teacher's label stands there as a prediction."""
+    """A Label Studio task; the teacher's label is included as a prediction."""
     task: dict[str, Any] = {"data": row}
     if "teacher" in row:
         choice = {
@@ -165,7 +165,7 @@ def _task(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_task(task: dict[str, Any], where: str) -> Iterator[Answer]:
-    """The answers to a task: one for each person who gave one; one that is empty where nobody did."""
+    """The answers to a task: one per person who answered, or an empty one if nobody did."""
     if "data" not in task:  # JSON-MIN
         yield _plain(task, where)
         return
@@ -183,8 +183,8 @@ def _from_task(task: dict[str, Any], where: str) -> Iterator[Answer]:
 
 def _plain(record: dict[str, Any], where: str) -> Answer:
     label, identity = record.get("label"), record.get("id")
-    if isinstance(label, dict):  # several choices of one person
+    if isinstance(label, dict):  # several choices by one person
         label = " and ".join(label["choices"])
-    # In JSON-MIN the task's own number may stand under ``id``; the corpus's are strings.
+    # In JSON-MIN, ``id`` may be the task's own number; the corpus's ids are strings.
     known = identity if isinstance(identity, str) else None
     return Answer(where, str(record["row"]), "" if label is None else str(label).strip(), known)

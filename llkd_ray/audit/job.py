@@ -1,8 +1,9 @@
-"""An audit of a run: rows to review are exported to a file, and people's answers are imported as gold.
+"""Audit of a run: rows to review are exported to a file, and people's answers are imported as gold.
 
-Three kinds of texts: a *random* sample of all that is labelled; of the others those where teacher and
-student *disagree* and both are sure; and of the rest those where the student is *unsure*. Only the random
-sample tells how good the labels are: the others were chosen because they are probably wrong, or hard.
+There are three kinds of texts: a *random* sample of all labelled texts; of the others, those where teacher
+and student *disagree* and both are confident; and of the rest, those where the student is *unsure*. Only the
+random sample estimates the quality of the labels: the others were chosen because they are probably wrong or
+hard.
 
 Shapes in names: N labelled texts that the student scored, M texts of the audit, C labels.
 """
@@ -50,18 +51,18 @@ from llkd_ray.storage.tables import (
 from llkd_ray.student.inference import load, score
 
 SCORE_SAMPLE = 20_000
-"""Labelled texts that the student scores, at most: a random draw where there are more."""
+"""Maximum number of labelled texts that the student scores; a random sample if there are more."""
 _SCORE_SAMPLE_KEY = 0x4C4F4F4B
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """The texts of a run that its teacher has labelled, by row."""
+    """The texts that the run's teacher has labelled, by row."""
 
     row_N: Ints
     p_NC: Floats
-    """As the run works with them."""
+    """The calibrated probabilities that the run uses."""
 
     @property
     def label_N(self) -> Ints:
@@ -77,9 +78,9 @@ def export(
     score_sample: int = SCORE_SAMPLE,
     say: Say = print,
 ) -> int:
-    """Write the rows that a person should review into the new file ``out``; returns how many.
+    """Write the rows that a person should review to the new file ``out``; returns their number.
 
-    Raises ConfigError where the run has no student yet, where nothing is left to ask, or where the file
+    Raises ConfigError if the run has no student yet, if there is nothing left to ask, or if the file
     exists.
     """
     kind = files.kind_of(out, "--out")
@@ -119,7 +120,7 @@ def export(
         )
         for i, place in enumerate(place_M.tolist())
     ]
-    # Before the file: every answer must find its question.
+    # Recorded before the file is written, because every answer must find its question.
     asked_N = is_random_N.copy()
     asked_N[place_M] = True
     why = dict(zip(seen.row_N[place_M].tolist(), why_M, strict=True))
@@ -133,11 +134,11 @@ def export(
 
 
 def import_answers(run_dir: str, rows: str, *, replace: bool = False, say: Say = print) -> dict[str, Any]:
-    """Import people's answers into the run, report what the random sample says, and renew the model card.
+    """Import people's answers into the run, report the random sample's results, and update the model card.
 
-    The same file a second time changes nothing. Raises ConfigError, and takes nothing, where a row was not
-    asked about, a label is none of the run's, or two answers contradict each other (of an answer from
-    before and a new one, the new one counts where ``replace``). Returns what audit/estimate.json holds.
+    Importing the same file again changes nothing. Raises ConfigError, and imports nothing, if a row was not
+    asked about, a label is unknown to the run, or two answers contradict each other (with ``replace``, a new
+    answer overrides an earlier one). Returns the content of audit/estimate.json.
     """
     kind = files.kind_of(rows, "ROWS")
     store = open_run(run_dir, "RUN")
@@ -176,7 +177,7 @@ def import_answers(run_dir: str, rows: str, *, replace: bool = False, say: Say =
 
 
 def check_answers(given: Sequence[Answer], asked: pa.Table, names: Sequence[str]) -> dict[int, int]:
-    """The label of each row that has one; raises ConfigError for the first answer that cannot be taken."""
+    """The label of each row that has one; raises ConfigError for the first invalid answer."""
     identity = dict(zip(asked["row"].to_pylist(), asked["id"].to_pylist(), strict=True))
     index = {name: c for c, name in enumerate(names)}
     found: dict[int, int] = {}
@@ -208,7 +209,7 @@ def check_answers(given: Sequence[Answer], asked: pa.Table, names: Sequence[str]
 
 
 def estimate_quality(store: RunStore, config: Config) -> dict[str, Any]:
-    """What people's answers say, from the files of a run."""
+    """Evaluate people's answers, from the files of a run."""
     asked = store.read_table(ASKED)
     row_M = asked["row"].to_numpy()
     return estimate(
@@ -223,11 +224,11 @@ def estimate_quality(store: RunStore, config: Config) -> dict[str, Any]:
     )
 
 
-# What a run holds
+# Contents of a run
 
 
 def _labelled(store: RunStore, config: Config) -> Labelled:
-    """Pool and hold-out; of several answers to a row the last counts, for reviews come last."""
+    """Pool and hold-out; of several answers for a row the last one counts, because reviews come last."""
     examples = Examples.open(store)
     schedule = Schedule.plan(config, examples.n_pool, examples.n_test)
     tickets = [*schedule.holdout_tickets, *schedule.pool_tickets, *schedule.review_tickets]
@@ -243,7 +244,7 @@ def _labelled(store: RunStore, config: Config) -> Labelled:
 
 
 def _score_sample(labelled: Labelled, number: int, sizes: SampleSizes, seed: int) -> Labelled:
-    """The random sample, and beside it a random draw, up to ``number`` texts together."""
+    """The random sample plus further random texts, up to ``number`` texts in total."""
     sample = random_order(labelled.row_N, seed)[: sizes.random]
     others = np.argsort(hash_uniform(seed ^ _SCORE_SAMPLE_KEY, labelled.row_N), kind="stable")
     others = others[~np.isin(others, sample)][: max(0, number - sample.size)]
@@ -302,12 +303,12 @@ def _record_questions(
 
 RANDOM, DISAGREE, UNSURE = "random", "disagree", "unsure"
 _KEY = 0x41554449
-"""Keeps the sample's chance apart from other chance of the same seed."""
+"""Separates the sample's random numbers from other uses of the same seed."""
 
 
 @dataclass(frozen=True)
 class SampleSizes:
-    """How many texts of each kind. Of ``random``, those that are answered already count."""
+    """Number of texts of each kind. For ``random``, texts that are already answered count."""
 
     random: int = 100
     disagree: int = 50
@@ -315,9 +316,9 @@ class SampleSizes:
 
 
 def random_order(row_N: Ints, seed: int) -> Ints:
-    """int64[N]: places of the rows in the order in which the random sample takes them.
+    """int64[N]: indices of the rows in the order in which the random sample takes them.
 
-    A row's place among others depends on itself and the seed, so a larger sample holds the smaller one.
+    A row's rank depends only on the row and the seed, so a larger sample contains the smaller one.
     """
     return np.argsort(hash_uniform(seed ^ _KEY, row_N), kind="stable")
 
@@ -330,11 +331,11 @@ def choose(
     sizes: SampleSizes,
     seed: int,
 ) -> tuple[Ints, list[str], np.ndarray]:
-    """Places of the texts that a person is to be asked about, why each, and bool[N]: the random sample.
+    """Indices of the texts to ask about, the reason for each, and bool[N]: the random sample.
 
-    The sample is the first ``sizes.random`` of its order, those among them that are answered included, which
-    are not asked about again; the other kinds are the best of what is neither answered nor in the sample.
-    The order of the answer is chance, for what stands together is answered alike.
+    The sample is the first ``sizes.random`` rows of its order, including answered ones, which are not asked
+    about again; the other kinds take the highest-ranked texts that are neither answered nor in the sample.
+    The returned order is random, because adjacent similar texts tend to be answered alike.
     """
     order_N = random_order(row_N, seed)
     is_random_N = np.zeros(len(row_N), dtype=bool)
@@ -357,7 +358,7 @@ def choose(
 
 
 def share(right: int, asked: int) -> dict[str, Any]:
-    """A share of texts with its exact 95 % interval; None where no text has an answer."""
+    """A share of texts with its exact 95 % interval; None if no text has an answer."""
     return {
         "texts": asked,
         "right": right,
@@ -376,12 +377,12 @@ def estimate(
     trained_M: np.ndarray,
     labelled: int,
 ) -> dict[str, Any]:
-    """What the answers say of the texts that were asked about, for audit/estimate.json.
+    """Estimates from the answers to the texts that were asked about, for audit/estimate.json.
 
-    ``pseudo_labels``: of the random sample, and so of all ``labelled`` texts, without bias where all of it is
-    answered; ``trained_on``: of those in it that the student was trained on, a random sample of such;
-    ``student``: its answers on those that it was not trained on; ``asked_for``: how many of the texts of each
-    kind the teacher has right, which says nothing of others.
+    whole sample is answered; ``trained_on``: the same for those in it that the student was trained on, which
+    are a random sample of all such texts; ``student``: the student's accuracy on those it was not trained on;
+    ``asked_for``: how many texts of each kind the teacher labelled correctly, which says nothing of others.
+    kind the teacher labelled correctly, which cannot be generalised to other texts.
     """
     said_M = np.array([answers.get(row, -1) for row in row_M.tolist()])
     known_M, right_M = said_M >= 0, teacher_M == said_M
@@ -404,7 +405,7 @@ def estimate(
 
 
 def describe(found: Mapping[str, Any]) -> list[str]:
-    """Lines for people."""
+    """The result as lines of text."""
     lines = [
         f"pseudo-labels: {_describe_share(found['pseudo_labels'])}, by the random sample alone, which stands "
         f"for all {found['labelled']:,} labelled texts without bias; the other texts were chosen for being "

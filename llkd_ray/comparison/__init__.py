@@ -1,1 +1,1 @@
-"""Policies, or any other change of settings, against each other on the same labels."""
+"""Compares policies, or any other change of settings, on the same labels."""

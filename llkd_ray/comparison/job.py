@@ -1,7 +1,7 @@
-"""The trials of a comparison as Ray tasks, and its report.
+"""Runs the trials of a comparison as Ray tasks, and writes its report.
 
-A trial is one task. It writes a file after every round, so a task that is run again, by Ray or by the user,
-resumes from the last one. Texts and labels are put into the object store once, not sent with every task.
+Each trial is one task. It writes a file after every round, so a task that is repeated, by Ray or by the user,
+resumes from the last file. Texts and labels are put into the object store once, not sent with every task.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Job:
-    """One trial, with the name of its labels (the teacher's; *gold*'s is empty) and what is known of it."""
+    """One trial, with the name of its labels (the teacher's; empty for *gold*) and its known results."""
 
     entry: Entry
     digest: str
     is_selected: bool
-    """Whether --only leaves it in."""
+    """Whether --only includes it."""
     n_pool: int
     names: tuple[str, ...]
     added: tuple[Row, ...] = ()
-    """Its results from elsewhere."""
+    """Its results from other machines."""
 
     @property
     def name(self) -> str:
@@ -78,7 +78,7 @@ class Job:
         return " ".join(part for part in parts if part)
 
     def results(self) -> list[Row]:
-        """Of the sizes that are finished; its own go before those from elsewhere."""
+        """The results of the finished sizes; the trial's own take precedence over those from elsewhere."""
         entry = self.entry
         found = {row["size"]: row for row in self.added if row["size"] in entry.trial.reported}
         for facts in finished(entry.trial, self.digest):
@@ -94,13 +94,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the trials and the report of a comparison share."""
+    """The data shared by the trials and the report of a comparison."""
 
     comparison: Comparison
     store: RunStore
     texts: Texts
     labels: dict[str, Labels]
-    """By teacher; *gold*'s at the empty name."""
+    """By teacher; *gold* has the empty name."""
     scores: dict[str, Row]
     jobs: list[Job]
 
@@ -115,11 +115,11 @@ def compare(
     add: Sequence[str] = (),
     report_only: bool = False,
 ) -> dict[str, str]:
-    """Run all trials that are not finished, and write the report into ``out``.
+    """Run all unfinished trials, and write the report into ``out``.
 
-    ``base`` is the config that ``comparison.base`` stands for. Of ``only``, teachers, lines and seeds, are
-    trained; ``add`` are results.csv from elsewhere. Returns the errors of trials that failed, by name. Raises
-    ConfigError for mistakes of the user.
+    ``base`` is the config that ``comparison.base`` refers to. ``only`` limits the trials to the teachers,
+    lines and seeds it names; ``add`` lists results.csv files from elsewhere. Returns the errors of failed
+    trials, by name. Raises ConfigError for user errors.
     """
     if "://" in out:
         raise ConfigError(f"--out: {out!r} is no folder; give one that all nodes of the cluster can write to")
@@ -155,7 +155,7 @@ def compare(
 
 
 def _check(comparison: Comparison, base: Config, teachers: dict[str, Config]) -> None:
-    """Find every mistake that can be found before anything starts."""
+    """Find all mistakes that can be found before anything starts."""
     any_teacher = next(iter(teachers.values()))
     for name, teacher in teachers.items():
         _with_field(f"teachers.{name}", check, teacher)
@@ -169,7 +169,7 @@ def _check(comparison: Comparison, base: Config, teachers: dict[str, Config]) ->
 
 
 def _with_field(field: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result; the field goes before the message of a ConfigError."""
+    """The function's result; the field is prepended to the message of a ConfigError."""
     try:
         return function(*arguments)
     except ConfigError as error:
@@ -188,7 +188,7 @@ def _lines(comparison: Comparison) -> list[str]:
 
 
 def _is_selected(entry: Entry, comparison: Comparison, only: Sequence[str]) -> bool:
-    """Of each kind (teachers, lines, seeds), all are selected where none is named; *gold* has no teacher."""
+    """For each kind (teacher, line, seed), all are selected if none is named; *gold* has no teacher."""
     teachers = [name for name in only if name in comparison.teachers]
     lines = [name for name in only if name in _lines(comparison)]
     seeds = [name for name in only if name in map(str, comparison.seeds)]
@@ -200,7 +200,7 @@ def _is_selected(entry: Entry, comparison: Comparison, only: Sequence[str]) -> b
 
 
 def _write_settings(store: RunStore, comparison: Comparison, base: Config) -> None:
-    """Write the settings; refuses a folder whose texts are others, for they would be taken for these."""
+    """Write the settings; refuses a folder with other texts, whose results would be mistaken for these."""
     if store.exists(CONFIG):
         there = yaml.safe_load(store.read_bytes(CONFIG))
         now = yaml.safe_load(dump_config(base))
@@ -224,7 +224,7 @@ def _prepare(
     only: Sequence[str],
     added: Sequence[Row],
 ) -> Inputs:
-    """Read texts and labels, and list the trials with what is known of them from elsewhere."""
+    """Read texts and labels, and list the trials with their known results from elsewhere."""
     examples = Examples.open(store)
     texts = read_texts(examples, base.labels.names)
     labels = {"": gold_labels(examples, texts)}
@@ -250,7 +250,7 @@ def _prepare(
 
 @ray.remote
 def _trial_task(trial: Trial, texts: Texts, labels: Labels) -> list[dict[str, Any]]:
-    """One trial, on the task's GPU or on one thread: the tasks beside it have the other cores."""
+    """One trial, on the task's GPU or on one thread, because parallel tasks use the other cores."""
     gpu = torch.cuda.is_available() and bool(ray.get_gpu_ids())
     if not gpu:
         torch.set_num_threads(1)
@@ -259,7 +259,7 @@ def _trial_task(trial: Trial, texts: Texts, labels: Labels) -> list[dict[str, An
 
 @dataclass
 class Progress:
-    """How many trials are done."""
+    """Number of finished trials."""
 
     total: int
     done: int
@@ -277,7 +277,7 @@ class Progress:
 
 
 def _run(inputs: Inputs, display: Display) -> dict[str, str]:
-    """Run all trials that are not finished; returns the errors of those that failed, by name."""
+    """Run all unfinished trials; returns the errors of those that failed, by name."""
     selected = [job for job in inputs.jobs if job.is_selected]
     todo = [job for job in selected if not job.is_finished]
     progress = Progress(len(selected), len(selected) - len(todo))
@@ -306,7 +306,7 @@ def _run(inputs: Inputs, display: Display) -> dict[str, str]:
 
 @contextmanager
 def _submitted(jobs: Sequence[Job], inputs: Inputs) -> Iterator[dict[Any, Job]]:
-    """The tasks of the jobs, in their order; those left at the end, as after a Ctrl-C, are cancelled."""
+    """Submits the jobs in order and yields their tasks; cancels those left at the end, e.g. after Ctrl-C."""
     for job in jobs:
         _check_gpus(job.entry.trial.config.student.gpus)
     texts = ray.put(inputs.texts)
@@ -325,7 +325,7 @@ def _submitted(jobs: Sequence[Job], inputs: Inputs) -> Iterator[dict[Any, Job]]:
 
 
 def _check_gpus(share: float) -> None:
-    """Refuse trials that would never get a GPU."""
+    """Reject trials that would never get a GPU."""
     there = ray.cluster_resources().get("GPU", 0)
     if share > there and os.environ.get("LLKD_AUTOSCALING") != "1":
         raise ConfigError(
@@ -334,7 +334,7 @@ def _check_gpus(share: float) -> None:
 
 
 def _reason(error: RayError) -> str:
-    """One line: the error of the trial's own code, or what happened to its process."""
+    """The reason in one line: the error of the trial's own code, or what happened to its process."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     text = str(cause).strip().split("\n")[0]
     return f"{type(cause).__name__}: {text}"
@@ -351,7 +351,7 @@ def _describe(figures: Sequence[dict[str, Any]]) -> str:
 
 
 def _report(inputs: Inputs, display: Display) -> None:
-    """Write the report from the files of the trials that are finished."""
+    """Write the report from the files of the finished trials."""
     tables, results, missing = tables_of(inputs)
     write_comparison(
         inputs.store,
@@ -365,7 +365,7 @@ def _report(inputs: Inputs, display: Display) -> None:
 
 
 def tables_of(inputs: Inputs) -> tuple[Tables, list[Row], int]:
-    """Tables and results of the finished trials, and the number of those that are not finished."""
+    """Tables and results of the finished trials, and the number of unfinished ones."""
     n_pool = len(inputs.texts.pool)
     results, missing = [], 0
     for job in inputs.jobs:

@@ -1,4 +1,4 @@
-"""The files of a comparison: tables as CSV and Markdown, learning curves, and one offline page."""
+"""Writes the files of a comparison: tables as CSV and Markdown, learning curves, and one offline page."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ TEXT_COLUMNS = ("teacher", "line")
 def write_comparison(
     store: RunStore, tables: Tables, results: Sequence[Row], *, settings: str, missing: int, trials: int
 ) -> None:
-    """Write all files of a comparison's report; ``missing`` of its ``trials`` are not finished."""
+    """Write all files of a comparison's report; ``missing`` of its ``trials`` are unfinished."""
     store.write_bytes(RESULTS, _csv(pd.DataFrame(results, columns=result_columns(tables.names))))
     store.write_bytes(SUMMARY, _csv(summary_frame(tables)))
     store.write_bytes(PER_CLASS, _csv(class_frame(tables)))
@@ -123,15 +123,15 @@ def _difference(mean: Mean, reference: str) -> str:
 
 
 def read_results(file: str | Path, names: Sequence[str]) -> list[Row]:
-    """The rows of a ``results.csv``, perhaps of another machine.
+    """The rows of a ``results.csv``, possibly from another machine.
 
-    Raises ConfigError where the file is none, is of other classes, or holds what is not a number.
+    Raises ConfigError if the file is not a results.csv, has other classes, or contains a non-numeric value.
     """
     try:
         frame = pd.read_csv(
             Path(file),
             dtype=dict.fromkeys(TEXT_COLUMNS, str),
-            keep_default_na=False,  # a teacher may be called NA
+            keep_default_na=False,  # a teacher may be named "NA"
             na_values={"agreement": ""},
         )
     except (OSError, ValueError) as error:
@@ -154,7 +154,7 @@ def read_results(file: str | Path, names: Sequence[str]) -> list[Row]:
 
 
 def summary_frame(tables: Tables) -> pd.DataFrame:
-    """One row a cell; ``_ci`` is half the width of the 95 % interval, ``_n`` the number of seeds."""
+    """One row per cell; ``_ci`` is half the width of the 95 % interval, ``_n`` the number of seeds."""
     differences = (f"{name}_over_{reference}" for reference in BASELINES for name in SCORES)
     suffixes = {"mean": "", "half": "_ci", "n": "_n"}
     columns = {
@@ -166,7 +166,7 @@ def summary_frame(tables: Tables) -> pd.DataFrame:
 
 
 def class_frame(tables: Tables) -> pd.DataFrame:
-    """One row a class and cell."""
+    """One row per class and cell."""
     of_class = {name: tables.means.xs(f1_column(name), axis=1, level=1) for name in tables.names}
     frame = pd.concat(of_class, names=["class", *CELL])
     return frame.rename(columns={"mean": "f1", "half": "f1_ci"}).reset_index()
@@ -221,20 +221,20 @@ def _head(header: Sequence[str]) -> list[str]:
     return [f"| {' | '.join(markdown(name) for name in header)} |", f"| {' | '.join(rule)} |"]
 
 
-# Okabe & Ito's colours, without the yellow, which is too pale for a line on white.
+# The colours of Okabe & Ito, without yellow, which is too pale for a line on white.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 RANDOM_COLOUR = "#7F7F7F"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-# Of what has no budget; all are black and differ by dashes.
+# Line styles for results without a budget; all are black and differ by dashes.
 LEVELS: dict[str, Any] = {GOLD: (0, (6, 2)), ALL: (0, (1.5, 1.5)), TEACHER: (0, (6, 2, 1, 2))}
 PANEL_INCHES = (3.7, 2.9)
 PANELS_A_ROW = 3
 AXES = {"macro_f1": "macro-F1", "agreement": "agreement with the teacher"}
-"""The measures that curves are drawn of, as their axes name them."""
+"""The measures with learning curves, with their axis labels."""
 
 
 def learning_curve(tables: Tables, measure: str = "macro_f1") -> Figure:
-    """A measure against the texts trained on, a panel a teacher; bands are 95 % intervals over seeds."""
+    """A measure against the texts trained on, one panel per teacher; bands are 95 % intervals over seeds."""
     n = len(tables.teachers)
     columns = min(n, PANELS_A_ROW)
     rows = -(-n // columns)
@@ -290,12 +290,12 @@ def _panel(axes: Axes, tables: Tables, teacher: str, measure: str) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     axes.xaxis.set_major_formatter(lambda value, _: count(value))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    axes.set_xlim(0, 1.05 * tables.sizes[-1])  # The same in all panels, and there before the first trial.
+    axes.set_xlim(0, 1.05 * tables.sizes[-1])  # The same in all panels, even before the first trial.
 
 
 def _fit(axes: Axes) -> None:
-    """Let the lines decide the height of a panel: with few seeds, bands can be wider than all of [0, 1]."""
-    # Lines without a name of their own are the caps of error bars.
+    """Fit a panel's height to its lines: with few seeds, bands can be wider than all of [0, 1]."""
+    # Lines whose label begins with an underscore are the caps of error bars.
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
     values = [float(y) for line in lines for y in np.atleast_1d(line.get_ydata())]
     if not values:  # No trial is finished yet.
@@ -310,7 +310,7 @@ def _colours(lines: Sequence[str]) -> dict[str, str]:
 
 
 def describe(tables: Tables, measure: str = "macro_f1") -> str:
-    """The figure in words, for people who cannot see it."""
+    """The figure as text, for people who cannot see it."""
     size, teacher = tables.sizes[-1], tables.teachers[-1]
     means = ((line, tables.mean(teacher, line, size, measure)) for line in tables.lines)
     ends = ", ".join(f"{line} {percent(mean.mean)}" for line, mean in means if mean)

@@ -1,8 +1,8 @@
-"""What a comparison is made of: its settings, its trials, and the texts and labels that they share.
+"""The settings of a comparison, and the trials, texts and labels derived from them.
 
-A comparison trains lines (a policy, or any other change of settings) for every teacher and seed, on labels
-that are recorded. Three lines always come with it: *gold*, the student's upper
-bound, *all pseudo-labels*, and *random*.
+A comparison trains several lines (a policy, or any other change of settings) for every teacher and seed, on
+recorded labels. Three reference lines are always included: *gold* (the student's upper bound), *all
+pseudo-labels*, and *random*.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REFERENCES: dict[str, dict[str, dict[str, Any]]] = {
     ALL: {"selection": {"policy": "all", "options": {}, "quota": "off", "prior": "off"}},
     RANDOM: {"selection": {"policy": "random", "options": {}, "quota": "off", "prior": "off"}},
 }
-"""Lines that every comparison has; *gold* is trained on the true labels, for any teacher."""
+"""Lines included in every comparison; *gold* is trained on the true labels and needs no teacher."""
 
 
 class Comparison(Section):
@@ -87,7 +87,7 @@ class Entry:
     """One trial of the comparison, by name."""
 
     teacher: str
-    """The empty name for *gold*, which has none."""
+    """Empty for *gold*, which has no teacher."""
     line: str
     trial: Trial
 
@@ -97,9 +97,9 @@ class Entry:
 
 
 def entries(comparison: Comparison, base: Config, n_pool: int, folder: Path) -> list[Entry]:
-    """All trials: those of the smallest seeds first, so that a table is whole early.
+    """All trials, the smallest seeds first, so that complete tables are available early.
 
-    Raises ConfigError where a line's changes do not fit, or the pool is too small for the sizes.
+    Raises ConfigError if a line's changes are invalid, or if the pool is too small for the sizes.
     """
     small = tuple(math.floor(share * n_pool + 0.5) for share in comparison.sizes)
     reported = tuple(math.floor(share * n_pool + 0.5) for share in comparison.reported)
@@ -108,7 +108,7 @@ def entries(comparison: Comparison, base: Config, n_pool: int, folder: Path) -> 
             f"sizes: {list(comparison.sizes)} of a pool of {n_pool} texts makes {list(small)}; every round "
             "needs a text at least: take larger shares, further apart"
         )
-    # Lines of the comparison may say otherwise, the references by the names above never.
+    # A comparison may redefine *random*; the names *gold* and *all* are reserved.
     lines = {**REFERENCES, **comparison.lines}
     found = []
     for seed in comparison.seeds:
@@ -122,9 +122,9 @@ def entries(comparison: Comparison, base: Config, n_pool: int, folder: Path) -> 
 
 
 def changed(base: Config, changes: Mapping[str, Any], seed: int) -> Config:
-    """The base config with a line's changes; all labels are there from the start unless it says otherwise.
+    """The base config with a line's changes; all labels exist from the start unless the line changes that.
 
-    Raises ConfigError where the changes do not fit, or ask for what a trial cannot do.
+    Raises ConfigError if the changes are invalid, or require what a trial cannot do.
     """
     tree = base.model_dump()
     tree["run"]["seed"] = seed
@@ -150,7 +150,7 @@ LABELLING_DIR = "labelling"
 
 
 def teacher_config(base: Config, changes: dict[str, Any]) -> Config:
-    """The base with another teacher: section by section, what is not named stays."""
+    """The base with another teacher, merged section by section; settings not named are kept."""
     tree = base.model_dump()
     tree["teacher"] = _merged(tree["teacher"], changes)
     return with_absolute_paths(parse_config(tree))
@@ -163,7 +163,7 @@ def _merged(under: Any, over: Any) -> Any:
 
 
 def run_labelling(name: str, config: Config, store: RunStore, display: Display) -> None:
-    """Let an LLM label pool and test set in a run of its own, which is resumed or, if finished, kept."""
+    """Label pool and test set with an LLM in a separate run, which is resumed or, if finished, reused."""
     run_dir = labelling_dir(store, name)
     run = RunStore(run_dir)
     settings = labelling_config(config)
@@ -185,7 +185,7 @@ def labelling_dir(store: RunStore, name: str) -> str:
 
 
 def labelling_config(config: Config) -> Config:
-    """A run that has every text labelled, none held out; its student is not used."""
+    """A config that labels every text, with no hold-out; the run's student is not used."""
     tree = config.model_dump()
     tree["selection"] = {"policy": "all"}
     tree["acquisition"] = {"policy": "sequential", "explore": 0.0}

@@ -1,8 +1,8 @@
-"""The figures of a comparison: means over seeds, paired differences, and tables like a paper's. Pure.
+"""The figures of a comparison: means over seeds, paired differences, and the tables of the report. Pure.
 
-An interval here is a 95 % interval of the mean over seeds by Student's t. It says how far chance in the
-student's start, the order of the texts and the draws of the policies moves a figure; it does not cover other
-test texts, nor other teachers. With one seed there is none.
+Every interval here is a 95 % interval of the mean over seeds, by Student's t. It covers the randomness of the
+student's initialisation, the order of the texts and the sampling of the policies; it does not cover other
+test texts or other teachers. With one seed there is no interval.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def f1_column(name: str) -> str:
 
 
 def result_columns(names: Sequence[str]) -> list[str]:
-    """The columns of results.csv, for classes of these names."""
+    """The columns of results.csv, for classes with these names."""
     return [*CELL, "seed", *MEASURES, *map(f1_column, names)]
 
 
 def scores_of(facts: Mapping[str, Any], names: Sequence[str]) -> Row:
-    """The measures on the test set, from the facts that ``trial.against_gold`` gives."""
+    """The measures on the test set, from the facts that ``trial.against_gold`` returns."""
     by_class = {f1_column(name): f1 for name, f1 in zip(names, facts["f1_by_class"], strict=True)}
     return {name: facts[name] for name in (*SCORES, "ece")} | by_class
 
@@ -60,7 +60,7 @@ def result_row(
 ) -> Row:
     """The row of a trial at one size, from the facts of ``trial.run_trial``.
 
-    *gold* has no teacher (the empty name) and so no agreement with one (None).
+    *gold* has no teacher (the empty name), and therefore no agreement (None).
     """
     kept = ("agreement", "pseudo_label_accuracy", "trained", "labelled", "teacher_tokens")
     return {
@@ -87,23 +87,23 @@ class Mean(NamedTuple):
 
 @dataclass(frozen=True)
 class Tables:
-    """All that a comparison's report says."""
+    """The data of a comparison's report."""
 
     teachers: tuple[str, ...]
-    """With OVER_TEACHERS at the end where there are several."""
+    """With OVER_TEACHERS at the end if there are several."""
     lines: tuple[str, ...]
-    """Those with a budget, *random* first."""
+    """The lines with a budget, *random* first."""
     sizes: tuple[int, ...]
     n_pool: int
     names: tuple[str, ...]
     """The classes."""
     n_seeds: int
     means: pd.DataFrame
-    """A row for each CELL; columns are (``mean``, ``half`` or ``n``; measure). What has no budget (*gold*,
-    *all*, the teacher itself) has the pool's size. ``macro_f1_over_random`` is a paired difference."""
+    """One row per CELL; columns are (``mean``, ``half`` or ``n``; measure). Lines without a budget (*gold*,
+    *all*, the teacher itself) have the pool's size. ``macro_f1_over_random`` is a paired difference."""
 
     def mean(self, teacher: str, line: str, size: int, measure: str) -> Mean | None:
-        """None where no trial tells."""
+        """None if no trial has a value."""
         key = (teacher, line, size)
         if key not in self.means.index:
             return None
@@ -122,7 +122,7 @@ def tabulate(
     names: Sequence[str],
     n_seeds: int,
 ) -> Tables:
-    """Means and differences of the trials that are finished; ``scores`` are the teachers' own, in order."""
+    """Means and differences of the finished trials; ``scores`` are the teachers' own scores, in order."""
     measures = [*MEASURES, *map(f1_column, names)]
     own = [
         {"teacher": teacher, "line": TEACHER, "size": n_pool, "seed": 0, **score}
@@ -157,7 +157,7 @@ def tabulate(
 
 
 def _with_differences(frame: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """The scores above the reference of the same teacher and seed; *random* is that of the same size."""
+    """The scores minus those of the reference (same teacher and seed; for *random*, also the same size)."""
     pair = ["teacher", "seed", *(["size"] if reference == RANDOM else [])]
     others = frame.loc[frame["line"] == reference, [*pair, *SCORES]]
     paired = frame.merge(others, on=pair, how="left", suffixes=("", " of reference"))
@@ -180,18 +180,18 @@ class TableCell(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The rows of one teacher: the row's name, and its cells."""
+    """The rows of one teacher, as (row name, cells)."""
 
     teacher: str
     rows: list[tuple[str, list[TableCell]]]
 
 
 def describe_size(size: int, n_pool: int) -> str:
-    return f"{size:,} texts ({round(100 * size / n_pool, 1):g}\u202f%)"  # A narrow space that does not break.
+    return f"{size:,} texts ({round(100 * size / n_pool, 1):g}\u202f%)"  # A narrow no-break space.
 
 
 def points(mean: Mean | None, n_seeds: int, signed: bool = False) -> str:
-    """In percent or percentage points, with interval; the number of seeds where it is not the usual one."""
+    """In percent or percentage points, with interval, and the number of seeds unless it is ``n_seeds``."""
     if mean is None:
         return MISSING
     text = f"{100 * mean.mean:{'+' if signed else ''}.1f}".replace("-", "−")
@@ -201,9 +201,9 @@ def points(mean: Mean | None, n_seeds: int, signed: bool = False) -> str:
 
 
 def score_table(tables: Tables, measure: str) -> tuple[list[str], list[Group]]:
-    """Lines by budgets, one group a teacher; the last column is of what has no budget.
+    """Lines by budgets, one group per teacher; the last column is for lines without a budget.
 
-    Agreement is with the teacher, so the teacher itself and *gold*, which has none, are left out of its rows.
+    For agreement, the teacher itself and *gold* (which has no teacher) are left out of the rows.
     """
     header = [*(describe_size(size, tables.n_pool) for size in tables.sizes), "no budget"]
     blank = [TableCell("")] * len(tables.sizes)
@@ -227,14 +227,14 @@ def score_table(tables: Tables, measure: str) -> tuple[list[str], list[Group]]:
 
 
 def best_line(tables: Tables, teacher: str, size: int, measure: str) -> str | None:
-    """The line with the highest mean; None where there are not two to compare."""
+    """The line with the highest mean; None if there are fewer than two to compare."""
     found = {line: tables.mean(teacher, line, size, measure) for line in tables.lines}
     means = {line: mean.mean for line, mean in found.items() if mean}
     return max(means, key=lambda line: means[line]) if len(means) > 1 else None
 
 
 def difference_table(tables: Tables, measure: str) -> tuple[list[str], list[Group]]:
-    """How far the lines are above *random* at the same budget and above all pseudo-labels."""
+    """How far the lines are above *random* at the same budget, and above all pseudo-labels."""
     columns = [(size, reference) for size in tables.sizes for reference in BASELINES]
     header = [
         f"{describe_size(size, tables.n_pool)}, over {TITLES.get(reference, reference)}"
@@ -251,7 +251,7 @@ def difference_table(tables: Tables, measure: str) -> tuple[list[str], list[Grou
 
 
 def cost_table(tables: Tables) -> tuple[list[str], list[Group]]:
-    """What each line took: texts trained on and labelled, the teacher's tokens, how right its labels were."""
+    """The cost of each line: texts trained on and labelled, teacher tokens, and accuracy of its labels."""
     counts = ("trained", "labelled", "teacher_tokens")
     header = ["budget", *(MEASURES[name] for name in (*counts, "trained_share", "pseudo_label_accuracy"))]
     cells = [(line, size) for line in tables.lines for size in tables.sizes]
@@ -273,7 +273,7 @@ def cost_table(tables: Tables) -> tuple[list[str], list[Group]]:
 
 
 def class_table(tables: Tables, teacher: str) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
-    """F1 of each class (rows) by each line at the largest budget, and by what has no budget."""
+    """F1 of each class (rows), for each line at the largest budget and for lines without a budget."""
     columns = [(line, tables.sizes[-1]) for line in tables.lines]
     columns += [(line, tables.n_pool) for line in (ALL, GOLD, TEACHER)]
     rows = []

@@ -1,11 +1,11 @@
 """A trial: one line of a comparison on recorded labels, with one seed, in one process and without Ray.
 
-The rounds are those of a run (``loop.py``): acquire, score, select, train, evaluate. The table, the policies
-and the student are the same code; what a run gets from its teacher is here read from a matrix, so no text is
-labelled twice however many trials there are. Every round leaves a file, so a trial that was killed, or one
-with a larger budget, resumes from the files. One difference: here the student is done with a round
-before the next texts are acquired; in a run the teacher reads meanwhile, so acquisition sees the opinion of
-the student before.
+The rounds are those of a run (``run.loop``): acquire, score, select, train, evaluate. Table, policies and
+student use the same code; the teacher's answers, however, are read from a matrix, so no text is labelled
+twice, regardless of the number of trials. Every round writes a file, so a trial that was killed, or one
+with a larger budget, resumes from the files. One difference: in a trial the student finishes a round before
+the next texts are acquired; in a run the teacher labels at the same time, so acquisition uses the student's
+scores of the previous round.
 
 Shapes in names: N texts of the pool, T texts of the test set, M texts of a round, C classes.
 """
@@ -39,7 +39,7 @@ from llkd_ray.student.model import build_student
 from llkd_ray.student.train import Batch, train_round
 from llkd_ray.teacher.recorded import read_recorded
 
-# First word of the seed of each generator, so that no two share a stream.
+# First word of the seed of each generator, so that no two share a random stream.
 _ACQUIRE_SEED = 2
 CPU = torch.device("cpu")
 
@@ -61,19 +61,19 @@ class Labels:
 
     p_NC: Floats
     tokens_N: Ints
-    """Prompt tokens of each text; zero where they are not recorded."""
+    """Prompt tokens of each text; zero if they are not recorded."""
     digest: str
-    """Stands for the labels where results are looked up."""
+    """Hash of the labels, used to look up results."""
     test_label_T: Ints | None = None
-    """What the teacher says of the test texts; None for the truth itself, which is no teacher's."""
+    """The teacher's answers on the test texts; None for the true labels, which come from no teacher."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What is tried: a config, the texts trained on after each round, and where results are kept."""
+    """What a trial runs: a config, the texts trained on after each round, and where results are stored."""
 
     config: Config
-    """``selection``, ``acquisition``, ``student``, ``run.seed`` and the labels' share of ``budget``."""
+    """``selection``, ``acquisition``, ``student``, ``run.seed`` and the label counts of ``budget``."""
     sizes: tuple[int, ...]
     """Texts trained on after each round, ascending."""
     reported: tuple[int, ...]
@@ -82,20 +82,20 @@ class Trial:
 
     @cached_property
     def policy(self) -> SelectionPolicy:
-        """Raises ConfigError where the policy or one of its options is unknown."""
+        """Raises ConfigError if the policy or one of its options is unknown."""
         return find_selection(self.config.selection)
 
     @cached_property
     def acquisition(self) -> AcquisitionPolicy:
-        """Raises ConfigError where the policy is unknown."""
+        """Raises ConfigError if the policy is unknown."""
         return find_acquisition(self.config.acquisition)
 
     def round_selection(self, table: ScoreTable, k: int) -> RoundSelection:
-        """The selection of round ``k``, from all labels that are there by then."""
+        """The selection of round ``k``, from all labels that exist by then."""
         return RoundSelection(self.config, self.policy, self.acquisition, table, k, tickets_below=k + 1)
 
     def key(self, digest: str, k: int) -> str:
-        """Stands for all that decides the result of round ``k``: a later size does not."""
+        """Hash of everything that determines the result of round ``k``; later sizes are not part of it."""
         config = self.config
         decisive = {
             "labels": digest,
@@ -104,7 +104,7 @@ class Trial:
             "seed": config.run.seed,
             "student": config.student.model_dump(mode="json"),
             "selection": config.selection.model_dump(mode="json") | self._exponents,
-            # With `off` the known shares are not used, which the exponents do not show.
+            # With `off` the known shares are not used, which the exponents alone do not show.
             "known_prior": () if config.selection.prior == "off" else config.labels.known_prior,
             "acquisition": config.acquisition.model_dump(mode="json") if self._labels_grow else None,
             "budget": [config.budget.labels, config.budget.first_labels] if self._labels_grow else None,
@@ -118,7 +118,7 @@ class Trial:
 
     @property
     def _exponents(self) -> dict[str, float | None]:
-        """The values in effect, so that a new default of a policy changes the key."""
+        """The values in effect, so that a changed default of a policy changes the key."""
         policy, selection = self.policy, self.config.selection
         return {
             "quota": effective(selection.quota, policy.quota),
@@ -130,7 +130,7 @@ class Trial:
         return self.config.budget.first_labels < 1 or self.config.budget.labels is not None
 
     def labelled_before(self, k: int, n_pool: int) -> int:
-        """Texts that the teacher has labelled before round ``k``; as ``schedule.tickets_before``."""
+        """Number of texts the teacher has labelled before round ``k``; like ``schedule.tickets_before``."""
         budget = self.config.budget
         total = min(budget.labels or n_pool, n_pool)
         first = max(budget.first_labels, 1 / len(self.sizes))
@@ -144,10 +144,10 @@ class State:
 
     table: ScoreTable
     row_M: Ints
-    """What is selected so far, in order of selection."""
+    """The rows selected so far, in order of selection."""
     weight_M: Floats
     opinion: tuple[int, Ints, Floats] | None = None
-    """The last round after which the student was asked, the rows, and its answers float[M, C]."""
+    """The last round after which the student scored texts, their rows, and its answers float[M, C]."""
 
 
 def run_trial(
@@ -158,7 +158,7 @@ def run_trial(
     *,
     device: torch.device = CPU,
 ) -> list[dict[str, Any]]:
-    """The figures at every reported size, from files where they exist; ``say`` reports each new one."""
+    """The figures at every reported size, from files if they exist; ``say`` reports each new one."""
     state = State(_empty_table(labels), np.empty(0, dtype=np.int64), np.empty(0))
     figures = []
     for k in range(len(trial.sizes)):
@@ -173,7 +173,7 @@ def run_trial(
 
 
 def finished(trial: Trial, digest: str) -> list[dict[str, Any]]:
-    """The figures of the reported sizes that are in files already, for labels of this digest."""
+    """The figures of the reported sizes that already have a file, for labels with this digest."""
     figures = []
     for k, size in enumerate(trial.sizes):
         file = trial.folder / f"{trial.key(digest, k)}.npz"
@@ -184,15 +184,15 @@ def finished(trial: Trial, digest: str) -> list[dict[str, Any]]:
 
 
 def _uses_student(trial: Trial, k: int) -> bool:
-    """Whether the student's opinion after round ``k`` decides anything."""
+    """Whether the student's scores after round ``k`` affect any later result."""
     asks = trial.policy.uses_student or trial.acquisition.uses_student
     return asks and k < len(trial.sizes) - 1
 
 
 def _is_enough(trial: Trial, k: int, file: Path) -> bool:
-    """Whether the round's file holds what this trial needs of it.
+    """Whether the round's file contains everything this trial needs.
 
-    A trial with fewer sizes, or that reports fewer, leaves the same file with less in it.
+    A trial with fewer sizes, or with fewer reported ones, writes the same file with less content.
     """
     if not file.exists():
         return False
@@ -203,7 +203,7 @@ def _is_enough(trial: Trial, k: int, file: Path) -> bool:
 
 
 def _holds(file: Path) -> tuple[bool, bool]:
-    """Whether a round's file has the student's opinion of the pool, and its worth on the test set."""
+    """Whether a round's file contains the student's scores of the pool, and its test-set evaluation."""
     if not file.exists():
         return False, False
     with np.load(file) as saved:
@@ -213,7 +213,7 @@ def _holds(file: Path) -> tuple[bool, bool]:
 def _advance(
     trial: Trial, texts: Texts, labels: Labels, state: State, k: int, file: Path, device: torch.device
 ) -> None:
-    """One round; what the next one and the report need of it goes to ``file``, by rename."""
+    """Run one round; writes what the next round and the report need to ``file``, by rename."""
     began = time.monotonic()
     config, table = trial.config, state.table
     read_M = _acquire(trial, labels, state, k)
@@ -223,12 +223,12 @@ def _advance(
         "row": np.concatenate([state.row_M, chosen.row_M]),
         "weight": np.concatenate([state.weight_M, chosen.weight_M]),
     }
-    # What another trial has written to the file stays in it.
+    # Results that another trial has written to the file are kept.
     is_scored, is_evaluated = _holds(file)
     reported = is_evaluated or trial.sizes[k] in trial.reported
     uses_student = is_scored or _uses_student(trial, k)
     facts: dict[str, Any] = {"size": trial.sizes[k], "trained": int(arrays["row"].size)}
-    # Every round starts from the pre-trained weights, so one that is neither reported nor used is skipped.
+    # Every round starts from the pre-trained weights, so a round neither reported nor used can be skipped.
     if reported or uses_student:
         row_M, label_M = arrays["row"], table.label[arrays["row"]]
         batch = Batch(
@@ -270,7 +270,7 @@ def _advance(
 
 
 def _acquire(trial: Trial, labels: Labels, state: State, k: int) -> Ints:
-    """Let the teacher label what the acquisition policy chooses before round ``k``; returns the rows."""
+    """Label what the acquisition policy chooses before round ``k``; returns the rows."""
     table = state.table
     n = trial.labelled_before(k, len(table)) - table.count_labelled()
     config = trial.config
@@ -279,12 +279,12 @@ def _acquire(trial: Trial, labels: Labels, state: State, k: int) -> Ints:
     row_M = trial.acquisition.choose(table.unread(), n, rng, seed=seed, explore=explore)
     _note_labels(table, labels, row_M, k)
     if state.opinion is not None:
-        _refresh(table, *state.opinion)  # the student's support of the new labels
+        _refresh(table, *state.opinion)  # the student's support for the new labels
     return row_M
 
 
 def _restore(file: Path, state: State, labels: Labels, k: int) -> dict[str, Any]:
-    """Bring the state to the end of round ``k``; returns the round's facts."""
+    """Restore the state to the end of round ``k``; returns the round's facts."""
     with np.load(file) as saved:
         _note_labels(state.table, labels, saved["read"], k)
         state.row_M, state.weight_M = saved["row"], saved["weight"]
@@ -311,7 +311,7 @@ def _note_labels(table: ScoreTable, labels: Labels, row_M: Ints, k: int) -> None
 
 
 def against_gold(texts: Texts, p_TC: Floats) -> dict[str, Any]:
-    """Answers on the test set against the truth: accuracy, macro-F1, calibration error, F1 of each class."""
+    """Test-set answers against gold: accuracy, macro-F1, calibration error, F1 of each class."""
     scores = classification(texts.gold_T, p_TC, len(texts.names))
     by_class_C = f1_score(
         texts.gold_T, p_TC.argmax(axis=1), labels=range(len(texts.names)), average=None, zero_division=0
@@ -325,7 +325,7 @@ def against_gold(texts: Texts, p_TC: Floats) -> dict[str, Any]:
 
 
 def read_texts(examples: Examples, names: Sequence[str]) -> Texts:
-    """All texts, into memory; raises ConfigError where gold is missing: a comparison cannot do without."""
+    """Read all texts into memory; raises ConfigError if gold is missing, which a comparison requires."""
     table = examples.read(np.arange(examples.n_rows), ["text", "gold"])
     text, gold_N = table["text"].to_pylist(), table["gold"].to_numpy().astype(np.int64)
     if not examples.n_test or (gold_N < 0).any():
@@ -339,7 +339,7 @@ def read_texts(examples: Examples, names: Sequence[str]) -> Texts:
 def read_teacher(config: Config, examples: Examples) -> tuple[Labels, Floats]:
     """A recorded teacher's labels of the pool, and its answers on the test set, float[T, C].
 
-    Raises ConfigError where a text has no answer.
+    Raises ConfigError if a text has no answer.
     """
     if config.teacher.recorded is None:
         raise ConfigError("teacher.kind: a comparison needs recorded answers, such as the labels/ of a run")
@@ -357,13 +357,13 @@ def read_teacher(config: Config, examples: Examples) -> tuple[Labels, Floats]:
 
 
 def gold_labels(examples: Examples, texts: Texts) -> Labels:
-    """The true labels in the form of a teacher's."""
+    """The true labels, in the form of a teacher's labels."""
     ids = examples.read(np.arange(examples.n_pool), ["id"])["id"].to_pylist()
     return labels_of(ids, np.eye(len(texts.names))[texts.gold_N], np.zeros(len(ids), dtype=np.int64))
 
 
 def labels_of(ids: Sequence[str], p_NC: Floats, tokens_N: Ints) -> Labels:
-    """Labels of the texts with these ids; the digest is of ids and distributions."""
+    """Labels of the texts with these ids; the digest covers ids and distributions."""
     digest = hashlib.blake2b("\n".join(ids).encode(), digest_size=8)
     digest.update(np.round(p_NC, 6).astype(np.float32).tobytes())
     return Labels(p_NC, tokens_N, digest.hexdigest())

@@ -17,7 +17,7 @@ from llkd_ray.config.teacher import TeacherConfig
 
 
 class SourceConfig(Section):
-    """Where texts come from. Used for the corpus (the pool) and for the test set."""
+    """Source of texts. Used for the corpus (the pool) and for the test set."""
 
     uri: DataUris = Field(
         description="Files, globs or folders (parquet, jsonl[.gz|.zst], csv, txt), local or on any "
@@ -88,7 +88,7 @@ class LabelsConfig(Section):
 
 
 class StudentConfig(Section):
-    """The small model that learns; any Hugging Face checkpoint for sequence classification."""
+    """The small model to train; any Hugging Face checkpoint usable for sequence classification."""
 
     model: Model = Field(
         description="Checkpoint folder, hub name, or 'minilm': the all-MiniLM-L6-v2 weights of the "
@@ -202,7 +202,7 @@ class SelectionConfig(Section):
 
 
 class AcquisitionConfig(Section):
-    """Which texts the teacher reads next."""
+    """Which texts the teacher labels next."""
 
     policy: str = Field("random", description="A name from llkd_ray/selection/acquisition.py.")
     explore: float = Field(
@@ -211,7 +211,7 @@ class AcquisitionConfig(Section):
 
 
 class CapConfig(Section):
-    """What all teachers of a run together may use, test set and repeated attempts included; a hard limit."""
+    """Hard limit on the usage of all teachers of a run together, including the test set and retries."""
 
     texts: int | None = Field(None, ge=1, description="Texts that teachers read.")
     tokens: int | None = Field(
@@ -225,7 +225,7 @@ class CapConfig(Section):
 
 
 class BudgetConfig(Section):
-    """Where the run ends: at the first of these."""
+    """When the run ends: at the first limit reached."""
 
     cap: CapConfig = Field(default_factory=CapConfig)
 
@@ -288,7 +288,7 @@ class EvaluationConfig(Section):
 
 
 class RunConfig(Section):
-    """Where results go, and chance."""
+    """Output location, random seed, trackers and Ray cluster."""
 
     dir: ResultDir = Field(
         "runs", description="Folder, or URI on any pyarrow filesystem, that holds the runs."
@@ -305,7 +305,7 @@ class RunConfig(Section):
 
 
 class Config(Section):
-    """One run, whole."""
+    """All settings of one run."""
 
     corpus: SourceConfig
     test: SourceConfig | None = Field(None, description="Gold-labelled texts for evaluation; optional.")

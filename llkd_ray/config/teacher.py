@@ -20,7 +20,7 @@ class Demonstration(Section):
 
 
 class DrawnDemonstrations(Section):
-    """Few-shot examples drawn from a file of labelled texts, as many of each class."""
+    """Few-shot examples drawn from a file of labelled texts, the same number for each class."""
 
     uri: DataUri = Field(description="A file, a glob or a folder, in any format that the corpus may have.")
     text: str = Field("text", description="Column that holds the text.")
@@ -31,7 +31,7 @@ class DrawnDemonstrations(Section):
 
 
 class PromptConfig(Section):
-    """How a text is put to the teacher; the text comes last, so all before it is a cached prefix."""
+    """How the prompt is built; the text comes last, so everything before it is a cacheable prefix."""
 
     instruction: str = Field(
         "Classify the text into exactly one of the categories.",
@@ -66,7 +66,7 @@ class PromptConfig(Section):
 
 
 class RecordedConfig(Section):
-    """Label distributions answered earlier: from a parquet file, or the labels/ folder of a run."""
+    """Recorded label distributions: from a parquet file, or from the labels/ folder of a run."""
 
     uri: DataUri = Field(description="A parquet file, a glob or a folder.")
     probs: str = Field("probs", description="Column with one list of C probabilities a row.")
@@ -75,7 +75,7 @@ class RecordedConfig(Section):
 
 
 class ServerConfig(Section):
-    """A server that speaks the OpenAI protocol: vLLM, SGLang, llama.cpp, TGI, a cloud."""
+    """A server with the OpenAI protocol: vLLM, SGLang, llama.cpp, TGI, or a cloud service."""
 
     base_url: str = Field(
         description="Up to and with the version, such as http://127.0.0.1:8000/v1.", pattern=r"^https?://\S+$"
@@ -108,7 +108,7 @@ class ServerConfig(Section):
 
 
 class ConfidenceConfig(Section):
-    """What is made of a teacher's answers before anything is chosen by them."""
+    """How a teacher's answers are turned into confidence values before they are used for selection."""
 
     method: Literal["raw", "batch", "temperature", "votes"] = Field(
         "raw",
@@ -124,7 +124,7 @@ class ConfidenceConfig(Section):
 
 
 class PriceConfig(Section):
-    """What a teacher costs, in one currency for all of a run."""
+    """The price of a teacher, in a single currency for the whole run."""
 
     currency: str = "USD"
     input: float = Field(0.0, ge=0, description="For a million prompt tokens.")
@@ -152,7 +152,7 @@ class PriceConfig(Section):
 
 
 class CascadeConfig(Section):
-    """Two teachers: the small one reads everything, the large one only what is in doubt."""
+    """Two teachers: the small one labels every text, the large one only the doubtful ones."""
 
     small: TeacherConfig
     large: TeacherConfig
@@ -170,7 +170,7 @@ class CascadeConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The large model that labels."""
+    """The large model that produces the labels."""
 
     kind: Literal["vllm", "openai", "recorded", "cascade"] = "vllm"
     model: OptionalModel = Field(

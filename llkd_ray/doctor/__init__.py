@@ -1,1 +1,1 @@
-"""Checks of a set-up before a run."""
+"""Checks the set-up before a run."""

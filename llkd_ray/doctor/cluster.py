@@ -1,9 +1,9 @@
-"""Doctor's checks of Ray: the token, the cluster that is named, and whether a run finds room on it.
+"""Doctor's checks of Ray: the token, the configured cluster, and whether a run's actors fit on it.
 
-``python -m llkd_ray.doctor.cluster [ADDRESS]`` prints what Ray sees as one line of JSON. It is a program of
-its own, because Ray ends the process that it cannot connect for, and only after two minutes: the caller gives
-it a time limit. With an address it joins that cluster as a run would; without one it starts nothing, and says
-what Ray would find on this machine.
+``python -m llkd_ray.doctor.cluster [ADDRESS]`` prints Ray's view as one line of JSON. It is a separate
+program because Ray terminates a process that cannot connect, and only after two minutes: the caller sets a
+time limit. With an address it joins that cluster as a run would; without one it starts nothing, and prints
+the resources that Ray would detect on this machine.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from llkd_ray.doctor.findings import Check, Finding, ok, problem, warning
 from llkd_ray.resources import check_resources
 
 CONNECT_S = 5.0
-"""For a connection to the head's port: it is answered at once or never."""
+"""For a connection to the head's port: it is answered immediately or never."""
 JOIN_S = 45.0
-"""For joining the cluster; Ray itself gives a wrong token 20 s, and everything else two minutes."""
+"""For joining the cluster; Ray itself takes 20 s to reject a wrong token, two minutes for other errors."""
 AUTH_MODES = ("token", "disabled")
 MARK = "cluster view: "
-"""Begins the line that this program prints for us, as Ray prints lines, too."""
+"""Marks the line that this program prints for its caller, because Ray also prints lines."""
 
 
 @dataclass(frozen=True)
 class View:
-    """What Ray sees: see :func:`view`."""
+    """Ray's view of the resources; see :func:`view`."""
 
     version: str = ""
     nodes: tuple[dict[str, float], ...] = ()
@@ -45,7 +45,7 @@ class View:
 
 
 def cluster_checks(config: Config | None, environ: Mapping[str, str] = os.environ) -> list[Check]:
-    """Without a config, of the machine or of the cluster that RAY_ADDRESS names alone."""
+    """Without a config: checks of this machine, or of the cluster that RAY_ADDRESS names."""
     address, setting = cluster_address(config, environ)
     query = functools.cache(partial(query_cluster, address, setting, environ))
     checks = [
@@ -59,7 +59,7 @@ def cluster_checks(config: Config | None, environ: Mapping[str, str] = os.enviro
 
 
 def cluster_address(config: Config | None, environ: Mapping[str, str]) -> tuple[str | None, str]:
-    """The cluster that a run would join, None where it starts one, and the setting that says so."""
+    """The cluster that a run would join (None if it starts one), and the setting that names it."""
     if config is not None and config.run.address:
         address, setting = config.run.address, "run.address"
     else:
@@ -67,13 +67,13 @@ def cluster_address(config: Config | None, environ: Mapping[str, str]) -> tuple[
     return (None if address in ("", "local") else address), setting
 
 
-# --- the token
+# --- token
 
 
 def check_token(environ: Mapping[str, str], *, joins: bool) -> Finding:
-    """Whether the token that Ray would take exists, and only its owner may read it.
+    """Whether the token that Ray would use exists, and is readable by its owner only.
 
-    Ray takes RAY_AUTH_TOKEN before RAY_AUTH_TOKEN_PATH before ~/.ray/auth_token.
+    Ray's order of precedence: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token.
     """
     name = "ray token"
     mode = environ.get("RAY_AUTH_MODE", "").lower()
@@ -125,11 +125,11 @@ def _read_token(file: Path) -> str:
         return ""
 
 
-# --- the cluster
+# --- cluster
 
 
 def check_ray(address: str | None, setting: str, query: Callable[[], View]) -> Finding:
-    """Whether the cluster answers and takes us, or what a run would start here."""
+    """Whether the cluster answers and accepts the connection, or what a run would start on this machine."""
     view = query()
     if view.problem is not None:
         return view.problem
@@ -140,25 +140,25 @@ def check_ray(address: str | None, setting: str, query: Callable[[], View]) -> F
 
 
 def describe(view: View) -> str:
-    """The nodes, and what they have in all."""
+    """The number of nodes, and their total resources."""
     names = sorted({name for node in view.nodes for name in node if _is_bookable(name)})
     sums = (f"{sum(node.get(name, 0) for node in view.nodes):g} {name}" for name in ("CPU", *names))
     return f"{len(view.nodes)} node(s), {', '.join(dict.fromkeys(sums))}"
 
 
 def _is_bookable(name: str) -> bool:
-    """Whether a run may ask for it; Ray has names for each node, and counts memory that nothing books."""
+    """Whether a run can request it; not Ray's per-node resource names, nor memory, which nothing reserves."""
     return not name.startswith(("node:", "accelerator_type:")) and "memory" not in name
 
 
 def query_cluster(
     address: str | None, setting: str, environ: Mapping[str, str], join_s: float = JOIN_S
 ) -> View:
-    """What Ray sees there, in bounded time."""
+    """Ray's view of the cluster, with a time limit."""
     if address is not None and (address_problem := _address_problem(address, setting)):
         return View(problem=address_problem)
     command = [sys.executable, "-m", "llkd_ray.doctor.cluster", *([address] if address else [])]
-    root = str(Path(__file__).resolve().parents[2])  # also where the package is not installed
+    root = str(Path(__file__).resolve().parents[2])  # needed if the package is not installed
     path = os.pathsep.join(filter(None, [root, environ.get("PYTHONPATH", "")]))
     named = f"{setting} {address!r}" if address else "Ray"
     try:
@@ -193,9 +193,9 @@ def query_cluster(
 
 
 def _address_problem(address: str, setting: str) -> Finding | None:
-    """Why nobody listens there. Ray itself says so after two minutes."""
+    """Why nothing listens at the address. Ray itself reports this only after two minutes."""
     if address == "auto":
-        return None  # the cluster of this machine, which Ray finds by itself
+        return None  # this machine's cluster, which Ray finds by itself
     if address.startswith(("http://", "https://")):
         return problem(
             "ray",
@@ -220,7 +220,7 @@ def _address_problem(address: str, setting: str) -> Finding | None:
 
 
 def _join_problem(named: str, kind: str, said: str, stderr: str) -> Finding:
-    """Why a cluster that answers does not take us."""
+    """Why a cluster that answers does not accept the connection."""
     if "InvalidAuthToken" in stderr or kind == "AuthenticationError":
         return problem(
             "ray",
@@ -235,13 +235,13 @@ def _join_problem(named: str, kind: str, said: str, stderr: str) -> Finding:
     return problem("ray", f"{named} cannot be joined ({kind}: {said[:300]})", "see the log of its head")
 
 
-# --- room
+# --- resources
 
 
 def check_cluster_resources(
     config: Config, environ: Mapping[str, str], query: Callable[[], View]
 ) -> Finding | None:
-    """Whether the run's actors find room, by the sums that a run makes at its start."""
+    """Whether the run's actors fit on the cluster, by the same calculation as at the start of a run."""
     view = query()
     if view.problem is not None:
         return None  # check_ray reports it
@@ -255,7 +255,7 @@ def check_cluster_resources(
 
 
 def check_shared_folders(config: Config, query: Callable[[], View]) -> Finding | None:
-    """Which folders several nodes need that may be on this machine alone; nothing can tell from here."""
+    """Folders that several nodes need but that may exist only here; this machine cannot check that."""
     if len(query().nodes) < 2:
         return None
     local = dict(_local_paths(config))
@@ -270,7 +270,7 @@ def check_shared_folders(config: Config, query: Callable[[], View]) -> Finding |
 
 
 def _local_paths(config: Config) -> Iterator[tuple[str, str]]:
-    """Settings that name a place in the file system, which nodes need not share."""
+    """Settings that name a file system path, which the nodes might not share."""
     yield from ([] if "://" in config.run.dir else [("run.dir", config.run.dir)])
     for field, source in (("corpus.uri", config.corpus), ("test.uri", config.test)):
         for uri in () if source is None else source.uris:
@@ -282,7 +282,7 @@ def _local_paths(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def view(address: str) -> dict[str, Any]:
-    """The cluster's version and the resources of its live nodes, or the error that keeps us out."""
+    """The cluster's version and the resources of its live nodes, or the error that prevented joining."""
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -295,7 +295,7 @@ def view(address: str) -> dict[str, Any]:
 
 
 def local_view() -> dict[str, Any]:
-    """What Ray would count here if it were started."""
+    """The resources that Ray would detect if it were started on this machine."""
     import ray
     from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager as Nvidia
     from ray._private.utils import get_num_cpus
@@ -310,4 +310,4 @@ def local_view() -> dict[str, Any]:
 if __name__ == "__main__":
     seen = view(sys.argv[1]) if sys.argv[1:] else local_view()
     print(MARK + json.dumps(seen), flush=True)
-    os._exit(0)  # a driver's ordinary end takes seconds, and has nothing to tidy up
+    os._exit(0)  # an ordinary driver exit takes seconds, and there is nothing to clean up

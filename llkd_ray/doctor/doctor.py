@@ -1,7 +1,7 @@
-"""Doctor: whether the set-up is fit for a run, check by check, and what to do where it is not.
+"""Doctor: checks whether the set-up is ready for a run, and says how to fix each problem.
 
-Nothing expensive starts: no engine, no weights, no Ray of our own. What a check needs is imported in it, so
-that a broken installation can still be checked.
+Nothing expensive starts: no engine, no weights, no Ray instance of our own. Each check imports its own
+dependencies, so that a broken installation can still be checked.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from llkd_ray.doctor.inputs import data_checks, storage_checks, student_check, t
 from llkd_ray.doctor.machine import machine_checks
 
 PROBLEM = 2
-"""Exit status where there is a problem; 0 where there are warnings at most."""
+"""Exit status if there is a problem; 0 if there are only warnings or none."""
 
 
 def doctor_main(arguments: Sequence[str] | None = None) -> int:
-    """Check what the command line asks for; returns the exit status."""
+    """Check the set-up given on the command line; returns the exit status."""
     options = doctor_parser().parse_args(arguments)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -46,7 +46,7 @@ def doctor_main(arguments: Sequence[str] | None = None) -> int:
 
 
 def doctor_parser() -> argparse.ArgumentParser:
-    """What jobs/doctor.py takes."""
+    """The command-line options of jobs/doctor.py."""
     parser = argparse.ArgumentParser(
         prog="doctor.py",
         description="Check whether this installation, and what a config names, are fit for a run. Without a "
@@ -59,7 +59,7 @@ def doctor_parser() -> argparse.ArgumentParser:
 
 
 def load(path: str | None, overrides: Sequence[str]) -> tuple[Config | None, list[Finding]]:
-    """The config as a run would have it, and what there is to say of it; None where it is refused."""
+    """The config as a run would resolve it, and findings about it; None if it is invalid."""
     try:
         if path is None:
             config = parse_config(apply_overrides(_quickstart_settings(), overrides))
@@ -70,7 +70,7 @@ def load(path: str | None, overrides: Sequence[str]) -> tuple[Config | None, lis
         return with_absolute_paths(config), [ok("config", said)]
     except ConfigError as error:
         return None, [problem("config", line) for line in str(error).splitlines()]
-    except Exception as error:  # of an import; the check of the packages says which one is to blame
+    except Exception as error:  # a failed import; the package check names the cause
         return None, [problem("config", f"cannot be read ({describe_error(error)})", "make setup")]
 
 
@@ -81,7 +81,7 @@ def _quickstart_settings() -> dict[str, object]:
 
 
 def all_checks(config: Config | None, *, is_quickstart: bool) -> list[Check]:
-    """All checks, in order. The quickstart makes its corpus and its teacher itself, later."""
+    """All checks, in order. The quickstart creates its corpus and its teacher itself, later."""
     joins = cluster_address(config, os.environ)[0] is not None
     needs_vllm = config is not None and any(one.kind == "vllm" for _, one in config.teacher.members())
     checks = machine_checks(config, needs_vllm=needs_vllm, joins=joins) + cluster_checks(config)
@@ -99,18 +99,18 @@ def check_policy_names(config: Config) -> Finding:
     return ok("policies", f"{config.selection.policy} selects, {config.acquisition.policy} acquires")
 
 
-# --- in words
+# --- output
 
 
 def to_json(findings: Iterable[Finding]) -> str:
-    """For machines."""
+    """The findings as JSON."""
     listed = [asdict(one) for one in findings]
     counts = {state: sum(one["state"] == state for one in listed) for state in ("ok", "warning", "problem")}
     return json.dumps({"findings": listed, "counts": counts}, indent=1, ensure_ascii=False)
 
 
 def print_findings(first: Sequence[Finding], checks: Sequence[Check]) -> list[Finding]:
-    """A table at the end on a terminal, a line for each finding elsewhere; then the sum. Returns all."""
+    """Print a table at the end on a terminal, else one line per finding; then the totals. Returns all."""
     findings = list(first)
     with Display() as display:
         plain = not display.console.is_terminal
@@ -132,6 +132,6 @@ def print_findings(first: Sequence[Finding], checks: Sequence[Check]) -> list[Fi
 
 
 def describe(finding: Finding) -> str:
-    """One line."""
+    """The finding as one line of text."""
     remedy = f"; to do: {finding.remedy}" if finding.remedy else ""
     return f"{finding.state:<7}  {finding.check}: {finding.found}{remedy}"

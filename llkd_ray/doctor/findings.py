@@ -1,4 +1,4 @@
-"""Findings of the checks, and how a check is run so that none can hurt the others."""
+"""Findings of the checks, and the isolated execution of checks, so that none affects the others."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Literal
 from llkd_ray.config.base import ConfigError
 
 LIMIT_S = 90.0
-"""For one check: none may hold up the others, whatever it waits for."""
+"""Time limit per check, so that a check that hangs does not block the others."""
 State = Literal["ok", "warning", "problem"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check has to say, in one line."""
+    """The result of one check, in one line."""
 
     check: str
     state: State
     found: str
     remedy: str = ""
-    """What to do; empty where nothing is to be done, or where ``found`` says it already."""
+    """What to do; empty if nothing is required, or if ``found`` already says it."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A check of one thing. ``run`` gives None where there is nothing to check.
+    """A check of one thing. ``run`` returns None if there is nothing to check.
 
-    What it raises is a problem: a ConfigError in its own words, anything else as a check that broke.
+    An exception is reported as a problem: a ConfigError with its own message, any other as a failed check.
     """
 
     name: str
@@ -49,7 +49,7 @@ def problem(check: str, found: str, remedy: str = "") -> Finding:
 
 
 def run_checks(checks: Sequence[Check], limit_s: float = LIMIT_S) -> Iterator[Finding]:
-    """The findings of the checks, one after the other; those of a check that breaks or hangs, too."""
+    """The findings of the checks, one after the other, including those of checks that fail or hang."""
     for check in checks:
         yield from _run_check(check, limit_s)
 
@@ -78,7 +78,7 @@ def _run_check(check: Check, limit_s: float) -> list[Finding]:
 def _findings_of(check: Check) -> list[Finding]:
     try:
         finding = check.run()
-    except ConfigError as error:  # a line for each mistake, with its remedy
+    except ConfigError as error:  # one line per mistake, with its remedy
         return [problem(check.name, line) for line in str(error).splitlines()]
     except Exception as error:
         return [
@@ -92,12 +92,12 @@ def _findings_of(check: Check) -> list[Finding]:
 
 
 def describe_error(error: BaseException, most: int = 300) -> str:
-    """An exception's kind and words."""
+    """An exception's type and message."""
     said = " ".join(str(error).split())
     shown = said if len(said) <= most else said[:most] + "…"
     return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
 
 
 def format_bytes(size: float) -> str:
-    """A size as a person reads it."""
+    """A size in a human-readable form."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**29 else f"{size / 2**20:,.1f} MiB"

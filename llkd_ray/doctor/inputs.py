@@ -1,4 +1,4 @@
-"""Doctor's checks of files: corpus, test set, the place for runs, and the runs that are there."""
+"""Doctor's checks of inputs and outputs: corpus, test set, run directories, models, servers and labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SAMPLE_ROWS = 200
 RUNS_SHOWN = 5
 RUNS_LOOKED_AT = 200
-"""The last by name; an object store answers a few questions for each."""
+"""Only the last runs by name are checked, because each needs several object-store requests."""
 
 
 def data_checks(config: Config) -> list[Check]:
@@ -41,11 +41,11 @@ def storage_checks(config: Config) -> list[Check]:
     ]
 
 
-# --- what is read
+# --- inputs
 
 
 def check_source(config: Config, source: SourceConfig, field: str) -> Finding:
-    """What ``--dry-run`` finds: the files, their columns, and a sample of rows; of gold, what is known."""
+    """The same findings as ``--dry-run``: files, columns and a sample of rows; for gold, the known labels."""
     from llkd_ray.run.plan import look_at
 
     lines: list[str] = []
@@ -57,7 +57,7 @@ def check_source(config: Config, source: SourceConfig, field: str) -> Finding:
         found += f"; gold is known of {known} of {len(sample.kept)}"
         if not known:
             return warning(field, found, f"correct {field}.gold, or leave it out")
-    # A tenth: more than bad rows usually are, and less than a wrong column or label makes of them.
+    # A tenth is more than the usual share of bad rows, and less than a wrong column or label causes.
     if sample.refused.total() > sample.read / 10:
         return warning(
             field,
@@ -67,30 +67,30 @@ def check_source(config: Config, source: SourceConfig, field: str) -> Finding:
     return ok(field, found)
 
 
-# --- what is written
+# --- output
 
 
 def check_storage(folder: str) -> Finding:
-    """Whether a file can be written where runs go, read again and deleted."""
+    """Whether a file can be written in the run folder, read back and deleted."""
     from llkd_ray.storage.run_dir import RunStore
 
     name, content = f".doctor-{uuid.uuid4().hex}", b"written by doctor; may be deleted"
     made = _missing_folders(folder)
     try:
         store = RunStore(folder)
-        store.write_bytes(name, content)  # leaves nothing where it fails
+        store.write_bytes(name, content)  # leaves no file if it fails
         try:
             back = store.read_bytes(name)
         finally:
             store.delete(name)
-    except Exception as error:  # pyarrow has many kinds, of which some are ValueErrors
+    except Exception as error:  # pyarrow raises many types, some of them ValueErrors
         return problem(
             "storage",
             f"run.dir {folder!r} cannot be used ({describe_error(error)})",
             "give a folder that you may write to, or an address with the right bucket, endpoint and keys",
         )
     finally:
-        for one in made:  # the innermost first; a folder that somebody else uses by now stays
+        for one in made:  # innermost first; a folder that is in use by now stays
             if one.is_dir() and not any(one.iterdir()):
                 one.rmdir()
     if back != content:
@@ -99,7 +99,7 @@ def check_storage(folder: str) -> Finding:
 
 
 def _missing_folders(folder: str) -> list[Path]:
-    """Those of a local path that are not there yet, the innermost first."""
+    """Folders of a local path that do not exist yet, innermost first."""
     if "://" in folder:
         return []
     path = Path(folder).expanduser().resolve()
@@ -107,7 +107,7 @@ def _missing_folders(folder: str) -> list[Path]:
 
 
 def check_disk(config: Config) -> Finding | None:
-    """Whether a run's files find room; only a local disk tells."""
+    """Whether there is enough space for a run's files; checked for local disks only."""
     if "://" in config.run.dir:
         return None
     path = Path(config.run.dir).expanduser().resolve()
@@ -128,7 +128,7 @@ def check_disk(config: Config) -> Finding | None:
 
 
 def _corpus_bytes(config: Config) -> tuple[int, bool]:
-    """Of the files of corpus and test set, as they lie there, and whether that is known."""
+    """Stored size of the files of corpus and test set, and whether it is known."""
     from llkd_ray.corpus.sources import expand
 
     total, is_known = 0, True
@@ -140,7 +140,7 @@ def _corpus_bytes(config: Config) -> tuple[int, bool]:
             try:
                 total += sum(unit.size for unit in expand(uri, field))
             except ConfigError:
-                is_known = False  # reported by the check of the source
+                is_known = False  # reported by check_source
     return total, is_known
 
 
@@ -158,7 +158,7 @@ def check_runs(config: Config) -> Finding:
     store = RunStore(run_dir)
     if not store.exists(CONFIG):
         return ok("runs", f"run.name {config.run.name!r} is free")
-    wait_until_free(store, lambda line: None)  # a ConfigError where a driver is at work there
+    wait_until_free(store, lambda line: None)  # raises ConfigError if a driver is active there
     if _is_finished(store):
         return problem("runs", f"run.name: {run_dir} holds a finished run", "choose another run.name")
     return problem(
@@ -187,14 +187,14 @@ def _list_unfinished(config: Config) -> Finding:
 
 
 def _is_finished(store: RunStore) -> bool:
-    """A run writes its report last of all."""
+    """Whether the run has its report, which is written last."""
     from llkd_ray.storage.run_dir import REPORT
 
     return store.exists(REPORT)
 
 
 HUB_S = SERVER_S = 15.0
-"""For one answer."""
+"""Time limit for one answer."""
 MODELS_SHOWN = 10
 
 
@@ -203,7 +203,7 @@ def student_check(config: Config) -> Check:
 
 
 def teacher_checks(config: Config) -> list[Check]:
-    """Of each teacher that is asked, and of the labels as its tokenizer has them."""
+    """Checks of each teacher, and of the labels under its tokenizer."""
     checks = []
     for name, teacher in config.teacher.members():
         field = member_field(name)
@@ -218,7 +218,7 @@ def teacher_checks(config: Config) -> list[Check]:
 
 
 def check_student_model(config: Config) -> Finding:
-    """Whether the student can be loaded and can become a classifier."""
+    """Whether the student can be loaded and can be used as a classifier."""
     from llkd_ray.student.model import check_student, resolve_model
 
     model = config.student.model
@@ -229,7 +229,7 @@ def check_student_model(config: Config) -> Finding:
 
 
 def check_model(teacher: TeacherConfig, field: str) -> Finding:
-    """Whether a teacher for our own engine is here, or can be had."""
+    """Whether the model of a teacher that runs in our own engine is available locally or on the hub."""
     assert teacher.model is not None
     name = field.rpartition(".")[2]
     if trouble := check_hub(name, f"{field}.model", teacher.model, teacher.revision):
@@ -239,7 +239,7 @@ def check_model(teacher: TeacherConfig, field: str) -> Finding:
 
 
 def check_weights(check: str, setting: str, name: str, checkpoint: str) -> Finding:
-    """Whether the weights of a checkpoint whose other files are there will be found."""
+    """Whether weights exist for a checkpoint whose other files exist."""
     size = size_on_disk(checkpoint)
     if size is not None:
         return ok(check, f"{setting} {name!r}: {format_bytes(size)} of weights are on this machine")
@@ -252,19 +252,19 @@ def check_weights(check: str, setting: str, name: str, checkpoint: str) -> Findi
     return ok(check, f"{setting} {name!r}: the hub lets us read it; the first run downloads its weights")
 
 
-# --- the hub
+# --- hub
 
 
 def is_hub_name(model: str) -> bool:
-    """Whether a name can only mean a model of the hub."""
+    """Whether a name can only refer to a model on the hub."""
     is_path = Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
     return model != "minilm" and not is_path
 
 
 def check_hub(check: str, setting: str, model: str, revision: str | None) -> Finding | None:
-    """What keeps us from a model of the hub; None where nothing does, or where it is none.
+    """The reason why a model on the hub cannot be used; None if it can, or if it is not a hub model.
 
-    Asked before anything is loaded, as the libraries try for half a minute and then say little.
+    Checked before anything is loaded, because the libraries retry for half a minute and report few details.
     """
     from huggingface_hub import constants
 
@@ -290,7 +290,7 @@ def _ask_hub(check: str, setting: str, model: str, revision: str | None, is_cach
     token = "HF_TOKEN is not set here; set it to" if get_token() is None else "replace the HF_TOKEN here by"
     try:
         HfApi().model_info(model, revision=revision, timeout=HUB_S)
-        HfApi().auth_check(model)  # a gated model tells of itself to everybody
+        HfApi().auth_check(model)  # a gated model can be seen without access
     except GatedRepoError:
         return problem(
             check,
@@ -305,7 +305,7 @@ def _ask_hub(check: str, setting: str, model: str, revision: str | None, is_cach
         )
     except RevisionNotFoundError:
         return problem(check, f"{setting}: {model!r} has no revision {revision!r} on the hub", "correct it")
-    except Exception as error:  # the errors of the hub's HTTP library, whichever it is in a version
+    except Exception as error:  # the hub's HTTP library varies by version
         found = f"{setting}: the hub does not answer ({describe_error(error, 120)})"
         if is_cached:
             return warning(
@@ -321,7 +321,7 @@ def _ask_hub(check: str, setting: str, model: str, revision: str | None, is_cach
 
 
 def check_server(teacher: TeacherConfig, field: str) -> Finding:
-    """Whether a server of the OpenAI protocol answers, takes our key and serves the model; asks no text."""
+    """Whether an OpenAI-protocol server answers, accepts our key and serves the model; sends no text."""
     import httpx
 
     from llkd_ray.teacher.base import TeacherDown
@@ -371,7 +371,7 @@ def check_server(teacher: TeacherConfig, field: str) -> Finding:
 
 
 def _served(content: bytes) -> list[str]:
-    """The models' names in a reply of the models' endpoint; empty where it holds none."""
+    """The model names in a reply of the models endpoint; empty if it has none."""
     try:
         listed = json.loads(content)["data"]
         return [str(one["id"]) for one in listed]
@@ -383,17 +383,17 @@ def _served(content: bytes) -> list[str]:
 
 
 def check_labels(config: Config) -> Finding | None:
-    """Whether each teacher's tokenizer tells the labels apart, and all else that a run asks it before."""
+    """Whether each teacher's tokenizer distinguishes the labels, and the other checks made before a run."""
     from llkd_ray.teacher.factory import check_teacher, self_contained
 
     for name, teacher in config.teacher.members():
         if teacher.kind == "vllm" and teacher.model is not None:
             if check_hub(name, "", teacher.model, teacher.revision):
-                return None  # reported by the check of the teacher
+                return None  # reported by the teacher's check
             try:
                 load_tokenizer(teacher.model, teacher.revision, f"{member_field(name)}.model")
             except ConfigError:
-                return None  # reported by the check of the teacher
+                return None  # reported by the teacher's check
     facts = check_teacher(self_contained(config))
     names = config.labels.names
     hashes = [

@@ -21,25 +21,25 @@ from llkd_ray.storage.checkpoints import size_on_disk
 
 PROJECT = "llkd-ray"
 CLUSTER_BYTES = int(2.1e9)
-"""Memory of a whole small run without models, object store included, measured: docs/BENCHMARKS.md."""
+"""Measured memory of a small run without models, including the object store: docs/BENCHMARKS.md."""
 COPIES_IN_TRAINING = 4
-"""Of a student's weights: themselves, gradients, and AdamW's two moments."""
+"""Copies of the student's weights in memory: the weights, their gradients, and AdamW's two moments."""
 CHECKPOINTS_KEPT = 4
-"""Of a student's weights in a run directory: two rounds', one that is being written, and model/."""
+"""Copies of the student's weights in a run directory: two rounds, one being written, and model/."""
 CORPUS_COPIES = 2
-"""Of the corpus in a run directory: examples/, and what is staged on the way there."""
+"""Copies of the corpus in a run directory: examples/, and its temporary staging files."""
 SPARE_BYTES = 1 << 30
 """For labels, scores and logs: 2 million labels of 5 classes take 0.3 GiB (docs/SCALING.md)."""
 OBJECT_STORE_SHARE, OBJECT_STORE_MOST = 0.3, 200e9
-"""Of a machine's memory, and bytes: what Ray's object store takes in /dev/shm."""
+"""Share of a machine's memory, and bytes: the size of Ray's object store in /dev/shm."""
 SHM_REQUIRED = 10**10
-"""Bytes of object store from which on Ray refuses to start outside /dev/shm."""
+"""Object store size in bytes from which Ray refuses to start outside /dev/shm."""
 FULL = 0.95
-"""Share of its disk in use at which Ray writes no more objects there, and kills for lack of memory."""
+"""Disk usage share at which Ray stops writing objects to it, and kills processes for lack of memory."""
 
 
 def machine_checks(config: Config | None, *, needs_vllm: bool, joins: bool) -> list[Check]:
-    """``joins``: the run works on a cluster, so that this machine needs neither GPUs nor memory for it."""
+    """``joins``: the run uses a cluster, so this machine needs neither GPUs nor memory for it."""
     gpus = 0.0 if config is None else gpus_asked_for(config)
     on_gpus = config is not None and any(
         one.kind == "vllm" and one.gpus > 0 for _, one in config.teacher.members()
@@ -69,7 +69,7 @@ def check_python() -> Finding:
 
 
 def check_packages() -> Finding:
-    """Whether every required package is installed, in a version that fits."""
+    """Whether every required package is installed, in a compatible version."""
     texts = metadata.requires(PROJECT) or []
     if wrong := list(_unmet(texts)):
         return problem("packages", "; ".join(wrong), "make setup")
@@ -80,7 +80,7 @@ def check_packages() -> Finding:
 
 
 def installed_version(name: str) -> str | None:
-    """None where the package is not installed."""
+    """None if the package is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -88,9 +88,9 @@ def installed_version(name: str) -> str | None:
 
 
 def _unmet(texts: Sequence[str], extra: str = "") -> Iterator[str]:
-    """What is wrong with the packages of an extra, or with those that are always required.
+    """Problems with the packages of an extra, or with the packages that are always required.
 
-    ``pip check`` would tell neither of extras nor of our packages alone, and pip need not be installed.
+    ``pip check`` covers neither extras nor our packages alone, and pip may not be installed.
     """
     from packaging.requirements import Requirement
 
@@ -145,20 +145,20 @@ def check_vllm(*, needed: bool, on_gpus: bool) -> Finding:
 
 @dataclass(frozen=True)
 class Gpus:
-    """What torch and the driver say."""
+    """GPU information from torch and the driver."""
 
     torch: str
     torch_cuda: str | None
-    """The CUDA version that torch is built for; None: built without."""
+    """The CUDA version that torch is built for; None if built without CUDA."""
     torch_sees: int
     names: tuple[str, ...] = ()
-    """What the driver lists."""
+    """The GPUs that the driver lists."""
     driver_cuda: str | None = None
-    """The newest CUDA version that the driver knows."""
+    """The newest CUDA version that the driver supports."""
 
 
 def gpus_asked_for(config: Config) -> float:
-    """By teachers and student ranks together, their pools at their smallest."""
+    """GPUs of teachers and student ranks together, at their minimum pool sizes."""
     pieces = bundles_of(config, config.student.min_workers)
     return sum(dict(piece.needs).get("GPU", 0) for piece in pieces) / 10_000
 
@@ -171,7 +171,7 @@ def detect_gpus() -> Gpus:
 
 
 def nvidia_driver() -> tuple[tuple[str, ...], str | None]:
-    """What ``nvidia-smi`` lists, and its CUDA version."""
+    """The GPUs that ``nvidia-smi`` lists, and its CUDA version."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return (), None
@@ -180,7 +180,7 @@ def nvidia_driver() -> tuple[tuple[str, ...], str | None]:
         try:
             done = subprocess.run([program, flags], capture_output=True, text=True, timeout=30)
         except (OSError, subprocess.TimeoutExpired):
-            return (), None  # a driver that does not answer serves no engine either
+            return (), None  # an engine could not use a driver that does not answer
         said[flags] = done.stdout if done.returncode == 0 else ""
     names = re.findall(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", said["-L"], re.M)
     cuda = re.search(r"^CUDA Version\s*:\s*([\d.]+)", said["-q"], re.M)
@@ -188,7 +188,7 @@ def nvidia_driver() -> tuple[tuple[str, ...], str | None]:
 
 
 def check_gpus(gpus: Gpus, asked: float, *, joins: bool) -> Finding:
-    """Whether the GPUs that a config asks for can be used from this installation."""
+    """Whether the GPUs that a config requests can be used from this installation."""
     need = f"the config asks for {asked:g} GPU(s)" if asked else "the config asks for no GPU"
     listed = ", ".join(gpus.names) or "none"
     say = problem if asked and not joins else warning
@@ -225,7 +225,7 @@ def check_gpus(gpus: Gpus, asked: float, *, joins: bool) -> Finding:
 
 
 def check_memory(config: Config | None) -> Finding:
-    """Whether a run on this machine fits into its memory, as far as models' sizes are known."""
+    """Whether a run on this machine fits into its memory, as far as model sizes are known."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -244,7 +244,7 @@ def check_memory(config: Config | None) -> Finding:
 
 
 def memory_of_models(config: Config) -> dict[str, int]:
-    """Bytes on this machine, of what is known and on no GPU."""
+    """Memory in bytes on this machine, for models of known size that are not on a GPU."""
     sizes = {}
     for name, one in config.teacher.members():
         if one.kind == "vllm" and not one.gpus and one.model is not None:
@@ -257,11 +257,11 @@ def memory_of_models(config: Config) -> dict[str, int]:
 
 
 def check_shm(path: str = "/dev/shm", memory: int | None = None) -> Finding | None:
-    """Whether Ray's object store, which takes 30 % of the memory, fits where it should lie."""
+    """Whether Ray's object store, which takes 30 % of the memory, fits into its intended location."""
     import psutil
 
     if not Path(path).is_dir():
-        return None  # no Linux
+        return None  # not Linux
     store = min(OBJECT_STORE_MOST, OBJECT_STORE_SHARE * (memory or psutil.virtual_memory().total))
     free = shutil.disk_usage(path).free
     found = f"{path} has {format_bytes(free)} free; Ray's object store takes up to {format_bytes(store)}"
@@ -274,7 +274,7 @@ def check_shm(path: str = "/dev/shm", memory: int | None = None) -> Finding | No
 
 
 def check_temp_dir(folder: str | None = None) -> Finding:
-    """Whether Ray can write sockets, logs and objects that find no room in memory."""
+    """Whether Ray can write sockets, logs and objects that do not fit into memory."""
     place = Path(folder or os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
     if not place.is_dir():
         return problem(
@@ -293,15 +293,15 @@ def check_temp_dir(folder: str | None = None) -> Finding:
 
 
 def disk_need(config: Config, corpus_bytes: int) -> int:
-    """Bytes that a run leaves in its directory, about."""
+    """Approximate number of bytes that a run leaves in its directory."""
     return CHECKPOINTS_KEPT * student_bytes(config) + CORPUS_COPIES * corpus_bytes + SPARE_BYTES
 
 
 def student_bytes(config: Config) -> int:
-    """Of the student's weights; 0 where they are not on this machine."""
+    """Size of the student's weights; 0 if they are not on this machine."""
     from llkd_ray.student.model import resolve_model
 
     try:
         return size_on_disk(resolve_model(config.student.model)) or 0
     except ConfigError:
-        return 0  # reported by the check of the student
+        return 0  # reported by the student's check

@@ -1,1 +1,1 @@
-"""Reads a finished round or run into records and figures."""
+"""Evaluates a finished round or run: records and figures, computed from the run's files."""

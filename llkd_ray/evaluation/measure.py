@@ -1,7 +1,7 @@
-"""The figures of a round and of a run, computed from files, so that a resumed driver finds the same.
+"""The figures of a round and of a run, computed from files, so that a resumed driver gets the same values.
 
-Comparisons with gold and comparisons with the teacher are kept apart. ``write_insight`` keeps what the report
-shows of texts in a small file, so that the report need not read all texts.
+Comparisons with gold and comparisons with the teacher are kept apart. ``write_insight`` stores the texts and
+counts that the report shows in a small file, so that the report does not have to read all texts.
 
 Legend: N texts, C classes, B blocks of rows.
 """
@@ -41,7 +41,7 @@ class Measure:
     def round(self, round_number: int) -> dict[str, Any]:
         """Accuracy, macro-F1 and ECE on gold, agreement with the teacher, accuracy of the pseudo-labels.
 
-        None stands for what cannot be known, for want of gold or of a hold-out.
+        A figure is None if it cannot be computed because gold or a hold-out is missing.
         """
         row_N, p_NC = self.predictions(round_number)
         on_gold = self._against_gold(row_N, p_NC)
@@ -52,7 +52,7 @@ class Measure:
         }
 
     def student(self, round_number: int, rng: np.random.Generator) -> dict[str, Any]:
-        """The round's figures with 95 % bootstrap intervals of accuracy and macro-F1."""
+        """The round's figures, with 95 % bootstrap intervals for accuracy and macro-F1."""
         figures = self.round(round_number)
         row_N, p_NC = self.predictions(round_number)
         known, gold_N = self.gold(row_N)
@@ -65,8 +65,8 @@ class Measure:
     def teacher(self, rng: np.random.Generator) -> dict[str, Any] | None:
         """The teacher's figures and the quality of its confidence on the test set.
 
-        Where it has not labelled the test set: its quality on pool texts with gold; None without any gold.
-        The hold-out is left out, as a temperature is fitted on it.
+        If the teacher has not labelled the test set: its quality on pool texts with gold; None without gold.
+        The hold-out is excluded, because a temperature is fitted on it.
         """
         labels = read_labels(self.store, self.schedule.test_tickets)
         row_N, p_NC = self._teacher_probabilities(labels)
@@ -88,7 +88,7 @@ class Measure:
         return read_predictions(self.store, round_number, self.n_classes)
 
     def gold(self, row_N: Ints) -> tuple[np.ndarray, Ints]:
-        """bool[N]: where a test row's gold is known, and int[N]: the gold, -1 elsewhere."""
+        """bool[N]: whether a test row's gold is known, and int[N]: the gold label, -1 if unknown."""
         gold_N = np.full(row_N.size, -1, dtype=np.int64)
         is_test_N = row_N >= self.examples.n_pool
         gold_N[is_test_N] = self._gold_of_test[row_N[is_test_N] - self.examples.n_pool]
@@ -124,11 +124,11 @@ class Measure:
 
     @cached_property
     def _teacher_on_holdout(self) -> tuple[Ints, Floats]:
-        """The same in every round: it is labelled before the first one is selected."""
+        """The same in every round: the hold-out is labelled before the first round is selected."""
         return self.teacher_probabilities(self.schedule.holdout_tickets)
 
     def teacher_probabilities(self, tickets: Iterable[int]) -> tuple[Ints, Floats]:
-        """int64[N], float[N, C]: the rows of some tickets, and the teacher's calibrated probabilities."""
+        """int64[N], float[N, C]: rows of the given tickets, and the teacher's calibrated probabilities."""
         return self._teacher_probabilities(read_labels(self.store, tickets))
 
     def _teacher_probabilities(self, labels: pa.Table) -> tuple[Ints, Floats]:
@@ -142,17 +142,17 @@ class Measure:
 
 
 SAMPLES = 8
-"""Texts kept of each kind."""
+"""Texts stored of each kind."""
 SAMPLE_CHARS = 500
 MAX_POOL_GOLD = 200_000
-"""Most pool texts whose gold is counted."""
+"""Maximum number of pool texts whose gold is counted."""
 BLOCK = 10_000
 MAX_PAIRS = 5_000
-"""Most pairs of true and predicted class that are kept, the most frequent first."""
+"""Maximum number of (true, predicted) class pairs stored, the most frequent first."""
 
 
 def write_insight(store: RunStore, measure: Measure, last: int) -> None:
-    """Write INSIGHT of a run that is finished after round ``last``."""
+    """Write INSIGHT for a run that finished after round ``last``."""
     row_N, p_NC = measure.predictions(last)
     store.write_json(
         INSIGHT,
@@ -166,7 +166,7 @@ def write_insight(store: RunStore, measure: Measure, last: int) -> None:
 
 
 def _against_gold(measure: Measure, row_N: Ints, p_NC: Floats) -> dict[str, Any]:
-    """The student on the test set: pairs of classes with their count, and bins of confidence."""
+    """The student on the test set: counts of (true, predicted) class pairs, and confidence bins."""
     known_N, gold_N = measure.gold(row_N)
     if not known_N.any():
         return {"confusion": None, "reliability": None}
@@ -181,7 +181,7 @@ def _against_gold(measure: Measure, row_N: Ints, p_NC: Floats) -> dict[str, Any]
 
 
 def _pool_gold(measure: Measure) -> list[int] | None:
-    """int[C]: pool texts of each true class where gold is known; from spaced blocks of a large pool."""
+    """int[C]: pool texts of each true class where gold is known; a large pool is sampled in spaced blocks."""
     examples = measure.examples
     n_blocks = -(-min(examples.n_pool, MAX_POOL_GOLD) // BLOCK)
     start_B = np.linspace(0, max(0, examples.n_pool - BLOCK), n_blocks).astype(np.int64)
@@ -192,7 +192,7 @@ def _pool_gold(measure: Measure) -> list[int] | None:
 
 
 def _disagreements(measure: Measure, row_N: Ints, p_NC: Floats) -> list[dict[str, Any]]:
-    """Texts outside training where student and teacher are most confident of different labels."""
+    """Texts not trained on for which student and teacher are most confident of different labels."""
     tickets = [*measure.schedule.holdout_tickets, *measure.schedule.test_tickets]
     teacher_row, p_teacher = measure.teacher_probabilities(tickets)
     both_N, mine, theirs = np.intersect1d(row_N, teacher_row, return_indices=True)
@@ -214,8 +214,8 @@ def _disagreements(measure: Measure, row_N: Ints, p_NC: Floats) -> list[dict[str
 
 
 def _candidates_to_read(store: RunStore, measure: Measure, last: int) -> dict[str, list[dict[str, Any]]]:
-    """From the rounds' candidate samples: selected texts where both signals are high, and those where neither
-    the teacher nor the student is confident.
+    """From the rounds' candidate samples: selected texts for which both signals are high, and texts for which
+    neither the teacher nor the student is confident.
     """
     table = pa.concat_tables(store.read_table(round_file(k, CANDIDATE_SAMPLE)) for k in range(last + 1))
     confidence_N, uncertainty_N = (table[name].to_numpy() for name in ("confidence", "uncertainty"))
@@ -228,7 +228,7 @@ def _candidates_to_read(store: RunStore, measure: Measure, last: int) -> dict[st
 
 
 def _top(measure: Measure, table: pa.Table, value_N: Floats) -> list[dict[str, Any]]:
-    """The texts of largest value, each once; minus infinity keeps one out."""
+    """The texts with the largest values, each once; minus infinity excludes a text."""
     by_value = np.argsort(-value_N, kind="stable")
     by_value = by_value[np.isfinite(value_N[by_value])]
     first = np.sort(np.unique(table["row"].to_numpy()[by_value], return_index=True)[1])[:SAMPLES]
@@ -246,7 +246,7 @@ def _top(measure: Measure, table: pa.Table, value_N: Floats) -> list[dict[str, A
 
 
 def _texts(measure: Measure, row_N: Ints) -> list[dict[str, Any]]:
-    """The beginning of each text, and its gold where that is known."""
+    """The beginning of each text, and its gold label if known."""
     table = measure.examples.read(row_N, ["text", "gold"])
     return [
         {"text": one["text"][:SAMPLE_CHARS], "gold": one["gold"] if one["gold"] >= 0 else None}

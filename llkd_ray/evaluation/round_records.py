@@ -1,6 +1,6 @@
-"""What the files of a run say of single rounds, classes and texts, reduced to what fits on a page.
+"""Records of single rounds, classes and texts, read from a run's files and reduced to what fits on a page.
 
-A run that has not finished lacks some of these files; the records are empty then.
+An unfinished run lacks some of these files; the corresponding records are empty.
 
 Legend: N texts of a candidate sample, C classes.
 """
@@ -27,26 +27,26 @@ from llkd_ray.storage.run_dir import (
 POINTS = 1_600
 """Texts in the scatter plots, over all rounds."""
 PANELS = 6
-"""Rounds with a scatter plot: the first, the last, and some between."""
+"""Maximum number of rounds with a scatter plot: the first, the last, and some in between."""
 PER_REASON = 2
 """Quarantined rows shown for each reason."""
 QUARANTINE_FILES = 20
-"""Quarantine files that are read."""
+"""Maximum number of quarantine files read."""
 
 
 class CandidateSample(NamedTuple):
-    """Some of the texts that a round could select."""
+    """A sample of the texts that a round could select."""
 
     round_number: int
     label_N: Ints
     confidence_N: Floats
     uncertainty_N: Floats
-    """nan where the student had not scored the text."""
+    """nan if the student had not scored the text."""
     selected_N: np.ndarray
 
 
 class Balance(NamedTuple):
-    """A class's shares; None where they are not known."""
+    """A class's shares; None if unknown."""
 
     label: str
     pool: float | None
@@ -61,7 +61,7 @@ class RoundRecords:
 
     samples: list[CandidateSample]
     thresholds: list[tuple[int, dict[str, list[float]]]]
-    """Round, and the threshold of each class by signal."""
+    """Round number, and the threshold of each class by signal."""
     balance: list[Balance]
     confusion_CC: Ints | None
     """Test texts by true class (row) and predicted class (column)."""
@@ -139,7 +139,7 @@ def _confusion(pairs: list[list[int]] | None, n_classes: int) -> Ints | None:
 
 
 def _read_quarantined(store: RunStore) -> list[dict[str, Any]]:
-    """Some rows of each reason, from the first files."""
+    """Some rows for each reason, from the first files."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name in store.names(QUARANTINE_DIR, ".parquet")[:QUARANTINE_FILES]:
         table = store.read_table(f"{QUARANTINE_DIR}/{name}")
@@ -152,7 +152,7 @@ def _read_quarantined(store: RunStore) -> list[dict[str, Any]]:
 
 
 class Baseline(NamedTuple):
-    """Another run, to compare this one with."""
+    """Another run, which this run is compared with."""
 
     name: str
     rounds: list[dict[str, Any]]

@@ -1,6 +1,6 @@
-"""What the files of a run directory say about the run, for report and model card.
+"""The record of a run, read from the files of its directory, for report and model card.
 
-What a run has not produced yet, or cannot know, is None or empty.
+Values that the run has not produced yet, or that cannot be known, are None or empty.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Sample(NamedTuple):
 
 
 class Selected(NamedTuple):
-    """What was selected of one class, over all rounds."""
+    """The selected texts of one class, over all rounds."""
 
     label: str
     texts: int
@@ -67,27 +67,27 @@ class PartRows(NamedTuple):
     read: int
     kept: int
     quarantined: dict[str, int]
-    """Rows refused, by reason."""
+    """Rejected rows, by reason."""
 
 
 class Spent(NamedTuple):
-    """What a run has used of its teachers; empty where it is not known."""
+    """Teacher usage and cost of a run; empty if unknown."""
 
     usage: dict[str, dict[str, Any]]
     """By teacher (``answers.Usage``), with its cost."""
     currency: str | None
-    """None where no price is set."""
+    """None if no price is set."""
     cap: dict[str, Any] | None
     """Limits of the budget, and whether one was reached."""
     unasked: int
-    """Texts that were not asked for, because the cap was reached."""
+    """Texts that were not sent to the teacher because the cap was reached."""
     lost: list[dict[str, str]]
-    """Replicas of a teacher that were lost, and why."""
+    """Teacher replicas that were lost, with the reason."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that report and card say. Shares are in [0, 1]; None stands for unknown."""
+    """The data shown in report and card. Shares are in [0, 1]; None means unknown."""
 
     name: str
     config_text: str
@@ -100,16 +100,16 @@ class RunRecord:
     totals: dict[str, Any]
     selected: list[Selected]
     prior: dict[str, float]
-    """The class shares that the student is trained for; empty where they are those of its training texts."""
+    """The class shares the student is trained for; empty if they equal those of its training texts."""
     rows: dict[str, PartRows]
-    """Of "pool" and "test"; empty while the corpus has not been read."""
+    """For "pool" and "test"; empty before the corpus has been read."""
     unanswered: dict[str, int]
-    """Rows kept that the teacher did not answer, by reason."""
+    """Accepted rows that the teacher did not answer, by reason."""
     spent: Spent
     calibration: dict[str, Any] = field(default_factory=dict)
     """The student's temperature (``student_calibration``); empty before the end of the run."""
     audit: dict[str, Any] = field(default_factory=dict)
-    """The results of an audit by people (``audit.estimate``); empty without one."""
+    """The results of a human audit (``audit.job.estimate``); empty without one."""
 
     @property
     def labels(self) -> list[str]:
@@ -117,34 +117,34 @@ class RunRecord:
 
     @property
     def refusals(self) -> list[str]:
-        """Every reason for which a row went to quarantine, most frequent first."""
+        """All reasons for which rows were quarantined, most frequent first."""
         totals = sum((Counter(part.quarantined) for part in self.rows.values()), Counter[str]())
         return [reason for reason, _ in totals.most_common()]
 
     @property
     def teacher_name(self) -> str:
-        """One name, or that of the small teacher and of the large one."""
+        """The teacher's name, or the names of the small and the large teacher of a cascade."""
         return " and ".join(_model_name(member) for member in self.teachers.values())
 
     @property
     def teachers(self) -> dict[str, dict[str, Any]]:
-        """The settings of each teacher that is asked, by its name in ``spent.usage``."""
+        """The settings of each teacher, by its name in ``spent.usage``."""
         return _members(self.config["teacher"])
 
     @property
     def prompts(self) -> list[str]:
-        """Hashes of the teachers' prompts, as far as they have one."""
+        """Hashes of the teachers' prompts; teachers without a prompt are left out."""
         teacher = self.manifest.get("teacher") or {}
         return [one["prompt_hash"] for one in (teacher, *teacher.values()) if "prompt_hash" in _mapping(one)]
 
     @property
     def sources(self) -> list[str]:
-        """Where the pool came from; of local files name and folder only, for readers elsewhere."""
+        """URIs of the pool; local paths are reduced to folder and file name, for readers elsewhere."""
         return _uris(self.config["corpus"])
 
     @property
     def tested_on(self) -> list[str]:
-        """Where the test set came from, in the same way."""
+        """URIs of the test set, in the same form."""
         return _uris(self.config["test"]) if self.config.get("test") else []
 
     @property
@@ -171,7 +171,7 @@ def read_run_record(store: RunStore) -> RunRecord:
         rounds=rounds,
         finished=bool(summary),
         teacher=_pick(TEACHER_KEYS, summary.get("teacher")),
-        # A run that has not finished is described by its last round.
+        # An unfinished run is described by its last round.
         student=_pick(STUDENT_KEYS, last, summary.get("student")),
         totals=_pick(TOTAL_KEYS, last | {"seconds": total_seconds}, summary),
         selected=_read_selected(store, config["labels"]["names"]),
@@ -217,13 +217,13 @@ def _read_spent(summary: dict[str, Any], teacher: dict[str, Any]) -> Spent:
 
 
 def _pick(keys: Sequence[str], *sources: dict[str, Any] | None) -> dict[str, Any]:
-    """Each key's value in the last source that knows it, else None."""
+    """The value of each key from the last source that has it, else None."""
     known = {k: v for source in sources if source for k, v in source.items() if v is not None}
     return {key: known.get(key) for key in keys}
 
 
 def _without_nan(value: Any) -> Any:
-    """Python's JSON may hold NaN; here it means the same as null."""
+    """Replaces NaN, which Python's JSON may contain, by None: here it means the same as null."""
     if isinstance(value, dict):
         return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -232,7 +232,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def phase_seconds(line: dict[str, Any]) -> dict[str, float]:
-    """Seconds of each phase in one line of the metrics; zero where a phase did not run."""
+    """Seconds of each phase from one line of the metrics; zero if a phase did not run."""
     spent = line["seconds"]
     return {phase: spent.get(phase) or 0.0 for phase in PHASES}
 
@@ -259,20 +259,20 @@ def _read_unanswered(store: RunStore) -> dict[str, int]:
 
 
 def _round_files(store: RunStore, name: str) -> list[str]:
-    """The files of this name of all rounds that have one, in the order of the rounds."""
+    """The files of this name from all rounds that have one, in round order."""
     rounds = sorted(int(folder) for folder in store.folders(ROUNDS_DIR) if folder.isdigit())
     return [file for k in rounds if store.exists(file := round_file(k, name))]
 
 
 def _read_prior(store: RunStore, labels: Sequence[str]) -> dict[str, float]:
-    """Of the last round that is selected."""
+    """The prior of the last selected round."""
     files = _round_files(store, SELECTED)
     prior = store.read_json(files[-1])["prior"] if files else None
     return dict(zip(labels, prior, strict=True)) if prior else {}
 
 
 def _read_selected(store: RunStore, labels: Sequence[str]) -> list[Selected]:
-    """Counts of each class, and its texts of largest, median and smallest weight."""
+    """Counts for each class, and its texts with the largest, median and smallest weight."""
     files = _round_files(store, BATCH)
     slim = pa.schema([tables.ROUND.field(name) for name in ("row", "label", "weight")])
     batches = [store.read_table(file, columns=slim.names) for file in files]

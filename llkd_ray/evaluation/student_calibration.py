@@ -1,12 +1,12 @@
-"""A student's temperature, which makes its confidence match its accuracy.
+"""The student's temperature, which makes its confidence match its accuracy.
 
-It is fitted to texts that the student was not trained on, by the best gold available:
+It is fitted on texts that the student was not trained on, using the best gold available:
 
-1. texts of the pool whose gold is known, where they are 100 at least: the hold-out's, by the corpus or by
-   people, and those of an audit's random sample; measured on the test set where that has gold;
-2. the test set's gold; measured in folds, so that no text is judged by a temperature fitted on it;
-3. fewer texts of the pool, also in folds;
-4. the teacher's labels of the hold-out: confidence is then the chance of agreement with the teacher.
+1. pool texts with gold, if there are at least 100: those of the hold-out (gold from the corpus or from human
+      answers) and those of an audit's random sample; measured on the test set if that has gold;
+2. the test set's gold; cross-validated, so that no text is evaluated with a temperature fitted on it;
+3. fewer pool texts, also cross-validated;
+4. the teacher's labels of the hold-out: confidence is then the probability of agreement with the teacher.
 
 Stored in config.json of model/ under ``llkd_calibration``, which jobs/predict.py reads. Predicted labels do
 not change. Shapes in names: N texts, C labels.
@@ -39,7 +39,7 @@ from llkd_ray.storage.tables import (
 
 CONFIG_FILE = f"{MODEL_DIR}/config.json"
 ENOUGH = 100
-"""With so many pool texts, the test set's gold is used for measuring only."""
+"""With at least this many pool texts, the test set's gold is used for measuring only."""
 _FOLDS_SEED = 0
 
 
@@ -48,7 +48,7 @@ class LabelledTexts:
     """Texts with labels, and the student's probabilities."""
 
     words: str
-    """Whose labels, and of which texts; shown to people."""
+    """Source of the labels and of the texts; shown to users."""
     p_NC: Floats
     gold_N: Ints
 
@@ -62,10 +62,10 @@ class LabelledTexts:
 def fit_student(
     store: RunStore, config: Config, last: int, audited: tuple[Ints, Floats] | None = None
 ) -> dict[str, Any]:
-    """The temperature of the student after round ``last``, and what it does to the calibration error.
+    """Fit the student's temperature after round ``last``, and measure its effect on the calibration error.
 
-    ``audited``: more pool rows that people may have labelled, with the student's probabilities.
-    ``temperature`` is None where there is none, and ``reason`` says why.
+    ``audited``: further pool rows that people may have labelled, with the student's probabilities.
+    ``temperature`` is None if none could be fitted; ``reason`` then says why.
     """
     pool, test, agreement = _sources(store, config, last, audited)
     for fitted_on, measured_on, enough in (
@@ -117,7 +117,7 @@ def write_calibration(store: RunStore, found: dict[str, Any]) -> None:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """One line for people."""
+    """The result as one line of text."""
     if found["temperature"] is None:
         return f"the student's confidence stays as it is: {found['reason']}"
     before, after = found["ece_before"], found["ece_after"]
@@ -129,7 +129,7 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def audited_sample(store: RunStore) -> Ints:
-    """int64[M]: rows of an audit's random sample that people have answered and no round has trained on.
+    """int64[M]: rows of an audit's random sample that people have answered and no round was trained on.
 
     The other audited texts were chosen because they are doubtful, which would bias the figures.
     """

@@ -1,1 +1,1 @@
-"""The student over a corpus."""
+"""Predicts a corpus with a trained student."""

@@ -1,4 +1,4 @@
-"""What a prediction is asked to do, checked as far as that can be done without looking at any file."""
+"""The settings of a prediction, with all checks that need no access to files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PredictConfig(Section):
-    """A classifier over a corpus."""
+    """Settings for applying a classifier to a corpus."""
 
     whole: ClassVar[str] = ""
     model: Model = Field(description="A run directory, a checkpoint folder (local or URI) or a hub name.")
@@ -92,14 +92,14 @@ _FLAGS = {
 
 
 def flag(field: str) -> str:
-    """The flag that sets a field, as the messages of readers and checks know it."""
+    """The command-line flag that sets a field, as used in error messages."""
     if field.startswith("thresholds."):
         return "--threshold"
     return _FLAGS.get(field) or "--" + field.rpartition(".")[2].replace("_", "-")
 
 
 def in_flags(message: str) -> str:
-    """A message whose lines begin with a field of a config, with the flags in their place."""
+    """A message whose lines begin with a config field, with each field replaced by its flag."""
     return "\n".join(map(_in_flags, message.splitlines()))
 
 
@@ -110,7 +110,7 @@ def _in_flags(line: str) -> str:
 
 
 def predict_parser() -> argparse.ArgumentParser:
-    """What jobs/predict.py takes."""
+    """The command-line options of jobs/predict.py."""
     parser = argparse.ArgumentParser(
         prog="predict.py", description="A classifier over any corpus: label, probabilities, confidence."
     )
@@ -164,7 +164,7 @@ def predict_parser() -> argparse.ArgumentParser:
 
 
 def settings_of(options: argparse.Namespace) -> PredictConfig:
-    """The settings that the flags stand for; raises :class:`ConfigError`."""
+    """The settings given by the flags; raises :class:`ConfigError`."""
     given = {key: value for key, value in vars(options).items() if value is not None}
     tree: dict[str, Any] = {
         key: given[key] for key in PredictConfig.model_fields.keys() & given.keys() - {"corpus", "gold"}

@@ -1,9 +1,9 @@
-"""A classifier over any corpus, by Ray Data: every row gets a prediction or goes to quarantine.
+"""Applies a classifier to any corpus with Ray Data: every row gets a prediction or goes to quarantine.
 
-Reading tasks produce pieces of the corpus (see ``pieces``); actors with a copy of the model each score them
-and write a file a piece. Memory does not grow with the corpus: what waits between the two is bounded
-by Ray Data's back-pressure. A restart scores only what has no file yet. Gold comes first, in the
-same way, where thresholds are fitted on it.
+Reading tasks produce pieces of the corpus (see ``pieces``); actors, each with a copy of the model, score them
+and write one file per piece. Memory does not grow with the corpus: Ray Data's back-pressure bounds the data
+between the two. A restart scores only the pieces without a file. If thresholds are fitted, gold is predicted
+first, in the same way.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ from llkd_ray.storage.run_dir import RunStore
 from llkd_ray.student.inference import load, score
 
 CPUS_A_THREAD = 0.45
-"""CPUs that Ray books for a thread of an actor: half of it, so that reading always finds room beside."""
-PROGRESS_SECONDS = 10.0  # between two lines of progress
-PIECES_IN_FLIGHT = 2  # of an actor: one that it scores, one that waits there
-BLOCK_BYTES = 1 << 20  # so that each piece is passed on at once
+"""CPUs that Ray reserves per actor thread: a half, so that CPUs always remain for the reading tasks."""
+PROGRESS_SECONDS = 10.0  # between two progress lines
+PIECES_IN_FLIGHT = 2  # per actor: one being scored, one waiting
+BLOCK_BYTES = 1 << 20  # small, so that each piece is passed on immediately
 Say = Callable[[str], None]
 
 
 def predict(config: PredictConfig, say: Say = print) -> dict[str, Any]:
-    """Predict all rows of ``config.corpus`` into ``config.out``; returns what summary.json holds.
+    """Predict all rows of ``config.corpus`` into ``config.out``; returns the content of summary.json.
 
-    Raises :class:`ConfigError` for a mistake, before an actor starts where that can be seen, and where a file
-    cannot be read.
+    Raises :class:`ConfigError` for user errors (if possible, before an actor starts) and for unreadable
+    files.
     """
     began = time.monotonic()
     checkpoint = inspect(config.model, config.revision, config.max_tokens)
@@ -100,7 +100,7 @@ def _check_thresholds(config: PredictConfig, checkpoint: Checkpoint) -> Threshol
 
 
 def _workers(config: PredictConfig) -> dict[str, Any]:
-    """How many actors, what each books, and its threads (None on a GPU)."""
+    """The number of actors, the resources that each reserves, and its threads (None on a GPU)."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = config.gpus
     if gpus is None:
@@ -133,7 +133,7 @@ def _tasks(
     there = read_tasks(store, part)
     if there is not None:
         return there
-    # A limit counts from the front, so one task reads until it is reached.
+    # A limit counts from the start of the corpus, so a single task reads until it is reached.
     packs = [units] if source.limit else pack(list(cut_large(units, source, FIELDS[part], say)))
     return write_tasks(store, part, packs)
 
@@ -149,7 +149,7 @@ def _stream(
     workers: dict[str, Any],
     say: Say,
 ) -> tuple[int, float]:
-    """Score what has no file yet; returns how many rows that were, and in how many seconds of work."""
+    """Score the pieces without a file; returns the number of rows scored and the seconds that took."""
     there = progress(store, part)
     open_tasks = [task for task in tasks if not there.is_done(task)]
     n_there = sum(len(there.pieces_of(task)) for task in tasks)
@@ -159,7 +159,7 @@ def _stream(
         return 0, 0.0
     context = ray.data.DataContext.get_current()
     block_bytes, context.target_max_block_size = context.target_max_block_size, BLOCK_BYTES
-    # They warn of every actor that holds a model without booking memory.
+    # The detectors warn about every actor that holds a model without reserving memory.
     context.issue_detectors_config.detectors = []
     try:
         answers = _build(open_tasks, there.pieces, source, config, checkpoint, thresholds, store, workers)
@@ -185,8 +185,8 @@ def _build(
         "store": store,
         "piece_rows": config.piece_rows,
     }
-    read: Any = _read  # Ray's annotation knows of no further arguments
-    # from_items needs no read task, which would ask for a whole CPU.
+    read: Any = _read  # Ray's annotation allows no further arguments
+    # from_items needs no read task, which would reserve a whole CPU.
     pieces = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         read, batch_size=1, num_cpus=READING_CPUS, fn_kwargs=reader
     )
@@ -206,7 +206,7 @@ def _build(
 
 
 def _collect(part: str, answers: Iterator[dict[str, Any]], say: Say) -> tuple[int, float]:
-    """Wait for all answers; rows scored, and seconds from the first piece's beginning to the last's end."""
+    """Wait for all answers; returns rows scored, and seconds from the first piece's start to the last end."""
     rows, first, last, said = 0, float("inf"), 0.0, time.monotonic()
     for row in answers:
         answer = json.loads(row["answer"])
@@ -220,7 +220,7 @@ def _collect(part: str, answers: Iterator[dict[str, Any]], say: Say) -> tuple[in
     return rows, max(0.0, last - first)
 
 
-# What goes from reading tasks to actors, a row a piece: its place and texts, or an error.
+# Passed from reading tasks to actors, one row per piece: its file name and texts, or an error.
 _PIECE = pa.schema([("file", pa.string()), ("texts", pa.binary()), ("error", pa.string())])
 
 
@@ -249,7 +249,7 @@ def _piece_row(*values: object) -> pa.Table:
 
 
 class Predictor:
-    """An actor with a copy of the model: pieces to files."""
+    """An actor with a copy of the model: turns pieces into prediction files."""
 
     def __init__(
         self,
@@ -266,7 +266,7 @@ class Predictor:
         self.error = ""
         if not workers["gpus"]:
             torch.set_num_threads(workers["threads"])
-            os.environ.setdefault("RAYON_NUM_THREADS", str(workers["threads"]))  # the tokenizer's
+            os.environ.setdefault("RAYON_NUM_THREADS", str(workers["threads"]))  # threads of the tokenizer
         try:
             device = torch.device("cuda" if workers["gpus"] else "cpu")
             self.student = load(checkpoint, config.dtype, device)
@@ -319,7 +319,7 @@ def _fit(config: PredictConfig, given: Thresholds, store: RunStore, say: Say) ->
 
 
 def _row_counts(part: str, tasks: Sequence[Task], store: RunStore) -> dict[str, Any]:
-    """Rows in, predicted and refused, of all starts together; every row is one of the two."""
+    """Rows read, predicted and rejected, over all starts; every row read is one of the latter two."""
     there = progress(store, part)
     undone = [task.stem for task in tasks if not there.is_done(task)]
     assert not undone, f"not all pieces of {undone} are in place"

@@ -1,9 +1,10 @@
-"""A corpus in pieces whose names are fixed by where their rows stand, so that none is scored twice. No Ray.
+"""Cuts a corpus into pieces whose names are derived from row positions, so that none is scored twice. No Ray.
 
-A reading task has some units (see ``sources``); its rows, as they come, are cut into pieces of so many rows
-or characters. A piece is done once its file of predictions is in place. A task's note says how many rows it
-has read and how many pieces that made; it is written when all of them are handed on, so a task is done when
-its note and all the pieces in it are there. What is read again is read alike.
+A reading task has several units (see ``sources``); its rows are cut, in order, into pieces of at most a given
+number of rows or characters. A piece is done once its file of predictions exists. A task's note records how
+many rows it has read and how many pieces they made; it is written after all pieces have been passed on, so a
+task is done when its note and all the pieces listed in it exist. Reading is deterministic: a task that is
+repeated produces the same pieces.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from llkd_ray.storage.run_dir import RunStore
 
 CORPUS, GOLD = "corpus", "gold"
 FIELDS = {CORPUS: "corpus", GOLD: "test"}
-"""The section that a part's mistakes are named after; in a test set, every row needs a true label."""
+"""The config section named in a part's error messages; in a test set, every row needs a true label."""
 FOLDERS = {CORPUS: "predictions", GOLD: "gold"}
 TASKS_DIR = "tasks"
-PIECE_CHARS = 16 << 20  # of texts in one piece: 64 MiB at most
-# The texts of a piece, on their way to a model. ``gold`` is -1 where it is unknown.
+PIECE_CHARS = 16 << 20  # characters per piece: at most 64 MiB
+# The texts of a piece, as passed to a model. ``gold`` is -1 if unknown.
 TEXTS = pa.schema(
     [
         pa.field("source", pa.string(), nullable=False),
@@ -39,7 +40,7 @@ TEXTS = pa.schema(
 
 @dataclass(frozen=True)
 class Task:
-    """What one reading task reads."""
+    """The units that one reading task reads."""
 
     part: str
     number: int
@@ -62,14 +63,14 @@ def _piece_name(task: int, piece: int) -> str:
 
 
 def write_tasks(store: RunStore, part: str, packs: Iterable[Sequence[Unit]]) -> list[Task]:
-    """Keep how the corpus is cut, so that a later start cuts it alike without looking at it."""
+    """Store how the corpus is cut, so that a restart cuts it the same way without reading it."""
     tasks = [Task(part, number, tuple(units)) for number, units in enumerate(packs)]
     store.write_json(f"{TASKS_DIR}/{part}.json", [[asdict(unit) for unit in task.units] for task in tasks])
     return tasks
 
 
 def read_tasks(store: RunStore, part: str) -> list[Task] | None:
-    """What :func:`write_tasks` kept; None where nothing is cut yet."""
+    """The tasks stored by :func:`write_tasks`; None if nothing has been cut yet."""
     if not store.exists(f"{TASKS_DIR}/{part}.json"):
         return None
     packs = store.read_json(f"{TASKS_DIR}/{part}.json")
@@ -83,21 +84,21 @@ def _unit(facts: dict[str, Any]) -> Unit:
 
 @dataclass(frozen=True)
 class Note:
-    """What a task has read."""
+    """Record of what a task has read."""
 
     rows_in: int
     pieces: tuple[int, ...]
     """Rows of each piece."""
     reasons: dict[str, int]
-    """Rows in quarantine, by reason."""
+    """Quarantined rows, by reason."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What is in place of one part."""
+    """The existing notes and prediction files of one part."""
 
     notes: dict[int, Note]
-    """Of tasks that have read all their rows."""
+    """Notes of tasks that have read all their rows."""
     pieces: dict[int, frozenset[int]]
     """Pieces with a file, by task."""
 
@@ -110,7 +111,7 @@ class Progress:
 
 
 def progress(store: RunStore, part: str) -> Progress:
-    """Look what is in place: a listing of two folders, and the notes."""
+    """Determine the progress from a listing of two folders, and from the notes."""
     pieces: dict[int, set[int]] = {}
     for name in store.names(FOLDERS[part], ".parquet"):
         _, task, piece = name.removesuffix(".parquet").split("-")
@@ -132,9 +133,9 @@ def read_pieces(
     piece_rows: int,
     done: frozenset[int] = frozenset(),
 ) -> Iterator[tuple[int, pa.Table]]:
-    """The pieces of a task that are not ``done``, each as its number and its TEXTS; then writes the note.
+    """Yields the pieces of a task that are not ``done``, as (number, TEXTS); then writes the note.
 
-    Refused rows go to quarantine. Raises :class:`ConfigError` where a file cannot be read to its end.
+    Rejected rows go to quarantine. Raises :class:`ConfigError` if a file cannot be read completely.
     """
     field = FIELDS[task.part]
     writer = StagingWriter(store, task.stem)

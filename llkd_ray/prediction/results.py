@@ -1,17 +1,17 @@
-"""The folder of a prediction: its settings, its tables, and the check that a restart has the same settings.
+"""The output folder of a prediction: settings, tables, and the check that a restart has the same settings.
 
-    predict.json                what decided the results; versions
-    predictions/  gold/         parquet, a file a piece; gold's, where thresholds are fitted
-    quarantine/                 refused rows, with a reason
-    thresholds.json             what was fitted, with precision, interval and coverage
-    summary.json                rows in, predicted and refused
-    tasks/                      how the corpus was cut, and what was read of it
+        predict.json                settings that determine the results; versions
+        predictions/  gold/         parquet, one file per piece; gold/ only if thresholds are fitted
+        quarantine/                 rejected rows, with a reason
+        thresholds.json             fitted thresholds, with precision, interval and coverage
+        summary.json                rows read, predicted and rejected
+        tasks/                      how the corpus was cut, and what was read of it
 
 An answer is a label and its confidence. With ``min_grade`` the labels are grades, in the model's order, and
-there is one question only: is the text of this grade or a higher one? Its confidence is the probability of
-those grades together.
+there is a single question: is the text of this grade or higher? Its confidence is the summed probability of
+those grades.
 
-Legend: N texts, C classes, M texts of the one class (or question) in hand.
+Legend: N texts, C classes, M texts of the current class (or question).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MANIFEST = "predict.json"
 SUMMARY = "summary.json"
 THRESHOLDS = "thresholds.json"
 # ``probs`` are in the order of ``labels`` in the schema's metadata. ``p_min_grade`` (with ``min_grade``) and
-# ``text`` (if it is asked for) come behind.
+# ``text`` (if requested) are appended.
 PREDICTIONS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -60,9 +60,9 @@ def open_output(
     units: Mapping[str, Sequence[Unit]],
     versions: dict[str, str],
 ) -> RunStore:
-    """The folder, ready to write or resume. A first start records what decides the results.
+    """Open the folder for writing or resuming. The first start records what determines the results.
 
-    Raises :class:`ConfigError` where it holds something else, or was started with other settings.
+    Raises :class:`ConfigError` if it has other content, or was started with other settings.
     """
     asked = decides(config, checkpoint, units)
     try:
@@ -86,7 +86,7 @@ def open_output(
 def decides(
     config: PredictConfig, checkpoint: Checkpoint, units: Mapping[str, Sequence[Unit]]
 ) -> dict[str, Any]:
-    """By flag, all that the results follow from. How fast they come (batches, workers) is not among it."""
+    """All settings that determine the results, by flag; batch sizes and workers affect only speed."""
     corpus, gold = config.corpus, config.gold
     asked: dict[str, Any] = {
         "MODEL (its files)": checkpoint.fingerprint,
@@ -109,7 +109,7 @@ def decides(
         "--piece-rows": config.piece_rows,
         "--with-text": config.with_text,
     }
-    return json.loads(json.dumps(asked))  # as it will be read back
+    return json.loads(json.dumps(asked))  # the form in which it is read back
 
 
 def _require_same(config: PredictConfig, asked: dict[str, Any], started: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ def _require_same(config: PredictConfig, asked: dict[str, Any], started: dict[st
 
 
 def _files_hash(units: Sequence[Unit]) -> str:
-    """Of names, sizes and times of change; a hub's data set has none but its name."""
+    """Hash of file names, sizes and modification times; a Hugging Face data set contributes only its name."""
     whole = hashlib.blake2b(digest_size=16)
     for base in dict.fromkeys(unit.base for unit in units):
         paths = sorted({unit.path for unit in units if unit.base == base})
@@ -138,7 +138,7 @@ def _files_hash(units: Sequence[Unit]) -> str:
 
 
 def predictions(texts: pa.Table, p_NC: np.ndarray, thresholds: Thresholds, with_text: bool) -> pa.Table:
-    """PREDICTIONS of some TEXTS, with gold behind them where it is known."""
+    """PREDICTIONS for the given TEXTS, with gold appended if known."""
     names = np.array(thresholds.labels, dtype=object)
     columns: dict[str, Any] = {
         "id": texts["id"],
@@ -171,53 +171,53 @@ def read_gold(store: RunStore, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(golds), np.concatenate(probs)
 
 
-INTERVAL = 0.95  # level of the intervals
+INTERVAL = 0.95  # confidence level
 ALWAYS, NEVER = 0.0, np.inf
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One threshold, and what it comes to on the gold texts that the model answers with this label."""
+    """One threshold, and its results on the gold texts for which the model predicts this label."""
 
     threshold: float | None
-    """None: no threshold reaches the precision that is wanted, so nothing is accepted."""
+    """None: no threshold reaches the target precision, so nothing is accepted."""
     given: bool
-    """Whether the user gave it, instead of a fit."""
+    """Whether the user set it; otherwise it was fitted."""
     gold_texts: int
-    """Texts with this label in gold."""
+    """Gold texts with this label."""
     answered: int
-    """Texts that the model answers with this label; all texts, with ``min_grade``."""
+    """Texts for which the model predicts this label; all texts with ``min_grade``."""
     accepted: int
     right: int
-    """Of those accepted."""
+    """Correct among the accepted texts."""
     precision: float | None
-    """right / accepted; None where nothing is accepted."""
+    """right / accepted; None if nothing is accepted."""
     precision_low: float | None
     precision_high: float | None
-    """Ends of the interval of ``INTERVAL``. The fit has seen the same texts, so both are a little high."""
+    """Ends of the ``INTERVAL`` interval. The fit used the same texts, so both are slightly too high."""
     coverage: float
     """accepted / answered."""
     recall: float
     """right / gold_texts."""
     best_precision: float | None
-    """The highest of all thresholds; it says how far away an unreachable one is."""
+    """The highest precision over all thresholds; shows how far an unreachable target is."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What is accepted. Without any threshold, everything."""
+    """Which answers are accepted. Without any threshold, all are."""
 
     labels: tuple[str, ...]
     threshold_C: tuple[float, ...]
-    """ALWAYS and NEVER among them; with ``min_grade`` the one for it is all that counts."""
+    """By label; may be ALWAYS or NEVER. With ``min_grade`` only that grade's threshold applies."""
     min_grade: int | None = None
-    """Index of the lowest grade that is wanted."""
+    """Index of the lowest accepted grade."""
 
     @classmethod
     def given(
         cls, labels: Sequence[str], by_label: Mapping[str, float], min_grade: str | None = None
     ) -> Thresholds:
-        """From thresholds by label; a label without one is always accepted."""
+        """From thresholds by label; labels without one are always accepted."""
         grade = None if min_grade is None else list(labels).index(min_grade)
         return cls(tuple(labels), tuple(by_label.get(name, ALWAYS) for name in labels), grade)
 
@@ -229,17 +229,17 @@ class Thresholds:
 
 
 def grade_confidence(p_NC: Floats, grade: int) -> Floats:
-    """float64[N]: probability that a text is of this grade or of a higher one."""
+    """float64[N]: probability that a text is of this grade or higher."""
     return np.asarray(p_NC, dtype=np.float64)[:, grade:].sum(axis=1)
 
 
 def fit(
     thresholds: Thresholds, p_NC: Floats, gold_N: Ints, wanted: float | None, given: Sequence[str]
 ) -> tuple[Thresholds, dict[str, Measured]]:
-    """The lowest thresholds whose precision on gold is ``wanted``, and what they come to, by label.
+    """The lowest thresholds whose precision on gold is ``wanted``, with their results, by label.
 
-    Labels in ``given`` keep their threshold and are only measured, as are all without ``wanted``. Raises
-    ValueError where gold holds no text.
+    Labels in ``given`` keep their threshold and are only measured, as are all labels if ``wanted`` is None.
+    Raises ValueError if gold has no texts.
     """
     gold_N, p_NC = np.asarray(gold_N), np.asarray(p_NC)
     if not gold_N.size:
@@ -261,11 +261,11 @@ def fit(
 
 
 def lowest_threshold(confidence_M: Floats, is_right_M: np.ndarray, wanted: float) -> float:
-    """The lowest confidence from which on at least a share ``wanted`` is right; NEVER where there is none."""
+    """The lowest confidence at or above which a share ``wanted`` or more is correct; NEVER if none exists."""
     if not np.any(is_right_M):
         return NEVER
     precision_T, _, threshold_T = precision_recall_curve(is_right_M, confidence_M)
-    # The curve's last point, precision 1 of nothing, has no threshold.
+    # The curve's last point (precision 1, nothing accepted) has no threshold.
     reached = np.flatnonzero(precision_T[:-1] >= wanted)
     return float(threshold_T[reached[0]]) if reached.size else NEVER
 
@@ -273,7 +273,7 @@ def lowest_threshold(confidence_M: Floats, is_right_M: np.ndarray, wanted: float
 def measure(
     threshold: float, confidence_M: Floats, is_right_M: np.ndarray, n_gold: int, is_given: bool
 ) -> Measured:
-    """What a threshold comes to; see :class:`Measured`."""
+    """The results of a threshold; see :class:`Measured`."""
     accepted_M = np.asarray(confidence_M) >= threshold
     accepted, right = int(accepted_M.sum()), int(np.asarray(is_right_M)[accepted_M].sum())
     low, high = binomial_interval(right, accepted, INTERVAL)
@@ -301,7 +301,7 @@ def measure(
 def as_dict(
     thresholds: Thresholds, measured: Mapping[str, Measured], wanted: float | None, n_gold: int
 ) -> dict[str, Any]:
-    """For thresholds.json."""
+    """The content of thresholds.json."""
     min_grade = None if thresholds.min_grade is None else thresholds.labels[thresholds.min_grade]
     return {
         "wanted_precision": wanted,
@@ -313,7 +313,7 @@ def as_dict(
 
 
 def describe(label: str, one: Measured, wanted: float | None) -> str:
-    """One line for people."""
+    """The result as one line of text."""
     known = f"{one.answered:,} gold texts answered so, {one.gold_texts:,} are"
     if one.threshold is None:
         best = "no answer is right" if not one.best_precision else f"the best is {one.best_precision:.3f}"

@@ -1,1 +1,1 @@
-"""Draws what `evaluation` read: figures, pages, templates."""
+"""Renders the records from ``evaluation``: figures, pages, templates."""

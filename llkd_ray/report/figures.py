@@ -1,6 +1,6 @@
-"""What all figures share (axes, accessible colours, the <svg> element), and the figures of a whole run.
+"""Shared parts of all figures (axes, accessible colours, the <svg> element), and the figures of a whole run.
 
-A figure takes the colours of text and grid from the page, for its light and dark schemes.
+A figure takes the colours of text and grid from the page, so that it follows the light and dark schemes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llkd_ray.display import NARROW, count, duration, percent
 from llkd_ray.evaluation.round_records import Baseline
 from llkd_ray.evaluation.run_record import PHASES, RunRecord, phase_seconds
 
-# Okabe & Ito's colours, distinguishable with any common colour blindness.
+# The colours of Okabe & Ito, distinguishable with any common colour blindness.
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = (
     "#0072B2",
     "#D55E00",
@@ -43,17 +43,17 @@ _OF_THE_PAGE = {"#000000": "currentColor", GRID.lower(): "var(--line)", BLUE.low
 
 
 def new_figure(width: float = 4.8, height: float = 3.2) -> Figure:
-    """An empty figure, in inches. Not pyplot's: nothing is registered globally and no display is needed."""
+    """An empty figure; sizes in inches. Avoids pyplot, which has global state and may need a display."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def add_axes(figure: Figure, *place: int) -> Axes:
-    """Axes with a light grid; ``place`` is matplotlib's rows, columns and number."""
+    """Axes with a light grid; ``place`` is matplotlib's (rows, columns, number)."""
     return plain(figure.add_subplot(*place))
 
 
 def plain(axes: Axes) -> Axes:
-    """The same axes, without a box and with a light grid."""
+    """The same axes, without a frame and with a light grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -61,7 +61,7 @@ def plain(axes: Axes) -> Axes:
 
 
 def svg_element(figure: Figure, prefix: str, description: str) -> Markup:
-    """The figure as an <svg> element that takes the width it is given."""
+    """The figure as an <svg> element that fills the available width."""
     figure.patch.set_visible(False)
     for axes in figure.axes:
         axes.patch.set_visible(False)
@@ -70,7 +70,7 @@ def svg_element(figure: Figure, prefix: str, description: str) -> Markup:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Names of elements must differ between the figures of a page, and be the same on every rendering.
+    # Element ids must be unique across the figures of a page, and stable between renderings.
     ids = {old: f"{prefix}-{n}" for n, old in enumerate(re.findall(r'\bid="([^"]+)"', svg))}
     svg = re.sub(r'(\bid="|#)([^"\s;)]+)(?=["\)])', lambda m: m[1] + ids.get(m[2], m[2]), svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
@@ -78,7 +78,7 @@ def svg_element(figure: Figure, prefix: str, description: str) -> Markup:
     svg = re.sub(r"\n\s*", "\n", svg)
     for fixed, of_the_page in _OF_THE_PAGE.items():
         svg = svg.replace(fixed, of_the_page)
-    # Letters have no colour of their own where they are black.
+    # matplotlib writes no fill for black text, so currentColor sets the colour of letters.
     opening = Markup(' role="img" fill="currentColor" aria-label="{}"').format(description)
     return Markup(svg.replace("<svg", f"<svg{opening}", 1))
 
@@ -123,7 +123,7 @@ def _finish_curve(figure: Figure, axes: Axes, record: RunRecord, prefix: str, sa
 
 
 def tick_at(axes: Axes, record: RunRecord, key: str, at_most: int) -> None:
-    """Ticks where the rounds are, or at round numbers where they are too many."""
+    """Ticks at the rounds, or at round numbers if there are too many rounds."""
     places = [line[key] for line in record.rounds if line.get(key) is not None]
     if len(places) <= at_most:
         axes.set_xticks(places)
@@ -132,7 +132,7 @@ def tick_at(axes: Axes, record: RunRecord, key: str, at_most: int) -> None:
 
 
 def learning_curve(record: RunRecord, baseline: Baseline | None = None) -> Markup | None:
-    """Accuracy and macro-F1 on gold; dashed the teacher's, dotted the baseline's."""
+    """Accuracy and macro-F1 on gold; the teacher's dashed, the baseline's dotted."""
     figure = new_figure()
     axes = add_axes(figure)
     said = []
@@ -164,7 +164,7 @@ def agreement_curve(record: RunRecord, baseline: Baseline | None = None) -> Mark
 
 
 def time_bars(record: RunRecord) -> Markup | None:
-    """Seconds of each phase, round by round."""
+    """Seconds of each phase, by round."""
     spent = [phase_seconds(line) for line in record.rounds]
     if not any(sum(one.values()) for one in spent):
         return None
@@ -187,7 +187,7 @@ def time_bars(record: RunRecord) -> Markup | None:
 
 
 def reliability_diagram(record: RunRecord) -> Markup | None:
-    """The teacher's probabilities as given and as used."""
+    """Reliability of the teacher's probabilities, both raw and calibrated."""
     quality = record.teacher["quality"]
     if not quality:
         return None
@@ -198,12 +198,12 @@ def reliability_diagram(record: RunRecord) -> Markup | None:
 
 
 def student_reliability(bins: Sequence[dict[str, Any]]) -> Markup | None:
-    """The student's answers on the test set after the last round."""
+    """Reliability of the student's answers on the test set after the last round."""
     return _reliability([("student", bins, ACCURACY_COLOUR, "o")], "student-reliability") if bins else None
 
 
 def _reliability(series: Sequence[tuple[str, Sequence[dict[str, Any]], str, str]], prefix: str) -> Markup:
-    """Accuracy against confidence in bins (Guo et al. 2017, fig. 1), as points whose area is the texts."""
+    """Accuracy against confidence in bins (Guo et al. 2017, fig. 1); a point's area shows its texts."""
     figure = new_figure(4.8, 4.2)
     axes = add_axes(figure)
     axes.grid(axis="x", color=GRID, linewidth=0.8)

@@ -1,7 +1,7 @@
-"""A run on one page: report.html from the files of its directory, and the model card.
+"""Renders a run as pages: report.html, from the files of its directory, and the model card.
 
-The page is one file without scripts or links to elsewhere, so it opens offline and can be sent by mail.
-Texts of the corpus are not to be trusted: the template escapes everything but our own figures.
+The report is one file without scripts or external links, so it opens offline and can be sent by mail.
+Corpus texts are untrusted: the template escapes everything except our own figures.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from llkd_ray.report.round_figures import describe_shares, selected_figure, thre
 from llkd_ray.storage.run_dir import CARD, REPORT, RunStore
 
 MATRIX_CLASSES = 16
-"""With at most so many classes, the confusion matrix is shown."""
+"""The confusion matrix is shown for at most this many classes."""
 MISTAKES = 12
-"""Pairs of classes listed beside it."""
-# What follows "Its confidence", by ``teacher.confidence.method``.
+"""Class pairs listed next to it."""
+# The text after "Its confidence", by ``teacher.confidence.method``.
 METHOD_WORDS = {
     "raw": "is used as given",
     "batch": "is its answers divided by their mean before the first round (batch calibration)",
@@ -57,7 +57,7 @@ COSTS = (
 
 
 def write_pages(store: RunStore, baseline: RunStore | None = None) -> None:
-    """Write the model card and the report of a run that has a model; both from the same files."""
+    """Write the model card and the report of a run that has a model, both from the same files."""
     store.write_bytes(CARD, model_card(store).encode())
     write_report(store, baseline)
 
@@ -67,8 +67,8 @@ def write_report(store: RunStore, baseline: RunStore | None = None) -> str:
 
     The learning curves of ``baseline``, a run on the same data, are drawn as dotted lines.
 
-    Works at any time of a run: rounds, summary, test set and true labels may be missing. Raises
-    ValueError where the directory holds no run.
+    Works at any stage of a run: rounds, summary, test set and gold labels may be missing. Raises
+    ValueError if the directory contains no run.
     """
     record = read_run_record(store)
     rounds = read_round_records(store, record)
@@ -108,7 +108,7 @@ def write_report(store: RunStore, baseline: RunStore | None = None) -> str:
 
 
 def model_card(store: RunStore) -> str:
-    """Markdown for model/README.md: what the model is, how it was made, how good it is, its limits."""
+    """Markdown for model/README.md: what the model is, how it was trained, its quality and its limits."""
     record = read_run_record(store)
     return (
         page_environment()
@@ -126,7 +126,7 @@ def model_card(store: RunStore) -> str:
 
 
 def caps(record: RunRecord) -> str:
-    """The budget's limits in words; '' without any."""
+    """The budget's limits as text; '' if there are none."""
     limits = record.spent.cap or {}
     said = [f"{count(limits[unit])} {unit}" for unit in ("texts", "tokens") if limits.get(unit) is not None]
     if limits.get("cost") is not None:
@@ -135,7 +135,7 @@ def caps(record: RunRecord) -> str:
 
 
 def describe_calibration(record: RunRecord) -> str:
-    """The student's temperature and what it does, or why there is none; '' before the end of the run."""
+    """The student's temperature and its effect, or why there is none; '' before the end of the run."""
     found = record.calibration
     if not found:
         return ""
@@ -150,7 +150,7 @@ def describe_calibration(record: RunRecord) -> str:
 
 
 def describe_audit(record: RunRecord) -> list[str]:
-    """Sentences on the results of an audit; none without one."""
+    """Sentences on the results of an audit; empty without one."""
     if not record.audit or not record.audit["pseudo_labels"]["texts"]:
         return []
     sample, student, missing = (record.audit[n] for n in ("pseudo_labels", "student", "unanswered_in_sample"))
@@ -192,7 +192,7 @@ def _agreement_only(record: RunRecord) -> str:
 
 
 def held_out(record: RunRecord) -> str:
-    """The texts on which student and teacher are compared."""
+    """Describes the texts on which student and teacher are compared."""
     number = record.manifest.get("rows", {}).get("holdout")
     return f"{count(number)} held-out texts" if number else "held-out texts"
 

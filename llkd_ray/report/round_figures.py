@@ -1,4 +1,4 @@
-"""Figures of single rounds: what was selected, the thresholds, and the timeline of teacher and student."""
+"""Figures of single rounds: selected texts, thresholds, and the timeline of teacher and student."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ CLASS_STYLES = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORA
 CROWDED = 0.97
 """Above this median confidence, the axis is logarithmic in 1 - confidence."""
 MOST_NINES = 6
-"""The precision of a confidence in 32 bits."""
+"""The resolution of a float32 confidence near 1."""
 LABELLED_BINS = 60
 
 
 def selected_figure(record: RunRecord, rounds: RoundRecords) -> Markup | None:
-    """The teacher's confidence against the student's uncertainty; a panel for each round."""
+    """The teacher's confidence against the student's uncertainty; one panel per round."""
     samples = rounds.samples
     if not samples:
         return None
@@ -65,12 +65,12 @@ def selected_figure(record: RunRecord, rounds: RoundRecords) -> Markup | None:
 def _set_scales(axes: Axes, samples: Sequence[CandidateSample]) -> tuple[bool, float]:
     """Set limits and ticks for all panels.
 
-    Returns whether the confidence axis is logarithmic, and the lowest uncertainty shown.
+    Returns whether the confidence axis is logarithmic, and the lower limit of the uncertainty axis.
     """
     sure = np.concatenate([sample.confidence_N for sample in samples])
     if _is_crowded(sure):
         last = max(4, int(np.ceil(_nines(sure).max())))
-        ticks = (0, 2, 4)  # more would not fit under a panel
+        ticks = (0, 2, 4)  # more ticks would not fit under a panel
         axes.set_xticks(ticks, ["0", "0.99", "0.9999"])
         axes.set_xlim(-0.05 * last, 1.04 * last)
     else:
@@ -101,7 +101,7 @@ def _nines(confidence_N: Floats) -> Floats:
 
 
 def _unscored_height(low: float) -> float:
-    """Where texts are drawn that the student had not scored."""
+    """The y position of texts that the student had not scored."""
     return low - 0.16 * (1 - low)
 
 
@@ -109,7 +109,7 @@ def _panel(axes: Axes, sample: CandidateSample, n_classes: int, is_crowded: bool
     plain(axes)
     axes.set_title(f"round {sample.round_number}", loc="left", fontsize=9)
     unscored_N = np.isnan(sample.uncertainty_N)
-    # Spread by the golden ratio, so that texts without an uncertainty do not hide each other.
+    # Spread by the golden ratio, so that texts without an uncertainty do not overlap.
     spread_N = 0.12 * (1 - low) * ((np.arange(unscored_N.size) * 0.618) % 1 - 0.5)
     height_N = np.where(unscored_N, _unscored_height(low) + spread_N, sample.uncertainty_N)
     sure_N = _nines(sample.confidence_N) if is_crowded else sample.confidence_N
@@ -139,7 +139,7 @@ def _panel(axes: Axes, sample: CandidateSample, n_classes: int, is_crowded: bool
 
 
 def _styles(n_classes: int) -> Sequence[tuple[str, str]]:
-    """Colour and marker of each class; one for all where there are too many classes."""
+    """Colour and marker of each class; the same for all if there are too many classes."""
     return CLASS_STYLES[:n_classes] if n_classes <= len(CLASS_STYLES) else CLASS_STYLES[:1]
 
 
@@ -153,7 +153,7 @@ def _class_legend(labels: Sequence[str]) -> list[Line2D]:
 
 
 def _short(label: str, at_most: int = 18) -> str:
-    label = label.replace("$", r"\$")  # matplotlib would take it for mathematics
+    label = label.replace("$", r"\$")  # matplotlib would parse it as maths
     return label if len(label) <= at_most else label[: at_most - 1] + "…"
 
 
@@ -174,7 +174,7 @@ def _describe(sample: CandidateSample) -> str:
 
 
 def thresholds_figure(record: RunRecord, rounds: RoundRecords) -> Markup | None:
-    """Each class's threshold, round by round; a panel for each signal."""
+    """Each class's threshold by round; one panel per signal."""
     if not rounds.thresholds:
         return None
     signals = [
@@ -220,7 +220,7 @@ def _threshold_lines(axes: Axes, points: Sequence[tuple[int, list[float]]], n_cl
 
 
 def timeline_figure(record: RunRecord) -> Markup | None:
-    """Labels per second above, the student's phases below, on one time axis."""
+    """Labels per second above and the student's phases below, on one time axis."""
     if not record.rounds:
         return None
     start, done = 0.0, 0.0
@@ -228,7 +228,7 @@ def timeline_figure(record: RunRecord) -> Markup | None:
     for line in record.rounds:
         pace = line["pace"]
         moments += [(start + seconds, done) for seconds, _ in pace[:1]]
-        # Within a round only: labels that a resumed driver finds at its start were not made at that moment.
+        # Within a round only: labels that a resumed driver finds at its start were made earlier.
         for (_, before), (seconds, labelled) in pairwise(pace):
             done += max(0.0, labelled - before)
             moments.append((start + seconds, done))
@@ -262,7 +262,7 @@ def timeline_figure(record: RunRecord) -> Markup | None:
 
 
 def _in_order(spent: dict[str, float]) -> list[tuple[str, float]]:
-    """A round's phases in order; idle time is mostly before the training."""
+    """A round's phases in order; idle time mostly precedes training."""
     return [(name, spent[name]) for name in ("teach", "refresh", "select", "idle", "train", "evaluate")]
 
 
@@ -294,7 +294,7 @@ def _mark_rounds(panels: Sequence[Axes], rounds: Sequence[dict[str, Any]], scale
 
 
 def describe_shares(rounds: RoundRecords) -> str:
-    """The class that the selection favours most over what is labelled; '' where that is not known."""
+    """The class whose share in the selection most exceeds its share of the labelled texts; '' if unknown."""
     known = [(one.trained / one.labelled, one) for one in rounds.balance if one.trained and one.labelled]
     if not known:
         return ""
