@@ -324,11 +324,11 @@ class TestLlkdSample:
         policy, rng = SELECTION["llkd_sample"], np.random.default_rng(0)
         draws = [
             policy.choose(candidates, 1, rng, quota="off", options={"need": 1.0}).row_M[0]
-            for _ in range(1000)
+            for _ in range(4000)
         ]
         counts = np.bincount(np.searchsorted(candidates.row_N, draws), minlength=4)
-        # Four standard errors of a share of 1,000 are 0.063 at most.
-        np.testing.assert_allclose(counts / 1000, uncertainty, atol=0.063)
+        # Four standard errors of a share of 4,000 are 0.032 at most.
+        np.testing.assert_allclose(counts / 4000, uncertainty, atol=0.032)
 
     def test_has_a_quota_of_its_own_that_can_be_turned_off(self):
         candidates = replace(make_candidates(400), label_N=np.repeat([0, 1], [380, 20]))
