@@ -19,8 +19,8 @@ import torch
 from llkd_ray.cluster import connect
 from llkd_ray.comparison.settings import changed, load_comparison, teacher_config
 from llkd_ray.comparison.trial import Trial, read_teacher, read_texts, run_trial
+from llkd_ray.config.base import with_absolute_paths
 from llkd_ray.config.loading import load_config
-from llkd_ray.config.paths import with_absolute_paths
 from llkd_ray.corpus.ingest import ingest
 from llkd_ray.display import Display
 from llkd_ray.storage.run_dir import RunStore

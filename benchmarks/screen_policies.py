@@ -32,8 +32,8 @@ from llkd_ray.cluster import connect
 from llkd_ray.comparison.settings import REFERENCES, changed, load_comparison, teacher_config
 from llkd_ray.comparison.tables import ALL, GOLD
 from llkd_ray.comparison.trial import CPU, Labels, Texts, Trial, gold_labels, read_teacher, read_texts
+from llkd_ray.config.base import with_absolute_paths
 from llkd_ray.config.loading import load_config
-from llkd_ray.config.paths import with_absolute_paths
 from llkd_ray.config.schema import Config, LabelsConfig, StudentConfig
 from llkd_ray.corpus.ingest import ingest
 from llkd_ray.display import Display

@@ -20,9 +20,8 @@ import pyarrow as pa
 from llkd_ray.comparison.job import compare as run_comparison
 from llkd_ray.comparison.report import PAGE, SUMMARY
 from llkd_ray.comparison.settings import Comparison, load_comparison
-from llkd_ray.config.base import ConfigError
+from llkd_ray.config.base import ConfigError, local_dir
 from llkd_ray.config.loading import Overrides, resolve
-from llkd_ray.config.paths import local_dir
 from llkd_ray.config.schema import Config
 from llkd_ray.display import Display
 from llkd_ray.prediction import results as output

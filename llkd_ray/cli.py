@@ -13,9 +13,8 @@ from typing import Any
 from llkd_ray.api import compare, predict
 from llkd_ray.audit.job import SCORE_SAMPLE, SampleSizes, export, import_answers
 from llkd_ray.comparison.settings import load_comparison
-from llkd_ray.config.base import ConfigError
+from llkd_ray.config.base import ConfigError, absolute, absolute_folder, local_dir
 from llkd_ray.config.loading import resolve
-from llkd_ray.config.paths import absolute, absolute_folder, local_dir
 from llkd_ray.config.schema import Config
 from llkd_ray.display import TEACHER_DOWN, Display, run_program
 from llkd_ray.export import export_model

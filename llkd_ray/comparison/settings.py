@@ -18,9 +18,8 @@ from pydantic import Field, model_validator
 
 from llkd_ray.comparison.tables import ALL, GOLD, RANDOM
 from llkd_ray.comparison.trial import Trial
-from llkd_ray.config.base import ConfigError, Section, parse
+from llkd_ray.config.base import ConfigError, Section, parse, with_absolute_paths
 from llkd_ray.config.loading import Overrides, apply_overrides, dump_config, load_tree, parse_config
-from llkd_ray.config.paths import with_absolute_paths
 from llkd_ray.config.schema import Config
 from llkd_ray.display import Display
 from llkd_ray.run.loop import distill

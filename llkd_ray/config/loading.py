@@ -9,8 +9,7 @@ from typing import Any
 
 import yaml
 
-from llkd_ray.config.base import ConfigError, Section, SectionT, parse
-from llkd_ray.config.paths import with_absolute_paths
+from llkd_ray.config.base import ConfigError, Section, SectionT, parse, with_absolute_paths
 from llkd_ray.config.schema import Config
 
 Overrides = Mapping[str, Any] | Sequence[str]

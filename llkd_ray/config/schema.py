@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llkd_ray.config.base import Section, ends, member_field
-from llkd_ray.config.paths import DataUris, Model, ResultDir
+from llkd_ray.config.base import DataUris, Model, ResultDir, Section, ends, member_field
 from llkd_ray.config.teacher import TeacherConfig
 
 

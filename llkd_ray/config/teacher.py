@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llkd_ray.config.base import Section, ends
-from llkd_ray.config.paths import Cache, DataUri, OptionalModel, Template
+from llkd_ray.config.base import Cache, DataUri, OptionalModel, Section, Template, ends
 
 
 class Demonstration(Section):

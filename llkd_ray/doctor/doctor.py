@@ -16,9 +16,8 @@ from pathlib import Path
 
 from rich.text import Text
 
-from llkd_ray.config.base import ConfigError
+from llkd_ray.config.base import ConfigError, local_dir, with_absolute_paths
 from llkd_ray.config.loading import apply_overrides, load_tree, parse_config
-from llkd_ray.config.paths import local_dir, with_absolute_paths
 from llkd_ray.config.schema import Config
 from llkd_ray.display import Display
 from llkd_ray.doctor.cluster import cluster_address, cluster_checks

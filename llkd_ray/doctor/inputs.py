@@ -46,10 +46,10 @@ def storage_checks(config: Config) -> list[Check]:
 
 def check_source(config: Config, source: SourceConfig, field: str) -> Finding:
     """The same findings as ``--dry-run``: files, columns and a sample of rows; for gold, the known labels."""
-    from llkd_ray.run.plan import look_at
+    from llkd_ray.run.plan import read_part
 
     lines: list[str] = []
-    part = look_at(config, source, field, SAMPLE_ROWS, lines.append)
+    part = read_part(config, source, field, SAMPLE_ROWS, lines.append)
     sample = part.sample
     found = "; ".join(line.removeprefix(f"{field}: ") for line in lines)
     if source.gold is not None:

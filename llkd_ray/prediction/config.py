@@ -7,8 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from llkd_ray.config.base import ConfigError, Section, parse
-from llkd_ray.config.paths import Model, ResultDir
+from llkd_ray.config.base import ConfigError, Model, ResultDir, Section, parse
 from llkd_ray.config.schema import SourceConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]

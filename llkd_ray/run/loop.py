@@ -13,9 +13,8 @@ import pyarrow.fs as pafs
 import yaml
 
 from llkd_ray.cluster import check_fit, connect, library_versions
-from llkd_ray.config.base import ConfigError
+from llkd_ray.config.base import ConfigError, absolute
 from llkd_ray.config.loading import Overrides, apply_overrides, dotted, dump_config, parse_config
-from llkd_ray.config.paths import absolute
 from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
 from llkd_ray.corpus.ingest import ingest

@@ -45,7 +45,7 @@ def plan(config: Config, display: Display) -> None:
     config = self_contained(config)
     check(config)
     budget = config.budget
-    pool = look_at(config, config.corpus, "corpus", SAMPLE_ROWS, display.say)
+    pool = read_part(config, config.corpus, "corpus", SAMPLE_ROWS, display.say)
     if budget.labels is not None:
         pool = replace(pool, taken=min(budget.labels, pool.population))
     parts = [pool]
@@ -57,7 +57,7 @@ def plan(config: Config, display: Display) -> None:
         f"included; the student trains on {train}"
     )
     if config.test is not None:
-        test = look_at(config, config.test, "test", TEST_SAMPLE_ROWS, display.say)
+        test = read_part(config, config.test, "test", TEST_SAMPLE_ROWS, display.say)
         asked = ", and the teacher labels it once" if config.evaluation.teacher_on_test else ""
         display.say(f"test: the student is evaluated on it after every round{asked}")
         parts += [test] if config.evaluation.teacher_on_test else []
@@ -88,7 +88,7 @@ def _say_totals(config: Config, plans: Sequence[TeacherPlan], display: Display) 
         display.say(f"cap: {line}")
 
 
-def look_at(config: Config, source: SourceConfig, field: str, n: int, say: Callable[[str], None]) -> Part:
+def read_part(config: Config, source: SourceConfig, field: str, n: int, say: Callable[[str], None]) -> Part:
     """Count a source's rows and draw a sample; reports both through ``say``.
 
     Raises :class:`ConfigError` if none of the sampled rows is usable.
@@ -269,7 +269,7 @@ def _answered(
         f"earlier runs have answered {sum(map(np.count_nonzero, found))} of the {sum(map(len, found))} texts"
     )
     if cache.skipped:
-        line += f"; {cache.skipped} of their folders or files are gone or of an older version"
+        line += f"; {cache.skipped} of their folders or files are gone or cannot be read"
     return found, [line]
 
 

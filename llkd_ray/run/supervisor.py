@@ -107,7 +107,7 @@ class Run:
             if part and part.error:
                 raise plain_error(part.error)
         stats = ray.get(self.selector.stats.remote())
-        for line in stats["put_aside"]:
+        for line in stats["broken_files"]:
             if line not in self._reported:
                 self.display.say(line)
                 self._reported.add(line)

@@ -69,7 +69,7 @@ class Selector:
         self.table = ScoreTable(self.n_classes, self.examples.n_pool, self.examples.n_test)
         self.policy = find_selection(config.selection)
         self.acquisition = find_acquisition(config.acquisition)
-        self.put_aside: list[str] = []
+        self.broken_files: list[str] = []
         """A line about each unreadable label file."""
         self.damaged: set[int] = set()
         """Tickets of these files that were done."""
@@ -215,7 +215,7 @@ class Selector:
 
     async def target_prior(self, round_number: int) -> Floats | None:
         """float[C]: the class prior of a selected round; see :func:`policies.target_prior`."""
-        prior = self.state.selected[round_number].get("prior")  # missing in a run started by an older version
+        prior = self.state.selected[round_number]["prior"]
         return None if prior is None else np.array(prior)
 
     async def assert_owner(self) -> None:
@@ -307,7 +307,7 @@ class Selector:
             "rounds_trained": len(self.state.trained),
             "note": self.state.note,
             "trouble": self.teachers.failure_reason(),
-            "put_aside": self.put_aside,
+            "broken_files": self.broken_files,
             "damaged": sorted(self.damaged),
         }
 
@@ -414,11 +414,11 @@ class Selector:
 
     def _note_damaged(self, ticket: int, line: str) -> None:
         self.damaged.add(ticket)
-        self.put_aside.append(line)
+        self.broken_files.append(line)
 
     def _note_unused(self, ticket: int, line: str) -> None:
         """Note a damaged file of a small teacher: its ticket is done without it."""
-        self.put_aside.append(line)
+        self.broken_files.append(line)
 
 
 def start_selector(config: Config, store_uri: str, session: str) -> Any:

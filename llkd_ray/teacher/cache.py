@@ -175,7 +175,7 @@ class AnswerCache:
         self._files = files
         self._hash_K, self._file_K, self._position_K = hash_K, file_K, position_K
         self.skipped = skipped
-        """Label folders and files that are missing, unreadable, or of an older version."""
+        """Label folders and files that are missing, unreadable, or not in this format."""
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
         self._lock = threading.Lock()
 

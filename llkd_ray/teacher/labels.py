@@ -93,11 +93,11 @@ def read_all(
     store: RunStore,
     folder: str,
     n_classes: int,
-    put_aside: Callable[[int, str], None],
+    on_broken: Callable[[int, str], None],
     skip: Container[int] = (),
 ) -> Iterator[tuple[int, TicketLabels]]:
     """Every ticket that has a file in a folder, in ascending order; see :func:`intact_tickets`."""
-    for ticket, table in intact_tickets(store, folder, put_aside, skip):
+    for ticket, table in intact_tickets(store, folder, on_broken, skip):
         yield ticket, ticket_labels(table, *_read_metadata(table.schema.metadata or {}), n_classes)
 
 
@@ -169,12 +169,12 @@ _AT_A_TIME = 16 * READERS
 
 
 def intact_tickets(
-    store: RunStore, folder: str, put_aside: Callable[[int, str], None], skip: Container[int] = ()
+    store: RunStore, folder: str, on_broken: Callable[[int, str], None], skip: Container[int] = ()
 ) -> Iterator[tuple[int, pa.Table]]:
     """LABELS of every ticket with an intact file in a folder, except those in ``skip``, in ascending order.
 
     A file that is not a complete parquet file of LABELS is moved to BROKEN_DIR, with the reason beside it,
-    and ``put_aside`` gets its ticket and a line about it.
+    and ``on_broken`` gets its ticket and a line about it.
     """
     names = [name for name in store.names(folder, ".parquet") if ticket_of(name) not in skip]
     with ThreadPoolExecutor(READERS) as pool:
@@ -185,9 +185,9 @@ def intact_tickets(
                 if isinstance(found, pa.Table):
                     yield ticket_of(name), found
                     continue
-                _put_aside(store, file, found)
-                line = f"{file} cannot be read ({found}): put into {BROKEN_DIR}, its texts are asked again"
-                put_aside(ticket_of(name), line)
+                _quarantine_broken(store, file, found)
+                line = f"{file} cannot be read ({found}): moved to {BROKEN_DIR}; its texts are asked again"
+                on_broken(ticket_of(name), line)
 
 
 def _read(store: RunStore, file: str) -> pa.Table | str:
@@ -201,7 +201,7 @@ def _read(store: RunStore, file: str) -> pa.Table | str:
     return f"no column {missing[0]}" if missing else table
 
 
-def _put_aside(store: RunStore, file: str, reason: str) -> None:
+def _quarantine_broken(store: RunStore, file: str, reason: str) -> None:
     place = f"{BROKEN_DIR}/{file.replace('/', '-')}"
     store.write_bytes(place, store.read_bytes(file))
     store.write_bytes(f"{place}.reason.txt", f"{reason}\n".encode())

@@ -30,9 +30,8 @@ from llkd_ray.resources import LEASER_CPUS, of_one_part
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import RunStore
 from llkd_ray.storage.tables import Examples
-from llkd_ray.teacher.cascade import LargeStage, SmallStage
 from llkd_ray.teacher.factory import cache_key
-from llkd_ray.teacher.worker import OnlyStage, Stage
+from llkd_ray.teacher.worker import LargeStage, OnlyStage, SmallStage, Stage
 
 _LEASED = pa.schema([pa.field("ticket", pa.int32()), *tables.NUMBERED_EXAMPLES])
 

@@ -28,10 +28,9 @@ from llkd_ray.storage.run_dir import LABELS_DIR, QUARANTINE_DIR, SENT_DIR, SMALL
 from llkd_ray.storage.tables import matrix_of
 from llkd_ray.teacher import stream as stream_module
 from llkd_ray.teacher.base import TeacherDown, Usage
-from llkd_ray.teacher.cascade import LargeStage, SmallStage
 from llkd_ray.teacher.labels import read_lost_usage, read_ticket
 from llkd_ray.teacher.stream import Leaser, spare_tickets
-from llkd_ray.teacher.worker import OnlyStage, Stage
+from llkd_ray.teacher.worker import LargeStage, OnlyStage, SmallStage, Stage
 
 N_POOL, N_TEST = 200, 30
 
