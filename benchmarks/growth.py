@@ -31,7 +31,7 @@ from llkd_ray.config.schema import Config, LabelsConfig
 from llkd_ray.config.teacher import PromptConfig
 from llkd_ray.corpus.cleaning import clean_text, text_hash
 from llkd_ray.corpus.ingest import ingest
-from llkd_ray.metrics.quality import bootstrap_interval, classification
+from llkd_ray.metrics.quality import classification, macro_f1_interval
 from llkd_ray.metrics.uncertainty import StudentScores
 from llkd_ray.report.pages import write_report
 from llkd_ray.selection.policies import SELECTION
@@ -232,7 +232,7 @@ def figures(classes: int, folder: Path) -> Work:
 
     def work() -> None:
         classification(gold_N, p_NC, classes)
-        bootstrap_interval(gold_N, p_NC.argmax(axis=1), "macro_f1", rng)
+        macro_f1_interval(gold_N, p_NC.argmax(axis=1), rng)
 
     return work
 

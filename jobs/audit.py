@@ -1,8 +1,8 @@
-"""Review a run's labels: python jobs/audit.py export RUN --out rows.csv, then import RUN rows.csv."""
+"""Let people check labels: python jobs/audit.py export RUN --out rows.csv, then import RUN rows.csv."""
 
 import sys
 
-from llkd_ray.cli import audit_main
+from llkd_ray.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(audit_main())
+    sys.exit(main(["audit", *sys.argv[1:]]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from llkd_ray.cli import compare_main
+from llkd_ray.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(compare_main())
+    sys.exit(main(["compare", *sys.argv[1:]]))

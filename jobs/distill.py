@@ -5,7 +5,7 @@ Without a config it runs the quickstart, which creates a corpus and a small teac
 
 import sys
 
-from llkd_ray.cli import distill_main
+from llkd_ray.cli.train import distill_job
 
 if __name__ == "__main__":
-    sys.exit(distill_main())
+    sys.exit(distill_job(sys.argv[1:]))

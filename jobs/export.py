@@ -2,7 +2,7 @@
 
 import sys
 
-from llkd_ray.cli import export_main
+from llkd_ray.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(export_main())
+    sys.exit(main(["export", *sys.argv[1:]]))

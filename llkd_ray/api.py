@@ -162,7 +162,7 @@ def predict(
 
     Settings are those of :class:`~llkd_ray.prediction.config.PredictConfig`; a minimal example is
     ``{"model": run_dir, "corpus": {"uri": "reviews.csv", "text": "body"}, "out": "predicted"}``. Raises
-    ConfigError for a mistake; its message names the setting or the flag of jobs/predict.py that sets it.
+    ConfigError for a mistake; its message names the setting or the flag of ``llkd predict`` that sets it.
     """
     settings = resolve(PredictConfig, config, overrides)
     with _shown(display) as there:

@@ -1,18 +1,16 @@
-"""Console output: progress on a terminal or in a log, number formatting, exit status of a program."""
+"""Console output: progress on a terminal or in a log, results, number formatting."""
 
 from __future__ import annotations
 
 import re
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-from llkd_ray.config.base import ConfigError
 
 LOG_EVERY_S = 5.0
 LOG_AT_MOST_S = 60.0
@@ -21,7 +19,7 @@ LOG_SHARE = 0.05
 
 Lines are frequent at first, when people watch, and a day does not produce ten thousand lines.
 """
-LOG_WIDTH = 110
+LOG_WIDTH = 80
 """Maximum width of a table in a log, in characters."""
 
 
@@ -31,11 +29,18 @@ class Display:
     Texts are printed literally, because names and paths may contain characters that rich reads as markup.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(
+        self, console: Console | None = None, *, quiet: bool = False, log_file: str | None = None
+    ) -> None:
+        """``quiet``: print results only. ``log_file``: append all lines to it, too; may raise OSError."""
         self.console = console or Console(highlight=False, soft_wrap=True)
+        self.quiet = quiet
+        self._log = open(log_file, "a", encoding="utf-8") if log_file else None  # noqa: SIM115
+        self.resume_with = ""
+        """The command that continues the current work after a stop; empty if there is nothing to continue."""
         if not self.console.is_terminal:
             self.console.width = LOG_WIDTH
-        self._status = self.console.status("") if self.console.is_terminal else None
+        self._status = self.console.status("") if self.console.is_terminal and not quiet else None
         self._last_update, self._last_time = "", -LOG_EVERY_S
         self._began = time.monotonic()
 
@@ -49,10 +54,30 @@ class Display:
     ) -> None:
         if self._status:
             self._status.stop()
+        if self._log:
+            self._log.close()
 
     def say(self, line: str) -> None:
-        """Print a permanent line."""
-        self.console.print(Text(f"[{time.monotonic() - self._began:5.0f} s] {line}"))
+        """Print a permanent line about progress, with the time since the start."""
+        stamped = f"[{time.monotonic() - self._began:5.0f} s] {line}"
+        if not self.quiet:
+            self.console.print(Text(stamped))
+        self._write_log(stamped)
+
+    def warn(self, line: str) -> None:
+        """Print a warning: also when quiet."""
+        self.console.print(Text(f"warning: {line}", style="yellow"))
+        self._write_log(f"warning: {line}")
+
+    def result(self, line: str) -> None:
+        """Print a line that is part of the result: also when quiet, and without the time."""
+        self.console.print(Text(line))
+        self._write_log(line)
+
+    def _write_log(self, line: str) -> None:
+        if self._log:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            self._log.flush()
 
     def update(self, line: str, rows: Sequence[tuple[str, str]] = ()) -> None:
         """Show current progress: a line, or on a terminal rows of name and text, if given."""
@@ -67,7 +92,7 @@ class Display:
         return min(LOG_AT_MOST_S, max(LOG_EVERY_S, LOG_SHARE * (time.monotonic() - self._began)))
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        table = Table(title=Text(title, style="italic"), title_justify="left")
+        table = Table(title=Text(title, style="italic"), title_justify="left", box=SIMPLE, pad_edge=False)
         for name in header:
             table.add_column(Text(name))
         for row in rows:
@@ -130,19 +155,3 @@ def shorten(text: str) -> str:
 def markdown(text: str) -> str:
     """Escape a name for Markdown, including tables."""
     return re.sub(r"([\\`*_{}\[\]<>#|&])", r"\\\1", " ".join(text.split()))
-
-
-USER_MISTAKE, TEACHER_DOWN = 2, 3
-
-
-def run_program(work: Callable[[Display], int | None], describe: Callable[[str], str] = str) -> int:
-    """Run a program; returns its exit status, which is 0 if ``work`` returns none.
-
-    A :class:`ConfigError` is printed to stderr after its message is passed through ``describe``.
-    """
-    try:
-        with Display() as display:
-            return work(display) or 0
-    except ConfigError as error:
-        print(f"error: {describe(str(error))}", file=sys.stderr)
-        return USER_MISTAKE

@@ -134,7 +134,8 @@ def _too_much(config: Config, bundles: Sequence[Bundle], nodes: Sequence[Resourc
     return (
         f"{_fields(asking, [name])}: {_listed(list(said))} need "
         f"{' + '.join(_amount(amount) for amount in said.values())} = {_amount(sum(said.values()))} "
-        f"{_plural(name)}, but the cluster has {_amount(there)} on {len(nodes)} node(s); {_REMEDY}"
+        f"{_plural(name)}, but the cluster has {_amount(there)} on {len(nodes)} node(s); "
+        f"{_SHARE if name == 'GPU' and there == _UNITS else _REMEDY}"
     )
 
 
@@ -157,6 +158,10 @@ def _no_place(
     )
 
 
+_SHARE = (
+    "let teacher and student share the GPU: teacher.gpus: 0.7, student.gpus: 0.3 and teacher.engine: "
+    "{gpu_memory_utilization: 0.65}, or add one"
+)
 _REMEDY = "lower teacher.actors, student.workers or one of these, or add nodes"
 
 

@@ -18,9 +18,10 @@ from pydantic import Field, model_validator
 
 from llkd_ray.comparison.tables import ALL, GOLD, RANDOM
 from llkd_ray.comparison.trial import Trial
-from llkd_ray.config.base import ConfigError, Section, parse, with_absolute_paths
+from llkd_ray.config.base import ConfigError, Section, anchored, parse, with_absolute_paths
 from llkd_ray.config.loading import Overrides, apply_overrides, dump_config, load_tree, parse_config
 from llkd_ray.config.schema import Config
+from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.display import Display
 from llkd_ray.run.loop import distill
 from llkd_ray.storage.run_dir import CONFIG, LABELS_DIR, SUMMARY, RunStore, join_uri
@@ -37,9 +38,7 @@ class Comparison(Section):
     """A comparison's settings, from a YAML file."""
 
     whole: ClassVar[str] = "comparison"
-    base: str = Field(
-        description="A run's YAML file, from here; its own folder is where relative paths start."
-    )
+    base: str = Field(description="A run's YAML file; a relative path is relative to this file.")
     teachers: dict[str, dict[str, Any]] = Field(
         description="For each teacher's name, what differs in the section teacher of the base."
     )
@@ -77,8 +76,14 @@ class Comparison(Section):
 
 def load_comparison(path: str | Path, overrides: Overrides = ()) -> Comparison:
     """Read a comparison's YAML file and apply ``a.b=c``; raises ConfigError with one line per mistake."""
-    comparison = parse(Comparison, apply_overrides(load_tree(path), overrides))
-    return comparison.model_copy(update={"base": str(Path(path).parent / comparison.base)})
+    tree, folder = load_tree(path, Comparison), Path(path).parent
+    if isinstance(teachers := tree.get("teachers"), dict):
+        tree["teachers"] = {
+            name: anchored(TeacherConfig, changes, folder) if isinstance(changes, dict) else changes
+            for name, changes in teachers.items()
+        }
+    comparison = parse(Comparison, apply_overrides(tree, overrides))
+    return comparison.model_copy(update={"base": str(folder / comparison.base)})
 
 
 @dataclass(frozen=True)

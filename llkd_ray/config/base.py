@@ -61,13 +61,18 @@ def _reason(section: type[BaseModel], problem: Any) -> str:
 def _known_fields(section: type[BaseModel], loc: Sequence[Any]) -> list[str]:
     """The field names of the section at ``loc``, as far as it can be resolved in the model tree."""
     for part in loc:
-        if not isinstance(part, str) or part not in section.model_fields:
-            continue
-        annotation = section.model_fields[part].annotation
-        for candidate in (annotation, *getattr(annotation, "__args__", ())):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                section = candidate
+        if isinstance(part, str) and part in section.model_fields:
+            section = _section_at(section, part) or section
     return sorted(section.model_fields)
+
+
+def _section_at(section: type[BaseModel], field: str) -> type[BaseModel] | None:
+    """The section that a field holds; None for a plain setting."""
+    annotation = section.model_fields[field].annotation
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
 
 
 def ends(number: int | tuple[int, int]) -> tuple[int, int]:
@@ -85,19 +90,22 @@ def member_field(name: str) -> str:
 
 # --- paths: absolute, because cluster workers run in another directory than the driver
 
-
-def absolute(uri: str) -> str:
-    """An absolute local path; a URI is returned unchanged."""
-    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
+HERE = Path()
+"""The working directory."""
 
 
-def absolute_folder(model: str) -> str:
+def absolute(uri: str, folder: Path = HERE) -> str:
+    """The absolute path of a local path below ``folder``; a URI is returned unchanged."""
+    return uri if "://" in uri else str((folder / Path(uri).expanduser()).resolve())
+
+
+def absolute_folder(model: str, folder: Path = HERE) -> str:
     """The absolute path of a checkpoint folder; a hub name is returned unchanged."""
-    return absolute(model) if Path(model).expanduser().is_dir() else model
+    return absolute(model, folder) if (folder / Path(model).expanduser()).is_dir() else model
 
 
 def local_dir(folder: str) -> str:
-    """The absolute path of a results folder.
+    """The absolute path of a results folder; a relative one is below the working directory.
 
     In a job submitted to a cluster, the working directory is a copy that Ray deletes, so results are written
     below the home directory there.
@@ -110,9 +118,13 @@ def local_dir(folder: str) -> str:
 
 @dataclass(frozen=True)
 class Resolve:
-    """Marks a setting that may hold a local path, with the function that makes it absolute."""
+    """Marks a setting that may hold a local path, with the function that makes it absolute.
 
-    by: Callable[[str], str]
+    ``by(value, folder)``: for an input, relative paths are below ``folder``, which is that of the YAML file
+    with the setting; results are below the working directory.
+    """
+
+    by: Callable[[str, Path], str]
 
 
 DataUri = Annotated[str, Resolve(absolute)]
@@ -120,9 +132,11 @@ DataUris = Annotated[str | tuple[str, ...], Resolve(absolute)]
 Model = Annotated[str, Resolve(absolute_folder)]
 """A checkpoint folder or a hub name."""
 OptionalModel = Annotated[str | None, Resolve(absolute_folder)]
-ResultDir = Annotated[str, Resolve(local_dir)]
-Template = Annotated[str | None, Resolve(lambda text: absolute(text) if text.endswith(".j2") else text)]
-Cache = Annotated[str | None, Resolve(lambda folder: folder if folder == "auto" else absolute(folder))]
+ResultDir = Annotated[str, Resolve(lambda uri, _: local_dir(uri))]
+Template = Annotated[
+    str | None, Resolve(lambda text, folder: absolute(text, folder) if text.endswith(".j2") else text)
+]
+Cache = Annotated[str | None, Resolve(lambda uri, _: uri if uri == "auto" else absolute(uri))]
 
 
 def with_absolute_paths(section: SectionT) -> SectionT:
@@ -132,6 +146,28 @@ def with_absolute_paths(section: SectionT) -> SectionT:
         value = getattr(section, name)
         for mark in field.metadata:
             if isinstance(mark, Resolve) and value is not None:
-                value = mark.by(value) if isinstance(value, str) else tuple(map(mark.by, value))
+                value = _resolved(value, mark, HERE)
         changes[name] = with_absolute_paths(value) if isinstance(value, Section) else value
     return section.model_copy(update=changes)
+
+
+def anchored(section: type[BaseModel], tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Plain settings of a YAML file in ``folder``, with the paths of inputs made absolute; not validated."""
+    changed = dict(tree)
+    for name in tree.keys() & section.model_fields.keys():
+        value, below = tree[name], _section_at(section, name)
+        if below is not None and isinstance(value, Mapping):
+            changed[name] = anchored(below, value, folder)
+        for mark in section.model_fields[name].metadata:
+            if isinstance(mark, Resolve):
+                changed[name] = _resolved(value, mark, folder)
+    return changed
+
+
+def _resolved(value: Any, mark: Resolve, folder: Path) -> Any:
+    """A setting's value, or each of several, made absolute; what is no string is left to validation."""
+    if isinstance(value, str):
+        return mark.by(value, folder)
+    if isinstance(value, list | tuple):
+        return tuple(_resolved(one, mark, folder) for one in value)
+    return value

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from llkd_ray.config.base import ConfigError, Section, SectionT, parse, with_absolute_paths
+from llkd_ray.config.base import ConfigError, Section, SectionT, anchored, parse, with_absolute_paths
 from llkd_ray.config.schema import Config
 
 Overrides = Mapping[str, Any] | Sequence[str]
@@ -27,7 +27,7 @@ def resolve(
     if isinstance(given, kind) and not overrides:
         return with_absolute_paths(given)
     if isinstance(given, str | Path):
-        tree: Mapping[str, Any] = load_tree(given)
+        tree: Mapping[str, Any] = load_tree(given, kind)
     else:
         tree = given.model_dump() if isinstance(given, Section) else given
     return with_absolute_paths(parse(kind, apply_overrides(tree, overrides)))
@@ -38,7 +38,7 @@ def load_config(path: str | Path, overrides: Overrides = ()) -> Config:
 
     Raises :class:`ConfigError` with one line per mistake.
     """
-    return parse_config(apply_overrides(load_tree(path), overrides))
+    return parse_config(apply_overrides(load_tree(path, Config), overrides))
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:
@@ -46,8 +46,11 @@ def parse_config(tree: Mapping[str, Any]) -> Config:
     return parse(Config, tree)
 
 
-def load_tree(path: str | Path) -> dict[str, Any]:
-    """The settings of a YAML file, not validated; raises :class:`ConfigError` if it cannot be read."""
+def load_tree(path: str | Path, kind: type[Section]) -> dict[str, Any]:
+    """The settings of a YAML file, not validated; relative paths of inputs are relative to the file.
+
+    Raises :class:`ConfigError` if it cannot be read.
+    """
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -55,8 +58,8 @@ def load_tree(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"config file {str(path)!r} holds no settings: see configs/ for examples")
-    return tree
+        raise ConfigError(f"config file {str(path)!r} holds no settings: llkd init writes one")
+    return anchored(kind, tree, Path(path).parent)
 
 
 def dotted(overrides: Overrides) -> list[str]:

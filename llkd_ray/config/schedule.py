@@ -10,6 +10,9 @@ from math import ceil
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import Config
 
+MAX_UNLIMITED_POOL = 50_000
+"""Texts that a teacher labels without ``budget.labels``; more must be asked for."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -39,6 +42,11 @@ class Schedule:
     def plan(cls, config: Config, n_pool: int, n_test: int) -> Schedule:
         """Compare the budgets with the number of texts; raises :class:`ConfigError` if there are too few."""
         budget, evaluation = config.budget, config.evaluation
+        if budget.labels is None and n_pool > MAX_UNLIMITED_POOL and config.teacher.kind != "recorded":
+            raise ConfigError(
+                f"budget.labels: it is not set, and the teacher would label all {n_pool:,} texts; set how "
+                f"many it may label, such as 20000, or {n_pool} for all"
+            )
         labels = min(budget.labels or n_pool, n_pool)
         holdout = min(evaluation.holdout, labels // 10)
         train = budget.train if isinstance(budget.train, int) else round(budget.train * n_pool)

@@ -7,6 +7,7 @@ anything starts, with the field, the value and the remedy in one line.
 
 from __future__ import annotations
 
+import codecs
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -31,6 +32,15 @@ class SourceConfig(Section):
     max_chars: int = Field(
         100_000, ge=1, description="Characters; a longer text goes to quarantine (a broken record, mostly)."
     )
+    encoding: str | None = Field(
+        None, description="Of csv, jsonl and txt files, such as utf-16 or latin-1; null: as the files show."
+    )
+    delimiter: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1,
+        description="Between fields of csv files; null: as the header shows.",
+    )
     limit: int | None = Field(
         None, ge=1, description="Rows read at most, from the front: for a first try. Reads in one task."
     )
@@ -41,6 +51,16 @@ class SourceConfig(Section):
         if not uri or any(not one.strip() for one in ([uri] if isinstance(uri, str) else uri)):
             raise ValueError("is empty: give a file, a glob, a folder or hf://NAME")
         return uri
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding(cls, encoding: str | None) -> str | None:
+        if encoding is None:
+            return None
+        try:
+            return codecs.lookup(encoding).name
+        except LookupError:
+            raise ValueError(f"is {encoding!r}: give an encoding that Python knows, such as utf-16") from None
 
     @property
     def uris(self) -> tuple[str, ...]:
@@ -120,7 +140,11 @@ class StudentConfig(Section):
     )
     batch_size: int = Field(16, ge=1, description="Texts in one optimiser step, over all ranks.")
     score_batch_size: int = Field(64, ge=1, description="Texts in one forward pass when scoring, per rank.")
-    learning_rate: float = Field(1.5e-4, gt=0)
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
+        description="Of AdamW, after warm-up; auto: by the model's size, 1.5e-4 for MiniLM, 2e-5 for "
+        "base-size encoders, 1e-5 for larger ones.",
+    )
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of a round's steps spent warming up.")
     weight_decay: float = Field(0.01, ge=0)
     loss: Literal["cross_entropy", "soft"] = Field(
@@ -290,13 +314,18 @@ class RunConfig(Section):
     """Output location, random seed, trackers and Ray cluster."""
 
     dir: ResultDir = Field(
-        "runs", description="Folder, or URI on any pyarrow filesystem, that holds the runs."
+        "runs",
+        description="Folder, or URI on any pyarrow filesystem, that holds the runs; a relative path is below "
+        "the working directory.",
     )
     name: str | None = Field(None, description="The run's own folder; default: policy and time.")
     seed: int = Field(0, ge=0)
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
         (),
         description="Who else is told of settings and figures; each needs its package where the driver runs.",
+    )
+    strict: bool = Field(
+        False, description="Stop, instead of warning, where the teacher's first labels look useless."
     )
     address: str | None = Field(
         None, description="Ray cluster to join; default: the job's own, RAY_ADDRESS, or a local one."

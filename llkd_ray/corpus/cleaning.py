@@ -7,14 +7,19 @@ import math
 import re
 import reprlib
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import SourceConfig
 from llkd_ray.corpus.readers import RawRow, Unreadable
 
 START_CHARS = 200  # characters of a refused text that the quarantine keeps
 NO_GOLD = -1
+UNKNOWN_GOLD = "unknown_gold"
+MAX_UNKNOWN_GOLD = 0.01  # share of rows
+VALUES_SHOWN = 5
 # Line breaks that are control characters become line feeds; removing them would join two words.
 _BREAKS = re.compile(r"\r\n?|[\x0b\x0c\x85]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -97,12 +102,15 @@ def start_of_text(value: object) -> str:
 class GoldNames:
     """Maps a gold value to a class index.
 
-    A string is a label name. A number, or a string of digits, is a 0-based index. If some label names are
-    numbers themselves, it is a name instead, so that a rating from 1 to 5 is never read as an index.
+    A string is a label name, without outer white space and, where that is unambiguous, in any case. A
+    number, or a string of digits, is a 0-based index. If some label names are numbers themselves, it is a
+    name instead, so that a rating from 1 to 5 is never read as an index.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._index = {name: index for index, name in enumerate(names)}
+        folded = Counter(map(_fold, names))
+        self._folded = {_fold(name): index for index, name in enumerate(names) if folded[_fold(name)] == 1}
         self._numbers_are_names = any(name.strip().isdecimal() for name in names)
 
     def index(self, value: object) -> int | Refusal | None:
@@ -122,13 +130,37 @@ class GoldNames:
             name = str(int(value)) if abs(value) < 1e9 else ""
         found = self._index.get(value) if isinstance(value, str) else None
         if found is None and (isinstance(value, str) or self._numbers_are_names):
-            found = self._index.get(name)
+            found = self._index.get(name, self._folded.get(_fold(name)))
         if found is None and not self._numbers_are_names and name.isdecimal() and len(name) < 10:
             found = int(name) if int(name) < len(self._index) else None
         if found is None:
-            shown = start_of_text(repr(start_of_text(value)) if isinstance(value, str) else value)
-            return Refusal("unknown_gold", f"{shown} is neither a name nor an index of labels.names")
+            return Refusal(UNKNOWN_GOLD, f"{show_gold(value)} is neither a name nor an index of labels.names")
         return found
+
+
+def _fold(name: str) -> str:
+    return name.strip().casefold()
+
+
+def show_gold(value: object) -> str:
+    """A gold value as it is shown in messages."""
+    return start_of_text(repr(start_of_text(value)) if isinstance(value, str) else value)
+
+
+def check_gold(
+    field: str, column: str | None, labels: Sequence[str], unknown: Counter[str], rows: int
+) -> None:
+    """Raise :class:`ConfigError` if so many of ``rows`` rows have an unknown label that it is no accident.
+
+    ``unknown``: the values as :func:`show_gold` shows them. Fewer such rows only go to quarantine.
+    """
+    if unknown.total() <= MAX_UNKNOWN_GOLD * rows:
+        return
+    shown = ", ".join(f"{value} ({count:,})" for value, count in unknown.most_common(VALUES_SHOWN))
+    raise ConfigError(
+        f"{field}.gold: {unknown.total():,} of {rows:,} values of column {column!r} match no label: {shown}; "
+        f"labels.names are {', '.join(labels)}: correct the values, or add the missing labels"
+    )
 
 
 class Cleaner:

@@ -34,8 +34,8 @@ from ray.data import DataContext
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import Config, SourceConfig
 from llkd_ray.corpus import sources
-from llkd_ray.corpus.cleaning import START_CHARS
-from llkd_ray.corpus.readers import Unit, reading
+from llkd_ray.corpus.cleaning import START_CHARS, check_gold
+from llkd_ray.corpus.readers import Unit, describe_format, reading
 from llkd_ray.corpus.sources import ByteRange, Found, byte_ranges, pack, pieces, plan, scan
 from llkd_ray.corpus.staging import (
     GROUP_ROWS,
@@ -78,6 +78,9 @@ def ingest(config: Config, store: RunStore, say: Callable[[str], None] = print) 
     quarantined: dict[str, Counter[str]] = {part: Counter() for part in parts}
     for summary in summaries:
         quarantined[summary["part"]].update(summary["reasons"])
+    for part, source in present.items():
+        unknown = sum((Counter(s["unknown_gold"]) for s in summaries if s["part"] == part), Counter())
+        check_gold(_field(part), source.gold, config.labels.names, unknown, rows_in[part])
     groups = [(s["part"], ShardGroup.from_dict(group)) for s in summaries for group in s["groups"]]
     for part, source in present.items():
         kept = sum(group.rows for of, group in groups if of == part)
@@ -134,6 +137,8 @@ def _delete_leftovers(store: RunStore) -> None:
 
 def _read_items(part: str, source: SourceConfig, say: Callable[[str], None]) -> list[dict[str, Any]]:
     units = plan(source, _field(part))
+    if assumed := describe_format(units):
+        say(f"{_field(part)}: {assumed}")
     # A limit counts rows from the start, so a single task reads until it is reached.
     packs = [units] if source.limit else pack(list(cut_large(units, source, _field(part), say)))
     return [{"part": part, "task": number, "units": pickle.dumps(one)} for number, one in enumerate(packs)]
@@ -267,6 +272,7 @@ def _stage(
         "rows_in": writer.rows_in,
         "groups": [group.as_dict() for group in writer.groups],
         "reasons": writer.reasons,
+        "unknown_gold": writer.unknown_gold,
     }
 
 

@@ -6,9 +6,11 @@ to read.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +29,10 @@ BATCH_ROWS = 1024  # most rows converted to Python objects at a time
 BATCH_BYTES = 32 << 20  # most uncompressed bytes of such a batch from a parquet file
 MIN_LINE_BYTES = 16 << 20  # the longest line read whole, unless max_chars asks for longer ones
 COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
+UTF8 = "utf-8"
+LOOK_BYTES = 1 << 16  # at the start of a file, for its encoding and delimiter
+DELIMITERS = (",", ";", "\t", "|")
+MIN_LETTERS = 3  # beyond ASCII, before a file is taken for Windows-1252
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class Unit:
     part: tuple[int, int] = (0, 1)  # parquet: row groups [start, stop); hf: (index, of how many)
     span: tuple[int, int] | None = None  # line-based file: bytes [start, stop), whole records; None: all
     first: int = 0  # position of the first row
+    encoding: str = UTF8  # of a line-based file
+    delimiter: str = ","  # between the fields of a csv file
 
 
 def read_rows(unit: Unit, source: SourceConfig, field: str, labels: Sequence[str]) -> Iterator[RawRow]:
@@ -251,7 +259,99 @@ def _open_at(unit: Unit, start: int) -> io.BufferedReader:
     else:
         file = fs.open_input_file(unit.path)
         file.seek(start)
+    if unit.encoding != UTF8:
+        return io.BufferedReader(_AsUtf8(file, unit.encoding), 1 << 20)
     return io.BufferedReader(file, 1 << 20)
+
+
+class _AsUtf8(io.RawIOBase):
+    """A byte stream in another encoding, as UTF-8. Bytes that cannot be decoded become U+FFFD."""
+
+    def __init__(self, file: Any, encoding: str) -> None:
+        self._text = io.TextIOWrapper(io.BufferedReader(file), encoding, errors="replace", newline="")
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
+            self._rest = self._text.read(1 << 16).encode(UTF8, "replace")
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
+
+
+def with_format(unit: Unit, source: SourceConfig) -> Unit:
+    """A line-based unit with its encoding and delimiter: as configured, or as the start of the file shows."""
+    if unit.kind in ("parquet", "hf"):
+        return unit
+    with _open_at(unit, 0) as stream:
+        start = stream.read(LOOK_BYTES)
+    unit = replace(unit, encoding=source.encoding or guess_encoding(start))
+    if unit.kind == "tsv":
+        return replace(unit, delimiter=source.delimiter or "\t")
+    if unit.kind == "csv":
+        with _open_at(unit, 0) as stream:
+            header = stream.readline(LOOK_BYTES).decode(UTF8, "replace")
+        return replace(unit, delimiter=source.delimiter or guess_delimiter(header))
+    return unit
+
+
+def guess_encoding(start: bytes) -> str:
+    """The encoding of a file that begins so: by its byte order mark, else UTF-16, Windows-1252 or UTF-8.
+
+    A few bytes that are not UTF-8 are damage, and their rows go to quarantine. Windows-1252, which contains
+    the letters of Latin-1, is assumed only if nothing beyond ASCII is UTF-8, and all of it reads as single
+    letters of that encoding.
+    """
+    for mark, encoding in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")):
+        if start.startswith(mark):
+            return encoding
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    # Without a mark, the high bytes of Latin letters in UTF-16 are zero.
+    even, odd = start[0::2].count(0), start[1::2].count(0)
+    if max(even, odd) > len(start) / 6 and min(even, odd) < max(even, odd) / 10:
+        return "utf-16-be" if even > odd else "utf-16-le"
+    runs = re.findall(rb"[\x80-\xff]+", start[:-4] if len(start) == LOOK_BYTES else start)
+    if len(runs) < MIN_LETTERS or any(len(run) > 2 for run in runs):
+        return UTF8
+    for run in runs:
+        try:
+            run.decode(UTF8)
+        except UnicodeDecodeError:
+            try:
+                if run.decode("cp1252").isprintable():
+                    continue
+            except UnicodeDecodeError:
+                pass
+        return UTF8
+    return "cp1252"
+
+
+def guess_delimiter(header: str) -> str:
+    """The delimiter that splits a header line into the most fields; a comma if none does."""
+
+    def fields(delimiter: str) -> int:
+        try:
+            return len(next(csv.reader([header], delimiter=delimiter), []))
+        except csv.Error:
+            return 0
+
+    return max(DELIMITERS, key=fields)  # the first of equal ones
+
+
+def describe_format(units: Sequence[Unit]) -> str:
+    """What was assumed about the files, if it is not UTF-8 with commas; else ''."""
+    names = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+    found = []
+    for unit in {(unit.encoding, unit.delimiter, unit.kind): unit for unit in units}.values():
+        if unit.encoding != UTF8:
+            found.append(f"{unit.source} is read as {unit.encoding}")
+        if unit.kind == "csv" and unit.delimiter != ",":
+            found.append(f"{unit.source} is split at {names.get(unit.delimiter, repr(unit.delimiter))}")
+    return "; ".join(found)
 
 
 def compression_of(unit: Unit) -> str | None:
@@ -299,7 +399,7 @@ def csv_steps(unit: Unit, max_chars: int) -> Iterator[tuple[list[str], str, int]
             yield line + "\n"
 
     # Strict: a stray quote breaks its own record instead of silently absorbing the next ones.
-    reader = csv.reader(feed(), delimiter="\t" if unit.kind == "tsv" else ",", strict=True)
+    reader = csv.reader(feed(), delimiter=unit.delimiter, strict=True)
     while True:
         fields: list[str] = []
         try:

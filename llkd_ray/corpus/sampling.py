@@ -7,22 +7,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import ceil
+from typing import Any
 from urllib.parse import parse_qsl
 
 import pyarrow as pa
 
+from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import SourceConfig
-from llkd_ray.corpus.cleaning import Cleaner, Example
+from llkd_ray.corpus.cleaning import UNKNOWN_GOLD, Cleaner, Example, show_gold
 from llkd_ray.corpus.readers import (
     COMPRESSIONS,
     RawRow,
     Unit,
+    csv_records,
+    jsonl_records,
     open_hub,
     open_parquet,
     passing,
     read_rows,
     reading,
+    with_format,
 )
+from llkd_ray.corpus.sources import expand
 from llkd_ray.storage.run_dir import open_filesystem
 
 PARTS = 20
@@ -51,6 +57,8 @@ class Sample:
     parts: int
     passed: float
     """Share of the rows that pass ``where``."""
+    unknown_gold: Counter[str]
+    """Gold values that match no label."""
 
     @property
     def read(self) -> int:
@@ -60,6 +68,51 @@ class Sample:
     def usable(self) -> float:
         """Share of a source's rows that become texts of the run."""
         return self.passed * len(self.kept) / self.read if self.read else 0.0
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The first rows of a file, with all columns."""
+
+    kind: str
+    columns: tuple[str, ...]
+    """Empty for a txt file, whose rows have only ``text``."""
+    rows: list[dict[str, Any]]
+
+
+def preview(uri: str, field: str, n: int = 1000) -> Preview:
+    """The first rows of the first file of a uri; raises ConfigError, which names ``field``, without any."""
+    source = SourceConfig(uri=uri)
+    unit = expand(uri, field)[0]
+    with reading(unit, field):
+        unit = with_format(unit, source)
+        columns, rows = _first_rows(unit, source, n)
+    if not rows:
+        raise ConfigError(f"{field}: {unit.source!r} holds no rows")
+    return Preview(unit.kind, tuple(columns), rows)
+
+
+def _first_rows(unit: Unit, source: SourceConfig, n: int) -> tuple[Sequence[str], list[dict[str, Any]]]:
+    match unit.kind:
+        case "parquet":
+            with open_parquet(unit) as file:
+                batch = next(file.iter_batches(n), None)
+                return file.schema_arrow.names, batch.to_pylist() if batch else []
+        case "hf":
+            rows = list(open_hub(unit).take(n))
+            return list(rows[0]) if rows else [], rows
+        case "csv" | "tsv":
+            records = csv_records(unit, source.max_chars)
+            header = next(records, (-1, [], ""))[1]
+            lines = [fields for _, fields, wrong in islice(records, n) if not wrong]
+            return header, [dict(zip(header, one, strict=True)) for one in lines if len(one) == len(header)]
+        case "txt":
+            return [], [{"text": row.text} for row in islice(read_rows(unit, source, "", ()), n)]
+        case _:
+            found = [
+                one for _, one, _, wrong in islice(jsonl_records(unit, source.max_chars), n) if not wrong
+            ]
+            return list(dict.fromkeys(key for one in found for key in one)), found
 
 
 # --- row counts
@@ -249,12 +302,14 @@ def _cleaned(
     clean = Cleaner(source, field, labels)
     kept: dict[int, Example] = {}
     refused: Counter[str] = Counter()
+    unknown_gold: Counter[str] = Counter()
     for row in rows:
         cleaned = clean(row)
         if not isinstance(cleaned, Example):
             refused[cleaned.reason] += 1
+            unknown_gold.update([show_gold(row.gold)] if cleaned.reason == UNKNOWN_GOLD else [])
         elif cleaned.hash in kept:
             refused["duplicate"] += 1
         else:
             kept[cleaned.hash] = cleaned
-    return Sample(list(kept.values()), refused, parts, passed)
+    return Sample(list(kept.values()), refused, parts, passed, unknown_gold)

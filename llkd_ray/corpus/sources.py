@@ -33,6 +33,7 @@ from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import SourceConfig
 from llkd_ray.corpus.readers import (
     COMPRESSIONS,
+    UTF8,
     Unit,
     compression_of,
     csv_records,
@@ -42,6 +43,7 @@ from llkd_ray.corpus.readers import (
     open_parquet,
     reading,
     wanted_columns,
+    with_format,
 )
 from llkd_ray.storage.run_dir import open_filesystem
 
@@ -177,6 +179,7 @@ def _family(kind: str) -> str:
 def _inspect(unit: Unit, source: SourceConfig, field: str, number: int) -> list[Unit]:
     """Check the columns of one file and return its units."""
     with reading(unit, field):
+        unit = with_format(unit, source)
         match unit.kind:
             case "parquet":
                 return _parquet_units(unit, source, field)
@@ -299,7 +302,8 @@ class Found:
 
 def byte_ranges(unit: Unit, size: int) -> list[ByteRange]:
     """Byte ranges of at most ``size`` bytes; none if the unit is small or cannot be split."""
-    if unit.kind in ("parquet", "hf") or unit.span or compression_of(unit) or unit.size <= size:
+    is_whole = unit.span or compression_of(unit) or unit.encoding != UTF8
+    if unit.kind in ("parquet", "hf") or is_whole or unit.size <= size:
         return []
     count = -(-unit.size // size)
     edges = [unit.size * number // count for number in range(count + 1)]

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from llkd_ray.config.schema import SourceConfig
-from llkd_ray.corpus.cleaning import Cleaner, Example, Refusal, start_of_text
+from llkd_ray.corpus.cleaning import UNKNOWN_GOLD, Cleaner, Example, Refusal, show_gold, start_of_text
 from llkd_ray.corpus.readers import Unit, read_rows
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import QUARANTINE_DIR, RunStore
@@ -28,6 +28,7 @@ SHARD_CHARS = 16 << 20  # characters of texts and ids in one shard: at most 64 M
 SHARD_GROUP_ROWS = 1_000_000  # approximate rows whose hashes share a file
 GROUP_ROWS = 1024  # rows in a parquet row group, the smallest read of Examples.read
 QUARANTINE_ROWS = 10_000  # rows in one file
+MAX_VALUES = 50  # different unknown labels that are counted
 # Stored next to each staging shard: what the quarantine needs to know about a repeated row.
 KEYS = pa.schema(
     [
@@ -94,6 +95,7 @@ class StagingWriter:
         self.groups: list[ShardGroup] = []
         self.rows_in = 0
         self.reasons: Counter[str] = Counter()
+        self.unknown_gold: Counter[str] = Counter()
 
     def clean(
         self, units: Sequence[Unit], source: SourceConfig, field: str, labels: Sequence[str]
@@ -109,6 +111,10 @@ class StagingWriter:
             result = cleaner(row)
             if isinstance(result, Refusal):
                 self.refuse(name, row.position, result, start_of_text(row.text))
+                if result.reason == UNKNOWN_GOLD:
+                    value = show_gold(row.gold)
+                    is_kept = value in self.unknown_gold or len(self.unknown_gold) < MAX_VALUES
+                    self.unknown_gold[value if is_kept else "others"] += 1
             else:
                 yield name, row.position, result
 

@@ -48,6 +48,12 @@ def problem(check: str, found: str, remedy: str = "") -> Finding:
     return Finding(check, "problem", found, remedy)
 
 
+def describe(finding: Finding) -> str:
+    """The finding as one line of text."""
+    remedy = f"; to do: {finding.remedy}" if finding.remedy else ""
+    return f"{finding.check}: {finding.found}{remedy}"
+
+
 def run_checks(checks: Sequence[Check], limit_s: float = LIMIT_S) -> Iterator[Finding]:
     """The findings of the checks, one after the other, including those of checks that fail or hang."""
     for check in checks:

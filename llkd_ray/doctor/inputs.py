@@ -164,7 +164,7 @@ def check_runs(config: Config) -> Finding:
     return problem(
         "runs",
         f"run.name: {run_dir} holds a run that is not finished",
-        f"resume it: python jobs/distill.py --resume {run_dir}; or choose another run.name",
+        f"resume it: llkd resume {run_dir}; or choose another run.name",
     )
 
 
@@ -182,7 +182,7 @@ def _list_unfinished(config: Config) -> Finding:
     return ok(
         "runs",
         f"{found}; not finished: {', '.join(left[-RUNS_SHOWN:])}{more}; where no driver is at work, "
-        f"resume by python jobs/distill.py --resume {join_uri(config.run.dir, left[-1])}",
+        f"resume it: llkd resume {join_uri(config.run.dir, left[-1])}",
     )
 
 

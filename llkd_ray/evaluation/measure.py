@@ -19,9 +19,10 @@ from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
 from llkd_ray.metrics.calibration import Calibrator
 from llkd_ray.metrics.quality import (
+    accuracy_interval,
     agreement,
-    bootstrap_interval,
     classification,
+    macro_f1_interval,
     quality_of,
     reliability,
 )
@@ -52,14 +53,14 @@ class Measure:
         }
 
     def student(self, round_number: int, rng: np.random.Generator) -> dict[str, Any]:
-        """The round's figures, with 95 % bootstrap intervals for accuracy and macro-F1."""
+        """The round's figures, with 95 % intervals: exact for accuracy, bootstrap for macro-F1."""
         figures = self.round(round_number)
         row_N, p_NC = self.predictions(round_number)
         known, gold_N = self.gold(row_N)
         if known.any():
             predicted_N = p_NC[known].argmax(axis=1)
-            figures["accuracy_interval"] = bootstrap_interval(gold_N[known], predicted_N, "accuracy", rng)
-            figures["macro_f1_interval"] = bootstrap_interval(gold_N[known], predicted_N, "macro_f1", rng)
+            figures["accuracy_interval"] = accuracy_interval(gold_N[known], predicted_N)
+            figures["macro_f1_interval"] = macro_f1_interval(gold_N[known], predicted_N, rng)
         return figures
 
     def teacher(self, rng: np.random.Generator) -> dict[str, Any] | None:
@@ -139,6 +140,29 @@ class Measure:
         gold_M = self.examples.read(batch["row"].to_numpy(), ["gold"])["gold"].to_numpy()
         known = gold_M >= 0
         return float(np.mean(gold_M[known] == batch["label"].to_numpy()[known])) if known.any() else None
+
+
+def accuracy_difference(
+    first: RunStore, second: RunStore, config: Config
+) -> tuple[float, float, float] | None:
+    """The accuracy of one run's last student minus that of another, with a 95 % interval.
+
+    Both are measured on the same test texts, so the interval is that of a mean of paired differences, by the
+    normal approximation. None without gold.
+    """
+    n_classes = len(config.labels.names)
+    right = []
+    for store in (first, second):
+        row_N, p_NC = read_predictions(store, len(store.read_metrics()) - 1, n_classes)
+        gold_N = Examples.open(store).read(row_N, ["gold"])["gold"].to_numpy()
+        is_test_N = (row_N >= Examples.open(store).n_pool) & (gold_N >= 0)
+        right.append((p_NC.argmax(axis=1) == gold_N)[is_test_N][np.argsort(row_N[is_test_N])])
+    difference_N = right[0].astype(float) - right[1].astype(float)
+    if not difference_N.size:
+        return None
+    mean = float(difference_N.mean())
+    half = 1.96 * float(difference_N.std()) / difference_N.size**0.5
+    return mean, mean - half, mean + half
 
 
 SAMPLES = 8

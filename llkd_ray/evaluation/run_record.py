@@ -26,6 +26,7 @@ from llkd_ray.storage.run_dir import (
     ROUNDS_DIR,
     SELECTED,
     SUMMARY,
+    TEACHER_CHECK,
     RunStore,
     round_file,
 )
@@ -108,6 +109,8 @@ class RunRecord:
     spent: Spent
     calibration: dict[str, Any] = field(default_factory=dict)
     """The student's temperature (``student_calibration``); empty before the end of the run."""
+    warnings: tuple[str, ...] = ()
+    """About the teacher's first labels (``teacher_check``)."""
     audit: dict[str, Any] = field(default_factory=dict)
     """The results of a human audit (``audit.job.estimate``); empty without one."""
 
@@ -181,6 +184,7 @@ def read_run_record(store: RunStore) -> RunRecord:
         spent=_read_spent(summary, config["teacher"]),
         calibration=summary.get("calibration") or {},
         audit=store.read_json(ESTIMATE) if store.exists(ESTIMATE) else {},
+        warnings=read_warnings(store),
     )
 
 
@@ -229,6 +233,11 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_warnings(store: RunStore) -> tuple[str, ...]:
+    """Warnings about the teacher's first labels; see ``teacher_check``."""
+    return tuple(store.read_json(TEACHER_CHECK)["warnings"]) if store.exists(TEACHER_CHECK) else ()
 
 
 def phase_seconds(line: dict[str, Any]) -> dict[str, float]:

@@ -8,7 +8,7 @@ It is fitted on texts that the student was not trained on, using the best gold a
 3. fewer pool texts, also cross-validated;
 4. the teacher's labels of the hold-out: confidence is then the probability of agreement with the teacher.
 
-Stored in config.json of model/ under ``llkd_calibration``, which jobs/predict.py reads. Predicted labels do
+Stored in config.json of model/ under ``llkd_calibration``, which ``llkd predict`` reads. Predicted labels do
 not change. Shapes in names: N texts, C labels.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
-from llkd_ray.metrics.calibration import MIN_GOLD, at_temperature, cross_fitted, fit_temperature
+from llkd_ray.metrics.calibration import MIN_GOLD, TEMPERATURES, at_temperature, cross_fitted, fit_temperature
 from llkd_ray.metrics.quality import expected_calibration_error
 from llkd_ray.metrics.uncertainty import Floats, Ints, confidence
 from llkd_ray.storage.checkpoints import CALIBRATION_KEY
@@ -54,6 +54,11 @@ class LabelledTexts:
 
     def __len__(self) -> int:
         return int(self.gold_N.size)
+
+    def log_loss(self, p_NC: Floats) -> float:
+        """Mean negative log-probability of the labels."""
+        p_gold_N = p_NC[np.arange(len(self)), self.gold_N]
+        return float(-np.log(np.maximum(p_gold_N, 1e-12)).mean())
 
     def ece(self, p_NC: Floats) -> float:
         return expected_calibration_error(confidence(p_NC), p_NC.argmax(axis=1) == self.gold_N)
@@ -93,11 +98,16 @@ def _fitted(fitted_on: LabelledTexts, measured_on: LabelledTexts) -> dict[str, A
             "temperature can be fitted to: give more texts",
         }
     temperature = fit_temperature(fitted_on.p_NC, fitted_on.gold_N)
+    in_folds_NC = cross_fitted(fitted_on.p_NC, fitted_on.gold_N, np.random.default_rng(_FOLDS_SEED))
+    at_bound = not TEMPERATURES[0] * 1.01 < temperature < TEMPERATURES[1] / 1.01
+    if at_bound or fitted_on.log_loss(in_folds_NC) >= fitted_on.log_loss(fitted_on.p_NC):
+        return {
+            "temperature": None,
+            "reason": f"no temperature makes it better on {len(fitted_on)} texts ({fitted_on.words}), "
+            "cross-validated",
+        }
     in_folds = measured_on is fitted_on
-    if in_folds:
-        after_NC = cross_fitted(measured_on.p_NC, measured_on.gold_N, np.random.default_rng(_FOLDS_SEED))
-    else:
-        after_NC = at_temperature(measured_on.p_NC, temperature)
+    after_NC = in_folds_NC if in_folds else at_temperature(measured_on.p_NC, temperature)
     return {
         "temperature": temperature,
         "fitted_on": fitted_on.words,

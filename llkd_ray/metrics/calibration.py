@@ -39,8 +39,12 @@ def batch_calibrate(p_NC: Floats, mean_C: Floats, strength: float = 1.0) -> Floa
     return normalise(p_NC / np.maximum(mean_C, 1e-12) ** strength)
 
 
+TEMPERATURES = (0.05, 20.0)
+"""Lowest and highest temperature that is tried."""
+
+
 def fit_temperature(p_NC: Floats, gold_N: Ints) -> float:
-    """The temperature that minimises the log loss on gold; between 0.05 and 20.
+    """The temperature that minimises the log loss on gold, within ``TEMPERATURES``.
 
     Guo et al. 2017 (arXiv 1706.04599, sec. 4.2). The ranking of a text's labels is unchanged; a temperature
     above 1 means that the probabilities were over-confident. Raises ValueError if there is no gold.
@@ -58,7 +62,7 @@ def fit_temperature(p_NC: Floats, gold_N: Ints) -> float:
     classes = np.arange(p_NC.shape[1])
     fit = minimize_scalar(
         lambda log_t: log_loss(gold_N, at_temperature(p_NC, np.exp(log_t)), labels=classes),
-        bounds=(np.log(0.05), np.log(20)),
+        bounds=tuple(np.log(TEMPERATURES)),
         method="bounded",
     )
     return float(np.exp(fit.x))

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from llkd_ray.metrics.calibration import Calibrator
 from llkd_ray.metrics.uncertainty import Floats, Ints, confidence, normalise
 
-Metric = Literal["accuracy", "macro_f1"]
 BINS = 15
 DECILES = 10
 BLOCK = 4_000_000
@@ -89,35 +88,33 @@ def confidence_bins(confidence_N: np.ndarray, bins: int = 15) -> np.ndarray:
     return np.clip(np.ceil(np.asarray(confidence_N) * bins).astype(int) - 1, 0, bins - 1)
 
 
-def bootstrap_interval(
-    gold_N: np.ndarray,
-    predicted_N: np.ndarray,
-    metric: Metric,
-    rng: np.random.Generator,
-    resamples: int = 1000,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a metric over texts drawn with replacement.
+def accuracy_interval(gold_N: np.ndarray, predicted_N: np.ndarray) -> tuple[float, float]:
+    """The exact 95 % interval of the accuracy; see :func:`binomial_interval`."""
+    _check_pair(gold_N, predicted_N, "gold_N", "predicted_N")
+    low, high = binomial_interval(int((gold_N == predicted_N).sum()), len(gold_N))
+    assert low is not None
+    assert high is not None
+    return low, high
 
-    Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. Both metrics depend only on the
+
+def macro_f1_interval(
+    gold_N: np.ndarray, predicted_N: np.ndarray, rng: np.random.Generator, resamples: int = 1000
+) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of macro-F1 over texts drawn with replacement.
+
+    Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. Macro-F1 depends only on the
     counts of pairs of true and predicted class, so a resample is one multinomial draw of these counts: the
-    same distribution as drawing N texts, with K numbers instead of N.
+    same distribution as drawing N texts, with K numbers instead of N. If all answers are right, or all are
+    wrong, every resample is the same; the interval is then that of the accuracy, which has the same value.
     """
     gold_N, predicted_N = np.asarray(gold_N), np.asarray(predicted_N)
     _check_pair(gold_N, predicted_N, "gold_N", "predicted_N")
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}: at least 1 is needed")
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}: give a share between 0 and 1, such as 0.95")
+    right_N = gold_N == predicted_N
+    if right_N.all() or not right_N.any():
+        return accuracy_interval(gold_N, predicted_N)
     pairs_K2, counts_K = np.unique(np.stack([gold_N, predicted_N], axis=1), axis=0, return_counts=True)
     drawn_RK = rng.multinomial(gold_N.size, counts_K / gold_N.size, size=resamples)
-    if metric == "accuracy":
-        values_R = drawn_RK[:, pairs_K2[:, 0] == pairs_K2[:, 1]].sum(axis=1) / gold_N.size
-    elif metric == "macro_f1":
-        values_R = _macro_f1(pairs_K2, drawn_RK)
-    else:
-        raise ValueError(f"metric is {metric!r}: use 'accuracy' or 'macro_f1'")
-    low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(_macro_f1(pairs_K2, drawn_RK), [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -108,11 +108,9 @@ def _in_flags(line: str) -> str:
     return f"{flag(field)}: {rest}" if is_field else line
 
 
-def predict_parser() -> argparse.ArgumentParser:
-    """The command-line options of jobs/predict.py."""
-    parser = argparse.ArgumentParser(
-        prog="predict.py", description="A classifier over any corpus: label, probabilities, confidence."
-    )
+def add_predict_options(parser: argparse.ArgumentParser) -> None:
+    """The command-line options of ``llkd predict``."""
+    parser.description = "Label a corpus with a model: label, probabilities and confidence for every row."
     add = parser.add_argument
     add("model", metavar="MODEL", help="a run directory, a checkpoint folder or a Hugging Face hub name")
     add("corpus", metavar="CORPUS_URI", nargs="+", help="files, globs, folders; s3://, hf://; see corpus.uri")
@@ -159,7 +157,6 @@ def predict_parser() -> argparse.ArgumentParser:
         "--gpus", type=float, metavar="N", help="GPUs of a copy; default: 1 where there is one"
     )
     speed.add_argument("--address", help="Ray cluster to join")
-    return parser
 
 
 def settings_of(options: argparse.Namespace) -> PredictConfig:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -14,7 +15,7 @@ import yaml
 
 from llkd_ray.cluster import check_fit, connect, library_versions
 from llkd_ray.config.base import ConfigError, absolute
-from llkd_ray.config.loading import Overrides, apply_overrides, dotted, dump_config, parse_config
+from llkd_ray.config.loading import Overrides, apply_overrides, dotted, dump_config, parse_config, resolve
 from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
 from llkd_ray.corpus.ingest import ingest
@@ -33,10 +34,15 @@ from llkd_ray.storage.lock import hold_lock
 from llkd_ray.storage.run_dir import (
     CONFIG,
     ENGINES_DIR,
+    EPOCHS_DIR,
+    LABELS_DIR,
     LOST_DIR,
     MANIFEST,
     MODEL_DIR,
     ONNX_DIR,
+    SENT_DIR,
+    SESSIONS_DIR,
+    SMALL_DIR,
     SUMMARY,
     RunStore,
     join_uri,
@@ -56,11 +62,12 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
     began = time.monotonic()
     store = RunStore(store_uri)
     config = self_contained(config)
-    teacher_facts = check(config)
+    teacher_facts = check(config, display.say)
     trackers = Trackers(config, store, display.say)
     with hold_lock(store, display.say) as session, connect(config.run.address), trackers:
-        store.write_bytes(CONFIG, dump_config(config).encode())
         check_fit(config)
+        _write_config(store, config)
+        display.resume_with = f"llkd resume {shlex.quote(store.uri())}"
         examples = ingest(config, store, display.say)
         schedule = Schedule.plan(config, examples.n_pool, examples.n_test)
         store.write_json(MANIFEST, manifest(config, examples, schedule, teacher_facts))
@@ -84,6 +91,23 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
         trackers.log_summary(summary, len(lines) - 1)
         display.say(describe_calibration(summary["calibration"]))
         return summary
+
+
+def _write_config(store: RunStore, config: Config) -> None:
+    """Write the settings. Until the teacher is asked, they may differ from those of an earlier attempt.
+
+    What that attempt has left, such as a corpus read with other settings, is then deleted.
+    """
+    content = dump_config(config).encode()
+    if store.exists(CONFIG) and store.read_bytes(CONFIG) != content and not _has_asked(store):
+        for folder in set(store.folders("")) - {EPOCHS_DIR, SESSIONS_DIR}:
+            store.fs.delete_dir(store.path(folder))
+    store.write_bytes(CONFIG, content)
+
+
+def _has_asked(store: RunStore) -> bool:
+    """Whether the teacher has been sent a text."""
+    return any(store.names(folder) for folder in (LABELS_DIR, SMALL_DIR, SENT_DIR))
 
 
 def is_over(config: Config, lines: Sequence[dict[str, Any]]) -> bool:
@@ -189,10 +213,13 @@ def spending(config: Config, totals: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check(config: Config) -> dict[str, Any]:
-    """Run all checks that are possible before anything starts; returns facts about the teacher."""
+def check(config: Config, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Run all checks that are possible before anything starts; returns facts about the teacher.
+
+    ``say`` gets warnings; mistakes raise ConfigError.
+    """
     check_policies(config)
-    check_student(config.student)
+    check_student(config.student, say)
     check_trackers(config)
     return check_teacher(config)
 
@@ -246,8 +273,8 @@ def start_run(config: Config, display: Display) -> Outcome:
     """Start a new run in its own directory."""
     name = config.run.name or f"{config.selection.policy}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = join_uri(config.run.dir, name)
-    if RunStore(run_dir).exists(CONFIG):
-        raise ConfigError(f"run.name: {run_dir} holds a run already; resume it with --resume, or rename")
+    if _has_asked(RunStore(run_dir)):
+        raise ConfigError(f"run.name: {run_dir} holds a run already; resume it, or choose another name")
     display.say(f"run directory: {run_dir}")
     return Outcome(config, run_dir, distill(config, run_dir, display))
 
@@ -255,30 +282,32 @@ def start_run(config: Config, display: Display) -> Outcome:
 def resume(run_dir: str, display: Display, overrides: Overrides = ()) -> Outcome:
     """Resume a stopped run with its own config, or extend a finished run by more rounds.
 
-    ``overrides`` may raise ``budget.rounds`` and ``budget.train`` only after all rounds are done, because
-    before that they determine which texts the teacher labels for each round. Raises ConfigError for
-    anything else.
+    ``overrides`` may change anything until the teacher is asked. After that they may only raise
+    ``budget.rounds`` and ``budget.train``, and only after all rounds are done, because before that they
+    determine which texts the teacher labels for each round. Raises ConfigError for anything else.
     """
     store = open_run(run_dir)
     config = run_config(store)
     if overrides:
-        config = _with_more_rounds(config, store, dotted(overrides))
+        config = _changed(config, store, dotted(overrides))
     return Outcome(config, store.uri(), distill(config, store.uri(), display))
 
 
-def _with_more_rounds(config: Config, store: RunStore, overrides: Sequence[str]) -> Config:
+def _changed(config: Config, store: RunStore, overrides: Sequence[str]) -> Config:
+    if not _has_asked(store):
+        return resolve(Config, config, overrides)
     for override in overrides:
         name = override.partition("=")[0]
         if name not in MORE:
             raise ConfigError(
-                f"--set {override!r}: a run is resumed with its own settings; with --resume only "
-                f"{' and '.join(MORE)} may be raised"
+                f"--set {override!r}: a run whose teacher was asked keeps its settings; only "
+                f"{' and '.join(MORE)} may be raised, after its last round"
             )
     done = len(store.read_metrics())
     if done < config.budget.rounds or not store.exists(SUMMARY):
         raise ConfigError(
-            f"--set {overrides[0]!r}: {done} of {config.budget.rounds} rounds are done; finish them by "
-            "--resume alone first"
+            f"--set {overrides[0]!r}: {done} of {config.budget.rounds} rounds are done; resume without it "
+            "first, until all are done"
         )
     new = parse_config(apply_overrides(config.model_dump(), overrides))
     if new.budget.rounds <= done:
@@ -288,7 +317,7 @@ def _with_more_rounds(config: Config, store: RunStore, overrides: Sequence[str])
     return new
 
 
-def open_run(run_dir: str, field: str = "--resume") -> RunStore:
+def open_run(run_dir: str, field: str = "RUN") -> RunStore:
     """The store of an existing run; raises ConfigError, which names ``field``, if there is no run."""
     store = RunStore(absolute(run_dir))
     if not store.exists(CONFIG):

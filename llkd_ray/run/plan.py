@@ -18,6 +18,8 @@ from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config, SourceConfig
 from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.corpus import sources
+from llkd_ray.corpus.cleaning import check_gold
+from llkd_ray.corpus.readers import describe_format
 from llkd_ray.corpus.sampling import Sample, count_rows, draw
 from llkd_ray.display import Display
 from llkd_ray.run.estimate import (
@@ -43,7 +45,7 @@ TEST_SAMPLE_ROWS = 200
 def plan(config: Config, display: Display) -> None:
     """Check the config, read a sample and print what a run would do. Starts neither Ray nor an engine."""
     config = self_contained(config)
-    check(config)
+    check(config, display.say)
     budget = config.budget
     pool = read_part(config, config.corpus, "corpus", SAMPLE_ROWS, display.say)
     if budget.labels is not None:
@@ -94,7 +96,10 @@ def read_part(config: Config, source: SourceConfig, field: str, n: int, say: Cal
     Raises :class:`ConfigError` if none of the sampled rows is usable.
     """
     units = sources.plan(source, field)
+    if assumed := describe_format(units):
+        say(f"{field}: {assumed}")
     sample = draw(units, source, field, config.labels.names, n)
+    check_gold(field, source.gold, config.labels.names, sample.unknown_gold, sample.read)
     if not sample.kept:
         raise ConfigError(
             f"{field}.uri: none of the {sample.read} rows looked at can be used ({dict(sample.refused)}); "

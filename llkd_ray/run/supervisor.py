@@ -14,11 +14,12 @@ from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
 from llkd_ray.display import Display
+from llkd_ray.evaluation.teacher_check import ENOUGH, check_labels
 from llkd_ray.run.progress import Gauges, RunStatus, ThroughputMeter, budget_left, seconds_left
 from llkd_ray.selection.recovery import delete_snapshots
 from llkd_ray.selection.selector import start_selector
 from llkd_ray.storage.lock import Session
-from llkd_ray.storage.run_dir import LABELS_DIR, RunStore, ticket_of
+from llkd_ray.storage.run_dir import LABELS_DIR, TEACHER_CHECK, RunStore, ticket_of
 from llkd_ray.student.ray_train import start_training
 from llkd_ray.teacher.base import TeacherDown, Usage
 from llkd_ray.teacher.stream import spare_tickets, start_stream
@@ -54,6 +55,7 @@ class Run:
         self.gauges = Gauges(store.root.rpartition("/")[2] if store else "")
         self._asked: list[int] | None = None
         self._reported: set[str] = set()
+        self._teacher_is_checked = store is not None and store.exists(TEACHER_CHECK)
 
     def __enter__(self) -> Run:
         delete_snapshots(self.store)
@@ -114,9 +116,18 @@ class Run:
         if self._asked is not None and not set(stats["damaged"]) <= set(self._asked):
             # A restarted selector found the damage, but the stream's list of tickets is already fixed.
             raise TeacherDown("the label file of a ticket that was done is damaged")
+        if not self._teacher_is_checked and stats["labelled"] >= ENOUGH:
+            self._check_teacher()
         if stats["trouble"]:
             raise TeacherDown(stats["trouble"])
         self._show(stats)
+
+    def _check_teacher(self) -> None:
+        self._teacher_is_checked = True
+        for line in check_labels(self.store, self.config.labels.names):
+            if self.config.run.strict:
+                raise ConfigError(f"run.strict: {line}")
+            self.display.warn(line)
 
     def _show(self, stats: dict[str, Any]) -> None:
         """Publish the run's status on the display and in Ray's metrics."""

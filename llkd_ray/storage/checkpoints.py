@@ -169,7 +169,9 @@ def _find(model: str) -> tuple[str, int | None]:
         reason = " ".join(str(error).split())
         raise ConfigError(f"MODEL: {model!r} cannot be opened ({reason}): check the address") from None
     if is_run:
-        raise ConfigError(f"MODEL: the run {model!r} has no {MODEL_DIR}/ yet: finish it with --resume first")
+        raise ConfigError(
+            f"MODEL: the run {model!r} has no {MODEL_DIR}/ yet: finish it first: llkd resume {model}"
+        )
     raise ConfigError(
         f"MODEL: {model!r} holds neither {_CONFIG_FILE} nor {MODEL_DIR}/: give a run directory or a "
         "checkpoint folder"

@@ -142,8 +142,7 @@ def wait_until_free(store: RunStore, say: Callable[[str], None]) -> None:
         return
     file = f"{SESSIONS_DIR}/{max(epochs)[1]}.json"
     last = store.read_json(file)
-    here = last["host"] == _identity()["host"]
-    if last["ended"] or (here and not psutil.pid_exists(last["pid"])):
+    if _has_ended(last):
         return
     # The process id may have been reused, and is unknown on other hosts, so only heartbeats tell.
     who = f"process {last['pid']} on {last['host']}"
@@ -155,6 +154,21 @@ def wait_until_free(store: RunStore, say: Callable[[str], None]) -> None:
             return
         if now != last:
             raise ConfigError(_in_use(store, who))
+
+
+def _has_ended(session: dict[str, Any]) -> bool:
+    """Whether a driver has ended, as far as its file and, on its own host, its process tell."""
+    is_here = session["host"] == _identity()["host"]
+    return session["ended"] or (is_here and not psutil.pid_exists(session["pid"]))
+
+
+def driver_is_alive(store: RunStore) -> bool:
+    """Whether the run's last driver is at work, without waiting for its heartbeat.
+
+    For display only: a driver that was killed on another host still counts as alive.
+    """
+    epochs = _epochs(store)
+    return bool(epochs) and not _has_ended(store.read_json(f"{SESSIONS_DIR}/{max(epochs)[1]}.json"))
 
 
 def _in_use(store: RunStore, who: str) -> str:

@@ -233,6 +233,8 @@ AUDITED = "audited.parquet"
 
 
 SUMMARY = "summary.json"
+TEACHER_CHECK = "teacher_check.json"
+"""Warnings about the teacher's first labels."""
 INSIGHT = "insight.json"
 """Figures of a finished run on single classes and texts."""
 

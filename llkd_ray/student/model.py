@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,27 @@ def resolve_model(name: str) -> str:
     return str(Path(package.origin).parent / "model")
 
 
-def check_student(config: StudentConfig) -> None:
-    """Reject, without loading weights, a checkpoint that cannot be a classifier; raises ConfigError."""
+USUAL_RATES = ((384, 1.5e-4), (512, 5e-5), (768, 2e-5))
+"""Learning rates for fine-tuning encoders of up to this width: the first was tuned for MiniLM here, 2e-5 is
+that of J. Devlin et al. (arXiv 1810.04805, appendix A.3) for base size."""
+LARGE_MODEL_RATE = 1e-5
+FAR_OFF = 5
+"""A learning rate this many times larger or smaller than the usual one is worth a warning."""
+
+
+def learning_rate(config: StudentConfig, model_config: Any) -> float:
+    """The configured learning rate, or the usual one for a model of this width."""
+    if config.learning_rate != "auto":
+        return config.learning_rate
+    width = getattr(model_config, "hidden_size", USUAL_RATES[-1][0])
+    return next((rate for most, rate in USUAL_RATES if width <= most), LARGE_MODEL_RATE)
+
+
+def check_student(config: StudentConfig, say: Callable[[str], None] = lambda line: None) -> None:
+    """Reject, without loading weights, a checkpoint that cannot be a classifier; raises ConfigError.
+
+    ``say`` gets a warning about a learning rate that is far from the usual one for the model's size.
+    """
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, AutoTokenizer
 
     checkpoint = resolve_model(config.model)
@@ -138,6 +157,13 @@ def check_student(config: StudentConfig) -> None:
     if positions is not None and config.max_tokens > positions:
         raise ConfigError(
             f"student.max_tokens: {config.max_tokens} is too long, {config.model!r} has {positions} positions"
+        )
+    usual = learning_rate(config.model_copy(update={"learning_rate": "auto"}), model_config)
+    given = learning_rate(config, model_config)
+    if not usual / FAR_OFF <= given <= usual * FAR_OFF:
+        say(
+            f"warning: student.learning_rate is {given:g}, and {usual:g} is usual for a model of this size: "
+            "leave it at auto unless you have tried"
         )
 
 

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from llkd_ray.config.schema import StudentConfig
 from llkd_ray.metrics.uncertainty import Floats, Ints, confidence
-from llkd_ray.student.model import Student, Tokens, lengths
+from llkd_ray.student.model import Student, Tokens, learning_rate, lengths
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits_BC of the student, label_B of the teacher, p_BC of the teacher, summing to one) → float[B]."""
@@ -324,7 +324,7 @@ def _optimizer_and_schedule(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config.weight_decay),
-        lr=config.learning_rate,
+        lr=learning_rate(config, getattr(model, "module", model).config),
         fused=True,  # takes a seventh of the time of the plain loop, which is a third of a small model's step
     )
     warmup = max(1, round(config.warmup * steps))

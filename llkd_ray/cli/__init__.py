@@ -1,0 +1,1 @@
+"""The program ``llkd``: its subcommands, exit statuses and messages."""

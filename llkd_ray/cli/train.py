@@ -1,0 +1,176 @@
+"""``llkd quickstart``, ``llkd train`` and ``llkd resume``; and the command line of jobs/distill.py."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llkd_ray.cli.main import add_output_options, run
+from llkd_ray.config.base import ConfigError, local_dir
+from llkd_ray.config.loading import resolve
+from llkd_ray.config.schema import Config
+from llkd_ray.display import Display, count, decimals, duration
+from llkd_ray.doctor.doctor import all_checks
+from llkd_ray.doctor.findings import describe, run_checks
+from llkd_ray.evaluation.measure import accuracy_difference
+from llkd_ray.evaluation.run_record import read_warnings
+from llkd_ray.report.pages import write_pages
+from llkd_ray.run.loop import Outcome, resume, start_run
+from llkd_ray.run.plan import plan
+from llkd_ray.storage.run_dir import MODEL_DIR, REPORT, RunStore
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The option that overrides settings; may be repeated."""
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
+
+
+def _add_strict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strict",
+        dest="set",
+        action="append_const",
+        const="run.strict=true",
+        help="stop, instead of warning, where the teacher's first labels look useless",
+    )
+
+
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="check all, estimate time and cost, and stop")
+
+
+def add_quickstart(parser: argparse.ArgumentParser) -> None:
+    add_settings(parser)
+    _add_strict(parser)
+    _add_dry_run(parser)
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a YAML file; llkd init writes one")
+    add_settings(parser)
+    _add_strict(parser)
+    _add_dry_run(parser)
+
+
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", help="a run directory")
+    add_settings(parser)
+    _add_strict(parser)
+
+
+def run_train(options: argparse.Namespace, display: Display) -> None:
+    config = resolve(Config, options.config, options.set)
+    if options.dry_run:
+        _dry_run(config, display)
+    else:
+        _show_results([start_run(config, display)], display)
+
+
+def _dry_run(config: Config, display: Display) -> None:
+    """Print the plan, then what ``llkd check`` finds; raises ConfigError for its problems."""
+    plan(config, display)
+    # The plan has looked at data and models; what is left is the machine, Ray, and the place for runs.
+    found = [one for one in run_checks(all_checks(config, is_quickstart=True)) if one.state != "ok"]
+    for one in found:
+        if one.state == "warning":
+            display.warn(describe(one))
+    if problems := [describe(one) for one in found if one.state == "problem"]:
+        raise ConfigError("\n".join(problems))
+
+
+def run_resume(options: argparse.Namespace, display: Display) -> None:
+    _show_results([resume(options.run_dir, display, options.set)], display)
+
+
+def run_quickstart(options: argparse.Namespace, display: Display) -> None:
+    # Imported here because it loads torch, which takes seconds and is needed only by the quickstart.
+    from llkd_ray.quickstart.teacher import prepare
+
+    settings = prepare(Path(local_dir("runs")) / "quickstart-data", say=display.say)
+    config = resolve(Config, settings, options.set)
+    if options.dry_run:
+        _dry_run(config, display)
+    else:
+        _show_results(run_and_baseline(config, display), display)
+
+
+def run_and_baseline(config: Config, display: Display) -> list[Outcome]:
+    """Run the configured policy, then ``random`` on the same labels with the same budget."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    names = [f"quickstart-{stamp}-{policy}" for policy in (config.selection.policy, "random")]
+    first = start_run(resolve(Config, config, {"run.name": names[0]}), display)
+    display.say("once more with the policy 'random', on the labels that are there")
+    second = start_run(resolve(Config, config, {"run.name": names[1], "selection.policy": "random"}), display)
+    write_pages(RunStore(first.run_dir), RunStore(second.run_dir))
+    return [first, second]
+
+
+def _show_results(outcomes: Sequence[Outcome], display: Display) -> None:
+    """Print a short table, a verdict if there are two students, and the paths of the results."""
+    first = outcomes[0].summary
+    rows = []
+    if first["teacher"]:
+        counts = [count(first["labelled"]), "", count(first["teacher_tokens"]), ""]
+        rows.append(["teacher", *_figures(first["teacher"]), *counts])
+    for outcome in outcomes:
+        summary = outcome.summary
+        counts = [count(summary[key]) for key in ("labelled", "trained", "teacher_tokens")]
+        figures = _figures(summary["student"])
+        rows.append([outcome.config.selection.policy, *figures, *counts, duration(summary["seconds"])])
+    header = ("", "accuracy", "macro-F1", "agrees", "labelled", "trained", "tokens", "time")
+    display.table("Teacher, and students by their selection policy", header, rows)
+    if len(outcomes) > 1:
+        display.result(verdict(*outcomes))
+    for outcome in outcomes:
+        store = RunStore(outcome.run_dir)
+        for reused in (one for one in outcome.summary["usage"].values() if one["reused_texts"]):
+            display.say(
+                f"{outcome.config.selection.policy}: {count(reused['reused_texts'])} labels were there from "
+                f"earlier runs, which saved {count(reused['reused_tokens'])} teacher tokens"
+            )
+        if outcome.summary["student"]["accuracy"] is None:
+            display.say("accuracy is unknown without a test set (test.uri, test.gold)")
+        for line in read_warnings(store):
+            display.warn(line)
+        display.result(f"report: {store.uri(REPORT)}")
+        display.result(f"model:  {store.uri(MODEL_DIR)}")
+
+
+def _figures(scores: dict[str, Any]) -> list[str]:
+    return [decimals(scores.get(key)) for key in ("accuracy", "macro_f1", "teacher_agreement")]
+
+
+def verdict(first: Outcome, second: Outcome) -> str:
+    """Which of two students is better on the same test set, in words."""
+    names = [outcome.config.selection.policy for outcome in (first, second)]
+    found = accuracy_difference(RunStore(first.run_dir), RunStore(second.run_dir), first.config)
+    if found is None:
+        return "which student is better is unknown without a test set"
+    points, low, high = (100 * value for value in found)
+    said = (
+        f"{names[0]} is {abs(points):.1f} points of accuracy {'above' if points >= 0 else 'below'} "
+        f"{names[1]} (95 % interval {low:+.1f} to {high:+.1f})"
+    )
+    return said if low > 0 or high < 0 else f"{said}: chance may explain the difference"
+
+
+def distill_job(arguments: Sequence[str]) -> int:
+    """The command line of jobs/distill.py: a config, ``--resume RUN``, or nothing for the quickstart."""
+    parser = argparse.ArgumentParser(
+        prog="distill.py",
+        description="Distil an LLM into a small text classifier. Without a config: the quickstart.",
+    )
+    parser.add_argument("config", nargs="?", help="a YAML file; see configs/")
+    parser.add_argument("--resume", dest="run_dir", metavar="RUN", help="resume a run that was stopped")
+    add_settings(parser)
+    _add_strict(parser)
+    _add_dry_run(parser)
+    add_output_options(parser)
+    options = parser.parse_args(arguments)
+    if options.run_dir and options.config:
+        parser.error("--resume uses the run's own config: leave out CONFIG")
+    by_resume, by_config = bool(options.run_dir), bool(options.config)
+    return run(options, run_resume if by_resume else run_train if by_config else run_quickstart)
