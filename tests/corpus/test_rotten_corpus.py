@@ -239,16 +239,7 @@ COLUMNS: dict[str, pa.Array] = {
     "no such zone": pa.array([0, None, 1], pa.timestamp("us", "No/Where")),
     "durations": pa.array([2**60, None, 1]).view(pa.duration("ms")),
 }  # fmt: skip
-TEXT_LIKE = {
-    "strings",
-    "large",
-    "views",
-    "binary",
-    "large binary",
-    "fixed",
-    "bad strings",
-    "dictionary",
-}
+TEXT_LIKE = {"strings", "large", "views", "binary", "large binary", "fixed", "bad strings", "dictionary"}
 
 
 @pytest.mark.parametrize("kind", COLUMNS)
