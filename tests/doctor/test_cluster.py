@@ -94,16 +94,23 @@ def test_the_config_goes_before_the_environment():
     assert cluster_address(None, {"RAY_ADDRESS": "local"})[0] is None
 
 
-
-
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("http://127.0.0.1:8265", "is a dashboard's address"),
+        ("127.0.0.1", "is no address"),
+        ("127.0.0.1:port", "is no address"),
+        ("no-such-host.invalid:6379", "does not answer"),
+        ("127.0.0.1:99999", "does not answer"),
+        ("127.0.0.1:CLOSED", "does not answer"),
+    ],
+)
 def test_an_address_that_cannot_be(address, words):
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         address = address.replace("CLOSED", str(one.getsockname()[1]))
     view = query_cluster(address, "RAY_ADDRESS", {})
     told(view.problem, "problem", f"RAY_ADDRESS {address!r} {words}", "; to do: ")
-
-
 
 
 @pytest.mark.timeout(120)
@@ -154,8 +161,6 @@ def test_room_is_judged_by_a_runs_own_sums():
     told(room(config, [], LLKD_AUTOSCALING="1"), "ok")
     lost = View(problem=query_cluster("nowhere", "RAY_ADDRESS", {}).problem)
     assert check_cluster_resources(config, {}, lambda: lost) is None, "room that is not there is not judged"
-
-
 
 
 def test_nodes_in_words():

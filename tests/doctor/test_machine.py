@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections import namedtuple
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from toys import make_config
 
 from llkd_ray.doctor import machine as module
@@ -55,10 +55,6 @@ def test_a_package_in_a_version_that_is_not_taken(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.0.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     told(check_packages(), "problem", "packages: transformers 4.0.0 is not ", "; to do: make setup")
-
-
-
-
 
 
 @pytest.mark.parametrize(
@@ -136,8 +132,6 @@ def test_what_a_config_asks_for_is_the_sum_of_its_smallest_pools():
     assert gpus_asked_for(config) == 4.5
 
 
-
-
 L = 'echo "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)"; echo "GPU 1: NVIDIA L4 (UUID: GPU-2)"'
 Q = 'echo "==NVSMI LOG=="; echo "Driver Version     : 550.54"; echo "CUDA Version       : 12.4"'
 
@@ -155,8 +149,6 @@ def test_what_the_driver_says_is_read(tmp_path, monkeypatch, script, read):
     file.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert nvidia_driver() == read
-
-
 
 
 # --- memory and disks
@@ -180,8 +172,6 @@ def test_memory_is_the_sum_of_what_is_known(tiny_encoder, tiny_llm):
 def test_a_cache_that_no_machine_has_is_a_problem(tiny_llm):
     config = make_config(teacher={"kind": "vllm", "model": tiny_llm, "kv_cache_gib": 1e6})
     told(check_memory(config), "problem", "teacher 1,000,000.0 GiB", "teacher.kv_cache_gib")
-
-
 
 
 def test_an_object_store_that_does_not_fit(tmp_path, monkeypatch):
@@ -208,7 +198,3 @@ def test_a_full_or_small_disk_of_ray(tmp_path, monkeypatch, total, free, state, 
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(total, total - free, free))
     told(check_temp_dir(str(tmp_path)), state, words)
     told(check_temp_dir(str(tmp_path / "no")), "problem", "is no folder")
-
-
-
-
