@@ -73,9 +73,9 @@ class TestPacking:
             assert (unplaced(nodes, [bundle]) == []) == fits
 
     def test_the_largest_goes_first(self):
-        """One by one, in this order, the small ones would take the room of the last."""
-        bundles = [Bundle.of(what, "", {"CPU": cpus}) for what, cpus in (("a", 0.5), ("b", 0.5), ("c", 1.0))]
-        assert unplaced([{"CPU": 1.0}, {"CPU": 1.0}], bundles) == []
+        """One by one, in this order, the small one would take the room of the last."""
+        small, large = (Bundle.of(what, "", {"CPU": cpus}) for what, cpus in (("a", 0.5), ("b", 1.0)))
+        assert unplaced([{"CPU": 1.0}, {"CPU": 0.5}], [small, large]) == []
 
     def test_tenths_add_up(self):
         tenth = Bundle.of("tenth", "", {"CPU": 0.1})

@@ -300,7 +300,7 @@ def test_the_key_is_sent_and_not_shown(web, monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-secret")
     web.said["/v1/models"] = (403, {}, {"error": "sk-secret may not"})
     finding = ask_server(web)
-    assert "MY_KEY is set here" in finding.found
+    told(finding, "problem", "answers HTTP 403, and MY_KEY is set here")
     assert "sk-secret" not in finding.found + finding.remedy
     assert web.asked.pop()[1]["authorization"] == "Bearer sk-secret"
     monkeypatch.setenv("MY_KEY", "sk-\u00e9")  # which no header can hold
