@@ -72,12 +72,6 @@ class TestSettings:
             load_comparison(write(tmp_path, **fields))
         assert str(caught.value).startswith(message)
 
-    def test_one_line_for_each_mistake(self, tmp_path):
-        with pytest.raises(ConfigError) as caught:
-            load_comparison(write(tmp_path, seeds=[], sizes="x", more=1))
-        lines = str(caught.value).split("\n")
-        assert sorted(line.split(":")[0] for line in lines) == ["more", "seeds", "sizes"]
-
 
 class TestEntries:
     def entries(self, tmp_path, base=None, **fields):

@@ -238,16 +238,9 @@ class TestFiles:
         assert key(sizes=(10, 20, 40)) == key(sizes=(10, 20)) == key(reported=(10,)) == same
         assert key(acquisition={"policy": "entropy"}) == same, "all labels are there from the start"
         others = [
-            key(digest="others"),
-            key(k=0),
-            key(sizes=(5, 20)),
-            key("llkd"),
-            key(run={"seed": 1}),
-            key(selection={"quota": 0.5}),
-            key(selection={"prior": 0.5}),
-            key(labels=KNOWN),
-            key(student={"epochs": 2}),
-            key(budget={"labels": 100}),
+            *(key(digest="others"), key(k=0), key(sizes=(5, 20)), key("llkd"), key(run={"seed": 1})),
+            *(key(selection={one: 0.5}) for one in ("quota", "prior")),
+            *(key(labels=KNOWN), key(student={"epochs": 2}), key(budget={"labels": 100})),
             key(budget={"labels": 100}, sizes=(10, 20)),
             key(budget={"labels": 100}, acquisition={"policy": "entropy"}),
             key(budget={"first_labels": 0.5}),

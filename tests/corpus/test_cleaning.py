@@ -11,16 +11,9 @@ from llkd_ray.corpus.cleaning import Cleaner, Example, GoldNames, Refusal, clean
 from llkd_ray.corpus.readers import RawRow
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))  # surrogates and controls too
-ANY_VALUE = st.one_of(
-    st.none(),
-    ANY_TEXT,
-    st.binary(),
-    st.integers(),
-    st.floats(),
-    st.booleans(),
-    st.lists(ANY_TEXT, max_size=3),
-    st.dictionaries(ANY_TEXT, st.integers(), max_size=3),
-)
+ONE_VALUE = st.none() | ANY_TEXT | st.binary() | st.integers() | st.floats() | st.booleans()
+SEVERAL = st.lists(ANY_TEXT, max_size=3) | st.dictionaries(ANY_TEXT, st.integers(), max_size=3)
+ANY_VALUE = ONE_VALUE | SEVERAL
 TEXT_REASONS = {"missing", "not_text", "undecodable", "empty", "too_long"}
 ROW_REASONS = {*TEXT_REASONS, "broken_line", "unknown_gold", "missing_gold"}
 
