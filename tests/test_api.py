@@ -28,14 +28,11 @@ def test_importing_the_package_imports_neither_ray_nor_torch():
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-def test_no_module_hides_a_function():
+def test_no_module_hides_a_function_and_unknown_names_are_refused():
     """A module of the name would take the function's place in the package once it is imported."""
     folder = Path(llkd_ray.__file__).parent
     assert not {path.stem for path in folder.glob("*.py")} & set(llkd_ray.__all__)
     assert (folder / "py.typed").is_file()
-
-
-def test_unknown_names_are_refused():
     with pytest.raises(AttributeError, match="has no attribute 'train'"):
         llkd_ray.train  # noqa: B018
 

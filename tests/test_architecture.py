@@ -1,4 +1,4 @@
-"""The house: imports go one way, Ray and vLLM stay where they belong, modules and folders stay small."""
+"""The house: imports go one way, Ray, vLLM and clocks stay where they belong, modules and folders small."""
 
 from __future__ import annotations
 
@@ -29,19 +29,21 @@ APART = {
     "prediction": {"teacher", "selection", "report"},
 }
 WITH_RAY = {
-    "cluster",
-    "comparison/job",
-    "corpus/ingest",
-    "doctor/cluster",
-    "prediction/job",
-    "run/progress",
-    "run/supervisor",
-    "selection/selector",
-    "student/ray_train",
-    "teacher/stream",
-}
+    "cluster", "comparison/job", "corpus/ingest", "doctor/cluster", "prediction/job", "run/progress",
+    "run/supervisor", "selection/selector", "student/ray_train", "teacher/stream",
+}  # fmt: skip
 WITH_VLLM = {"teacher/vllm/backends", "teacher/vllm/child_main", "teacher/vllm/requests"}
 MAX_LINES, MAX_MODULES, MAX_BYTES = 450, 20, 400_000
+CLOCK = {("time", name) for name in ("time", "time_ns", "ctime", "gmtime", "localtime", "strftime")} | {
+    ("datetime", name) for name in ("now", "today", "utcnow")
+}
+"""Clocks are set, and those of two machines differ; durations come from ``time.monotonic``."""
+ASKS_WHAT_TIME_IT_IS = {
+    "cli": "names the quickstart's run directories",
+    "teacher/openai/client": "a server's Retry-After may be a date",
+    "prediction/job": "from the first actor to the last, for a rate that is only said",
+    "run/loop": "names a run directory",
+}
 
 # Folders where people and CI systems keep their checkouts, and Windows' form of the first two.
 LOCAL_PATH = re.compile(
@@ -101,6 +103,22 @@ def test_modules_and_folders_are_small_enough_to_be_read() -> None:
     for folder in {path.parent for path in MODULES}:
         modules = [path for path in folder.glob("*.py") if path.stem != "__init__"]
         assert len(modules) <= MAX_MODULES, f"{folder}: {len(modules)} modules, {MAX_MODULES} at most"
+
+
+def calls_of(source: str) -> set[tuple[str, str]]:
+    """Functions that a module mentions, as (object, name), by whatever name it imports them."""
+    found = {tuple(name.rsplit(".", 1)) for name in imports_of(source) if "." in name}
+    attributes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute))
+    return found | {(node.value.id, node.attr) for node in attributes if isinstance(node.value, ast.Name)}
+
+
+def test_only_these_modules_ask_what_time_it_is() -> None:
+    modules = [PACKAGE / "__init__.py", *MODULES]
+    asking = {name_of(path) for path in modules if calls_of(path.read_text(encoding="utf-8")) & CLOCK}
+    assert asking == set(ASKS_WHAT_TIME_IT_IS)
+    source = "import time\nfrom datetime import datetime\nage = time.time() - datetime.now().timestamp()"
+    assert calls_of(source) >= {("time", "time"), ("datetime", "now")}
+    assert ("time", "time") in calls_of("from time import time")
 
 
 def test_imports_are_seen_in_every_form() -> None:

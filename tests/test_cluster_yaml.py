@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import ray
 import yaml
+from jsonschema import ValidationError
 from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
 from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -21,11 +21,6 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 ROOT = Path(__file__).resolve().parent.parent
 RAW: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
 WORKER_TYPES = sorted(set(RAW["available_node_types"]) - {RAW["head_node_type"]})
-
-
-@pytest.fixture
-def raw() -> dict[str, Any]:
-    return copy.deepcopy(RAW)
 
 
 @pytest.fixture(scope="module")
@@ -45,28 +40,24 @@ def test_ray_accepts_it(cluster: dict[str, Any]) -> None:
     validate_config(cluster)
 
 
-def misspelt_key(config: dict[str, Any]) -> None:
-    config["idle_timeout_minute"] = config.pop("idle_timeout_minutes")
+def teacher(config: dict[str, Any]) -> dict[str, Any]:
+    return config["available_node_types"]["teacher"]
 
 
-def misspelt_node_key(config: dict[str, Any]) -> None:
-    config["available_node_types"]["teacher"]["max_worker"] = 4
-
-
-def gpu_count_as_text(config: dict[str, Any]) -> None:
-    config["available_node_types"]["teacher"]["resources"]["GPU"] = "4"
-
-
-@pytest.mark.parametrize("break_it", [misspelt_key, misspelt_node_key, gpu_count_as_text])
-def test_a_slip_is_caught(raw: dict[str, Any], break_it: Any) -> None:
+@pytest.mark.parametrize(
+    ("break_it", "error"),
+    [
+        (lambda raw: raw.update(idle_timeout_minute=raw.pop("idle_timeout_minutes")), ValidationError),
+        (lambda raw: teacher(raw).update(max_worker=4), ValidationError),
+        (lambda raw: teacher(raw)["resources"].update(GPU="4"), ValidationError),
+        (lambda raw: raw.update(head_node_type="haed"), ValueError),
+    ],
+    ids=["misspelt", "misspelt of a node", "text for a number", "no such head"],
+)
+def test_a_slip_is_caught(break_it: Any, error: type[Exception]) -> None:
+    raw = copy.deepcopy(RAW)
     break_it(raw)
-    with pytest.raises(jsonschema.ValidationError):
-        validate_config(prepare_config(raw))
-
-
-def test_a_head_type_that_is_not_listed_is_caught(raw: dict[str, Any]) -> None:
-    raw["head_node_type"] = "haed"
-    with pytest.raises(ValueError, match="head_node_type"):
+    with pytest.raises(error):
         validate_config(prepare_config(raw))
 
 
@@ -80,21 +71,13 @@ def test_token_is_demanded_where_ray_starts(cluster: dict[str, Any], which: str)
     assert token.group(1).replace("$HOME", "~") in cluster["file_mounts"]
 
 
-def test_token_is_mounted_from_where_ray_writes_it(cluster: dict[str, Any]) -> None:
-    # `ray get-auth-token --generate` writes it there
-    assert cluster["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
-
-
-def test_all_other_mounts_are_files_of_the_repository(cluster: dict[str, Any]) -> None:
-    local = [path for remote, path in cluster["file_mounts"].items() if remote != "~/.ray/auth_token"]
-    assert [path for path in local if not (ROOT / path).exists()] == []
-    needed = {"Makefile", "pyproject.toml", "constraints.txt", "scripts", "llkd_ray"}
-    assert needed <= set(local)
-
-
-def test_readme_that_the_build_reads_is_mounted(cluster: dict[str, Any]) -> None:
+def test_mounts_are_the_token_and_files_of_the_repository(cluster: dict[str, Any]) -> None:
+    mounts = dict(cluster["file_mounts"])
+    assert mounts.pop("~/.ray/auth_token") == "~/.ray/auth_token", "where `ray get-auth-token` writes it"
+    assert [path for path in mounts.values() if not (ROOT / path).exists()] == []
+    assert {"Makefile", "pyproject.toml", "constraints.txt", "scripts", "llkd_ray"} <= set(mounts.values())
     assert 'readme = "README.md"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert cluster["file_mounts"]["~/llkd-ray/README.md"] == "README.md"
+    assert mounts["~/llkd-ray/README.md"] == "README.md", "which the build reads"
 
 
 @pytest.mark.parametrize("node_type", [RAW["head_node_type"], *WORKER_TYPES])
@@ -104,12 +87,9 @@ def test_every_node_installs_what_its_hardware_needs(cluster: dict[str, Any], no
     assert f"LLKD_EXTRA={'gpu' if gpus else 'none'} make setup" in commands
     assert "python3-venv" in commands
     assert "RAY_AUTH_MODE=token" in commands  # for `ray status` and the like in a shell on the node
-
-
-@pytest.mark.parametrize("node_type", WORKER_TYPES)
-def test_workers_may_reach_the_bucket(cluster: dict[str, Any], node_type: str) -> None:
-    # Ray gives a profile to the head only
-    assert cluster["available_node_types"][node_type]["node_config"]["IamInstanceProfile"]
+    # Workers may reach the bucket: Ray gives a profile to the head only.
+    own = cluster["available_node_types"][node_type]["node_config"]
+    assert node_type == "head" or own["IamInstanceProfile"]
 
 
 def test_only_the_teacher_is_on_spot_and_all_can_go_to_nothing(cluster: dict[str, Any]) -> None:
@@ -132,15 +112,6 @@ def test_only_the_teacher_is_on_spot_and_all_can_go_to_nothing(cluster: dict[str
         ([{"CPU": 1}] * 20, {"cpu": 2}),
         ([{"CPU": 0.1}], {"cpu": 1}),
     ],
-    ids=[
-        "teacher",
-        "two teachers",
-        "two ranks",
-        "pinned teachers",
-        "pinned ranks",
-        "corpus",
-        "a small actor",
-    ],
 )
 def test_autoscaler_starts_the_type_that_is_meant(
     cluster: dict[str, Any], demand: Any, expected: dict[str, int]
@@ -156,15 +127,12 @@ def test_health_settings_are_ones_that_ray_knows(cluster: dict[str, Any]) -> Non
     # Ray passes over what it does not know, so a misspelt name would change nothing.
     (start,) = [command for command in cluster["head_start_ray_commands"] if "ray start" in command]
     given = dict(re.findall(r"\bRAY_(health_check_\w+)=(\d+)", start.partition("ray start")[0]))
-    assert set(given) == {
-        "health_check_period_ms",
-        "health_check_timeout_ms",
-        "health_check_failure_threshold",
-    }
+    names = [f"health_check_{one}" for one in ("period_ms", "timeout_ms", "failure_threshold")]
+    assert set(given) == set(names)
     server = (Path(ray.__file__).parent / "core/src/ray/gcs/gcs_server").read_bytes()
     assert [name for name in given if name.encode() not in server] == []
-    wait_ms = int(given["health_check_period_ms"]) + int(given["health_check_timeout_ms"])
-    patience_s = wait_ms * int(given["health_check_failure_threshold"]) / 1000
+    period_ms, timeout_ms, threshold = (int(given[name]) for name in names)
+    patience_s = (period_ms + timeout_ms) * threshold / 1000
     assert 30 <= patience_s <= 120, "too short for a busy node, or too long for one that is gone"
 
 

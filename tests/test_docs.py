@@ -1,28 +1,35 @@
-"""The pages below docs/: every block of them is tried, and the site builds without a warning."""
+"""The README and the pages below docs/: all that they say is tried, and the site builds without a warning."""
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from pages import PARSERS, ROOT, blocks, commands, flags_of, job_of
 
-from llkd_ray.config.loading import parse_config
+import llkd_ray
+from llkd_ray.comparison.settings import load_comparison
+from llkd_ray.config.loading import apply_overrides, load_config, parse_config
+from llkd_ray.quickstart.teacher import settings
+from llkd_ray.selection.acquisition import ACQUISITION
 from llkd_ray.selection.policies import SELECTION
 
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
 GUIDES = {name: page for name, page in PAGES.items() if name.startswith("guides/")}
-
-
-def of_all(language: str) -> list[tuple[str, str]]:
-    return [(name, block) for name, page in PAGES.items() for block in blocks(page, language)]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ALL_PAGES = PAGES | {"../README.md": README}
+COMPARISONS = sorted((ROOT / "configs").glob("compare_*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - set(COMPARISONS))
 
 
 def run_python(code: str, folder: Path) -> str:
@@ -33,32 +40,77 @@ def run_python(code: str, folder: Path) -> str:
     return done.stdout
 
 
-ALL_COMMANDS = [(name, words) for name, page in PAGES.items() for words in commands(page)]
+# --- commands and settings
+
+COMMANDS = {" ".join(words): words for page in ALL_PAGES.values() for words in commands(page)}
 
 
-@pytest.mark.parametrize(("page", "words"), ALL_COMMANDS, ids=[" ".join(one) for _, one in ALL_COMMANDS])
-def test_commands_are_what_the_programs_take(page, words):
+def test_the_readme_has_commands():
+    assert {"make quickstart", "make test"} <= {" ".join(words) for words in commands(README)}
+    assert {job_of(words) for words in commands(README)} - {None} == set(PARSERS)
+
+
+@functools.cache
+def help_of_ray(*subcommand: str) -> str:
+    ray = Path(sys.executable).parent / "ray"
+    shown = subprocess.run([ray, *subcommand, "--help"], capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout
+
+
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
+def test_commands_are_what_the_programs_take(words):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    elif job := job_of(words):
-        PARSERS[job](flags_of(words))
-    elif words[0] == "ray":
-        assert words[1] in {"start", "up", "dashboard"}  # the README's test tries their flags
-    else:
-        script = next(word for word in words if word.endswith(".py"))
-        text = (ROOT / script).read_text()
+    if words[0] == "ray":
+        own = words[: words.index("--")] if "--" in words else words
+        shown = help_of_ray(*own[1 : 3 if words[1] == "job" else 2])
+        assert not [word for word in own if word.startswith("--") and word.partition("=")[0] not in shown]
+    if job := job_of(words):
+        options: Any = PARSERS[job](flags_of(words))
+        config = getattr(options, "config", None)
+        if isinstance(config, str) and config.startswith("configs/"):
+            (load_comparison if job == "jobs/compare.py" else load_config)(ROOT / config, options.set)
+        elif job == "jobs/doctor.py":  # what it then does is run by doctor/test_doctor.py
+            (example,) = blocks(README, "yaml")
+            parse_config(apply_overrides(yaml.safe_load(example), options.set))
+    elif words[0] not in ("make", "ray"):
+        text = (ROOT / next(word for word in words if word.endswith(".py"))).read_text()
         assert not [word for word in words if word.startswith("--") and f'"{word}"' not in text]
 
 
-@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("name", [*GUIDES, "../README.md"])
 def test_yaml_blocks_are_configs(name):
-    for block in blocks(GUIDES[name], "yaml"):
+    for block in blocks(ALL_PAGES[name], "yaml"):
         parse_config(yaml.safe_load(block))
 
 
-def test_python_blocks_compile():
-    for name, block in of_all("python"):
-        compile(block, name, "exec")
+def test_python_blocks_compile_and_call_what_there_is():
+    for name, page in ALL_PAGES.items():
+        for block in blocks(page, "python"):
+            compile(block, name, "exec")
+    (example,) = blocks(README, "python")
+    assert set(re.findall(r"llkd_ray\.(\w+)\(", example)) <= set(llkd_ray.__all__)
+
+
+def test_every_policy_is_in_the_tables():
+    assert [name for name in (*SELECTION, *ACQUISITION) if f"\n| `{name}`" not in README] == []
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, *COMPARISONS], ids=lambda path: path.name)
+def test_configs_load_and_say_how_they_are_run(path):
+    job = "compare" if path in COMPARISONS else "distill"
+    load_config(load_comparison(path).base if path in COMPARISONS else path)
+    assert f"python jobs/{job}.py configs/{path.name}" in path.read_text()
+
+
+def test_the_quickstart_config_is_what_the_quickstart_runs():
+    written = load_config(ROOT / "configs/quickstart.yaml").model_dump(mode="json")
+    run = parse_config(settings(Path("/data"), seed=0)).model_dump(mode="json")
+    assert written == json.loads(json.dumps(run).replace("/data", "runs/quickstart-data"))
+
+
+# --- pages
 
 
 def test_the_reference_is_what_the_code_says():
@@ -73,7 +125,7 @@ def test_the_reference_is_what_the_code_says():
 def test_pages_are_in_the_menu_and_link_to_pages_that_exist():
     menu = (ROOT / "mkdocs.yml").read_text()
     assert [name for name in PAGES if f": {name}" not in menu] == []
-    for name, page in PAGES.items():
+    for name, page in ALL_PAGES.items():
         links = re.findall(r"\]\((?!https?://)([^)#]+)", page)
         assert [link for link in links if not (DOCS / name).parent.joinpath(link).exists()] == []
 

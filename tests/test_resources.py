@@ -31,6 +31,8 @@ def on_gpus(actors: int, tensor: int = 1, pipeline: int = 1) -> Config:
     return config({"actors": actors, "gpus": 1, "cpus": 0.5, **parts}, {"cpus": 0.5})
 
 
+RECORDED = {"kind": "recorded", "recorded": {"uri": "answers.parquet"}}
+MEMBERS = {"small": RECORDED | {"actors": 2}, "large": RECORDED | {"gpus": 1}}
 amounts = st.integers(1, 30).map(lambda tenths: tenths / 10)
 some_needs = st.dictionaries(st.sampled_from(["CPU", "GPU", "teacher"]), amounts, min_size=1)
 some_pieces = st.lists(some_needs.map(lambda needs: Bundle.of("bundle", "here", needs)), max_size=8)
@@ -59,28 +61,21 @@ def in_units(nodes: list[dict[str, float]]) -> list[dict[str, int]]:
 
 class TestPacking:
     @given(some_nodes, some_pieces)
-    def test_what_finds_room_can_be_placed(self, nodes, bundles):
+    def test_what_finds_room_can_be_placed_and_what_cannot_is_left(self, nodes, bundles):
         left = unplaced(nodes, bundles)
         placed = list(bundles)
         for bundle in left:
             placed.remove(bundle)
         assert can_be_placed(in_units(nodes), placed)
-
-    @given(some_nodes, some_pieces)
-    def test_what_cannot_be_placed_is_left(self, nodes, bundles):
-        if not can_be_placed(in_units(nodes), bundles):
-            assert unplaced(nodes, bundles)
-
-    @given(some_nodes, some_pieces)
-    def test_alone_a_piece_fits_where_some_node_has_all_it_needs(self, nodes, bundles):
-        for bundle in bundles:
+        assert left or can_be_placed(in_units(nodes), bundles)
+        for bundle in bundles:  # alone it fits where some node has all that it needs
             fits = any(all(node.get(name, 0) >= n for name, n in bundle.needs) for node in in_units(nodes))
             assert (unplaced(nodes, [bundle]) == []) == fits
 
     def test_the_largest_goes_first(self):
-        """One by one, in this order, the small ones would take the room of the last."""
-        bundles = [Bundle.of(what, "", {"CPU": cpus}) for what, cpus in (("a", 0.5), ("b", 0.5), ("c", 1.0))]
-        assert unplaced([{"CPU": 1.0}, {"CPU": 1.0}], bundles) == []
+        """One by one, in this order, the small one would take the room of the last."""
+        small, large = (Bundle.of(what, "", {"CPU": cpus}) for what, cpus in (("a", 0.5), ("b", 1.0)))
+        assert unplaced([{"CPU": 1.0}, {"CPU": 0.5}], [small, large]) == []
 
     def test_tenths_add_up(self):
         tenth = Bundle.of("tenth", "", {"CPU": 0.1})
@@ -117,12 +112,10 @@ class TestRequireRoom:
             assert can_be_placed(in_units(nodes), bundles)
 
     def test_a_little_too_much_is_refused_with_the_sum(self):
-        check_resources(
-            config({"actors": 2, "cpus": 0.5}, {"workers": 2, "cpus": 0.45}), [{"CPU": 1.0}, {"CPU": 1.0}]
-        )
-        run = config({"actors": 2, "cpus": 0.5}, {"workers": 2, "cpus": 0.48})
+        teacher, nodes = {"actors": 2, "cpus": 0.5}, [{"CPU": 1.0}, {"CPU": 1.0}]
+        check_resources(config(teacher, {"workers": 2, "cpus": 0.45}), nodes)
         with pytest.raises(ConfigError) as caught:
-            check_resources(run, [{"CPU": 1.0}, {"CPU": 1.0}])
+            check_resources(config(teacher, {"workers": 2, "cpus": 0.48}), nodes)
         assert str(caught.value) == (
             "teacher.cpus, student.cpus: 2 teacher actor(s), the reader of tickets and 2 student rank(s) "
             "need 1 + 0.05 + 0.96 = 2.01 CPUs, but the cluster has 2 on 2 node(s); lower teacher.actors, "
@@ -141,40 +134,40 @@ class TestRequireRoom:
         # The stages of a pipeline may lie on several nodes.
         check_resources(on_gpus(1, pipeline=8), [{"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 4}])
 
-    def test_parts_on_cpus_lie_on_one_node(self):
-        run = config({"cpus": 1.0, "tensor_parallel": 2}, {"cpus": 0.5})
-        check_resources(run, [{"CPU": 2.0}, {"CPU": 1.0}])
-        with pytest.raises(ConfigError, match=r"1 teacher actor\(s\) of CPU 2"):
-            check_resources(run, [{"CPU": 1.5}, {"CPU": 1.5}])
-
-    def test_a_pool_that_may_grow_needs_room_for_its_smallest(self):
-        run = config({"actors": (1, 50), "cpus": 0.5}, {"cpus": 0.4})
-        check_resources(run, [{"CPU": 1.0}])
-
-    def test_each_teacher_of_a_cascade_is_counted(self):
-        recorded = {"kind": "recorded", "recorded": {"uri": "answers.parquet"}}
-        members = {"small": recorded | {"actors": 2}, "large": recorded | {"gpus": 1}}
-        run = config({"kind": "cascade", "cascade": members}, {"cpus": 0.5})
-        check_resources(run, [{"CPU": 2.5, "GPU": 1}])
-        with pytest.raises(ConfigError, match=r"teacher\.cascade\.large\.gpus: 3 teacher actor\(s\) need"):
-            check_resources(run, [{"CPU": 2.5}])
-
-    def test_custom_resources_are_counted(self):
-        run = config({"resources": {"teacher": 1.0}, "actors": 2}, {"resources": {"student": 1.0}})
-        check_resources(run, [{"CPU": 4, "teacher": 2}, {"CPU": 4, "student": 1}])
-        with pytest.raises(
-            ConfigError, match=r"teacher\.resources: .* need 2 = 2 of 'teacher', but .* has 1"
-        ):
-            check_resources(run, [{"CPU": 4, "teacher": 1}, {"CPU": 4, "student": 1}])
-
-    def test_without_a_place_for_reading(self):
-        with pytest.raises(ConfigError, match=r"corpus: a task that reads it needs 0\.5 CPUs"):
-            check_resources(config({"cpus": 0.1}, {"cpus": 0.1}), [{"CPU": 0.4}, {"CPU": 0.4}])
+    @pytest.mark.parametrize(
+        ("teacher", "student", "enough", "too_few", "says"),
+        [
+            (  # Parts on CPUs lie on one node.
+                {"cpus": 1.0, "tensor_parallel": 2}, {"cpus": 0.5},
+                [{"CPU": 2.0}, {"CPU": 1.0}], [{"CPU": 1.5}, {"CPU": 1.5}], r"1 teacher actor\(s\) of CPU 2",
+            ),
+            (  # Each teacher of a cascade is counted.
+                {"kind": "cascade", "cascade": MEMBERS}, {"cpus": 0.5},
+                [{"CPU": 2.5, "GPU": 1}], [{"CPU": 2.5}],
+                r"teacher\.cascade\.large\.gpus: 3 teacher actor\(s\) need",
+            ),
+            (  # Custom resources are counted.
+                {"resources": {"teacher": 1.0}, "actors": 2}, {"resources": {"student": 1.0}},
+                [{"CPU": 4, "teacher": 2}, {"CPU": 4, "student": 1}],
+                [{"CPU": 4, "teacher": 1}, {"CPU": 4, "student": 1}],
+                r"teacher\.resources: .* need 2 = 2 of 'teacher', but .* has 1",
+            ),
+            (  # A pool that may grow needs room for its smallest, and so does reading.
+                {"actors": (1, 50), "cpus": 0.1}, {"cpus": 0.1},
+                [{"CPU": 0.5}], [{"CPU": 0.4}, {"CPU": 0.4}], r"corpus: a task that reads it needs 0\.5 CPUs",
+            ),
+        ],
+    )  # fmt: skip
+    def test_what_is_counted(self, teacher, student, enough, too_few, says):
+        check_resources(config(teacher, student), enough)
+        with pytest.raises(ConfigError, match=says):
+            check_resources(config(teacher, student), too_few)
 
 
 class TestRanksToStart:
-    def test_a_fixed_number_stays(self):
-        assert ranks_to_start(config(student={"workers": 3}).student, [{"CPU": 100.0}]) == 3
+    @pytest.mark.parametrize(("workers", "cpus", "ranks"), [(3, 100.0, 3), ((2, 9), 0.1, 2)])
+    def test_a_fixed_number_stays_and_none_is_below_the_minimum(self, workers, cpus, ranks):
+        assert ranks_to_start(config(student={"workers": workers}).student, [{"CPU": cpus}]) == ranks
 
     def test_ray_train_counts_nodes_as_if_they_were_empty(self):
         """So a run whose last ranks have no room beside its teachers would wait for ever, and is refused."""
@@ -184,9 +177,6 @@ class TestRanksToStart:
         with pytest.raises(ConfigError, match=r"4 student rank\(s\)"):
             check_resources(run, nodes)
         check_resources(config({"cpus": 0.6}, {"workers": (1, 2), "cpus": 0.45}), nodes)
-
-    def test_never_below_the_minimum(self):
-        assert ranks_to_start(config(student={"workers": (2, 9)}).student, [{"CPU": 0.1}]) == 2
 
     def test_a_resource_of_their_own_tells_ray_train_where_there_is_room(self):
         run = config({"cpus": 0.6}, {"workers": (1, 9), "cpus": 0.3, "resources": {"student": 1.0}})

@@ -41,28 +41,25 @@ def fake_program(folder: Path, name: str, body: str) -> Path:
 # --- which extra
 
 
+GPU = "echo 'GPU 0: NVIDIA L4 (UUID: GPU-1)'"
+
+
 @pytest.mark.parametrize(
-    ("body", "expected"),
+    ("body", "wish", "expected"),
     [
-        ("echo 'GPU 0: NVIDIA L4 (UUID: GPU-1)'", "gpu"),
-        ("echo 'No devices found.'", "cpu"),
-        ("echo 'GPU 0: NVIDIA L4 (UUID: GPU-1)'; exit 9", "cpu"),
+        (GPU, "", "gpu"),
+        ("echo 'No devices found.'", "", "cpu"),
+        (f"{GPU}; exit 9", "", "cpu"),
+        (None, "", "cpu"),
+        *((GPU, wish, wish) for wish in ("cpu", "gpu", "none")),
     ],
-    ids=["a GPU", "a driver without a GPU", "a driver that fails"],
 )
-def test_extra_follows_nvidia_smi(tmp_path: Path, body: str, expected: str) -> None:
-    fake_program(tmp_path, "nvidia-smi", body)
-    assert setup.choose_extra({"PATH": str(tmp_path)}) == expected
-
-
-def test_extra_without_nvidia_smi_is_cpu(tmp_path: Path) -> None:
-    assert setup.choose_extra({"PATH": str(tmp_path)}) == "cpu"
-
-
-@pytest.mark.parametrize("wish", ["cpu", "gpu", "none"])
-def test_environment_overrides_the_machine(tmp_path: Path, wish: str) -> None:
-    fake_program(tmp_path, "nvidia-smi", "echo 'GPU 0: NVIDIA L4'")
-    assert setup.choose_extra({"PATH": str(tmp_path), "LLKD_EXTRA": wish}) == wish
+def test_extra_is_as_wished_or_follows_nvidia_smi(
+    tmp_path: Path, body: str | None, wish: str, expected: str
+) -> None:
+    if body:
+        fake_program(tmp_path, "nvidia-smi", body)
+    assert setup.choose_extra({"PATH": str(tmp_path), "LLKD_EXTRA": wish}) == expected
 
 
 def test_unknown_extra_is_refused_with_the_remedy() -> None:
@@ -73,12 +70,6 @@ def test_unknown_extra_is_refused_with_the_remedy() -> None:
 # --- which machine
 
 GLIBC = ("glibc", "2.36")
-
-
-@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-@pytest.mark.parametrize("extra", ["cpu", "gpu"])
-def test_linux_is_supported(extra: str, machine: str) -> None:
-    assert setup.platform_problem(extra, "Linux", machine, GLIBC) is None
 
 
 @pytest.mark.parametrize(
@@ -94,6 +85,8 @@ def test_linux_is_supported(extra: str, machine: str) -> None:
 def test_other_machines_get_a_reason_and_a_way_out(
     system: str, machine: str, libc: tuple[str, str], says: str
 ) -> None:
+    for good in ("x86_64", "aarch64"):
+        assert setup.platform_problem("cpu", "Linux", good, GLIBC) is None
     problem = setup.platform_problem("cpu", system, machine, libc)
     assert says in problem
     assert "LLKD_EXTRA=none" in problem
@@ -110,34 +103,27 @@ def project_copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_stamp_key_stays_while_nothing_relevant_changes(project_copy: Path) -> None:
-    before = setup.stamp_key("cpu", project_copy, "3.11")
-    pyproject = project_copy / "pyproject.toml"
-    text = pyproject.read_text(encoding="utf-8")
-    pyproject.write_text(text.replace("line-length = 110", "line-length = 99"), encoding="utf-8")
-    assert pyproject.read_text(encoding="utf-8") != text
-    assert setup.stamp_key("cpu", project_copy, "3.11") == before
-
-
-def test_stamp_key_changes_with_all_that_is_installed(
+def test_stamp_key_changes_with_all_that_is_installed_and_nothing_else(
     project_copy: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    keys = [setup.stamp_key("cpu", project_copy, "3.11")]
-    keys.append(setup.stamp_key("gpu", project_copy, "3.11"))
-    keys.append(setup.stamp_key("cpu", project_copy, "3.12"))
+    def key(extra: str = "cpu", folder: Path = project_copy, python: str = "3.11") -> str:
+        return setup.stamp_key(extra, folder, python)
 
+    def edit(name: str, old: str, new: str) -> None:
+        text = (project_copy / name).read_text(encoding="utf-8")
+        assert old in text
+        (project_copy / name).write_text(text.replace(old, new, 1), encoding="utf-8")
+
+    keys = [key()]
+    edit("pyproject.toml", "line-length = 110", "line-length = 99")
+    assert key() == keys[0]
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     shutil.copytree(project_copy, elsewhere, dirs_exist_ok=True)
-    keys.append(setup.stamp_key("cpu", elsewhere, "3.11"))
-
-    with (project_copy / "constraints.txt").open("a", encoding="utf-8") as constraints:
-        constraints.write("one-more==1.0\n")
-    keys.append(setup.stamp_key("cpu", project_copy, "3.11"))
-
-    pyproject = project_copy / "pyproject.toml"
-    text = pyproject.read_text(encoding="utf-8")
-    pyproject.write_text(text.replace("dependencies = [", 'dependencies = ["one-more",', 1), encoding="utf-8")
-    keys.append(setup.stamp_key("cpu", project_copy, "3.11"))
+    keys += [key("gpu"), key(python="3.12"), key(folder=elsewhere)]
+    edit("constraints.txt", "==", "==0.")
+    keys.append(key())
+    edit("pyproject.toml", "dependencies = [", 'dependencies = ["one-more",')
+    keys.append(key())
     assert len(set(keys)) == len(keys)
 
 
@@ -172,14 +158,10 @@ def test_cpu_installs_torch_alone_first_and_drops_what_breaks_vllm() -> None:
     assert all("constraints.txt" in step for step in steps[:2])
 
 
-def test_gpu_is_one_step_and_removes_nothing() -> None:
+def test_gpu_is_one_step_and_without_an_engine_no_vllm_is_asked_for() -> None:
     (step,) = setup.install_steps("gpu", True, False, PROJECT, "2.13.0", "Linux")
     assert step == ["install", "-c", "constraints.txt", "-e", ".[gpu,quickstart,dev]"]
-
-
-def test_without_an_engine_no_vllm_is_asked_for() -> None:
-    steps = setup.install_steps("none", False, False, PROJECT, "2.13.0", "Linux")
-    assert steps[1][-1] == ".[quickstart]"
+    assert setup.install_steps("none", False, False, PROJECT, "2.13.0", "Linux")[1][-1] == ".[quickstart]"
     (on_mac,) = setup.install_steps("none", False, False, PROJECT, "2.13.0", "Darwin")
     assert on_mac[-1] == ".[quickstart]"  # torch has no separate CPU build there
 
@@ -228,24 +210,26 @@ def test_pip_failures_are_told_apart(stderr: str, expected: str) -> None:
     assert setup.classify_pip_failure(stderr, "torch") == expected
 
 
-def fake_pip(tmp_path: Path, stderr: str) -> tuple[Path, Path]:
-    """A Python whose pip notes its arguments and fails with ``stderr`` unless an index is named."""
+def install(tmp_path: Path, stderr: str, calls: list[str]) -> None:
+    """Install by a Python whose pip notes its calls and fails with ``stderr`` unless an index is named."""
     log, message = tmp_path / "calls", tmp_path / "message"
     message.write_text(stderr, encoding="utf-8")
     body = (
         f'echo "$*" >> {log}\ncase "$*" in\n'
         f"  *--index-url*) exit 0 ;;\n  *torch==*) cat {message} >&2; exit 1 ;;\nesac"
     )
-    return fake_program(tmp_path, "python", body), log
+    python = fake_program(tmp_path, "python", body)
+    try:
+        setup._install(python, setup.install_steps("cpu", False, False, PROJECT, "2.13.0", "Linux"))
+    finally:
+        calls[:] = log.read_text(encoding="utf-8").splitlines()
 
 
 def test_missing_build_comes_from_the_second_index_for_torch_alone(tmp_path: Path) -> None:
-    python, log = fake_pip(tmp_path, NO_SUCH_BUILD)
-    setup._install(python, setup.install_steps("cpu", False, False, PROJECT, "2.13.0", "Linux"))
-    calls = log.read_text(encoding="utf-8").splitlines()
-    with_index = [call for call in calls if "--index-url" in call]
+    calls: list[str] = []
+    install(tmp_path, NO_SUCH_BUILD, calls)
     assert len(calls) == 4
-    assert with_index == [calls[1]]
+    assert [call for call in calls if "--index-url" in call] == [calls[1]]
     assert "--no-deps" in calls[1]
     assert calls[1].endswith("torch==2.13.0+cpu")
 
@@ -254,55 +238,42 @@ def test_missing_build_comes_from_the_second_index_for_torch_alone(tmp_path: Pat
 def test_other_failures_stop_at_once_and_show_pips_words(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], stderr: str, says: str
 ) -> None:
-    python, log = fake_pip(tmp_path, stderr)
+    calls: list[str] = []
     with pytest.raises(setup.SetupError, match=says):
-        setup._install(python, setup.install_steps("cpu", False, False, PROJECT, "2.13.0", "Linux"))
-    assert len(log.read_text(encoding="utf-8").splitlines()) == 1
+        install(tmp_path, stderr, calls)
+    assert len(calls) == 1
     assert stderr in capsys.readouterr().err
 
 
 # --- which Python
 
 
-def find_python(path: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    # The shell's own tools stay reachable, under a name that holds no Python.
+def find_python(path: Path, **environ: str) -> tuple[int, str, str]:
+    """Status, output and errors of the script; the shell's own tools are in a folder that holds no Python."""
     tools = path.parent / "tools"
     tools.mkdir(exist_ok=True)
     for tool in ("sh", "head"):
         if not (tools / tool).exists():
             (tools / tool).symlink_to(shutil.which(tool) or tool)
-    return subprocess.run(
-        [shutil.which("sh") or "sh", str(ROOT / "scripts" / "find_python.sh")],
-        env={"PATH": f"{path}{os.pathsep}{tools}", **environ},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = subprocess.run(
+        ["sh", str(ROOT / "scripts" / "find_python.sh")],
+        env={"PATH": f"{path}{os.pathsep}{tools}", **environ}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    return done.returncode, done.stdout.strip(), done.stderr
 
 
 def test_a_newer_python_is_found_behind_an_old_one(tmp_path: Path) -> None:
     folder = tmp_path / "bin"
     fake_program(folder, "python3", "echo 'is Python 3.9' >&2; exit 1")
+    status, _, said = find_python(folder)
+    assert status == 1
+    tried = ("3.11 to 3.14", "python3: is Python 3.9", "python3.13: not found")
+    assert all(words in said for words in tried)
     good = folder / "python3.12"
     good.symlink_to(sys.executable)
-    result = find_python(folder)
-    assert (result.returncode, result.stdout.strip()) == (0, str(good))
-
-
-def test_no_python_is_an_error_that_names_what_was_tried(tmp_path: Path) -> None:
-    folder = tmp_path / "bin"
-    fake_program(folder, "python3", "echo 'is Python 3.9' >&2; exit 1")
-    result = find_python(folder)
-    assert result.returncode == 1
-    assert "3.11 to 3.14" in result.stderr
-    assert "python3: is Python 3.9" in result.stderr
-    assert "python3.13: not found" in result.stderr
-
-
-def test_a_named_python_is_tried_alone(tmp_path: Path) -> None:
-    result = find_python(tmp_path / "bin", PYTHON=sys.executable)
-    assert (result.returncode, result.stdout.strip()) == (0, sys.executable)
-    assert find_python(tmp_path / "bin", PYTHON="no-such-python").returncode == 1
+    assert find_python(folder)[:2] == (0, str(good))
+    assert find_python(folder, PYTHON=sys.executable)[:2] == (0, sys.executable), "a named one alone"
+    assert find_python(folder, PYTHON="no-such-python")[0] == 1
 
 
 # --- the pins
@@ -315,9 +286,6 @@ def report(**versions: str) -> dict:
 def test_pins_of_two_machines_are_merged_by_public_version() -> None:
     pins = pin.merge([report(torch="2.13.0", nvtx="0.2"), report(torch="2.13.0+cpu", Ray_X="1")])
     assert pins == {"nvtx": "0.2", "ray-x": "1", "torch": "2.13.0"}
-
-
-def test_pins_that_disagree_are_refused() -> None:
     with pytest.raises(ValueError, match=r"triton.*3\.9\.0.*3\.7\.1"):
         pin.merge([report(triton="3.9.0"), report(triton="3.7.1")])
 

@@ -50,13 +50,9 @@ def labels(texts) -> Labels:
 def make_trial(tiny_encoder, tmp_path):
     def make(policy="random", sizes=(10, 20, 30), reported=None, folder="trials", **sections) -> Trial:
         student = {"model": tiny_encoder, "batch_size": 10, "epochs": 1, "min_steps": 2}
-        config = make_config(
-            student=student | sections.pop("student", {}),
-            selection={"policy": policy} | sections.pop("selection", {}),
-            budget={"first_labels": 1.0} | sections.pop("budget", {}),
-            **sections,
-        )
-        return Trial(config, tuple(sizes), tuple(reported or sizes), tmp_path / folder)
+        own = {"student": student, "selection": {"policy": policy}, "budget": {"first_labels": 1.0}}
+        merged = {name: section | sections.get(name, {}) for name, section in own.items()}
+        return Trial(make_config(**sections | merged), sizes, reported or sizes, tmp_path / folder)
 
     return make
 
@@ -79,9 +75,14 @@ def without_time(figures):
     return [{name: value for name, value in facts.items() if name != "seconds"} for facts in figures]
 
 
+def saved(trial: Trial, labels: Labels, k: int) -> dict[str, np.ndarray]:
+    """What the file of a round holds."""
+    with np.load(trial.folder / f"{trial.key(labels.digest, k)}.npz") as arrays:
+        return dict(arrays)
+
+
 def rows(trial: Trial, labels: Labels, k: int) -> list[int]:
-    with np.load(trial.folder / f"{trial.key(labels.digest, k)}.npz") as saved:
-        return saved["row"].tolist()
+    return saved(trial, labels, k)["row"].tolist()
 
 
 class TestFigures:
@@ -89,8 +90,7 @@ class TestFigures:
     def test_of_every_reported_size(self, make_trial, texts, labels, policy):
         trial, said = make_trial(policy), []
         figures = run_trial(trial, texts, labels, said.append)
-        assert [facts["size"] for facts in figures] == [10, 20, 30]
-        assert [facts["trained"] for facts in figures] == [10, 20, 30]
+        assert [(facts["size"], facts["trained"]) for facts in figures] == [(10, 10), (20, 20), (30, 30)]
         assert said == ["10 texts", "20 texts", "30 texts"]
         for k, facts in enumerate(figures):
             assert facts.keys() >= FIGURES | {"seconds", "loss", "steps"}
@@ -116,9 +116,7 @@ class TestFigures:
         assert "agreement" not in figures, "the truth is no teacher"
 
     def test_against_gold(self, texts):
-        perfect = against_gold(texts, np.eye(N_CLASSES)[texts.gold_T])
-        assert (perfect["accuracy"], perfect["macro_f1"], perfect["ece"]) == (1, 1, 0)
-        assert perfect["f1_by_class"] == [1, 1, 1]
+        assert against_gold(texts, np.eye(N_CLASSES)[texts.gold_T])["f1_by_class"] == [1, 1, 1]
         always_0 = against_gold(texts, np.eye(N_CLASSES)[np.zeros(N_TEST, dtype=int)])
         share = np.mean(texts.gold_T == 0)
         assert always_0["accuracy"] == pytest.approx(share)
@@ -160,27 +158,20 @@ class TestFigures:
         self, make_trial, texts, labels, monkeypatch, policy, selection, expected
     ):
         priors, real = [], trial_module.train_round
-        monkeypatch.setattr(
-            trial_module,
-            "train_round",
-            lambda student, batch, *more, **named: (
-                priors.append(batch.prior_C) or real(student, batch, *more, **named)
-            ),
-        )
+
+        def train_round(student, batch, *more, **named):
+            priors.append(batch.prior_C)
+            return real(student, batch, *more, **named)
+
+        monkeypatch.setattr(trial_module, "train_round", train_round)
         skewed = Labels(labels.p_NC * [1.0, 0.5, 0.5], labels.tokens_N, "skewed")
         run_trial(make_trial(policy, (30,), selection=selection), texts, skewed)
         counts = np.bincount(skewed.p_NC.argmax(axis=1))
-        if expected is None:
-            assert priors == [None]
-        else:
-            assert priors[0] == pytest.approx(counts**expected / (counts**expected).sum())
+        (prior,) = priors
+        assert prior == (expected and pytest.approx(counts**expected / (counts**expected).sum()))
+        known = make_trial("llkd_sample", labels=KNOWN)  # which go before the teacher's counts
+        assert known.prior(np.array([50, 60, 10])) == pytest.approx([0.25, 0.25, 0.5])
 
-    def test_known_shares_go_before_the_teachers(self, make_trial):
-        trial = make_trial("llkd_sample", labels=KNOWN)
-        assert trial.prior(np.array([50, 60, 10])) == pytest.approx([0.25, 0.25, 0.5])
-
-
-class TestChance:
     @pytest.mark.parametrize("policy", ["random", "llkd_sample"])
     def test_same_seed_same_result(self, make_trial, texts, labels, policy):
         def figures(folder, seed):
@@ -194,19 +185,14 @@ class TestChance:
 
 class TestFiles:
     def test_a_second_call_reads_and_trains_nothing(self, make_trial, texts, labels, trained):
-        trial, said = make_trial("llkd"), []
-        first = run_trial(trial, texts, labels)
-        assert len(trained) == 3
-        assert run_trial(trial, texts, labels, said.append) == first, "to the second that it took"
-        assert finished(trial, labels.digest) == first
-        assert (len(trained), said) == (3, [])
-        assert len(list(trial.folder.iterdir())) == 3
-
-    def test_finished_gives_what_is_there(self, make_trial, texts, labels):
-        trial = make_trial(sizes=(10, 20))
+        trial, said = make_trial("llkd", (10, 20)), []
         assert finished(trial, labels.digest) == []
-        run_trial(trial, texts, labels)
-        assert [facts["size"] for facts in finished(make_trial(), labels.digest)] == [10, 20]
+        first = run_trial(trial, texts, labels)
+        assert run_trial(trial, texts, labels, said.append) == first, "to the second that it took"
+        assert (len(trained), said, len(list(trial.folder.iterdir()))) == (2, [], 2)
+        assert finished(trial, labels.digest) == first
+        larger = finished(make_trial("llkd"), labels.digest)
+        assert larger == first[:1], "for which nobody has asked the student of 20"
         assert finished(trial, "another teacher") == []
 
     @pytest.mark.parametrize("lost", [[2], [1, 2], [1]])
@@ -229,29 +215,20 @@ class TestFiles:
         assert without_time(run_trial(trial, texts, labels)) == first
         assert rows(trial, labels, 2) == chosen
 
-    def test_a_larger_size_keeps_the_files_of_the_smaller(self, make_trial, texts, labels, trained):
+    def test_a_larger_size_gives_what_it_would_have_given_at_once(self, make_trial, texts, labels, trained):
         run_trial(make_trial("random", (10, 20)), texts, labels)
         run_trial(make_trial("random", (10, 20, 30)), texts, labels)
-        assert trained == [10, 20, 30]
-
-    def test_a_larger_size_gives_what_it_would_have_given_at_once(self, make_trial, texts, labels):
+        assert trained == [10, 20, 30], "the files of the smaller are kept"
         # Nobody needed the opinion of the smaller trial's last student; now the next round does.
-        run_trial(make_trial("entropy", (10, 20)), texts, labels)
-        grown = run_trial(make_trial("entropy", (10, 20, 30)), texts, labels)
-        at_once = run_trial(make_trial("entropy", (10, 20, 30), folder="other"), texts, labels)
-        assert without_time(grown) == without_time(at_once)
-
-    def test_reports_that_ask_for_other_sizes_do_not_undo_each_other(
-        self, make_trial, texts, labels, trained
-    ):
-        small = make_trial("entropy", (10, 20))
-        large = make_trial("entropy", (10, 20, 30), reported=(30,))
+        small, large = make_trial("entropy", (10, 20)), make_trial("entropy", (10, 20, 30), reported=(30,))
         first = without_time(run_trial(small, texts, labels))
-        run_trial(large, texts, labels)
+        grown = run_trial(large, texts, labels)
+        at_once = run_trial(make_trial("entropy", reported=(30,), folder="other"), texts, labels)
+        assert without_time(grown) == without_time(at_once)
         so_far = len(trained)
         assert without_time(run_trial(small, texts, labels)) == first
         run_trial(large, texts, labels)
-        assert len(trained) == so_far
+        assert len(trained) == so_far, "trials that report other sizes do not undo each other's files"
 
     def test_key_stands_for_what_decides(self, make_trial):
         def key(*arguments, digest="labels", k=1, **more):
@@ -261,16 +238,9 @@ class TestFiles:
         assert key(sizes=(10, 20, 40)) == key(sizes=(10, 20)) == key(reported=(10,)) == same
         assert key(acquisition={"policy": "entropy"}) == same, "all labels are there from the start"
         others = [
-            key(digest="others"),
-            key(k=0),
-            key(sizes=(5, 20)),
-            key("llkd"),
-            key(run={"seed": 1}),
-            key(selection={"quota": 0.5}),
-            key(selection={"prior": 0.5}),
-            key(labels=KNOWN),
-            key(student={"epochs": 2}),
-            key(budget={"labels": 100}),
+            *(key(digest="others"), key(k=0), key(sizes=(5, 20)), key("llkd"), key(run={"seed": 1})),
+            *(key(selection={one: 0.5}) for one in ("quota", "prior")),
+            *(key(labels=KNOWN), key(student={"epochs": 2}), key(budget={"labels": 100})),
             key(budget={"labels": 100}, sizes=(10, 20)),
             key(budget={"labels": 100}, acquisition={"policy": "entropy"}),
             key(budget={"first_labels": 0.5}),
@@ -287,9 +257,8 @@ class TestAcquisition:
         assert [facts["labelled"] for facts in figures] == [20, 40, 60]
         read = []
         for k, facts in enumerate(figures):
-            with np.load(trial.folder / f"{trial.key(labels.digest, k)}.npz") as saved:
-                read += saved["read"].tolist()
-                assert np.isin(saved["row"], read).all()
+            read += saved(trial, labels, k)["read"].tolist()
+            assert set(rows(trial, labels, k)) <= set(read)
             assert facts["teacher_tokens"] == labels.tokens_N[read].sum()
         assert len(set(read)) == 60
 
@@ -305,15 +274,13 @@ class TestAcquisition:
         assert labelled(first_labels=0.0, labels=15) == [10, 15, 15], "a round needs texts to choose from"
 
     def test_reads_what_the_student_was_least_sure_of(self, make_trial, texts, labels):
-        trial = make_trial(
-            "random", budget=HALF, acquisition={"policy": "entropy", "explore": 0.0}, reported=(30,)
-        )
+        acquisition = {"policy": "entropy", "explore": 0.0}
+        trial = make_trial("random", budget=HALF, acquisition=acquisition, reported=(30,))
         run_trial(trial, texts, labels)
-        with np.load(trial.folder / f"{trial.key(labels.digest, 0)}.npz") as first:
-            scored, uncertainty = first["scored"], to_16_bits(entropy(first["p"]))  # as the table has it
-            unread = ~np.isin(scored, first["read"])
-        with np.load(trial.folder / f"{trial.key(labels.digest, 1)}.npz") as second:
-            read = np.isin(scored, second["read"])
+        first = saved(trial, labels, 0)
+        scored, uncertainty = first["scored"], to_16_bits(entropy(first["p"]))  # as the table has it
+        unread = ~np.isin(scored, first["read"])
+        read = np.isin(scored, saved(trial, labels, 1)["read"])
         assert unread.sum() == 100
         assert read.sum() == 20
         assert uncertainty[read].min() >= uncertainty[unread & ~read].max()
@@ -328,12 +295,11 @@ class TestAcquisition:
             return choose(policy, candidates, *arguments, **more)
 
         monkeypatch.setattr(SelectionPolicy, "choose", spy)
-        trial = make_trial(
-            "llkd_sample", (10, 20), budget=HALF, acquisition={"policy": "entropy"}, reported=(20,)
-        )
+        acquisition = {"policy": "entropy"}
+        trial = make_trial("llkd_sample", (10, 20), budget=HALF, acquisition=acquisition, reported=(20,))
         run_trial(trial, texts, labels)
-        with np.load(trial.folder / f"{trial.key(labels.digest, 0)}.npz") as first:
-            scored, p_MC = first["scored"], first["p"]
+        first = saved(trial, labels, 0)
+        scored, p_MC = first["scored"], first["p"]
         candidates = seen[1]
         assert np.isin(candidates.row_N, scored).all()
         expected = support(p_MC[np.searchsorted(scored, candidates.row_N)], candidates.label_N)
@@ -350,9 +316,8 @@ def test_opinions_are_those_of_the_rounds_student(make_trial, texts, labels, mon
     monkeypatch.setattr(trial_module, "predict", spy)
     trial = make_trial("entropy", (10, 20), reported=(20,))
     run_trial(trial, texts, labels)
-    with np.load(trial.folder / f"{trial.key(labels.digest, 0)}.npz") as saved:
-        assert answers[0][0] == [texts.pool[row] for row in saved["scored"]]
-        np.testing.assert_allclose(saved["p"], answers[0][1], atol=1e-6)
-        left = np.delete(saved["scored"], np.argsort(-entropy(saved["p"]), kind="stable")[:10])
-    chosen = rows(trial, labels, 1)[10:]
-    assert not set(chosen) & set(left.tolist())
+    first = saved(trial, labels, 0)
+    assert answers[0][0] == [texts.pool[row] for row in first["scored"]]
+    np.testing.assert_allclose(first["p"], answers[0][1], atol=1e-6)
+    left = np.delete(first["scored"], np.argsort(-entropy(first["p"]), kind="stable")[:10])
+    assert not set(rows(trial, labels, 1)[10:]) & set(left.tolist())

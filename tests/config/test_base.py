@@ -7,19 +7,9 @@ from pathlib import Path
 import pytest
 from toys import make_config
 
-from llkd_ray.config.base import absolute, absolute_folder, local_dir, with_absolute_paths
 from llkd_ray.config.loading import resolve
+from llkd_ray.config.base import with_absolute_paths
 from llkd_ray.config.schema import Config
-
-
-def test_local_places_are_absolute(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert absolute("a/b") == str(tmp_path / "a/b")
-    assert absolute("s3://bucket/a") == local_dir("s3://bucket/a") == "s3://bucket/a"
-    assert local_dir("runs") == str(tmp_path / "runs")
-    Path("model").mkdir()
-    assert absolute_folder("model") == str(tmp_path / "model")
-    assert absolute_folder("owner/name") == "owner/name"
 
 
 def test_every_path_of_a_config_is_found(tmp_path, monkeypatch):
@@ -33,13 +23,9 @@ def test_every_path_of_a_config_is_found(tmp_path, monkeypatch):
         "prompt": {"template": "{{ text }}"},
         "server": {"base_url": "http://host/v1", "tokenizer": "model"},
     }
-    config = with_absolute_paths(
-        make_config(
-            corpus={"uri": ["a.csv", "hf://owner/data"]},
-            teacher={"kind": "cascade", "cascade": {"small": small, "large": large}},
-            student={"model": "model"},
-        )
-    )
+    corpus, cascade = {"uri": ["a.csv", "hf://owner/data"]}, {"small": small, "large": large}
+    teacher = {"kind": "cascade", "cascade": cascade}
+    config = with_absolute_paths(make_config(corpus=corpus, teacher=teacher, student={"model": "model"}))
     here = str(tmp_path)
     assert config.corpus.uri == (f"{here}/a.csv", "hf://owner/data")
     assert config.test is not None
@@ -56,6 +42,9 @@ def test_every_path_of_a_config_is_found(tmp_path, monkeypatch):
     assert second.server is not None
     assert second.server.tokenizer == f"{here}/model"
     assert with_absolute_paths(config) == config
+    remote = make_config(run={"dir": "s3://bucket/a"}, student={"model": "owner/name"})
+    again = with_absolute_paths(remote)
+    assert (again.run.dir, again.student.model) == ("s3://bucket/a", "owner/name")
 
 
 @pytest.mark.parametrize("overrides", [{}, {"budget.rounds": 3}])

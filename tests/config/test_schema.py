@@ -14,6 +14,8 @@ from llkd_ray.config.loading import apply_overrides, dump_config, load_config, p
 
 VLLM = {"kind": "vllm", "model": "m"}
 SHOT = {"prompt": {"demonstrations": [{"text": "t", "label": "desert"}]}}
+SERVER = {"kind": "openai", "server": {"base_url": "http://h/v1"}}
+MISSPELT = {"prompt": {"demonstrations": [{"txt": "a", "text": "b", "label": "sea"}]}}
 LETTERS = {"names": [f"label {i}" for i in range(27)]}
 FITTED = {"confidence": {"method": "temperature"}}
 
@@ -39,48 +41,29 @@ class TestMistakes:
             ({"labels": {"names": ["a", "b"], "descriptions": {"c": "third"}}}, "labels", "'c'"),
             ({"labels": {"names": ["a", "b"], "prior": {"a": 0.5, "b": 0.4, "c": 0.1}}}, "labels", "'c'"),
             ({"labels": {"names": ["a", "b"], "prior": {"a": 0.5}}}, "labels", "no share for 'b'"),
-            (
-                {"labels": {"names": ["a", "b"], "prior": {"a": 0.5, "b": 0}}},
-                "labels.prior.b",
-                "0 is refused",
-            ),
+            ({"labels": {"names": ["a", "b"], "prior": {"a": 1, "b": 0}}}, "labels.prior.b", "0 is refused"),
             ({"corpus": {"uri": ""}}, "corpus.uri", "is empty"),
             ({"corpus": {"uri": []}}, "corpus.uri", "is empty"),
             ({"corpus": {"uri": ["a.txt", " "]}}, "corpus.uri", "is empty"),
-            ({"corpus": {"uri": 5}}, "corpus.uri", "5 is refused"),
             ({"test": {"gold": None}}, "config", "test.gold is missing"),
             ({"teacher": {"kind": "vllm"}}, "teacher", "model is missing: kind 'vllm'"),
             ({"teacher": {"recorded": None}}, "teacher", "recorded is missing"),
             ({"teacher": {"kind": "openai", "model": "m"}}, "teacher", "server is missing: kind 'openai'"),
-            (
-                {"teacher": {"kind": "openai", "server": {"base_url": "http://h/v1"}}},
-                "teacher",
-                "model is missing: kind 'openai'",
-            ),
+            ({"teacher": SERVER}, "teacher", "model is missing: kind 'openai'"),
             ({"teacher": {"kind": "cascade"}}, "teacher", "cascade is missing"),
             ({"teacher": {"confidence": {"method": "votes"}}}, "teacher", "confidence.method 'votes'"),
             ({"teacher": {"dtype": "int4"}}, "teacher.dtype", "'int4' is refused"),
             ({"teacher": SHOT}, "config", "teacher.prompt.demonstrations uses the label 'desert'"),
             ({"teacher": cascade(large=cascade())}, "teacher", "cascade.large is a cascade"),
             ({"teacher": cascade(large=VLLM | {"price": {"currency": "EUR"}})}, "teacher", "USD and EUR"),
-            (
-                {"teacher": cascade(small=VLLM | SHOT)},
-                "config",
-                "teacher.cascade.small.prompt.demonstrations",
-            ),
+            ({"teacher": cascade(small=VLLM | SHOT)}, "config", "cascade.small.prompt.demonstrations"),
             ({"teacher": cascade() | {"confidence": {"method": "batch"}}}, "teacher", "leave it 'raw'"),
             ({"teacher": FITTED, "corpus": {"gold": None}}, "config", "give corpus.gold"),
             ({"teacher": FITTED, "evaluation": {"holdout": 0}}, "config", "evaluation.holdout"),
-            (
-                {"labels": LETTERS, "teacher": VLLM},
-                "config",
-                "27 labels, but teacher.prompt.answer 'letters'",
-            ),
+            ({"labels": LETTERS, "teacher": VLLM}, "config", "27 labels, but teacher.prompt.answer"),
             ({"student": {"workers": 0}}, "student.workers", "at least 1, or (min, max)"),
             ({"student": {"workers": [3, 2]}}, "student.workers", "at least 1, or (min, max)"),
-            ({"student": {"workers": "x"}}, "student.workers", "'x' is refused"),
             ({"student": {"warmup": 1}}, "student.warmup", "1 is refused"),
-            ({"student": {"model": None}}, "student.model", "None is refused"),
             ({"budget": {"growth": 0.5}}, "budget.growth", "0.5 is refused"),
             ({"budget": {"train": 1.5}}, "budget", "train is 1.5"),
             ({"budget": {"train": "many"}}, "budget.train", "'many' is refused"),
@@ -91,11 +74,7 @@ class TestMistakes:
             ({"studnet": {}}, "studnet", "unknown setting; known here: acquisition, budget,"),
             ({"student": {"learning_rat": 1}}, "student.learning_rat", "learning_rate"),
             ({"teacher": {"recorded": {"prob": "x"}}}, "teacher.recorded.prob", "probs"),
-            (
-                {"teacher": {"prompt": {"demonstrations": [{"txt": "a", "text": "b", "label": "sea"}]}}},
-                "teacher.prompt.demonstrations.0.txt",
-                "known here: label, text",
-            ),
+            ({"teacher": MISSPELT}, "teacher.prompt.demonstrations.0.txt", "known here: label, text"),
         ],
     )
     def test_is_one_line_with_field_and_value(self, sections, field, named):
@@ -130,11 +109,8 @@ class TestOverrides:
     def test_sections_are_made_and_others_kept(self):
         before = {"kept": {"x": 1}, "empty": None}
         after = apply_overrides(before, {"kept.y.z": 2, "empty.a": "no: yaml", "new.b.c": None})
-        assert after == {
-            "kept": {"x": 1, "y": {"z": 2}},
-            "empty": {"a": "no: yaml"},
-            "new": {"b": {"c": None}},
-        }
+        made = {"empty": {"a": "no: yaml"}, "new": {"b": {"c": None}}}
+        assert after == {"kept": {"x": 1, "y": {"z": 2}}} | made
         assert before == {"kept": {"x": 1}, "empty": None}, "the given tree stays as it is"
 
     @pytest.mark.parametrize(
@@ -162,7 +138,7 @@ class TestFiles:
         with pytest.raises(ConfigError, match=r"bad\.yaml' (cannot be read|holds no settings): "):
             load_config(tmp_path / "bad.yaml")
 
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     @given(
         where=st.dictionaries(st.text(min_size=1), st.booleans() | st.integers() | st.text(), max_size=3),
         names=st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=5, unique=True),
@@ -201,9 +177,8 @@ class TestFiles:
 
 class TestTree:
     def test_is_frozen(self):
-        config = make_config()
         with pytest.raises(ValidationError, match="frozen"):
-            config.budget.rounds = 3
+            make_config().budget.rounds = 3
 
     def test_uris_and_workers_and_known_shares_have_one_form(self):
         config = make_config(corpus={"uri": "a.txt"}, student={"workers": [1, 3]})
@@ -215,7 +190,3 @@ class TestTree:
         labels = make_config(labels={"names": ["a", "b", "c"], "prior": {"b": 3, "a": 2, "c": 5}}).labels
         assert labels.known_prior == pytest.approx((0.2, 0.3, 0.5))
         assert make_config().labels.known_prior == ()
-
-    def test_every_default_passes_its_own_checks(self):
-        needed = {"corpus": {"uri": "a"}, "labels": {"names": ["a", "b"]}, "teacher": VLLM}
-        assert parse_config(needed | {"student": {"model": "s"}}).test is None

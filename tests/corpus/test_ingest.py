@@ -89,15 +89,8 @@ def test_each_refusal_is_counted_and_kept_for_reading(tmp_path: Path, store: Run
         b'{"text": "in the test"}',
     ]
     pool.write_bytes(b"\n".join(lines))
-    test = jsonl(
-        tmp_path / "test.jsonl",
-        [
-            {"text": "in the test", "y": 1},
-            {"text": "kept not", "y": None},
-            {"text": "in  the test", "y": 0},
-            {"text": "in the test", "y": 0},
-        ],
-    )
+    test_rows = [("in the test", 1), ("kept not", None), ("in  the test", 0), ("in the test", 0)]
+    test = jsonl(tmp_path / "test.jsonl", [{"text": text, "y": gold} for text, gold in test_rows])
     config = config_of(
         {"uri": str(pool), "gold": "y", "id": "id", "max_chars": 20}, {"uri": test, "gold": "y"}
     )
@@ -111,30 +104,18 @@ def test_each_refusal_is_counted_and_kept_for_reading(tmp_path: Path, store: Run
     assert table["id"].to_pylist()[0] == "a"
     assert (examples.n_pool, examples.n_test) == (2, 2)
     refused = {(Path(str(row["source"])).stem, row["position"]): row for row in quarantine(store)}
-    assert {place: row["reason"] for place, row in refused.items()} == {
-        ("pool", 2): "missing",
-        ("pool", 3): "not_text",
-        ("pool", 4): "empty",
-        ("pool", 5): "undecodable",
-        ("pool", 6): "too_long",
-        ("pool", 7): "broken_line",
-        ("pool", 8): "unknown_gold",
-        ("pool", 9): "duplicate",
-        ("pool", 10): "in_test_set",
-        ("pool", 11): "in_test_set",
-        ("test", 1): "missing_gold",
-        ("test", 3): "duplicate",
-    }
+    of_pool = ["missing", "not_text", "empty", "undecodable", "too_long", "broken_line", "unknown_gold"]
+    of_pool += ["duplicate", "in_test_set", "in_test_set"]
+    reasons = {("pool", 2 + n): reason for n, reason in enumerate(of_pool)}
+    reasons |= {("test", 1): "missing_gold", ("test", 3): "duplicate"}
+    assert {place: row["reason"] for place, row in refused.items()} == reasons
     assert refused["pool", 6]["detail"] == "29 characters; corpus.max_chars is 20"
-    assert refused["pool", 5]["start_of_text"] == "caf?"
-    assert refused["pool", 7]["start_of_text"] == '{"text": '
-    assert refused["pool", 10]["start_of_text"] == "in the test"
+    starts = {5: "caf?", 7: '{"text": ', 10: "in the test"}
+    assert {n: refused["pool", n]["start_of_text"] for n in starts} == starts
     index = store.read_json(EXAMPLES_INDEX)
     assert index["rows_in"] == {"pool": 12, "test": 4}
     assert index["quarantined"]["test"] == {"duplicate": 1, "missing_gold": 1}
-    assert index["quarantined"]["pool"] == Counter(
-        row["reason"] for (part, _), row in refused.items() if part == "pool"
-    )
+    assert index["quarantined"]["pool"] == Counter(of_pool)
     assert said[-1].startswith("pool: 12 rows read, 2 kept, 10 in quarantine (broken_line 1, ")
 
 
@@ -190,12 +171,8 @@ def test_same_input_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_finished_ingestion_is_opened_and_a_half_one_starts_over(tmp_path: Path, store: RunStore) -> None:
     config = config_of({"uri": jsonl(tmp_path / "a.jsonl", [{"text": "x"}, {"text": ""}])})
-    for name in (
-        "examples/pool-00007.parquet",
-        "examples/staging/pool-9.parquet",
-        "quarantine/pool-9.parquet",
-    ):
-        store.write_bytes(name, b"left by a run that died")
+    for name in ("examples/pool-00007", "examples/staging/pool-9", "quarantine/pool-9"):
+        store.write_bytes(f"{name}.parquet", b"left by a run that died")
     store.write_bytes("quarantine/teacher-0.parquet", b"not ours")
     assert texts(ingest(config, store, quiet)) == ["x"]
     assert store.names("examples") == ["index.json", "pool-000000-00000.parquet"]
@@ -276,11 +253,8 @@ def test_a_large_csv_is_read_in_pieces_and_its_positions_are_true(
         "reading the corpus in 5 task(s)",
     ]
     refused = {row["position"]: row["reason"] for row in quarantine(store)}
-    assert {place: refused.pop(place) for place in (77, 100, 222)} == {
-        77: "empty",
-        100: "duplicate",
-        222: "broken_line",
-    }
+    odd = {77: "empty", 100: "duplicate", 222: "broken_line"}
+    assert {place: refused.pop(place) for place in odd} == odd
     # What is never closed takes rows behind it along, until a quote stands where none can.
     assert set(refused.values()) == {"broken_line"}
     assert min(refused) == 290

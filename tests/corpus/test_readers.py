@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 from pathlib import Path
 
@@ -26,50 +27,37 @@ ROWS = [
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:
     """Write rows as what the ending says."""
-    compression = path.suffix if path.suffix in (".gz", ".zst") else ""
-    kind = path.name.split(".")[1]
+    _, kind, *compression = path.name.split(".")
     if kind == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
         return path
-    plain = path.with_name(f"{path.name}.plain")
-    with plain.open("w", encoding="utf-8", newline="") as file:
-        if kind in ("csv", "tsv"):
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-        elif kind == "txt":
-            file.writelines(f"{row['text']}\n" for row in rows)
-        else:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    content = plain.read_bytes()
-    plain.unlink()
-    if compression == ".gz":
-        content = gzip.compress(content)
-    elif compression == ".zst":
-        content = zstandard.compress(content)
-    path.write_bytes(content)
+    file = io.StringIO(newline="")
+    if kind in ("csv", "tsv"):
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        file.writelines(f"{row['text'] if kind == 'txt' else json.dumps(row)}\n" for row in rows)
+    pack = {"gz": gzip.compress, "zst": zstandard.compress}.get("".join(compression), bytes)
+    path.write_bytes(pack(file.getvalue().encode()))
     return path
 
 
 def read(path: Path | str, **settings: object) -> list[RawRow]:
-    source = SourceConfig(uri=str(path), **settings)
-    return [
-        row for unit in plan(source, "corpus") for row in read_rows(unit, source, "corpus", ["no", "yes"])
-    ]
+    source, labels = SourceConfig(uri=str(path), **settings), ["no", "yes"]
+    units = plan(source, "corpus")
+    return [row for unit in units for row in read_rows(unit, source, "corpus", labels)]
 
 
-@pytest.mark.parametrize("ending", ["parquet", "jsonl", "json", "ndjson", "jsonl.gz", "jsonl.zst"])
-def test_rows_with_types(tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize(
+    "ending",
+    ["parquet", "jsonl", "json", "ndjson", "jsonl.gz", "jsonl.zst", "csv", "csv.gz", "csv.zst", "tsv"],
+)
+def test_rows(tmp_path: Path, ending: str) -> None:
     path = write(tmp_path / f"a.{ending}", ROWS)
-    expected = [RawRow(n, row["text"], row["label"], row["key"]) for n, row in enumerate(ROWS)]
-    assert read(path, gold="label", id="key") == expected
-
-
-@pytest.mark.parametrize("ending", ["csv", "csv.gz", "csv.zst", "tsv"])
-def test_rows_of_strings(tmp_path: Path, ending: str) -> None:
-    path = write(tmp_path / f"a.{ending}", ROWS)
-    expected = [RawRow(n, row["text"] or "", row["label"] or "", row["key"]) for n, row in enumerate(ROWS)]
-    assert read(path, gold="label", id="key") == expected
+    null = "" if ending.startswith(("csv", "tsv")) else None
+    rows = [RawRow(n, row["text"] or null, row["label"] or null, row["key"]) for n, row in enumerate(ROWS)]
+    assert read(path, gold="label", id="key") == rows
 
 
 @pytest.mark.parametrize("ending", ["txt", "txt.gz", "txt.zst"])
@@ -105,17 +93,6 @@ def test_where_picks_rows_by_dictionary_and_across_row_groups(tmp_path: Path) ->
     assert read(tmp_path / "a.parquet", where={"fold": 2}) == [RawRow(8, "t8"), RawRow(9, "t9")]
 
 
-def test_bad_bytes_spoil_one_row(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"one\ncaf\xe9\nthree\n")
-    (tmp_path / "a.csv").write_bytes(b"text\none\ncaf\xe9\nthree\n")
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "caf\xe9"}\n{"text": "three"}\n')
-    raw = pa.array([b"one", b"caf\xe9", b"three"])
-    pq.write_table(pa.table({"text": raw.view(pa.string())}), tmp_path / "a.parquet")
-    for ending in ("txt", "csv", "jsonl", "parquet"):
-        texts = [row.text for row in read(tmp_path / f"a.{ending}")]
-        assert texts == ["one", "caf\udce9", "three"], ending
-
-
 def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n")
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext\none\n")
@@ -126,21 +103,12 @@ def test_broken_jsonl_lines(tmp_path: Path) -> None:
     lines = ['{"text": "good"}', '{"text": ', "", "[1]", '"word"', "[" * 100_000, '{"text": "good too"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     rows = read(tmp_path / "a.jsonl")
-    assert [(row.position, bool(row.broken)) for row in rows] == [
-        (0, False),
-        (1, True),  # line 2 is blank, so it is no row
-        (3, True),
-        (4, True),
-        (5, True),
-        (6, False),
-    ]
+    assert [row.position for row in rows if not row.broken] == [0, 6]
+    assert [row.position for row in rows if row.broken] == [1, 3, 4, 5]  # line 2 is blank, so it is no row
     assert rows[1].text == '{"text": '
     assert rows[2].broken == "the line holds a list, not an object"
-
-
-def test_absent_key_is_null(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"body": "y"}\n')
-    assert read(tmp_path / "a.jsonl") == [RawRow(0, "x"), RawRow(1, None)]
+    assert read(tmp_path / "a.jsonl") == [RawRow(0, "x"), RawRow(1, None)], "an absent key is null"
 
 
 def test_broken_csv_records(tmp_path: Path) -> None:
@@ -165,14 +133,6 @@ def test_endless_lines_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert read(tmp_path / "a.txt", max_chars=5)[3] == RawRow(3, "y" * 99)
 
 
-@pytest.mark.parametrize("ending", ["gz", "zst"])
-def test_cut_off_archive_is_named(tmp_path: Path, ending: str) -> None:
-    path = write(tmp_path / f"a.txt.{ending}", [{"text": f"line {n * n}"} for n in range(5000)])
-    path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(ConfigError, match=rf"^corpus\.uri: .*a\.txt\.{ending}' cannot be read \(.*repair it"):
-        read(path)
-
-
 def test_damaged_parquet_page_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [f"text {n * n}" for n in range(2000)]}), path, compression="zstd")
@@ -193,11 +153,7 @@ def test_hub_folder(tmp_path: Path) -> None:
     rows = read(uri, gold="label")
     assert [row.text for row in rows] == [f"text {number}-{n}" for number in range(3) for n in range(4)]
     assert [row.gold for row in rows] == [0, 1, 0, 1] * 3
-    assert [(row.position, row.text) for row in read(uri, where={"fold": 3})] == [
-        (3, "text 0-3"),
-        (3, "text 1-3"),
-        (3, "text 2-3"),
-    ]
+    assert read(uri, where={"fold": 3}) == [RawRow(3, f"text {number}-3") for number in range(3)]
 
 
 @pytest.mark.timeout(60)

@@ -26,6 +26,7 @@ def look(n: int = 50, **settings):
 
 def write_parquet(path: Path, start: int, stop: int, group: int = 10) -> Path:
     numbers = range(start, stop)
+    path.parent.mkdir(exist_ok=True)
     table = pa.table({"text": [f"text {n}" for n in numbers], "part": [n % 4 for n in numbers]})
     pq.write_table(table, path, row_group_size=group)
     return path
@@ -58,24 +59,18 @@ class TestParquet:
         monkeypatch.setattr(sampling, "SCAN_BYTES", 1000)
         assert numbers(look(uri=str(tmp_path))[1])[-1] < 200, "no more is read than that"
 
-    def test_a_small_source_is_read_whole(self, tmp_path):
+    def test_a_small_source_is_read_whole_and_a_limit_and_where_are_reckoned_with(self, tmp_path):
         for file in range(60):
             write_parquet(tmp_path / f"{file:02}.parquet", 2 * file, 2 * file + 2)
-        _, sample = look(n=500, uri=str(tmp_path))
-        assert numbers(sample) == list(range(120))
-
-    def test_where_is_reckoned_with(self, tmp_path):
-        write_parquet(tmp_path / "x.parquet", 0, 1000, group=100)
-        rows, sample = look(uri=str(tmp_path), where={"part": 1})
-        assert rows == Rows(1000, True)
-        assert all(number % 4 == 1 for number in numbers(sample))
-        assert rows.count * sample.usable == pytest.approx(250)
-
-    def test_a_limit_takes_the_first_rows(self, tmp_path):
-        write_parquet(tmp_path / "x.parquet", 0, 100)
+        assert numbers(look(n=500, uri=str(tmp_path))[1]) == list(range(120))
         rows, sample = look(uri=str(tmp_path), limit=15)
         assert rows == Rows(15, True)
         assert numbers(sample) == list(range(15))
+        one = str(write_parquet(tmp_path / "one" / "x.parquet", 0, 1000, group=100))
+        rows, sample = look(uri=one, where={"part": 1})
+        assert rows == Rows(1000, True)
+        assert all(number % 4 == 1 for number in numbers(sample))
+        assert rows.count * sample.usable == pytest.approx(250)
 
 
 def lines(n: int) -> list[str]:
@@ -83,27 +78,31 @@ def lines(n: int) -> list[str]:
 
 
 class TestLines:
-    @pytest.mark.parametrize("ending", ["\n", ""], ids=["ended", "not ended"])
-    def test_a_file_that_is_seen_whole_is_counted(self, tmp_path, ending):
-        (tmp_path / "x.jsonl").write_text("\n".join(lines(40)) + ending)
-        assert look(uri=str(tmp_path))[0] == Rows(40, False)
+    @pytest.mark.parametrize(
+        ("name", "content", "count"),
+        [
+            ("x.jsonl", "\n".join(lines(40)) + "\n", 40),
+            ("x.jsonl", "\n".join(lines(40)), 40),
+            ("x.csv", "text\n" + "\n".join(f"text {n}" for n in range(7)), 7),
+            ("x.txt", "", 0),
+        ],
+        ids=["ended", "not ended", "a header is no row", "empty"],
+    )
+    def test_a_file_that_is_seen_whole_is_counted(self, tmp_path, name, content, count):
+        (tmp_path / name).write_text(content)
+        rows, sample = look(uri=str(tmp_path))
+        assert rows == Rows(count, False)
+        assert (len(sample.kept), sample.usable) == (count, float(count > 0))
 
-    def test_a_header_is_no_row(self, tmp_path):
-        (tmp_path / "x.csv").write_text("text\n" + "\n".join(f"text {n}" for n in range(7)))
-        assert look(uri=str(tmp_path))[0] == Rows(7, False)
-
-    def test_a_large_file_is_estimated(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(sampling, "LOOK_BYTES", 2000)
+    def test_a_large_file_is_estimated_and_its_sample_is_spread(self, tmp_path, monkeypatch):
         (tmp_path / "x.jsonl").write_text("\n".join(lines(2000)) + "\n")
-        rows, _ = look(uri=str(tmp_path))
-        assert not rows.is_exact
-        assert rows.count == pytest.approx(2000, rel=0.15)
-
-    def test_a_sample_of_lines_is_spread(self, tmp_path):
-        (tmp_path / "x.jsonl").write_text("\n".join(lines(2000)))
         found = numbers(look(uri=str(tmp_path))[1])
         assert len(found) == 50
         assert found[-1] > 1700
+        monkeypatch.setattr(sampling, "LOOK_BYTES", 2000)
+        rows, _ = look(uri=str(tmp_path))
+        assert not rows.is_exact
+        assert rows.count == pytest.approx(2000, rel=0.15)
 
     @pytest.mark.parametrize("kind", ["gz", "zst"])
     def test_a_compressed_file_is_estimated(self, tmp_path, monkeypatch, kind):
@@ -116,12 +115,6 @@ class TestLines:
             monkeypatch.setattr(sampling, "LOOK_BYTES", len(packed) // 3)
             part, _ = look(uri=str(tmp_path))
             assert part.count == pytest.approx(20_000, rel=0.2)
-
-    def test_an_empty_file_has_none(self, tmp_path):
-        (tmp_path / "x.txt").write_bytes(b"")
-        rows, sample = look(uri=str(tmp_path))
-        assert rows == Rows(0, False)
-        assert (sample.kept, sample.usable) == ([], 0.0)
 
 
 def test_refusals_and_repeats_are_counted(tmp_path):

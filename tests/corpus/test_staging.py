@@ -2,6 +2,8 @@
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -47,9 +49,8 @@ def test_files_are_cut_at_their_row_limits(tmp_path: Path, monkeypatch: pytest.M
     assert writer.reasons == {"empty": 25}
     tables = [store.read_table(shard.file) for shard in shards]
     assert all(table.schema.equals(tables_module.EXAMPLES) for table in tables)
-    assert [text for table in tables for text in table["text"].to_pylist()] == [
-        f"text {n:04d}" for n in range(25)
-    ]
+    texts = [text for table in tables for text in table["text"].to_pylist()]
+    assert texts == [f"text {n:04d}" for n in range(25)]
     keys = [store.read_table(shard.keys_file) for shard in shards]
     assert all(table.schema.equals(KEYS) for table in keys)
     assert keys[2]["position"].to_pylist() == [20, 21, 22, 23, 24]
@@ -57,17 +58,16 @@ def test_files_are_cut_at_their_row_limits(tmp_path: Path, monkeypatch: pytest.M
     files = store.names("quarantine")
     assert files == [f"pool-000007-{n:05d}.parquet" for n in range(4)]
     assert sum(store.read_table(f"quarantine/{name}").num_rows for name in files) == 25
+    assert fill(RunStore(str(tmp_path / "none")), 0).groups == []
+    assert list((tmp_path / "none").rglob("*.parquet")) == []
 
 
 def test_shards_are_cut_at_their_size_in_texts_and_ids(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staging, "SHARD_CHARS", 27)  # three texts of nine characters
-    assert [shard.rows for group in fill(RunStore(str(tmp_path)), 7).groups for shard in group.shards] == [
-        3,
-        3,
-        1,
-    ]
+    groups = fill(RunStore(str(tmp_path)), 7).groups
+    assert [shard.rows for group in groups for shard in group.shards] == [3, 3, 1]
     monkeypatch.setattr(staging, "SHARD_CHARS", 100)
     writer = StagingWriter(RunStore(str(tmp_path)), "pool-000000")
     for n in range(4):
@@ -107,11 +107,6 @@ def test_hashes_of_neighbouring_shards_are_in_one_file_by_row_of_the_group(
         assert hashes == {n: 2**64 - 1 - first - n for n in range(group.rows)}
 
 
-def test_nothing_in_nothing_out(tmp_path: Path) -> None:
-    assert fill(RunStore(str(tmp_path)), 0).groups == []
-    assert list(tmp_path.rglob("*.parquet")) == []
-
-
 HASHES = st.one_of(
     st.integers(0, 2**64 - 1),
     st.integers(0, PARTITIONS).map(lambda p: min(p << 54, 2**64 - 1)),
@@ -148,32 +143,12 @@ def test_a_share_is_read_without_the_rest(tmp_path: Path, share: tuple[int, int]
     store = RunStore(str(tmp_path))
     hash_N = np.random.default_rng(0).integers(0, 2**64, 50_000, dtype=np.uint64)
     write_hashes(store, "a", hash_N)
-    reads = []
-
-    class Counting:
-        """The store's filesystem, noting how many bytes are asked for."""
-
-        def open_input_file(self, path):
-            return CountingFile(store_fs.open_input_file(path))
-
-    class CountingFile:
-        def __init__(self, file):
-            self.file = file
-
-        def read_at(self, size, offset):
-            reads.append(size)
-            return self.file.read_at(size, offset)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-    store_fs, store.fs = store.fs, Counting()
+    file = MagicMock(wraps=store.fs.open_input_file(store.path("a")))
+    file.__enter__.return_value = file
+    store.fs = SimpleNamespace(open_input_file=lambda path: file)
     record_N = read_hashes(store, "a", *share)
-    assert len(reads) == 2
-    assert sum(reads) == 4 * PARTITIONS + 12 * record_N.size
+    sizes = [call.args[0] for call in file.read_at.call_args_list]
+    assert (len(sizes), sum(sizes)) == (2, 4 * PARTITIONS + 12 * record_N.size)
     assert 0 < record_N.size < 500
 
 

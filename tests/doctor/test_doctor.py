@@ -61,10 +61,6 @@ def doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     return call
 
 
-def problems(said: str) -> list[str]:
-    return [line for line in said.splitlines() if line.startswith("problem")]
-
-
 # --- end to end
 
 
@@ -88,10 +84,9 @@ def test_several_mistakes_at_once(doctor, settings, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     words = ["--set", "corpus.text=body", "--set", f"run.dir={tmp_path / 'file/runs'}"]
     status, said = doctor(config_file(settings, tmp_path), *words)
-    ray, storage, corpus = problems(said)
-    assert ray.startswith(f"problem  ray: RAY_ADDRESS '{address}' does not answer")
-    assert "; to do: start the cluster" in ray
-    assert storage.startswith("problem  storage: run.dir ")
+    ray, storage, corpus = [line for line in said.splitlines() if line.startswith("problem")]
+    assert f"ray: RAY_ADDRESS '{address}' does not answer" in ray
+    assert "storage: run.dir " in storage
     assert "corpus.text: there is no column 'body'" in corpus
     assert "ok       test: 60 rows" in said, "the other checks go on"
     assert said.splitlines()[-1].startswith("3 problem(s)")
@@ -100,9 +95,8 @@ def test_several_mistakes_at_once(doctor, settings, tmp_path, monkeypatch):
 
 def test_gpus_and_room_that_are_not_there(doctor, settings, tmp_path):
     status, said = doctor(config_file(settings, tmp_path), "--set", "student.gpus=64")
-    gpu, room = problems(said)
-    assert gpu.startswith("problem  gpu: none is seen, but the config asks for 64 GPU(s)") or "torch" in gpu
-    assert "student.gpus: 1 student rank(s) need 64 = 64 GPUs" in room
+    assert "problem  gpu: " in said
+    assert "student.gpus: 1 student rank(s) need 64 = 64 GPUs" in said
     assert status == 2
 
 
@@ -118,7 +112,7 @@ def test_without_a_config_it_is_the_quickstart(doctor, tmp_path):
 # --- configs that are refused
 
 
-def test_a_config_that_is_refused_leaves_the_machine_to_be_looked_at(tmp_path, settings):
+def test_a_config_that_is_refused_leaves_the_machine_to_be_looked_at(tmp_path, settings, monkeypatch):
     settings["budget"] |= {"round": 1}
     settings["labels"] = {"names": ["sea"]}
     config, findings = load(config_file(settings, tmp_path), [])
@@ -126,18 +120,14 @@ def test_a_config_that_is_refused_leaves_the_machine_to_be_looked_at(tmp_path, s
     assert [one.state for one in findings] == ["problem", "problem"]
     assert any("budget.round: unknown setting" in one.found for one in findings)
     names = [check.name for check in all_checks(None, is_quickstart=False)]
-    assert "packages" in names
-    assert "corpus" not in names
+    assert ("packages" in names, "corpus" in names) == (True, False)
 
-
-def test_an_import_that_breaks_is_a_finding(tmp_path, settings, monkeypatch):
     def broken(config):
         raise ImportError("libtorch is broken")
 
     monkeypatch.setattr(module, "with_absolute_paths", broken)
-    config, (finding,) = load(config_file(settings, tmp_path), [])
-    assert config is None
-    assert "libtorch is broken" in finding.found
+    config, (finding,) = load(None, [])
+    assert (config, "libtorch is broken" in finding.found) == (None, True)
 
 
 def test_an_unknown_policy(tmp_path, settings):
@@ -152,31 +142,23 @@ def test_an_unknown_policy(tmp_path, settings):
 FINDINGS = [ok("a", "fine"), warning("b", "[bold]odd[/bold]", "mend"), problem("c", "broken; x: y")]
 
 
-def shown(terminal: bool) -> str:
+def shown(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> str:
     checks = [Check(one.check, lambda one=one: one) for one in FINDINGS[1:]]
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100, highlight=False, soft_wrap=True)
-    original = module.Display
-    module.Display = lambda: Display(console)
-    try:
-        assert print_findings(FINDINGS[:1], checks) == FINDINGS
-    finally:
-        module.Display = original
+    monkeypatch.setattr(module, "Display", lambda: Display(console))
+    assert print_findings(FINDINGS[:1], checks) == FINDINGS
     return console.file.getvalue()
 
 
-def test_lines_without_a_terminal():
-    assert shown(terminal=False).splitlines() == [
+def test_lines_without_a_terminal_and_a_table_on_one(monkeypatch):
+    assert shown(monkeypatch, terminal=False).splitlines() == [
         "ok       a: fine",
         "warning  b: [bold]odd[/bold]; to do: mend",
         "problem  c: broken; x: y",
         "1 problem(s), 1 warning(s)",
     ]
-
-
-def test_a_table_on_a_terminal():
-    text = shown(terminal=True)
-    assert "what to do" in text
-    assert "[bold]odd[/bold]" in text
+    text = shown(monkeypatch, terminal=True)
+    assert all(words in text for words in ("what to do", "[bold]odd[/bold]"))
     assert text.rstrip().endswith("1 problem(s), 1 warning(s)")
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from toys import write_corpus
@@ -39,8 +39,9 @@ def read(task: Task, source: SourceConfig, store: RunStore, rows: int, done: fro
     return list(read_pieces(task, source, LABELS, store, rows, done))
 
 
-def put(store: RunStore, task: Task, number: int, table: pa.Table) -> None:
-    store.write_table(task.piece_file(number), table)
+def of_text(folder: Path, content: str) -> SourceConfig:
+    (folder / "c.txt").write_text(content)
+    return SourceConfig(uri=str(folder / "c.txt"))
 
 
 lines = st.one_of(
@@ -77,23 +78,17 @@ def test_what_is_done_does_not_come_again_and_the_rest_comes_alike(tmp_path):
     assert all(again[number].equals(first[number]) for number in again)
 
 
-def test_texts_come_with_their_ids_and_places(tmp_path):
+def test_texts_come_with_their_ids_and_places_and_equal_ones_all_stay(tmp_path):
     file = write_corpus(tmp_path / "pool.parquet", 5)
     source, store = SourceConfig(uri=str(file), id="id"), RunStore(str(tmp_path / "out"))
     ((_, table),) = read(task_of(source), source, store, 8)
     assert table.schema == TEXTS
-    written = pq.read_table(file)
-    assert table["id"].to_pylist() == written["id"].to_pylist()
-    assert table["text"].to_pylist() == written["text"].to_pylist()
+    written = pq.read_table(file, columns=["id", "text"])
+    assert table.select(["id", "text"]).to_pylist() == written.to_pylist()
     assert table["position"].to_pylist() == [0, 1, 2, 3, 4]
     assert set(table["source"].to_pylist()) == {str(file)}
-
-
-def test_equal_texts_all_stay(tmp_path):
-    file = tmp_path / "c.txt"
-    file.write_text("the same\nthe same\nthe same\n")
-    source = SourceConfig(uri=str(file))
-    ((_, table),) = read(task_of(source), source, RunStore(str(tmp_path / "out")), 8)
+    source = of_text(tmp_path, "the same\n" * 3)
+    ((_, table),) = read(task_of(source), source, RunStore(str(tmp_path / "same")), 8)
     assert table.num_rows == 3
     assert len(set(table["id"].to_pylist())) == 1  # ids as ingestion makes them: of the text
 
@@ -111,56 +106,35 @@ def test_gold_without_a_true_label_goes_to_quarantine(tmp_path):
     assert progress(store, CORPUS).notes == {}
 
 
-def test_long_texts_fill_a_piece_before_its_rows_do(tmp_path, monkeypatch):
+def test_long_texts_fill_a_piece_before_its_rows_do_and_a_limit_counts_from_the_front(tmp_path, monkeypatch):
+    source = SourceConfig(uri=str(write_corpus(tmp_path / "pool.parquet", 20)), limit=7)
+    store = RunStore(str(tmp_path / "out"))
+    assert [table.num_rows for _, table in read(task_of(source), source, store, 5)] == [5, 2]
     monkeypatch.setattr(pieces, "PIECE_CHARS", 100)
-    file = tmp_path / "c.txt"
-    file.write_text("\n".join(["x" * 60] * 4) + "\n")
-    source, store = SourceConfig(uri=str(file)), RunStore(str(tmp_path / "out"))
+    source = of_text(tmp_path, f"{'x' * 60}\n" * 4)
     assert [table.num_rows for _, table in read(task_of(source), source, store, 8)] == [2, 2]
 
 
 def test_a_task_is_done_when_its_note_and_all_its_pieces_are_there(tmp_path):
     source = SourceConfig(uri=str(write_corpus(tmp_path / "pool.parquet", 20)))
     store, task = RunStore(str(tmp_path / "out")), task_of(source)
-    reading = read_pieces(task, source, LABELS, store, 8)
-    for number, table in reading:
-        put(store, task, number, table)
-        if number == 1:
-            break
+    for number, table in islice(read_pieces(task, source, LABELS, store, 8), 2):
+        store.write_table(task.piece_file(number), table)
     assert not progress(store, CORPUS).is_done(task)
     assert progress(store, CORPUS).pieces_of(task) == {0, 1}
     found = dict(read(task, source, store, 8, progress(store, CORPUS).pieces_of(task)))
     assert list(found) == [2]
     assert not progress(store, CORPUS).is_done(task)  # the note is there, the last piece is not
-    put(store, task, 2, found[2])
+    store.write_table(task.piece_file(2), found[2])
     assert progress(store, CORPUS).is_done(task)
-
-
-def test_an_unfinished_file_is_no_piece(tmp_path):
-    store = RunStore(str(tmp_path))
-    (tmp_path / "predictions").mkdir()
-    (tmp_path / "predictions/piece-000000-00000.parquet.0123.tmp").touch()
-    assert progress(store, CORPUS).pieces == {}
+    (tmp_path / "out/predictions/piece-000000-00007.parquet.0123.tmp").touch()  # an unfinished file is none
+    assert progress(store, CORPUS).pieces == {0: {0, 1, 2}}
+    assert progress(store, GOLD).pieces == {}, "the files of both parts are apart"
 
 
 def test_the_cut_is_kept(tmp_path):
-    file = tmp_path / "c.txt"
-    file.write_text("one\ntwo\n")
     store = RunStore(str(tmp_path / "out"))
     assert read_tasks(store, CORPUS) is None
-    units = plan(SourceConfig(uri=str(file)), "corpus")
+    units = plan(of_text(tmp_path, "one\ntwo\n"), "corpus")
     packs = [[replace(units[0], span=(0, 4))], [replace(units[0], span=(4, 8), first=1)]]
     assert write_tasks(store, CORPUS, packs) == read_tasks(store, CORPUS)
-
-
-def test_a_limit_counts_from_the_front(tmp_path):
-    source = SourceConfig(uri=str(write_corpus(tmp_path / "pool.parquet", 20)), limit=7)
-    store = RunStore(str(tmp_path / "out"))
-    assert [table.num_rows for _, table in read(task_of(source), source, store, 5)] == [5, 2]
-
-
-@pytest.mark.parametrize("part", [CORPUS, GOLD])
-def test_the_files_of_both_parts_are_apart(part):
-    other = GOLD if part == CORPUS else CORPUS
-    assert Task(part, 3, ()).piece_file(7) != Task(other, 3, ()).piece_file(7)
-    assert Task(part, 3, ()).piece_file(7).endswith("/piece-000003-00007.parquet")

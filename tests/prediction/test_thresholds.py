@@ -16,7 +16,6 @@ from llkd_ray.prediction.results import (
     describe,
     fit,
     grade_confidence,
-    lowest_threshold,
     measure,
 )
 
@@ -68,15 +67,11 @@ def test_grades_ask_one_question(found, grade, wanted):
         assert grade_confidence(p_NC, grade)[~accepted_N].max(initial=-1) < one.threshold
 
 
-def test_a_grade_counts_the_grades_above_it():
+def test_a_grade_counts_the_grades_above_it_and_labels_without_a_threshold_are_always_accepted():
     p_NC = np.array([[0.1, 0.45, 0.45], [0.6, 0.2, 0.2]], dtype=np.float32)
     np.testing.assert_allclose(grade_confidence(p_NC, 1), [0.9, 0.4], rtol=1e-6)
     assert Thresholds.given(LABELS, {"middle": 0.8}, "middle").accept(p_NC).tolist() == [True, False]
-
-
-def test_labels_without_a_threshold_are_always_accepted():
-    p_NC = np.array([[0.4, 0.3, 0.3], [0.3, 0.4, 0.3]], dtype=np.float32)
-    assert Thresholds.given(LABELS, {"low": 0.5}).accept(p_NC).tolist() == [False, True]
+    assert Thresholds.given(LABELS, {"low": 0.7}).accept(p_NC).tolist() == [True, False]
 
 
 def test_a_threshold_that_was_given_is_measured_and_kept():
@@ -84,9 +79,8 @@ def test_a_threshold_that_was_given_is_measured_and_kept():
     start = Thresholds.given(LABELS, {"low": 0.7})
     thresholds, measured = fit(start, p_NC, np.array([1, 0, 1]), 0.9, ("low",))
     assert thresholds.threshold_C[0] == 0.7
-    assert measured["low"].given
+    assert (measured["low"].given, measured["middle"].given) == (True, False)
     assert measured["low"].precision == 0.0  # kept, whatever it is worth
-    assert not measured["middle"].given
 
 
 def test_an_unreachable_precision_is_said_with_how_many_gold_texts_there_were():
@@ -106,11 +100,6 @@ def test_a_reached_precision_is_said_with_interval_and_coverage():
     one = measure(0.5, np.full(8, 0.5), np.arange(8) > 0, 7, False)
     assert (one.precision_low, one.precision_high) == pytest.approx((0.47349, 0.99684), abs=1e-4)
     assert "precision 0.875 [0.473, 0.997], coverage 100.0%" in describe("x", one, 0.8)
-
-
-def test_nothing_right_reaches_nothing():
-    assert lowest_threshold(np.array([0.9]), np.array([False]), 0.1) == NEVER
-    assert lowest_threshold(np.array([]), np.array([], dtype=bool), 0.1) == NEVER
 
 
 def test_no_gold_is_refused():

@@ -35,8 +35,10 @@ exactly = Estimate.exactly
 
 
 class TestMean:
-    def test_a_sample_of_everything_leaves_no_doubt(self):
+    def test_a_sample_of_everything_leaves_no_doubt_and_one_value_has_bounds_alone(self):
         assert mean(np.array([1.0, 2.0, 6.0]), population=3, taken=3) == exactly(3.0)
+        assert mean(np.array([5.0]), 10, 10, most=40) == Estimate(0.0, 5.0, 40.0)
+        assert mean(np.array([5.0]), 1, 1, most=40) == exactly(5.0)
 
     def test_it_is_the_textbook_interval_for_a_large_population(self):
         value_N = np.arange(100.0)
@@ -54,10 +56,6 @@ class TestMean:
             found = mean(rng.choice(value, 200, replace=False), population, taken)
             hits += found.low <= truth <= found.high
         assert 0.92 <= hits / 400 <= 0.98
-
-    def test_one_value_says_nothing_of_the_others_but_there_are_bounds(self):
-        assert mean(np.array([5.0]), 10, 10, most=40) == Estimate(0.0, 5.0, 40.0)
-        assert mean(np.array([5.0]), 1, 1, most=40) == exactly(5.0)
 
     @given(values=st.lists(st.integers(0, 50), min_size=1, max_size=30), more=st.integers(0, 10**6))
     def test_it_is_always_in_order_and_within_bounds(self, values, more):
@@ -85,27 +83,26 @@ class TestWords:
         assert (Estimate(1, 2, 3) + Estimate.between(0, 4)) == Estimate(1, None, 7)
 
 
-class TestAsking:
-    def test_labels_of_one_token_take_one_request(self):
-        assert requests_by_trie(LabelTrie.of([(1,), (2,), (3,)])) == RequestCounts((1, 1), (0, 0), (1, 1))
+@pytest.mark.parametrize(
+    ("labels", "requests"),
+    [
+        ([(1,), (2,), (3,)], RequestCounts((1, 1), (0, 0), (1, 1))),
+        # Every branch may be followed: from nothing to 1, 2; from 1 (a label, too) to 3, 4; from 1, 4 to 5.
+        ([(1,), (2,), (1, 3), (1, 4, 5)], RequestCounts((1, 3), (0, 3), (1, 3))),
+        # More first tokens than one request may name.
+        ([(token,) for token in range(300)], RequestCounts((3, 3), (0, 0), (3, 3))),
+    ],
+)
+def test_requests_by_trie(labels, requests):
+    assert requests_by_trie(LabelTrie.of(labels)) == requests
+    assert requests.is_known == (requests.prompts[0] == requests.prompts[1])
 
-    def test_every_branch_may_be_followed(self):
-        # From nothing to 1, 2; from 1 to 3, 4; from 1, 4 to 5; 1 is a label, too.
-        requests = requests_by_trie(LabelTrie.of([(1,), (2,), (1, 3), (1, 4, 5)]))
-        assert requests == RequestCounts(prompts=(1, 3), behind=(0, 3), answers=(1, 3))
-        assert not requests.is_known
 
-    def test_more_first_tokens_than_one_request_may_name(self):
-        assert requests_by_trie(LabelTrie.of([(token,) for token in range(300)])) == RequestCounts(
-            (3, 3), (0, 0), (3, 3)
-        )
-
-    def test_votes_and_not_knowing_which(self):
-        votes = requests_by_votes(10, longest_answer=3, prompts=10)
-        assert votes == RequestCounts((1, 10), (0, 0), (10, 30))
-        assert (requests_by_votes(10, 3) | requests_by_trie(LabelTrie.of([(1,), (2,)]))) == RequestCounts(
-            (1, 1), (0, 0), (1, 30)
-        )
+def test_requests_by_votes_and_not_knowing_which():
+    votes = requests_by_votes(10, longest_answer=3, prompts=10)
+    assert votes == RequestCounts((1, 10), (0, 0), (10, 30))
+    either = requests_by_votes(10, 3) | requests_by_trie(LabelTrie.of([(1,), (2,)]))
+    assert either == RequestCounts((1, 1), (0, 0), (1, 30))
 
 
 class TestBill:
@@ -118,42 +115,38 @@ class TestBill:
         assert found.cost.high == pytest.approx(0.1 + 104_000 * 0.5e-6 + 0.03)
         assert found.tokens == Estimate(51_000, None, 157_000)
 
-    def test_any_part_of_it(self):
+    def test_any_part_of_it_and_hours(self):
         whole = Bill(exactly(9), exactly(90), exactly(9), exactly(1.0)).from_none_up()
         assert (whole.texts, whole.cost) == (Estimate.between(0, 9), Estimate.between(0, 1.0))
-
-    def test_hours(self):
         assert hours(Estimate(3600, 7200, 10_800), 2, 2) == Estimate(0.5, 1.0, 1.5)
         assert hours(exactly(7200), 1, 2) == Estimate(1.0, None, 2.0)
 
 
-class TestCaps:
-    whole = Bill(exactly(100), Estimate(9000, 9500, 10_000), exactly(100), Estimate.between(1.0, 2.0))
+WHOLE = Bill(exactly(100), Estimate(9000, 9500, 10_000), exactly(100), Estimate.between(1.0, 2.0))
+NONE_NEEDED = Bill(NOTHING, NOTHING, NOTHING, NOTHING)
 
-    @pytest.mark.parametrize(
-        ("cap", "said"),
-        [
-            ({"texts": 100}, "budget.cap.texts of 100 texts is enough for all labels"),
-            ({"texts": 40}, "will end the run before all labels are had: after about 40.0% of them"),
-            ({"tokens": 10_100}, "of 10,100 tokens is enough"),
-            (
-                {"tokens": 9_600},
-                "may end the run before all labels are had, after 95% of them at the earliest",
-            ),
-            ({"tokens": 1}, "will end the run before all labels are had: after about 0.0% of them"),
-            ({"cost": 0.5}, "budget.cap.cost of 0.5 EUR will end the run before all labels are had"),
-            ({"cost": 0.5}, "after about 25.0% to 50.0% of them"),
-            ({"cost": 1.5}, "may end"),
-        ],
-    )
-    def test_what_a_cap_does(self, cap, said):
-        (line,) = what_caps_do(CapConfig(**cap), self.whole, "EUR")
-        assert said in line
 
-    def test_no_cap_no_word_and_nothing_needed_is_enough(self):
-        assert what_caps_do(CapConfig(), self.whole, "EUR") == []
-        nothing = Bill(NOTHING, NOTHING, NOTHING, NOTHING)
-        assert all("is enough" in line for line in what_caps_do(CapConfig(texts=1, tokens=1), nothing, "EUR"))
+@pytest.mark.parametrize(
+    ("cap", "need", "said"),
+    [
+        ({"texts": 100}, WHOLE, ["budget.cap.texts of 100 texts is enough for all labels"]),
+        ({"texts": 40}, WHOLE, ["will end the run before all labels are had: after about 40.0% of them"]),
+        ({"tokens": 10_100}, WHOLE, ["of 10,100 tokens is enough"]),
+        ({"tokens": 9_600}, WHOLE, ["may end the run before all labels are had, after 95% of them"]),
+        ({"tokens": 1}, WHOLE, ["will end the run before all labels are had: after about 0.0% of them"]),
+        (
+            {"cost": 0.5},
+            WHOLE,
+            ["of 0.5 EUR will end the run before all labels are had: after about 25.0% to"],
+        ),
+        ({"cost": 1.5}, WHOLE, ["may end"]),
+        ({}, WHOLE, []),
+        ({"texts": 1, "tokens": 1}, NONE_NEEDED, ["is enough", "is enough"]),
+    ],
+)
+def test_what_a_cap_does(cap, need, said):
+    lines = what_caps_do(CapConfig(**cap), need, "EUR")
+    assert all(words in line for words, line in zip(said, lines, strict=True)), lines
 
 
 # --- speed

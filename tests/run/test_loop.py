@@ -29,34 +29,27 @@ def resumed(store: RunStore, *overrides: str) -> Config:
     return loop.resume(store.root, Display(), overrides).config
 
 
-def test_a_finished_run_goes_on_with_more(store):
+def test_a_finished_run_goes_on_with_more_and_its_rounds_come_first(store, tmp_path):
     config = resumed(store, "budget.rounds=5", "budget.train=100")
     assert (config.budget.rounds, config.budget.train) == (5, 100)
     assert resumed(store).budget.rounds == 3
-
-
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        (["student.epochs=9"], "with --resume only budget.rounds and budget.train may be raised"),
-        (["budget.labels=9"], "with --resume only budget.rounds and budget.train may be raised"),
-        (["budget.rounds=3"], "budget.rounds: 3 rounds are asked for and 3 are done"),
-        (["budget.train=100"], "budget.rounds: 3 rounds are asked for and 3 are done"),
-        (["budget.rounds=0"], "budget.rounds: "),
-    ],
-)
-def test_what_it_may_not_be_told_is_refused(store, overrides, says):
-    with pytest.raises(ConfigError) as caught:
-        resumed(store, *overrides)
-    assert says in str(caught.value)
-
-
-def test_its_rounds_come_first(store):
     store.delete(SUMMARY)
     with pytest.raises(ConfigError, match="3 of 3 rounds are done; finish them by --resume alone first"):
         resumed(store, "budget.rounds=5")
-
-
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"RUN: .* has no config\.yaml; give the directory of a run"):
         loop.open_run(str(tmp_path), "RUN")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("student.epochs=9", "with --resume only budget.rounds and budget.train may be raised"),
+        ("budget.labels=9", "with --resume only budget.rounds and budget.train may be raised"),
+        ("budget.rounds=3", "budget.rounds: 3 rounds are asked for and 3 are done"),
+        ("budget.train=100", "budget.rounds: 3 rounds are asked for and 3 are done"),
+        ("budget.rounds=0", "budget.rounds: "),
+    ],
+)
+def test_what_it_may_not_be_told_is_refused(store, override, says):
+    with pytest.raises(ConfigError, match=says):
+        resumed(store, override)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,38 +51,31 @@ def run(stats: dict[str, Any]) -> Run:
     return made
 
 
-def test_damaged_files_are_told_of_once_and_asked_again(run, stats):
-    stats |= {"put_aside": ["labels/ticket-00000001.parquet cannot be read"], "damaged": [1]}
-    run._check()
-    run._check()
-    assert run.display.said == ["labels/ticket-00000001.parquet cannot be read"]
-
-
-def test_damage_in_mid_run_ends_it_rather_than_to_wait_for_ever(run, stats):
-    """A restarted selector found it; the stream of tickets has gone past."""
-    stats |= {"put_aside": ["labels/ticket-00000000.parquet cannot be read"], "damaged": [0]}
-    with pytest.raises(TeacherDown, match="is damaged"):
-        run._check()
-    assert run.display.said == ["labels/ticket-00000000.parquet cannot be read"]
-
-
-def test_before_tickets_are_known_damage_is_what_they_are_made_from(run, stats):
-    run._asked = None
-    stats |= {"put_aside": ["labels/ticket-00000000.parquet cannot be read"], "damaged": [0]}
-    run._check()
+@pytest.mark.parametrize(
+    ("asked", "damaged", "ends"),
+    [
+        ([1, 2], 1, False),  # it is asked again
+        ([1, 2], 0, True),  # a restarted selector found it; the stream of tickets has gone past
+        (None, 0, False),  # tickets are yet to be made, and from what is left
+    ],
+)
+def test_damaged_files_are_told_of_once_and_end_a_run_that_would_wait_for_ever(
+    run, stats, asked, damaged, ends
+):
+    run._asked = asked
+    stats |= {"put_aside": [f"labels/ticket-{damaged:08d}.parquet cannot be read"], "damaged": [damaged]}
+    for _ in range(2):
+        with pytest.raises(TeacherDown, match="is damaged") if ends else nullcontext():
+            run._check()
+    assert run.display.said == stats["put_aside"]
 
 
 def test_what_the_cap_still_allows_is_shown(run, stats):
     usage = {"texts": 4, "prompt_tokens": 90, "answer_tokens": 4}
     run.config = make_config(budget={"cap": {"texts": 10, "tokens": 100}})
     run.lines = [{"round": 0, "loss": 0.5, "macro_f1": 0.612, "seconds": {"train": 30.0}}]
-    stats |= {
-        "labelled": 4,
-        "trained": 2,
-        "teacher_tokens": 94,
-        "note": "training",
-        "usage": {"teacher": usage},
-    }
+    stats |= {"labelled": 4, "trained": 2, "teacher_tokens": 94, "note": "training"}
+    stats["usage"] = {"teacher": usage}
     run._check()
     line, rows = run.display.shown
     assert line == (
@@ -101,8 +95,8 @@ def test_the_reason_is_said_and_the_stream_has_ended_before_ray_is_shut_down(run
     monkeypatch.setattr(run.display, "say", order.append)
 
     def stream() -> None:
-        killed.wait(10)
-        time.sleep(0.1)
+        assert killed.wait(60)
+        time.sleep(0.05)  # for whoever would not wait for it to go on
         order.append("stream ended")
 
     run.teacher = Background("stream", stream)

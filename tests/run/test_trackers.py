@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import pytest
 from toys import make_config
@@ -32,35 +32,38 @@ SUMMARY = {
 }
 
 
-def run_of(tmp_path: Path, *names: str) -> tuple[Trackers, RunStore, list[str]]:
-    said: list[str] = []
-    store = RunStore(str(tmp_path / "runs" / "my-run"))
-    config = make_config(run={"trackers": names, "dir": str(tmp_path / "runs")})
-    return Trackers(config, store, said.append), store, said
+@pytest.fixture
+def run_of(tmp_path: Path):
+    def make(*names: str) -> tuple[Trackers, RunStore, list[str]]:
+        said: list[str] = []
+        store = RunStore(str(tmp_path / "runs" / "my-run"))
+        config = make_config(run={"trackers": names, "dir": str(tmp_path / "runs")})
+        return Trackers(config, store, said.append), store, said
+
+    return make
 
 
-def test_figures_of_a_round_are_its_numbers():
-    assert numbers_of(LINE) == {
-        "labelled": 400.0,
-        "accuracy": 0.75,
-        "seconds/train": 12.5,
-        "seconds/idle": 0.5,
-        "staleness/never_scored": 3.0,
-    }
+def stopped_and_resumed(trackers: Trackers) -> None:
+    """Two rounds, of which a driver is stopped after the first, and the end."""
+    with suppress(KeyboardInterrupt), trackers:
+        trackers.log_round(LINE | {"round": 0, "accuracy": 0.5})
+        raise KeyboardInterrupt
+    with trackers:
+        trackers.log_round(LINE)
+        trackers.log_summary(SUMMARY, 1)
 
 
-def test_settings_are_flat_short_and_safely_named():
+def test_figures_are_numbers_and_settings_flat_short_and_safely_named():
+    parts = {"seconds/train": 12.5, "seconds/idle": 0.5, "staleness/never_scored": 3.0}
+    assert numbers_of(LINE) == {"labelled": 400.0, "accuracy": 0.75} | parts
     tree = {"a": {"b": {"c": 1}, "odd=name:": "x" * 1000}, "none": None, "empty": {}}
     assert dict(flat(tree)) == {"a.b.c": "1", "a.odd_name_": "x" * 250, "empty": "{}"}
 
 
-def test_without_trackers_nothing_is_done(tmp_path):
-    trackers, store, said = run_of(tmp_path)
-    with trackers:
-        trackers.log_round(LINE)
-        trackers.log_summary(SUMMARY, 1)
-    assert not said
-    assert not store.exists(IDS)
+def test_without_trackers_nothing_is_done(run_of):
+    trackers, store, said = run_of()
+    stopped_and_resumed(trackers)
+    assert (said, store.exists(IDS)) == ([], False)
 
 
 def test_what_cannot_be_tracked_is_refused_before_anything_starts(monkeypatch):
@@ -72,73 +75,44 @@ def test_what_cannot_be_tracked_is_refused_before_anything_starts(monkeypatch):
         check_trackers(make_config(run={"trackers": ["tensorboard"], "dir": "s3://bucket/runs"}))
 
 
-class Broken:
-    """A tracker whose server has gone."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.asked = 0
-
-    def log(self, step: int, figures: object) -> None:
-        self.asked += 1
-        raise ConnectionError("the server\nis gone")
-
-    def close(self, succeeded: bool) -> None:
-        raise AssertionError("a tracker that was left out is left alone")
-
-
-def test_one_that_breaks_or_does_not_start_is_left_out(tmp_path, monkeypatch):
-    def refuse(*arguments: object) -> None:
-        raise RuntimeError
-
-    broken = Broken()
+def test_one_that_breaks_or_does_not_start_is_left_out_and_alone(run_of, monkeypatch):
+    broken = Mock()
+    broken.log.side_effect = ConnectionError("the server\nis gone")
     monkeypatch.setattr(trackers_module, "Mlflow", lambda *arguments: broken)
-    monkeypatch.setattr(trackers_module, "Wandb", refuse)
-    trackers, store, said = run_of(tmp_path, "mlflow", "wandb")
+    monkeypatch.setattr(trackers_module, "Wandb", Mock(side_effect=RuntimeError))
+    trackers, store, said = run_of("mlflow", "wandb")
     with trackers:
         trackers.log_round(LINE)
         trackers.log_round(LINE)
-    assert broken.asked == 1
+    assert (broken.log.call_count, broken.close.call_count) == (1, 0)
     assert [line.partition(" ")[0] for line in said] == ["wandb", "mlflow"]
     assert said[1].endswith("the server is gone")
     assert not store.exists(IDS)
 
 
-def test_a_run_that_breaks_is_told_so(tmp_path, monkeypatch):
-    ends: list[bool] = []
-    calm = SimpleNamespace(log=lambda step, figures: None, close=ends.append)
+def test_a_run_that_breaks_is_told_so(run_of, monkeypatch):
+    calm = Mock()
     monkeypatch.setattr(trackers_module, "Mlflow", lambda *arguments: calm)
-    for error in (None, ValueError("boo")):
-        trackers, *_ = run_of(tmp_path, "mlflow")
-        with suppress(ValueError), trackers:
-            if error:
-                raise error
-    assert ends == [True, False]
+    trackers, *_ = run_of("mlflow")
+    stopped_and_resumed(trackers)
+    assert calm.close.call_args_list == [call(False), call(True)]
 
 
-def test_tensorboard_gets_a_file_in_the_run_directory(tmp_path):
+def test_tensorboard_gets_a_file_in_the_run_directory(run_of):
     pytest.importorskip("tensorboardX")
-    trackers, store, said = run_of(tmp_path, "tensorboard")
-    with trackers:
-        trackers.log_round(LINE)
-        trackers.log_summary(SUMMARY, 1)
-    (file,) = store.names(TENSORBOARD_DIR)
-    content = store.read_bytes(f"{TENSORBOARD_DIR}/{file}")
-    assert b"seconds/train" in content
-    assert b"final/student/accuracy" in content
+    trackers, store, said = run_of("tensorboard")
+    stopped_and_resumed(trackers)
+    content = b"".join(store.read_bytes(f"{TENSORBOARD_DIR}/{one}") for one in store.names(TENSORBOARD_DIR))
+    assert all(name in content for name in (b"seconds/train", b"final/student/accuracy"))
     assert not said
 
 
-def test_wandb_keeps_figures_offline_and_goes_on_after_a_resume(tmp_path, monkeypatch):
+def test_wandb_keeps_figures_offline_and_goes_on_after_a_resume(run_of, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="pip install wandb")
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    trackers, store, said = run_of(tmp_path, "wandb")
-    with suppress(KeyboardInterrupt), trackers:
-        trackers.log_round(LINE | {"round": 0, "accuracy": 0.5})
-        raise KeyboardInterrupt
-    with trackers:
-        trackers.log_round(LINE)
-        trackers.log_summary(SUMMARY, 1)
+    trackers, store, said = run_of("wandb")
+    stopped_and_resumed(trackers)
     assert not said
     parts = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert {part.stem for part in parts} == {f"run-{store.read_json(IDS)['wandb']}"}, "the same run goes on"
@@ -149,13 +123,12 @@ def test_wandb_keeps_figures_offline_and_goes_on_after_a_resume(tmp_path, monkey
     for name in (b"my-run", b"student.model", b"seconds/train"):
         assert name in first
         assert name in second
-    assert b"final/student/accuracy" in second
     assert b"final/student/accuracy" not in first
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scheme", ["sqlite", "file"])
-def test_mlflow_keeps_settings_and_figures_and_goes_on_after_a_resume(tmp_path, monkeypatch, scheme):
+def test_mlflow_keeps_settings_and_figures_and_goes_on_after_a_resume(run_of, tmp_path, monkeypatch, scheme):
     mlflow = pytest.importorskip("mlflow", reason="pip install mlflow-skinny")
     if scheme == "sqlite":
         pytest.importorskip("sqlalchemy", reason="mlflow-skinny has a file store only")
@@ -163,22 +136,15 @@ def test_mlflow_keeps_settings_and_figures_and_goes_on_after_a_resume(tmp_path, 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}:///{place.lstrip('/')}")
     mlflow.set_tracking_uri(None)
-    trackers, store, said = run_of(tmp_path, "mlflow")
-    with suppress(KeyboardInterrupt), trackers:
-        trackers.log_round(LINE | {"round": 0, "accuracy": 0.5})
-        raise KeyboardInterrupt
-    with trackers:
-        trackers.log_round(LINE)
-        trackers.log_summary(SUMMARY, 1)
+    trackers, store, said = run_of("mlflow")
+    stopped_and_resumed(trackers)
     assert not said
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(PROJECT)
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_id == store.read_json(IDS)["mlflow"]
-    assert run.info.run_name == "my-run"
-    assert run.info.status == "FINISHED"
+    assert (run.info.run_name, run.info.status) == ("my-run", "FINISHED")
     assert run.data.params["student.model"] == "student"
-    assert run.data.metrics["final/student/accuracy"] == 0.8
-    assert run.data.metrics["final/cost"] == 0.25
+    assert (run.data.metrics["final/student/accuracy"], run.data.metrics["final/cost"]) == (0.8, 0.25)
     steps = sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, "accuracy"))
     assert steps == [(0, 0.5), (1, 0.75)]
