@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from llkd_ray.cli import audit_parser, compare_parser, distill_parser, export_parser
-from llkd_ray.doctor.doctor import doctor_parser
-from llkd_ray.prediction.config import predict_parser, settings_of
+from llkd_ray.cli.main import program_parser
+from llkd_ray.cli.train import distill_parser
+from llkd_ray.prediction.config import settings_of
 
 ROOT = Path(__file__).parents[1]
-BEGINNINGS = ("make ", "python ", ".venv/bin/python ", "ray ")
-
-PARSERS: dict[str, Callable[[list[str]], Any]] = {
-    "jobs/audit.py": lambda words: audit_parser().parse_args(words),
-    "jobs/compare.py": lambda words: compare_parser().parse_args(words),
-    "jobs/distill.py": lambda words: distill_parser().parse_args(words),
-    "jobs/doctor.py": lambda words: doctor_parser().parse_args(words),
-    "jobs/export.py": lambda words: export_parser().parse_args(words),
-    "jobs/predict.py": lambda words: settings_of(predict_parser().parse_args(words)),
-}
-"""What a job makes of its flags; each ends the test where it takes them for a mistake."""
+BEGINNINGS = ("llkd ", "make ", "python ", ".venv/bin/", "ray ")
+JOBS = {"doctor": "check"} | {name: name for name in ("audit", "compare", "export", "predict")}
+"""The subcommand of a job that is named after it; jobs/distill.py has a parser of its own."""
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -33,18 +24,33 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[list[str]]:
-    """Words of every command line in a page's plain code blocks."""
+    """Words of every command line in a page's plain code blocks; that of ``llkd`` begins with its name."""
     lines = [line for block in blocks(page, "") for line in block.replace("\\\n", " ").splitlines()]
     parts = [part for line in lines if line.startswith(BEGINNINGS) for part in line.split(" && ")]
-    return [shlex.split(part, comments=True) for part in parts]
+    found = [shlex.split(part.removeprefix(".venv/bin/"), comments=True) for part in parts]
+    return [words for words in found if words != ["llkd", "--version"]]
 
 
-def job_of(words: list[str]) -> str | None:
-    """The job that a command runs, by itself or by ``ray job submit``."""
-    return next((word for word in words if word.startswith("jobs/")), None)
+def arguments_of(words: list[str]) -> list[str] | None:
+    """The arguments of ``llkd`` for a command that runs it or one of the jobs; None for other programs.
+
+    Those of jobs/distill.py begin with ``distill``.
+    """
+    if words[0] == "llkd":
+        return words[1:]
+    job = next((word for word in words if word.startswith("jobs/")), None)
+    if job is None:
+        return None
+    name = Path(job).stem
+    return [JOBS.get(name, name), *words[words.index(job) + 1 :]]
 
 
-def flags_of(words: list[str]) -> list[str]:
-    job = job_of(words)
-    assert job is not None
-    return words[words.index(job) + 1 :]
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """What the program makes of its arguments; ends the test where it takes them for a mistake."""
+    name, *rest = arguments
+    if name == "distill":
+        return distill_parser().parse_args(rest)
+    options = program_parser(arguments).parse_args(arguments)
+    if name == "predict":
+        settings_of(options)
+    return options

@@ -19,7 +19,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__
 ORDER = (
     *("config", "display", "resources", "cluster", "metrics", "storage", "corpus", "teacher", "selection"),
     *("student", "quickstart", "evaluation", "report", "prediction", "run", "export", "audit", "comparison"),
-    *("doctor", "api", "cli"),
+    *("doctor", "api", "cli", "__main__"),
 )
 # These stay apart although the order would allow them.
 APART = {
@@ -39,7 +39,8 @@ CLOCK = {("time", name) for name in ("time", "time_ns", "ctime", "gmtime", "loca
 }
 """Clocks are set, and those of two machines differ; durations come from ``time.monotonic``."""
 ASKS_WHAT_TIME_IT_IS = {
-    "cli": "names the quickstart's run directories",
+    "cli/train": "names the quickstart's run directories",
+    "display": "stamps the lines of a log file",
     "teacher/openai/client": "a server's Retry-After may be a date",
     "prediction/job": "from the first actor to the last, for a rate that is only said",
     "run/loop": "names a run directory",

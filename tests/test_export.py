@@ -13,7 +13,7 @@ from hub_server import FakeHub, serving
 from huggingface_hub import constants
 
 from llkd_ray import export
-from llkd_ray.cli import export_main
+from llkd_ray.cli.main import main
 from llkd_ray.config.base import ConfigError
 from llkd_ray.storage.checkpoints import inspect
 from llkd_ray.storage.run_dir import RunStore
@@ -43,7 +43,7 @@ def with_onnx() -> None:
 def test_an_onnx_file_answers_as_torch_does_whatever_the_shape(checkpoint, capfd):
     import onnxruntime
 
-    assert export_main([str(checkpoint), "--onnx"]) == 0
+    assert main(["export", str(checkpoint), "--onnx"]) == 0
     assert "within 0.0001 of torch" in capfd.readouterr().out
     file = checkpoint / "onnx" / "model.onnx"
     student = load(inspect(str(checkpoint)), "float32", torch.device("cpu"))
@@ -95,7 +95,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
 def test_the_folder_is_on_the_hub(hub, checkpoint, capfd):
     (checkpoint / "README.md").write_text("---\ntags: [x]\n---\n# A card\n")
     (checkpoint / "model.safetensors.0af.tmp").write_text("left by a killed writer")
-    assert export_main([str(checkpoint), "--push-to-hub", "ann/toys", "--private"]) == 0
+    assert main(["export", str(checkpoint), "--push-to-hub", "ann/toys", "--private"]) == 0
     assert f"hub: {hub.url}/ann/toys" in capfd.readouterr().out
     assert hub.repos == {"ann/toys": True}
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub.files)
@@ -114,7 +114,7 @@ def test_the_folder_is_on_the_hub(hub, checkpoint, capfd):
 )
 def test_what_the_hub_refuses_is_one_line(hub, checkpoint, capfd, monkeypatch, token, name, says):
     monkeypatch.setenv("HF_TOKEN", token)
-    assert export_main([str(checkpoint), "--push-to-hub", name]) == 2
+    assert main(["export", str(checkpoint), "--push-to-hub", name]) == 2
     said = capfd.readouterr()
     (line,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
     assert says in line.replace("Client error '401", "401")
@@ -127,5 +127,5 @@ def test_what_the_hub_refuses_is_one_line(hub, checkpoint, capfd, monkeypatch, t
     [(["{tmp}/nothing"], "does not exist"), (["{tmp}/classifier", "--private"], "is of --push-to-hub")],
 )
 def test_mistakes_are_one_line(checkpoint, tmp_path, capfd, arguments, says):
-    assert export_main([word.format(tmp=tmp_path) for word in arguments]) == 2
+    assert main(["export", *(word.format(tmp=tmp_path) for word in arguments)]) == 2
     assert says in capfd.readouterr().err

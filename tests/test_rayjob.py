@@ -20,7 +20,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
 from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
 
-from llkd_ray.cli import distill_parser
+from llkd_ray.cli.train import distill_parser
 from llkd_ray.config.loading import load_config
 from llkd_ray.config.schema import Config
 from llkd_ray.resources import of_a_rank, of_one_part

@@ -157,8 +157,8 @@ def verdict(first: Outcome, second: Outcome) -> str:
     return said if low > 0 or high < 0 else f"{said}: chance may explain the difference"
 
 
-def distill_job(arguments: Sequence[str]) -> int:
-    """The command line of jobs/distill.py: a config, ``--resume RUN``, or nothing for the quickstart."""
+def distill_parser() -> argparse.ArgumentParser:
+    """The parser of jobs/distill.py."""
     parser = argparse.ArgumentParser(
         prog="distill.py",
         description="Distil an LLM into a small text classifier. Without a config: the quickstart.",
@@ -169,6 +169,12 @@ def distill_job(arguments: Sequence[str]) -> int:
     _add_strict(parser)
     _add_dry_run(parser)
     add_output_options(parser)
+    return parser
+
+
+def distill_job(arguments: Sequence[str]) -> int:
+    """Run jobs/distill.py: a config, ``--resume RUN``, or nothing for the quickstart."""
+    parser = distill_parser()
     options = parser.parse_args(arguments)
     if options.run_dir and options.config:
         parser.error("--resume uses the run's own config: leave out CONFIG")

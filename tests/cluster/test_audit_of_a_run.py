@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import llkd_ray
-from llkd_ray.cli import audit_main, export_main
+from llkd_ray.cli.main import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
 
@@ -31,14 +31,14 @@ def test_an_audit_reaches_the_card_and_the_next_rounds(toy_settings, tmp_path, c
     run = llkd_ray.distill(toy_settings, {"budget.rounds": 2, "budget.train": 80, "student.epochs": 8})
     file = tmp_path / "rows.csv"
     flags = ["--random", "100", "--disagree", "15", "--unsure", "10"]
-    assert audit_main(["export", run.run_dir, "--out", str(file), *flags]) == 0
+    assert main(["audit", "export", run.run_dir, "--out", str(file), *flags]) == 0
     rows = rows_of(file)
     assert sum(row["why"] == "random" for row in rows) == 100
     assert {row["why"] for row in rows} == {"random", "disagree", "unsure"}
     assert all(row["teacher"] != row["student"] for row in rows if row["why"] == "disagree")
 
     def refused(*arguments: str) -> str:
-        assert audit_main(list(arguments)) == 2
+        assert main(["audit", *arguments]) == 2
         (line,) = [one for one in capfd.readouterr().err.splitlines() if one.startswith("error: ")]
         return line
 
@@ -54,7 +54,7 @@ def test_an_audit_reaches_the_card_and_the_next_rounds(toy_settings, tmp_path, c
     assert not (Path(run.run_dir) / "audit/answers.parquet").exists(), "all or nothing"
     fill(file, rows, right)
     capfd.readouterr()
-    assert audit_main(["import", run.run_dir, str(file)]) == 0
+    assert main(["audit", "import", run.run_dir, str(file)]) == 0
     said = capfd.readouterr().out
     assert f"{len(rows)} new answers, 0 changed, 0 known" in said
     sample = [row for row in rows if row["why"] == "random"]
@@ -63,7 +63,7 @@ def test_an_audit_reaches_the_card_and_the_next_rounds(toy_settings, tmp_path, c
     for told in (Path(run.model, "README.md"), Path(run.run_dir, "report.html")):
         assert "Of a random sample of 100, which stands for all 500" in told.read_text()
 
-    assert audit_main(["import", run.run_dir, str(file)]) == 0
+    assert main(["audit", "import", run.run_dir, str(file)]) == 0
     assert f"0 new answers, 0 changed, {len(rows)} known" in capfd.readouterr().out
     other = [
         label if i else next(x for x in run.config.labels.names if x != label)
@@ -73,7 +73,7 @@ def test_an_audit_reaches_the_card_and_the_next_rounds(toy_settings, tmp_path, c
     assert "was " in refused("import", run.run_dir, str(file))
 
     # The temperature is fitted anew, by people's labels too, and the model and the run agree on it.
-    assert export_main([run.run_dir]) == 0
+    assert main(["export", run.run_dir]) == 0
     assert "the student's confidence: temperature" in capfd.readouterr().out
     found = json.loads(Path(run.model, "config.json").read_text())["llkd_calibration"]
     assert "labelled by people" in found["fitted_on"]
@@ -84,7 +84,9 @@ def test_an_audit_reaches_the_card_and_the_next_rounds(toy_settings, tmp_path, c
 
     # What is answered is not asked again; a larger sample goes on.
     more = tmp_path / "more.json"
-    assert audit_main(["export", run.run_dir, "--out", str(more), "--random", "110", "--disagree", "0"]) == 0
+    assert (
+        main(["audit", "export", run.run_dir, "--out", str(more), "--random", "110", "--disagree", "0"]) == 0
+    )
     tasks = json.loads(more.read_text())
     assert not {task["data"]["row"] for task in tasks} & {int(row["row"]) for row in rows}
     assert (tmp_path / "more.json.xml").read_text().count("<Choice ") == 3

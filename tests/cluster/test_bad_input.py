@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from llkd_ray.cli import distill_main
-from llkd_ray.display import USER_MISTAKE
+from llkd_ray.cli.main import USER_MISTAKE
+from llkd_ray.cli.train import distill_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixture
 def run(settings: dict, tmp_path: Path, *flags: str) -> int:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
-    return distill_main([str(config), "--set", "run.name=run", *flags])
+    return distill_job([str(config), "--set", "run.name=run", *flags])
 
 
 def changed(settings: dict, section: str, **fields: object) -> dict:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from llkd_ray.cli import compare_main
+from llkd_ray.cli.main import main
 from llkd_ray.comparison.settings import labelling_config, load_comparison, run_labelling, teacher_config
 from llkd_ray.config.loading import parse_config
 
@@ -61,12 +61,12 @@ def test_a_comparison_from_settings_to_report_and_again(settings_file, tmp_path,
     command = [str(settings_file), "--out", str(out)]
 
     # First one line only, as if the rest had been interrupted.
-    assert compare_main([*command, "--only", "random", "1"]) == 0
+    assert main(["compare", *command, "--only", "random", "1"]) == 0
     assert "7 of 8 trials are missing" in (out / "report.html").read_text()
     files = {file: file.stat().st_mtime_ns for file in (out / "trials").glob("*.npz")}
     assert len(files) == 2
 
-    assert compare_main(command) == 0
+    assert main(["compare", *command]) == 0
     assert all(file.stat().st_mtime_ns == time for file, time in files.items()), "nothing is done twice"
     assert all((out / name).stat().st_size for name in REPORT)
     assert "missing" not in (out / "report.html").read_text()
@@ -94,7 +94,7 @@ def test_a_comparison_from_settings_to_report_and_again(settings_file, tmp_path,
     before = {file: file.stat().st_mtime_ns for file in (out / "trials").iterdir()}
     summary = (out / "summary.csv").read_bytes()
     (out / "summary.csv").unlink()
-    assert compare_main(command) == 0
+    assert main(["compare", *command]) == 0
     assert {file: file.stat().st_mtime_ns for file in (out / "trials").iterdir()} == before
     assert (out / "summary.csv").read_bytes() == summary
     assert "8 of 8 trials are finished already" in capfd.readouterr().out
@@ -102,15 +102,15 @@ def test_a_comparison_from_settings_to_report_and_again(settings_file, tmp_path,
     # What was measured elsewhere is not measured again.
     elsewhere = tmp_path / "elsewhere"
     command_there = [str(settings_file), "--out", str(elsewhere), "--add", str(out / "results.csv")]
-    assert compare_main(command_there) == 0
+    assert main(["compare", *command_there]) == 0
     assert "8 of 8 trials are finished already" in capfd.readouterr().out
     assert list((elsewhere / "trials").iterdir()) == []
     assert (elsewhere / "results.csv").read_bytes() == (out / "results.csv").read_bytes()
 
     # A larger budget goes on behind the smaller ones.
     wider = ["--set", "sizes=[0.05,0.1,0.15]"]
-    assert compare_main([*command, *wider, "--only", "sure", "0"]) == 0
-    assert compare_main([*command, *wider, "--report-only"]) == 0
+    assert main(["compare", *command, *wider, "--only", "sure", "0"]) == 0
+    assert main(["compare", *command, *wider, "--report-only"]) == 0
     sizes = {row["size"] for row in rows_of(out / "results.csv") if row["line"] == "sure"}
     assert sizes == {"30", "60", "90"}
 
@@ -122,7 +122,7 @@ def test_a_failed_trial_stops_no_other(settings_file, tmp_path, capfd):
     tree |= {"seeds": [0], "sizes": [0.05]}
     settings_file.write_text(yaml.safe_dump(tree))
     out = tmp_path / "out"
-    assert compare_main([str(settings_file), "--out", str(out), "--only", "broken", "random"]) == 1
+    assert main(["compare", str(settings_file), "--out", str(out), "--only", "broken", "random"]) == 1
     said = capfd.readouterr().out
     assert "failed: toy broken seed 0: ValueError" in said
     assert [row["line"] for row in rows_of(out / "results.csv")] == ["random"]
@@ -146,7 +146,7 @@ def test_a_mistake_takes_one_line(settings_file, tmp_path, capfd, extra, named):
     tree = yaml.safe_load(settings_file.read_text())
     tree["lines"]["sure"]["student"] = {}
     settings_file.write_text(yaml.safe_dump(tree))
-    assert compare_main([str(settings_file), "--out", str(tmp_path / "out"), *extra]) == 2
+    assert main(["compare", str(settings_file), "--out", str(tmp_path / "out"), *extra]) == 2
     said = capfd.readouterr().err
     assert said.startswith(f"error: {named}")
     assert said.count("\n") == 1
@@ -155,10 +155,10 @@ def test_a_mistake_takes_one_line(settings_file, tmp_path, capfd, extra, named):
 def test_a_folder_of_other_texts_is_refused(settings_file, tmp_path, toy_settings, capfd):
     out = tmp_path / "out"
     command = [str(settings_file), "--out", str(out)]
-    assert compare_main([*command, "--only", "random", "0", "--set", "sizes=[0.05]"]) == 0
+    assert main(["compare", *command, "--only", "random", "0", "--set", "sizes=[0.05]"]) == 0
     other = toy_settings | {"corpus": toy_settings["corpus"] | {"limit": 300}}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(other))
-    assert compare_main(command) == 2
+    assert main(["compare", *command]) == 2
     assert "another corpus" in capfd.readouterr().err
 
 

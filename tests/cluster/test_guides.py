@@ -10,12 +10,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from pages import ROOT, blocks, commands, flags_of, job_of
+from pages import ROOT, arguments_of, blocks, commands
 from stub_server import Request, Response, StubServer, likeliest, usage
 from toys import NAMES, WORDS, toy_texts
 
 from llkd_ray import distill
-from llkd_ray.cli import predict_main
+from llkd_ray.cli.main import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
 
@@ -94,10 +94,11 @@ def test_pages_are_graded_and_the_better_ones_kept(tiny_encoder, tmp_path: Path,
     assert found.accuracy > 0.5, "the six grades are learned"
 
     ours = {"s3://bucket/runs/edu": found.run_dir, "s3://bucket/pages/*.parquet": "pages/*.csv"}
-    predictions = [words for words in commands(page) if job_of(words) == "jobs/predict.py"]
+    ours = [arguments_of(words) for words in commands(page)]
+    predictions = [words for words in ours if words and words[0] == "predict"]
     for words, out in zip(predictions, ("by_precision", "by_hand"), strict=True):
         here = ours | {"s3://bucket/kept": out}
-        assert predict_main([here.get(word, word) for word in flags_of(words)]) == 0
+        assert main([here.get(word, word) for word in words]) == 0
     kept = pq.read_table("by_hand/predictions").filter(pc.field("accepted"))
     assert len(kept) > 0
     assert min(kept["p_min_grade"].to_pylist()) >= 0.8

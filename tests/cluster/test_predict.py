@@ -19,7 +19,7 @@ import torch
 from chaos import title_of
 from toys import NAMES, save_tiny_classifier, write_corpus
 
-from llkd_ray.cli import predict_main
+from llkd_ray.cli.main import main
 from llkd_ray.storage.checkpoints import inspect
 from llkd_ray.student.inference import load, score
 
@@ -40,7 +40,7 @@ def refused(capfd) -> Callable[..., str]:
     """Runs the job with these flags and returns its one line of error."""
 
     def run(*flags: object) -> str:
-        assert predict_main([str(flag) for flag in flags]) == 2
+        assert main(["predict", *map(str, flags)]) == 2
         lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1
         return lines[0]
@@ -56,7 +56,7 @@ def test_every_row_is_predicted_or_in_quarantine(local_ray, tiny_classifier, tmp
         (tmp_path / f"corpus-{number}.jsonl").write_text("\n".join(part) + "\n")
     out = tmp_path / "out"
     corpus, flags = str(tmp_path / "corpus-*.jsonl"), ["--text", "body", "--id", "key", "--out", str(out)]
-    assert predict_main([tiny_classifier, corpus, *flags, "--piece-rows", "7", "--with-text"]) == 0
+    assert main(["predict", tiny_classifier, corpus, *flags, "--piece-rows", "7", "--with-text"]) == 0
 
     found = results(out)
     assert sorted(map(int, found["id"].to_pylist())) == [n for n in range(60) if n not in (5, 9, 11)]
@@ -81,7 +81,7 @@ def test_only_rows_that_are_asked_for(local_ray, tiny_classifier, tmp_path):
     corpus = write_corpus(tmp_path / "pool.parquet", 40)
     out = tmp_path / "out"
     assert (
-        predict_main([tiny_classifier, str(corpus), "--id", "id", "--where", "label=sea", "--out", str(out)])
+        main(["predict", tiny_classifier, str(corpus), "--id=id", "--where", "label=sea", "--out", str(out)])
         == 0
     )
     table = pq.read_table(corpus)
@@ -105,7 +105,7 @@ class TestThresholds:
         pool, gold = corpora
         out = tmp_path / "out"
         flags = ["--target-precision", "0.5", "--gold", str(gold), "--label", "label", "--out", str(out)]
-        assert predict_main([tiny_classifier, str(pool), *flags, "--dtype", "float32"]) == 0
+        assert main(["predict", tiny_classifier, str(pool), *flags, "--dtype", "float32"]) == 0
         facts = json.loads((out / "thresholds.json").read_text())
         assert facts["gold_texts"] == 90
         assert sum(one["gold_texts"] for one in facts["labels"].values()) == 90
@@ -128,7 +128,7 @@ class TestThresholds:
         expected_NC = score(load(inspect(model), "float32", torch.device("cpu")), texts, 128, None)
         middle = float(np.median(expected_NC[:, 2:].sum(axis=1)))
         flags = ["--min-grade", "2", "--threshold", f"2={middle}", "--dtype", "float32", "--out", str(out)]
-        assert predict_main([model, str(pool), *flags]) == 0
+        assert main(["predict", model, str(pool), *flags]) == 0
         found = results(out)
         p_N = np.array(found["probs"].to_pylist())[:, 2:].sum(axis=1)
         np.testing.assert_allclose(found["p_min_grade"].to_numpy(), p_N, atol=1e-6)
@@ -191,12 +191,12 @@ class TestGoingOn:
         """The flags of a prediction that is finished."""
         corpus = write_corpus(tmp_path / "pool.parquet", 30)
         flags = [tiny_classifier, str(corpus), "--out", str(tmp_path / "out"), "--piece-rows", "10"]
-        assert predict_main(flags) == 0
+        assert main(["predict", *flags]) == 0
         return flags
 
     def test_what_is_finished_is_not_done_again(self, begun, tmp_path):
         before = self.times(tmp_path / "out")
-        assert predict_main([*begun, "--resume", "--batch-tokens", "100", "--workers", "1,2"]) == 0
+        assert main(["predict", *begun, "--resume", "--batch-tokens", "100", "--workers", "1,2"]) == 0
         assert self.times(tmp_path / "out") == before
         assert summary(tmp_path / "out")["scored_now"] == 0
         assert summary(tmp_path / "out")["predicted"] == 30
@@ -205,7 +205,7 @@ class TestGoingOn:
         lost = tmp_path / "out/predictions/piece-000000-00001.parquet"
         content = pq.read_table(lost)
         lost.unlink()
-        assert predict_main([*begun, "--resume"]) == 0
+        assert main(["predict", *begun, "--resume"]) == 0
         assert summary(tmp_path / "out")["scored_now"] == 10
         assert pq.read_table(lost)["id"].equals(content["id"])
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from toys import make_config
 
-from llkd_ray.config.loading import resolve
 from llkd_ray.config.base import with_absolute_paths
+from llkd_ray.config.loading import resolve
 from llkd_ray.config.schema import Config
 
 

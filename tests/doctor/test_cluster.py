@@ -21,8 +21,8 @@ from llkd_ray.doctor.cluster import (
     describe,
     query_cluster,
 )
-from llkd_ray.doctor.doctor import describe as describe_finding
 from llkd_ray.doctor.findings import Finding
+from llkd_ray.doctor.findings import describe as describe_finding
 
 # --- the token
 

@@ -16,8 +16,7 @@ from huggingface_hub import constants
 from toys import make_config, toy_texts, write_corpus
 
 from llkd_ray.config.base import ConfigError
-from llkd_ray.doctor.doctor import describe
-from llkd_ray.doctor.findings import Finding, run_checks
+from llkd_ray.doctor.findings import Finding, describe, run_checks
 from llkd_ray.doctor.inputs import (
     _served,
     check_disk,

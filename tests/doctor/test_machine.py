@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from toys import make_config
 
 from llkd_ray.doctor import machine as module
-from llkd_ray.doctor.doctor import describe
-from llkd_ray.doctor.findings import Finding
+from llkd_ray.doctor.findings import Finding, describe
 from llkd_ray.doctor.machine import (
     Gpus,
     _unmet,

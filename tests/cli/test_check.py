@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 from toys import config_tree, write_answers, write_corpus
 
+from llkd_ray.cli import check as module
+from llkd_ray.cli.check import print_findings, to_json
+from llkd_ray.cli.main import main
 from llkd_ray.display import Display
-from llkd_ray.doctor import doctor as module
-from llkd_ray.doctor.doctor import all_checks, describe, doctor_main, load, print_findings, to_json
-from llkd_ray.doctor.findings import Check, Finding, ok, problem, warning
+from llkd_ray.doctor.doctor import all_checks, load
+from llkd_ray.doctor.findings import Check, Finding, describe, ok, problem, warning
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -46,7 +48,7 @@ def config_file(settings: dict, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """As a user calls it; gives the exit status and what was printed."""
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         monkeypatch.delenv(name)
@@ -56,7 +58,7 @@ def doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
     def call(*words: str) -> tuple[int, str]:
-        return doctor_main(words), capsys.readouterr().out
+        return main(["check", *words]), capsys.readouterr().out
 
     return call
 
@@ -64,8 +66,8 @@ def doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 # --- end to end
 
 
-def test_a_sound_set_up(doctor, settings, tmp_path):
-    status, said = doctor(config_file(settings, tmp_path), "--json")
+def test_a_sound_set_up(check, settings, tmp_path):
+    status, said = check(config_file(settings, tmp_path), "--json")
     findings = json.loads(said)["findings"]
     assert [one for one in findings if one["state"] == "problem"] == []
     assert status == 0
@@ -76,14 +78,14 @@ def test_a_sound_set_up(doctor, settings, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_several_mistakes_at_once(doctor, settings, tmp_path, monkeypatch):
+def test_several_mistakes_at_once(check, settings, tmp_path, monkeypatch):
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{one.getsockname()[1]}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     (tmp_path / "file").write_text("")
     words = ["--set", "corpus.text=body", "--set", f"run.dir={tmp_path / 'file/runs'}"]
-    status, said = doctor(config_file(settings, tmp_path), *words)
+    status, said = check(config_file(settings, tmp_path), *words)
     ray, storage, corpus = [line for line in said.splitlines() if line.startswith("problem")]
     assert f"ray: RAY_ADDRESS '{address}' does not answer" in ray
     assert "storage: run.dir " in storage
@@ -93,15 +95,15 @@ def test_several_mistakes_at_once(doctor, settings, tmp_path, monkeypatch):
     assert status == 2
 
 
-def test_gpus_and_room_that_are_not_there(doctor, settings, tmp_path):
-    status, said = doctor(config_file(settings, tmp_path), "--set", "student.gpus=64")
+def test_gpus_and_room_that_are_not_there(check, settings, tmp_path):
+    status, said = check(config_file(settings, tmp_path), "--set", "student.gpus=64")
     assert "problem  gpu: " in said
     assert "student.gpus: 1 student rank(s) need 64 = 64 GPUs" in said
     assert status == 2
 
 
-def test_without_a_config_it_is_the_quickstart(doctor, tmp_path):
-    status, said = doctor("--json", "--set", f"run.dir={tmp_path / 'runs'}")
+def test_without_a_config_it_is_the_quickstart(check, tmp_path):
+    status, said = check("--json", "--set", f"run.dir={tmp_path / 'runs'}")
     findings = {one["check"]: one for one in json.loads(said)["findings"]}
     assert "quickstart" in findings["config"]["found"]
     assert "'minilm'" in findings["student"]["found"]
@@ -125,7 +127,7 @@ def test_a_config_that_is_refused_leaves_the_machine_to_be_looked_at(tmp_path, s
     def broken(config):
         raise ImportError("libtorch is broken")
 
-    monkeypatch.setattr(module, "with_absolute_paths", broken)
+    monkeypatch.setattr(check, "with_absolute_paths", broken)
     config, (finding,) = load(None, [])
     assert (config, "libtorch is broken" in finding.found) == (None, True)
 
@@ -142,22 +144,22 @@ def test_an_unknown_policy(tmp_path, settings):
 FINDINGS = [ok("a", "fine"), warning("b", "[bold]odd[/bold]", "mend"), problem("c", "broken; x: y")]
 
 
-def shown(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> str:
+def shown(terminal: bool) -> str:
     checks = [Check(one.check, lambda one=one: one) for one in FINDINGS[1:]]
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100, highlight=False, soft_wrap=True)
-    monkeypatch.setattr(module, "Display", lambda: Display(console))
-    assert print_findings(FINDINGS[:1], checks) == FINDINGS
+    with Display(console) as display:
+        assert print_findings(FINDINGS[:1], checks, display) == FINDINGS
     return console.file.getvalue()
 
 
-def test_lines_without_a_terminal_and_a_table_on_one(monkeypatch):
-    assert shown(monkeypatch, terminal=False).splitlines() == [
+def test_lines_without_a_terminal_and_a_table_on_one():
+    assert shown(terminal=False).splitlines() == [
         "ok       a: fine",
         "warning  b: [bold]odd[/bold]; to do: mend",
         "problem  c: broken; x: y",
         "1 problem(s), 1 warning(s)",
     ]
-    text = shown(monkeypatch, terminal=True)
+    text = shown(terminal=True)
     assert all(words in text for words in ("what to do", "[bold]odd[/bold]"))
     assert text.rstrip().endswith("1 problem(s), 1 warning(s)")
 
@@ -167,7 +169,7 @@ def test_only_problems_decide_the_exit_status(monkeypatch, capsys, findings, sta
     checks = [Check(one.check, lambda one=one: one) for one in findings]
     monkeypatch.setattr(module, "load", lambda path, overrides: (None, []))
     monkeypatch.setattr(module, "all_checks", lambda config, is_quickstart: checks)
-    assert doctor_main(["--json"]) == status
+    assert main(["check", "--json"]) == status
     assert json.loads(capsys.readouterr().out)["counts"]["problem"] == status / 2
 
 
@@ -183,5 +185,4 @@ def test_json_and_lines_hold_all_that_findings_say(some):
     assert sum(said["counts"].values()) == len(some)
     for finding in some:
         line = describe(finding)
-        assert line.startswith(finding.state)
         assert all(part in line for part in (finding.check, finding.found, finding.remedy))
