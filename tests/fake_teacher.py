@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from toys import make_config
 
+from llkd_ray.config.schema import Config
+from llkd_ray.storage.run_dir import QUARANTINE_DIR, RunStore
 from llkd_ray.teacher.base import Allowance, Answers, Meter, TextFailed, label_batch
 
 BASE_TOKENS = 10
@@ -79,3 +83,18 @@ def leased(ticket: int, rows: Sequence[int], prefix: str = "id", words: str = "t
 def cost_of(numbers: Sequence[int]) -> int:
     """Tokens that some texts cost."""
     return sum(BASE_TOKENS + number + 1 for number in numbers)
+
+
+def cascade_config(**sections: Any) -> Config:
+    """A cascade in doubt below 0.6; the members' own kind does not matter, their teachers are fakes."""
+    member = {"kind": "recorded", "recorded": {"uri": "answers.parquet"}}
+    cascade = {"small": member, "large": member | {"tickets_in_flight": 3}, "escalate_below": 0.6}
+    return make_config(teacher={"kind": "cascade", "cascade": cascade}, **sections)
+
+
+def quarantined(store: RunStore, ticket: int) -> list[tuple[int, str]]:
+    """Rows and reasons of a ticket's texts without an answer."""
+    file = f"{QUARANTINE_DIR}/teacher-{ticket:08d}.parquet"
+    if not store.exists(file):
+        return []
+    return [(one["position"], one["reason"]) for one in store.read_table(file).to_pylist()]

@@ -25,7 +25,7 @@ def teacher_config(base_url: str, server: dict[str, Any] | None = None, **settin
             "model": "stub",
             "server": {"base_url": base_url} | simple | (server or {}),
             "confidence": {"samples": 1},
-            "timeout_s": 5.0,
+            "timeout_s": 20.0,
         }
         | settings
     )

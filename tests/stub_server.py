@@ -9,7 +9,6 @@ import json
 import math
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,9 +24,7 @@ class Request:
     path: str
     headers: Mapping[str, str]
     body: dict[str, Any]
-    at: float
-    """time.monotonic()"""
-    connection: int = 0
+    connection: int
     """The client's port: the same as long as a connection is kept."""
 
     @property
@@ -90,9 +87,7 @@ class StubServer:
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-        request = Request(
-            handler.path, dict(handler.headers), body, time.monotonic(), handler.client_address[1]
-        )
+        request = Request(handler.path, dict(handler.headers), body, handler.client_address[1])
         with self._lock:
             self.requests.append(request)
             self._now += 1

@@ -16,10 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llkd_ray.config.schema import SourceConfig
 from llkd_ray.config.teacher import TeacherConfig
-from llkd_ray.corpus.cleaning import Cleaner, Example, text_hash
-from llkd_ray.corpus.readers import RawRow
 from llkd_ray.storage import tables as tables_module
 from llkd_ray.storage.run_dir import LABELS_DIR, RunStore, ticket_file
 from llkd_ray.storage.tables import list_column, matrix_of
@@ -69,35 +66,48 @@ def values(table: pa.Table) -> list[float]:
     return matrix_of(table["probs"], C)[:, 0].tolist()
 
 
+hashes = st.integers(0, 30) | st.just(2**64 - 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    runs=st.lists(st.lists(st.lists(hashes, max_size=8), max_size=3), max_size=3),  # by run and ticket
+    wanted=st.lists(hashes | st.integers(31, 40), max_size=20),
+    limit=st.integers(1, 3),
+)
+def test_it_finds_what_was_answered_first_in_the_order_of_the_texts(tmp_path_factory, runs, wanted, limit):
+    root = tmp_path_factory.mktemp("cache")
+    cache = str(root / "cache")
+    first: dict[int, str] = {}
+    row = 0
+    folders = []
+    for number, tickets in enumerate(runs):
+        tables = []
+        for ticket in tickets:
+            tables.append(labels(ticket, first_row=row))
+            for place, one in enumerate(ticket):
+                first.setdefault(one, f"id-{row + place}")
+            row += len(ticket)
+        folders.append(write_run(root / f"{9 - number}-run", *tables))
+        register(cache, KEY, folders[-1], 0)
+        for path in (root / "cache" / KEY).iterdir():  # in the order of the runs, however fast they come
+            if path.stat().st_mtime > 1e9:
+                os.utime(path, (1000 + number, 1000 + number))
+    for folder in folders[:1]:
+        register(cache, KEY, folder, 0)  # a second word changes nothing
+    answers = AnswerCache.open(cache, KEY, C, None)
+    assert (len(answers), answers.skipped) == (len(first), runs.count([]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_module, "OPEN_FILES", limit)
+        for _ in range(2):
+            found_N, table = answers.find(np.array(wanted, dtype=np.uint64))
+            assert found_N.tolist() == [one in first for one in wanted]
+            assert table["id"].to_pylist() == [first[one] for one in wanted if one in first]
+            assert table.schema == tables_module.LABELS
+            assert len(answers._tables) <= limit
+
+
 class TestFind:
-    def test_answers_come_in_the_order_of_the_texts(self, tmp_path, cache):
-        folder = write_run(tmp_path / "run", labels([10, 2**64 - 1, 30]), labels([40, 50], first_row=3))
-        register(cache, KEY, folder, 0)
-        answers = AnswerCache.open(cache, KEY, C, own=None)
-        found_N, table = answers.find(np.array([50, 99, 2**64 - 1, 10, 50], dtype=np.uint64))
-        assert found_N.tolist() == [True, False, True, True, True]
-        assert table.schema == tables_module.LABELS
-        assert table["id"].to_pylist() == ["id-4", "id-1", "id-0", "id-4"]
-        assert table["cached_tokens"].to_pylist() == [20] * 4
-        assert (len(answers), answers.skipped) == (5, 0)
-
-    def test_an_empty_cache_finds_nothing(self, cache):
-        answers = AnswerCache.open(cache, KEY, C, own=None)
-        found_N, table = answers.find(np.array([1, 2], dtype=np.uint64))
-        assert (found_N.tolist(), len(table), table.schema) == ([False, False], 0, tables_module.LABELS)
-        assert answers.find(np.empty(0, dtype=np.uint64))[0].size == 0
-
-    def test_the_run_that_registered_first_counts(self, tmp_path, cache):
-        second = write_run(tmp_path / "a-second", labels([1, 2], value=0.2))
-        first = write_run(tmp_path / "b-first", labels([2, 3], value=0.1))
-        for age, folder in ((60, first), (30, second)):
-            register(cache, KEY, folder, 0)
-            newest = max((Path(cache) / KEY).iterdir(), key=lambda path: path.stat().st_mtime)
-            os.utime(newest, (1e9 - age, 1e9 - age))
-        register(cache, KEY, first, 0)  # a second word changes nothing
-        _, table = AnswerCache.open(cache, KEY, C, own=None).find(np.array([1, 2, 3], dtype=np.uint64))
-        assert values(table) == pytest.approx([0.2, 0.1, 0.1])
-
     def test_only_rows_of_the_registered_member_count(self, tmp_path, cache):
         folder = write_run(tmp_path / "run", labels([1, 2, 3], member=[0, 1, 0]))
         register(cache, KEY, folder, 0)
@@ -165,40 +175,6 @@ class TestWhatIsNotThere:
         assert (found_N.tolist(), len(table)) == ([False, False], 0)
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    runs=st.lists(
-        st.lists(st.lists(st.integers(0, 30), max_size=8), max_size=3),  # hashes, by run and ticket
-        max_size=3,
-    ),
-    wanted=st.lists(st.integers(0, 40), max_size=20),
-    limit=st.integers(1, 3),
-)
-def test_it_finds_what_was_answered_first(tmp_path_factory, runs, wanted, limit):
-    root = tmp_path_factory.mktemp("cache")
-    first: dict[int, str] = {}
-    row = 0
-    for number, tickets in enumerate(runs):
-        tables = []
-        for hashes in tickets:
-            tables.append(labels(hashes, first_row=row))
-            for place, one in enumerate(hashes):
-                first.setdefault(one, f"id-{row + place}")
-            row += len(hashes)
-        register(str(root / "cache"), KEY, write_run(root / f"run-{number}", *tables), 0)
-        for path in (root / "cache" / KEY).iterdir():  # in the order of the runs, however fast they come
-            if path.stat().st_mtime > 1e9:
-                os.utime(path, (1000 + number, 1000 + number))
-    answers = AnswerCache.open(str(root / "cache"), KEY, C, None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_module, "OPEN_FILES", limit)
-        for _ in range(2):
-            found_N, table = answers.find(np.array(wanted, dtype=np.uint64))
-            assert found_N.tolist() == [one in first for one in wanted]
-            assert table["id"].to_pylist() == [first[one] for one in wanted if one in first]
-            assert len(answers._tables) <= limit
-
-
 def test_threads_may_look_at_once(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(cache_module, "OPEN_FILES", 2)
     tables = [labels(range(16 * t, 16 * t + 16), first_row=16 * t) for t in range(8)]
@@ -220,48 +196,44 @@ def test_threads_may_look_at_once(tmp_path, cache, monkeypatch):
         assert all(pool.map(look, range(4)))
 
 
-def test_the_hash_is_that_of_the_corpus():
-    clean = Cleaner(SourceConfig(uri="x.txt"), "corpus", ["no", "yes"])
-    for text in ("a text", "naïve café", "…", "x" * 5000):
-        example = clean(RawRow(0, text))
-        assert isinstance(example, Example)
-        assert text_hash(example.text) == example.hash
-
-
 # --- the key
 
 
-def teacher(**changes) -> TeacherConfig:
-    return TeacherConfig.model_validate({"model": "org/model", **changes})
+def key(names=("no", "yes"), prompt="aa", cut="tail", **settings) -> str:
+    tree = {"model": "org/model", "prompt": {"cut": cut}} | settings
+    return answer_key(TeacherConfig.model_validate(tree), names, prompt)
 
 
-def served(confidence=None, **server) -> TeacherConfig:
-    server = {"base_url": "http://one:8000/v1", "scores": "top_logprobs", **server}
-    return teacher(kind="openai", server=server, confidence=confidence or {})
-
-
-def key(config: TeacherConfig, names=("no", "yes"), prompt="aa") -> str:
-    return answer_key(config, names, prompt)
+def served(confidence=None, **server) -> str:
+    server = {"base_url": "http://one:8000/v1", "scores": "top_logprobs"} | server
+    return key(kind="openai", server=server, confidence=confidence or {})
 
 
 class TestKey:
-    @pytest.mark.parametrize(
-        "changes",
-        [
-            {"model": "org/other"},
-            {"revision": "v2"},
-            {"dtype": "bfloat16"},
-            {"quantization": "fp8"},
-            {"max_model_len": 1024},
-            {"prompt": {"cut": "head"}},
-            {"engine": {"hf_overrides": {"rope_theta": 5}}},
-            {"min_branch_prob": 0.0},
-            {"confidence": {"method": "votes"}},
-        ],
-        ids=lambda changes: next(iter(changes)),
-    )
-    def test_what_decides_an_answer_makes_another_teacher(self, changes):
-        assert key(teacher(**changes)) != key(teacher())
+    def test_what_decides_an_answer_makes_another_teacher(self):
+        keys = [
+            key(),
+            key(names=("yes", "no")),
+            key(prompt="ab"),
+            key(model="org/other"),
+            key(revision="v2"),
+            key(dtype="bfloat16"),
+            key(quantization="fp8"),
+            key(max_model_len=1024),
+            key(min_branch_prob=0.0),
+            key(cut="head"),
+            key(engine={"hf_overrides": {"rope_theta": 5}}),
+            *(
+                key(confidence={"method": "votes", "samples": n, "sampling_temperature": t})
+                for n, t in ((10, 0.7), (20, 0.7), (10, 1.0))
+            ),
+            served(),
+            served(scores="label_ids"),
+            served(top_logprobs=5),
+            served(tokenizer="org/t"),
+            *(served({"samples": n}, scores=scores) for scores in ("votes", "auto") for n in (5, 50)),
+        ]
+        assert len(set(keys)) == len(keys)
 
     @pytest.mark.parametrize(
         "changes",
@@ -276,43 +248,27 @@ class TestKey:
         ids=lambda changes: next(iter(changes)),
     )
     def test_what_does_not_decide_it_changes_nothing(self, changes):
-        assert key(teacher(**changes)) == key(teacher())
-
-    def test_labels_their_order_and_the_prompt_belong_to_it(self):
-        assert len({key(teacher()), key(teacher(), ("yes", "no")), key(teacher(), prompt="ab")}) == 3
-
-    def test_votes_are_told_by_how_they_are_drawn(self):
-        votes = [
-            teacher(confidence={"method": "votes", "samples": n, "sampling_temperature": t})
-            for n, t in ((10, 0.7), (20, 0.7), (10, 1.0))
-        ]
-        assert len(set(map(key, votes))) == 3
+        assert key(**changes) == key()
 
     def test_a_served_model_is_the_same_wherever_it_is_served(self):
-        assert key(served(base_url="http://two/v1", concurrency=3, api_key_env="X")) == key(served())
-        others = [served(scores="label_ids"), served(top_logprobs=5), served(tokenizer="org/t"), teacher()]
-        assert len({key(served()), *map(key, others)}) == 5
-
-    def test_a_server_that_samples_is_told_by_its_samples(self):
-        few, many = {"samples": 5}, {"samples": 50}
-        assert key(served(few)) == key(served(many))
-        assert key(served(few, scores="votes")) != key(served(many, scores="votes"))
+        elsewhere = served(base_url="http://two/v1", concurrency=3, api_key_env="X")
+        assert elsewhere == served({"samples": 50}) == served()
 
     def test_a_checkpoint_trained_anew_is_another_teacher(self, tmp_path, monkeypatch):
         folder = tmp_path / "model"
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(b"weights")
-        before = key(teacher(model=str(folder)))
+        before = key(model=str(folder))
         (folder / "README.md").write_text("notes")
         monkeypatch.chdir(tmp_path)
-        assert key(teacher(model="model")) == before
+        assert key(model="model") == before
         os.utime(folder / "model.safetensors", (5, 5))
-        assert key(teacher(model=str(folder))) != before
+        assert key(model=str(folder)) != before
 
     def test_a_recorded_teacher_has_none(self):
         with pytest.raises(ValueError, match="'recorded'"):
-            key(TeacherConfig.model_validate({"kind": "recorded", "recorded": {"uri": "x.parquet"}}))
+            key(kind="recorded", recorded={"uri": "x.parquet"})
 
 
 # --- speed

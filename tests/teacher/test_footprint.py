@@ -24,7 +24,7 @@ def served(**server) -> TeacherConfig:
     return TeacherConfig.model_validate({"kind": "openai", "model": "m", "server": server})
 
 
-def test_a_local_teacher_is_measured_by_its_tokenizer(tiny_llm):
+def test_a_teacher_is_measured_by_its_tokenizer_local_or_served(tiny_llm):
     teacher = local(tiny_llm)
     tokenizer, prompt, _ = prepare(teacher, LABELS, "teacher")
     sizes = prompt_sizes(teacher, LABELS, TEXTS, "teacher")
@@ -34,10 +34,9 @@ def test_a_local_teacher_is_measured_by_its_tokenizer(tiny_llm):
     assert sizes.first == prompt.render(TEXTS[0])
     head = len(tokenizer(prompt.head.rstrip())["input_ids"])
     assert abs(sizes.shared - head) <= 1, "all that stands before the text"
-
-
-def test_what_one_text_shares_with_others_is_unknown(tiny_llm):
-    assert prompt_sizes(local(tiny_llm), LABELS, TEXTS[:1], "teacher").shared == 0
+    assert prompt_sizes(teacher, LABELS, TEXTS[:1], "teacher").shared == 0, "unknown of one text"
+    by_server = prompt_sizes(served(tokenizer=tiny_llm, scores="label_ids"), LABELS, TEXTS, "teacher")
+    assert (by_server.tokens_N.tolist(), by_server.counted) == (sizes.tokens_N.tolist(), True)
 
 
 def test_cuts_are_noticed(tiny_llm):
@@ -61,11 +60,3 @@ def test_a_server_without_a_tokenizer_is_measured_by_characters(server, methods,
     assert (sizes.methods, sizes.requests.prompts, sizes.counted) == (methods, prompts, False)
     assert sizes.tokens_N[0] == round(len(sizes.first) / 4)
     assert TEXTS[0] in sizes.first
-
-
-def test_a_server_with_a_tokenizer_is_measured_like_a_local_teacher(tiny_llm):
-    sizes = prompt_sizes(served(tokenizer=tiny_llm, scores="label_ids"), LABELS, TEXTS, "teacher")
-    assert (
-        sizes.tokens_N.tolist() == prompt_sizes(local(tiny_llm), LABELS, TEXTS, "teacher").tokens_N.tolist()
-    )
-    assert sizes.counted

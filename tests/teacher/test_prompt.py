@@ -1,11 +1,12 @@
-"""The teacher reads what it should, and every label has tokens of its own."""
+"""The teacher reads what it should, every label has tokens of its own, and answers are understood."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers, processors
 from toys import NAMES, toy_texts
@@ -16,13 +17,16 @@ from llkd_ray.config.schema import LabelsConfig
 from llkd_ray.config.teacher import PromptConfig
 from llkd_ray.teacher.label_trie import LabelTrie
 from llkd_ray.teacher.prompt import (
+    DEFAULT_TEMPLATE,
     ELLIPSIS,
     Prompt,
     build_prompt,
     encode_prompts,
     escape_special,
+    inline_template,
     label_sequences,
     match_answer,
+    render_around,
 )
 
 LABELS = LabelsConfig(names=NAMES[:3], descriptions={"sea": "about ships"})
@@ -34,106 +38,208 @@ CHAT = (
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_llm):
+def tokenizer(tiny_llm) -> Any:
     return AutoTokenizer.from_pretrained(tiny_llm)
 
 
-@pytest.fixture
-def chat_tokenizer(tokenizer):
+def with_chat(tokenizer: Any, template: str = CHAT) -> Any:
     changed = copy.deepcopy(tokenizer)
-    changed.chat_template = CHAT
+    changed.chat_template = template
     return changed
 
 
-def prompt_config(**settings) -> PromptConfig:
+@pytest.fixture(scope="module")
+def chat_tokenizer(tokenizer) -> Any:
+    return with_chat(tokenizer)
+
+
+def prompt_config(**settings: Any) -> PromptConfig:
     return PromptConfig.model_validate({"demonstrations": [SHOT]} | settings)
 
 
+# --- templates
+
+TWO = LabelsConfig(names=("sea", "kitchen"), descriptions={"sea": "about ships"})
+KEY_OF = {"sea": "A", "kitchen": "B"}
+
+
+def around(config: PromptConfig, clean: Any = str) -> tuple[str, str]:
+    return render_around(config, TWO, KEY_OF, clean)
+
+
+class TestTemplate:
+    words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+    @given(
+        instruction=words,
+        answer=st.sampled_from(["letters", "names"]),
+        show_labels=st.booleans(),
+        text_prefix=words,
+        answer_prefix=words,
+        separator=words,
+        shots=st.lists(st.tuples(words.filter(bool), st.sampled_from(["sea", "kitchen"])), max_size=3),
+    )
+    def test_the_built_in_one_joins_the_parts_and_changes_no_character(self, shots, **settings):
+        """White space, line breaks and braces in the settings stay as they are."""
+        shown = [{"text": text, "label": label} for text, label in shots]
+        config = PromptConfig(demonstrations=shown, **settings)
+        parts = [config.instruction] if config.instruction else []
+        if config.show_labels:
+            marks = ("A.", "B.") if config.answer == "letters" else ("-", "-")
+            parts.append(f"{marks[0]} sea: about ships\n{marks[1]} kitchen")
+        parts += [
+            f"{config.text_prefix}{text}{config.answer_prefix} {KEY_OF[label]}" for text, label in shots
+        ]
+        assert around(config) == (config.separator.join([*parts, config.text_prefix]), config.answer_prefix)
+
+    def test_the_built_in_one_can_be_written_down_as_the_users_own(self):
+        assert around(PromptConfig(template=DEFAULT_TEMPLATE)) == around(PromptConfig())
+
+    def test_own_template_sees_every_setting(self):
+        template = """\
+{{ instruction }}|{{ answer }}|{{ show_labels }}|{{ text_prefix }}|{{ answer_prefix }}|{{ separator }}
+{% for label in labels %}
+  {{ label.key }} {{ label.name }} {{ label.description or "-" }}
+{% endfor %}
+{% for shot in demonstrations %}
+{{ shot.text }} is {{ shot.label }}, so say {{ shot.answer }}
+{% endfor %}
+{{ text }} is
+"""
+        config = PromptConfig(
+            template=template,
+            instruction="Do",
+            text_prefix=">",
+            answer_prefix="=",
+            separator="#",
+            demonstrations=[{"text": "a <b> & c", "label": "kitchen"}],
+        )
+        head = "Do|letters|True|>|=|#\n  A sea about ships\n  B kitchen -\nA <B> & C is kitchen, so say B\n"
+        assert around(config, clean=str.upper) == (head, " is"), (
+            "nothing is escaped, demonstrations are cleaned, blocks leave no blank lines, "
+            "and the end of the file is no part of it"
+        )
+
+    def test_one_in_a_file_is_read(self, tmp_path):
+        path = tmp_path / "own.j2"
+        path.write_text("Überall {{ text }}?\n", encoding="utf-8")
+        config = PromptConfig(template=str(path))
+        assert around(config) == ("Überall ", "?")
+        inlined = inline_template(config)
+        path.unlink()
+        assert around(inlined) == ("Überall ", "?")
+        assert inline_template(inlined) == inlined
+        assert inline_template(PromptConfig()) == PromptConfig()
+
+    @pytest.mark.parametrize("content", [None, b"\xff\xfe{{ text }}"])
+    def test_one_that_cannot_be_read(self, tmp_path, content):
+        path = tmp_path / "own.j2"
+        if content:
+            path.write_bytes(content)
+        with pytest.raises(
+            ConfigError, match=r"^teacher\.prompt\.template: .*cannot be read.*check the path"
+        ):
+            around(PromptConfig(template=str(path)))
+
+    @pytest.mark.parametrize(
+        ("template", "message"),
+        [
+            ("one\n{% if %} {{ text }}", "in line 2; repair it"),
+            ("{{ typo }} {{ text }}", r"typo.*there are answer, answer_prefix, demonstrations, instruction"),
+            ("{{ labels[0].typo }}{{ text }}", "typo"),
+            ("{% if typo %}{% endif %}{{ text }}", "typo"),
+            ("{{ 1 / 0 }}{{ text }}", "division"),
+            ("{{ ''.__class__.__mro__ }}{{ text }}", "unsafe"),
+            ("no text", "0 times; write {{ text }} once"),
+            ("{{ text }} {{ text }}", "2 times; write {{ text }} once"),
+            ("{{ text | upper }}", "0 times; write {{ text }} once"),
+            ("{{ text[:3] }}", "0 times; write {{ text }} once"),
+            ("{{ text | length }}{{ text }}", "what stands around the text depends on it"),
+            ("{{ text }}{{ text | length }}", "what stands around the text depends on it"),
+        ],
+    )
+    def test_refusals(self, template, message):
+        pattern = message.replace("{", r"\{").replace("}", r"\}")
+        with pytest.raises(ConfigError, match=rf"^teacher\.prompt\.template: .*{pattern}"):
+            around(PromptConfig(template=template))
+
+
+# --- prompts
+
+
 class TestBuild:
-    def test_letters(self, tokenizer):
+    def test_plain(self, tokenizer):
         prompt = build_prompt(prompt_config(), LABELS, tokenizer)
-        assert prompt.render("a tram") == (
+        whole = prompt.render("a tram")
+        assert whole == (
             "Classify the text into exactly one of the categories.\n\n"
             "A. sea: about ships\nB. kitchen\nC. garden\n\n"
             "Text: the boat came\nLabel: A\n\n"
             "Text: a tram\nLabel:"
         )
         assert prompt.answers == (" A", " B", " C")
+        assert prompt.messages("a tram") == [{"role": "user", "content": whole}]
+        names = build_prompt(prompt_config(answer="names"), LABELS, tokenizer)
+        assert "\nLabel: sea\n" in names.head
+        assert names.answers == (" sea", " kitchen", " garden")
 
-    def test_names(self, tokenizer):
-        prompt = build_prompt(prompt_config(answer="names"), LABELS, tokenizer)
-        assert "- sea: about ships\n- kitchen\n- garden\n\n" in prompt.head
-        assert "\nLabel: sea\n" in prompt.head
-        assert prompt.answers == (" sea", " kitchen", " garden")
-
-    def test_parts_can_be_left_out_and_reworded(self, tokenizer):
-        config = PromptConfig(
-            instruction="", show_labels=False, text_prefix="> ", answer_prefix=" =>", separator=" | "
-        )
-        assert build_prompt(config, LABELS, tokenizer).render("x") == "> x =>"
-        config = prompt_config(instruction="Do", show_labels=False, separator="#")
-        assert build_prompt(config, LABELS, tokenizer).head == "Do#Text: the boat came\nLabel: A#Text: "
-
-    def test_demonstrations_keep_their_order(self, tokenizer):
-        shots = [{"text": f"shot {i}", "label": name} for i, name in enumerate(("garden", "sea", "garden"))]
-        head = build_prompt(prompt_config(demonstrations=shots), LABELS, tokenizer).head
-        assert "Text: shot 0\nLabel: C\n\nText: shot 1\nLabel: A\n\nText: shot 2\nLabel: C\n\nText: " in head
-
-    def test_chat(self, chat_tokenizer):
-        prompt = build_prompt(prompt_config(), LABELS, chat_tokenizer)
+    def test_chat(self, tokenizer, chat_tokenizer):
+        prompt = build_prompt(prompt_config(system="You are terse."), LABELS, chat_tokenizer)
         whole = prompt.render("a tram")
-        assert whole.startswith("<s>user: Classify the text")
-        assert whole.endswith("\nassistant:")
-        assert whole.index("Label: A") < whole.index("Text: a tram") < whole.index("Answer with label only.")
+        assert whole.startswith("<s>system: You are terse.\n<s>user: Classify the text")
+        assert whole.index("Label: A") < whole.index("Text: a tram\n\nAnswer with label only.\nassistant:")
         assert not prompt.add_special_tokens, "the template has put them in"
         assert prompt.answers == ("A", "B", "C")
+        messages = prompt.messages("a tram")
+        assert [message["role"] for message in messages] == ["system", "user"]
+        applied = chat_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert applied == whole, "what a server makes of it is what we encode ourselves"
+        unknown = build_prompt(prompt_config(system="You are terse."), LABELS, None)
+        assert (unknown.messages("a tram"), unknown.answers) == (messages, prompt.answers)
 
     def test_chat_can_be_refused(self, tokenizer, chat_tokenizer):
         plain = build_prompt(prompt_config(), LABELS, tokenizer)
         assert build_prompt(prompt_config(chat="never"), LABELS, chat_tokenizer) == plain
 
-    def test_chat_template_that_loses_the_text(self, chat_tokenizer):
-        chat_tokenizer.chat_template = "always the same"
-        with pytest.raises(ConfigError, match=r"teacher\.prompt\.chat: .* drops the text; set it to 'never'"):
-            build_prompt(prompt_config(), LABELS, chat_tokenizer)
+    @pytest.mark.parametrize(
+        ("template", "system", "message"),
+        [
+            ("always the same", None, r"chat: .* drops the text; set it to 'never'"),
+            ("{{ messages[0]['content'] }} {{ messages[0]['content'] }}", None, "chat: .* repeats the text"),
+            ("{{ raise_exception('no users') }}", None, r"chat: .* fails \(no users\); set it to 'never'"),
+            ("{{ raise_exception('no system') }}", "Be terse.", r"system: .*\(no system\); put it into"),
+            ("{{ messages[-1]['content'] }}", "Be terse.", r"system: .* drops it; put it into"),
+            (None, "Be terse.", r"system: 'Be terse\.' needs a chat"),
+        ],
+    )
+    def test_chat_template_that_loses_the_text_or_the_system_message(
+        self, tokenizer, template, system, message
+    ):
+        used = tokenizer if template is None else with_chat(tokenizer, template)
+        with pytest.raises(ConfigError, match=rf"^teacher\.prompt\.{message}"):
+            build_prompt(prompt_config(system=system), LABELS, used)
 
-    def test_chat_template_that_repeats_the_text(self, chat_tokenizer):
-        chat_tokenizer.chat_template = "{{ messages[0]['content'] }} {{ messages[0]['content'] }}"
-        with pytest.raises(
-            ConfigError, match=r"teacher\.prompt\.chat: .* repeats the text; set it to 'never'"
-        ):
-            build_prompt(prompt_config(), LABELS, chat_tokenizer)
+    def test_a_system_message_needs_chat(self, chat_tokenizer):
+        with pytest.raises(ConfigError, match=r"^teacher\.prompt\.system: 'Be terse\.' needs a chat"):
+            build_prompt(prompt_config(system="Be terse.", chat="never"), LABELS, chat_tokenizer)
 
-    def test_chat_template_that_fails(self, chat_tokenizer):
-        chat_tokenizer.chat_template = "{{ raise_exception('no users') }}"
-        with pytest.raises(
-            ConfigError, match=r"teacher\.prompt\.chat: .* fails \(no users\); set it to 'never'"
-        ):
-            build_prompt(prompt_config(), LABELS, chat_tokenizer)
-
-    def test_own_template_without_chat(self, tokenizer):
-        config = prompt_config(
-            template="{{ labels[0].key }}={{ labels[0].name }}? {{ text }} is", chat="never"
-        )
-        prompt = build_prompt(config, LABELS, tokenizer)
-        assert (prompt.head, prompt.tail) == ("A=sea? ", " is")
-        assert prompt.answers == (" A", " B", " C")
-
-    def test_own_template_that_ends_with_a_space_has_answers_without(self, tokenizer):
-        prompt = build_prompt(prompt_config(template="{{ text }} is "), LABELS, tokenizer)
-        assert prompt.answers == ("A", "B", "C")
-
-    def test_own_template_is_all_of_the_message_in_chat(self, chat_tokenizer):
-        prompt = build_prompt(prompt_config(template="Which? {{ text }}!"), LABELS, chat_tokenizer)
-        assert prompt.render("a tram") == "<s>user: Which? a tram!\nassistant:"
-        assert prompt.answers == ("A", "B", "C")
+    @pytest.mark.parametrize(
+        ("template", "chat", "whole", "answers"),
+        [
+            ("{{ labels[0].key }}? {{ text }} is", "never", "A? a tram is", (" A", " B", " C")),
+            ("{{ text }} is ", "never", "a tram is ", ("A", "B", "C")),
+            ("Which? {{ text }}!", "auto", "<s>user: Which? a tram!\nassistant:", ("A", "B", "C")),
+        ],
+    )
+    def test_own_template(self, chat_tokenizer, template, chat, whole, answers):
+        prompt = build_prompt(prompt_config(template=template, chat=chat), LABELS, chat_tokenizer)
+        assert (prompt.render("a tram"), prompt.answers) == (whole, answers)
 
     @pytest.mark.parametrize("kind", ["plain", "chat"])
     def test_all_before_the_text_is_the_same_for_every_text(self, tokenizer, chat_tokenizer, kind):
         used = chat_tokenizer if kind == "chat" else tokenizer
         prompt = build_prompt(prompt_config(), LABELS, used)
-        texts, _ = toy_texts(20, 3, seed=5)
-        encoded, _ = encode_prompts(prompt, texts, used, 1000, "tail")
+        encoded, _ = encode_prompts(prompt, toy_texts(20, 3, seed=5)[0], used, 1000, "tail")
         head = used(prompt.head, add_special_tokens=prompt.add_special_tokens)["input_ids"]
         # The last token of the head may merge with the text's first.
         shared = len(head) - 1
@@ -141,66 +247,10 @@ class TestBuild:
         assert all(ids[:shared] == head[:shared] for ids in encoded)
 
 
-class TestSystem:
-    config = prompt_config(system="You are terse.")
-
-    def test_stands_in_the_chat(self, chat_tokenizer):
-        prompt = build_prompt(self.config, LABELS, chat_tokenizer)
-        assert prompt.head.startswith("<s>system: You are terse.\n<s>user: Classify")
-        assert prompt.messages("x")[0] == {"role": "system", "content": "You are terse."}
-
-    def test_template_that_refuses_it(self, chat_tokenizer):
-        refuse = "{{ raise_exception('System role not supported') }}"
-        refusing = f"{{% if messages[0]['role'] == 'system' %}}{refuse}{{% endif %}}"
-        chat_tokenizer.chat_template = refusing + CHAT
-        with pytest.raises(ConfigError) as caught:
-            build_prompt(self.config, LABELS, chat_tokenizer)
-        assert str(caught.value).startswith("teacher.prompt.system: the model's chat template fails with it")
-        assert "System role not supported" in str(caught.value)
-        assert "put it into teacher.prompt.instruction" in str(caught.value)
-        assert build_prompt(prompt_config(), LABELS, chat_tokenizer).system is None
-
-    def test_template_that_drops_it(self, chat_tokenizer):
-        chat_tokenizer.chat_template = "{{ messages[-1]['content'] }}"
-        with pytest.raises(ConfigError, match=r"teacher\.prompt\.system: .* drops it; put it into"):
-            build_prompt(self.config, LABELS, chat_tokenizer)
-
-    @pytest.mark.parametrize("chat", ["auto", "never"])
-    def test_without_a_chat_template_there_is_no_place_for_it(self, tokenizer, chat_tokenizer, chat):
-        used = tokenizer if chat == "auto" else chat_tokenizer
-        with pytest.raises(ConfigError, match=r"teacher\.prompt\.system: 'You are terse\.' needs a chat"):
-            build_prompt(prompt_config(system="You are terse.", chat=chat), LABELS, used)
-
-
-class TestMessages:
-    def test_are_the_same_with_and_without_a_tokenizer(self, chat_tokenizer):
-        config = prompt_config(system="You are terse.")
-        known, unknown = (build_prompt(config, LABELS, one) for one in (chat_tokenizer, None))
-        assert known.messages("a tram") == unknown.messages("a tram")
-        assert known.answers == unknown.answers
-
-    def test_hold_what_the_template_puts_around_the_text_and_no_format_of_the_model(self, chat_tokenizer):
-        prompt = build_prompt(prompt_config(), LABELS, chat_tokenizer)
-        (message,) = prompt.messages("a tram")
-        assert message["role"] == "user"
-        assert message["content"].startswith("Classify the text")
-        assert message["content"].endswith("Text: a tram\n\nAnswer with label only.")
-        whole = chat_tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-        assert whole == prompt.render("a tram"), "what a server makes of it is what we encode ourselves"
-
-    def test_plain_prompt_is_one_message(self, tokenizer):
-        prompt = build_prompt(prompt_config(), LABELS, tokenizer)
-        assert prompt.messages("a tram") == [{"role": "user", "content": prompt.render("a tram")}]
-
-
 class TestHash:
-    def test_is_the_same_for_the_same_prompt(self, tokenizer):
-        one, other = (build_prompt(prompt_config(), LABELS, tokenizer) for _ in range(2))
-        assert one.hash == other.hash
-
-    @pytest.mark.parametrize(
-        "change",
-        [
+    def test_is_of_all_that_the_teacher_reads(self, tokenizer, chat_tokenizer):
+        changes: list[dict[str, Any]] = [
+            {},
             {"instruction": "Pick one."},
             {"answer": "names"},
             {"show_labels": False},
@@ -210,84 +260,65 @@ class TestHash:
             {"demonstrations": []},
             {"demonstrations": [SHOT, SHOT]},
             {"demonstrations": [SHOT | {"label": "kitchen"}]},
-        ],
-    )
-    def test_changes_with_every_part(self, tokenizer, change):
-        before = build_prompt(prompt_config(), LABELS, tokenizer)
-        assert build_prompt(prompt_config(**change), LABELS, tokenizer).hash != before.hash
-
-    def test_changes_with_labels_and_chat(self, tokenizer, chat_tokenizer):
-        hashes = {
-            build_prompt(prompt_config(), labels, used).hash
-            for labels in (LABELS, LabelsConfig(names=NAMES[:3]), LabelsConfig(names=NAMES[:4]))
+        ]
+        prompts = [build_prompt(prompt_config(**change), LABELS, tokenizer) for change in changes]
+        prompts += [
+            build_prompt(prompt_config(), labels, used)
+            for labels in (LabelsConfig(names=NAMES[:3]), LabelsConfig(names=NAMES[:4]))
             for used in (tokenizer, chat_tokenizer)
-        }
-        assert len(hashes) == 6
-
-    def test_changes_with_the_system_message(self, chat_tokenizer):
-        for used in (chat_tokenizer, None):
-            hashes = {
-                build_prompt(prompt_config(system=system), LABELS, used).hash
-                for system in (None, "Be brief.", "Be kind.")
-            }
-            assert len(hashes) == 3
+        ]
+        prompts += [
+            build_prompt(prompt_config(system=system), LABELS, used)
+            for system in ("Be brief.", "Be kind.")
+            for used in (chat_tokenizer, None)
+        ]
+        prompts += [Prompt("ab", "c", ("d",), True), Prompt("a", "bc", ("d",), True)]
+        prompts += [Prompt("a", "b", ("c", "d"), True), Prompt("a", "b", ("cd",), True)]
+        assert len({prompt.hash for prompt in prompts}) == len(prompts)
+        assert build_prompt(prompt_config(), LABELS, tokenizer).hash == prompts[0].hash
 
     def test_does_not_change_with_what_the_teacher_does_not_see(self, tokenizer):
         hidden = prompt_config(show_labels=False)
         renamed = LabelsConfig(names=NAMES[:3], descriptions={"garden": "plants"})
-        assert (
-            build_prompt(hidden, LABELS, tokenizer).hash == build_prompt(hidden, renamed, tokenizer).hash
-        ), "descriptions that are not shown"
-        assert (
-            build_prompt(prompt_config(chat="never"), LABELS, tokenizer).hash
-            == build_prompt(prompt_config(), LABELS, tokenizer).hash
-        ), "chat means nothing where there is no template"
+        assert build_prompt(hidden, LABELS, tokenizer).hash == build_prompt(hidden, renamed, tokenizer).hash
+        plain, never = (
+            build_prompt(prompt_config(chat=chat), LABELS, tokenizer) for chat in ("auto", "never")
+        )
+        assert plain.hash == never.hash, "chat means nothing where there is no template"
 
-    def test_parts_do_not_run_into_each_other(self):
-        assert Prompt("ab", "c", ("d",), True).hash != Prompt("a", "bc", ("d",), True).hash
-        assert Prompt("a", "b", ("c", "d"), True).hash != Prompt("a", "b", ("cd",), True).hash
+
+# --- tokens
 
 
 class TestLabelSequences:
-    @pytest.mark.parametrize("answer", ["letters", "names"])
-    def test_one_token_each_in_label_order(self, tokenizer, answer):
-        prompt = build_prompt(prompt_config(answer=answer), LABELS, tokenizer)
-        sequences = label_sequences(prompt, LABELS, tokenizer)
-        assert [tokenizer.convert_ids_to_tokens(ids) for ids in map(list, sequences)] == [
-            [answer.replace(" ", "Ġ")] for answer in prompt.answers
-        ]
-
-    @pytest.mark.parametrize("names", [NAMES[:3], ("sea breeze", "sea", "sea storm"), ("an odd one", "én")])
-    def test_they_follow_the_prompt_as_it_is_encoded(self, tokenizer, names):
-        labels = LabelsConfig(names=names)
-        prompt = build_prompt(PromptConfig(answer="names"), labels, tokenizer)
-        (encoded,), _ = encode_prompts(prompt, ["the sea"], tokenizer, 500, "tail")
-        sequences = label_sequences(prompt, labels, tokenizer)
-        for tokens, answer in zip(sequences, prompt.answers, strict=True):
-            assert tokenizer(prompt.render("the sea") + answer)["input_ids"] == [*encoded, *tokens]
-            assert tokenizer.decode(tokens) == answer
-
-    def test_chat(self, chat_tokenizer):
-        prompt = build_prompt(prompt_config(), LABELS, chat_tokenizer)
-        sequences = label_sequences(prompt, LABELS, chat_tokenizer)
-        assert [chat_tokenizer.decode(tokens) for tokens in sequences] == ["A", "B", "C"]
-
-    def test_names_that_share_tokens_make_a_trie(self, tokenizer):
-        labels = LabelsConfig(names=("sea breeze", "kitchen", "sea storm", "sea"))
-        prompt = build_prompt(PromptConfig(answer="names"), labels, tokenizer)
-        sequences = label_sequences(prompt, labels, tokenizer)
-        assert sequences[0][:1] == sequences[2][:1] == sequences[3]
-        assert LabelTrie.of(sequences).n_labels == 4
+    @pytest.mark.parametrize(
+        ("answer", "names"),
+        [
+            ("letters", NAMES[:3]),
+            ("names", NAMES[:3]),
+            ("names", ("sea breeze", "sea", "sea storm")),
+            ("names", ("an odd one", "én")),
+        ],
+    )
+    @pytest.mark.parametrize("kind", ["plain", "chat"])
+    def test_they_follow_the_prompt_as_it_is_encoded(self, tokenizer, chat_tokenizer, kind, answer, names):
+        labels, used = LabelsConfig(names=names), chat_tokenizer if kind == "chat" else tokenizer
+        prompt = build_prompt(PromptConfig(answer=answer), labels, used)
+        (encoded,), _ = encode_prompts(prompt, ["the sea"], used, 500, "tail")
+        sequences = label_sequences(prompt, labels, used)
+        for tokens, said in zip(sequences, prompt.answers, strict=True):
+            whole = used(prompt.render("the sea") + said, add_special_tokens=prompt.add_special_tokens)
+            assert whole["input_ids"] == [*encoded, *tokens]
+            assert used.decode(tokens) == said
+        assert LabelTrie.of(sequences).n_labels == len(names)
 
     def test_names_that_are_the_same_tokens(self, tokenizer):
         blind = copy.deepcopy(tokenizer)
         blind._tokenizer.normalizer = normalizers.Lowercase()
         labels = LabelsConfig(names=("Sea breeze", "kitchen", "sea breeze"))
         prompt = build_prompt(PromptConfig(answer="names"), labels, blind)
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ConfigError, match=r"^labels\.names: 'Sea breeze' and 'sea breeze'.*; rename it"):
             label_sequences(prompt, labels, blind)
-        assert str(caught.value).startswith("labels.names: 'Sea breeze' and 'sea breeze' are the same tokens")
-        assert "rename it, or set teacher.prompt.answer to 'letters'" in str(caught.value)
         assert len(set(label_sequences(prompt, labels, tokenizer))) == 3, "this one sees case"
 
     def test_name_without_tokens(self, tokenizer):
@@ -327,17 +358,20 @@ class TestLabelSequences:
 
 
 class TestEncode:
-    def test_short_texts_are_whole(self, tokenizer):
+    def test_only_long_ones_are_cut(self, tokenizer):
         prompt = build_prompt(prompt_config(), LABELS, tokenizer)
-        texts, _ = toy_texts(10, 3, seed=6)
-        encoded, cut = encode_prompts(prompt, texts, tokenizer, 500, "tail")
-        assert cut.tolist() == [False] * 10
-        assert encoded == [tokenizer(prompt.render(text))["input_ids"] for text in texts]
-        assert [tokenizer.decode(ids) for ids in encoded] == [f"<s>{prompt.render(text)}" for text in texts]
+        texts = ["short", "sea " * 500, "tiny", "pan " * 500]
+        encoded, cut = encode_prompts(prompt, texts, tokenizer, 100, "tail")
+        assert cut.tolist() == [False, True, False, True]
+        assert max(map(len, encoded)) <= 100
+        for i in (0, 2):
+            assert encoded[i] == tokenizer(prompt.render(texts[i]))["input_ids"]
+        encoded, cut = encode_prompts(prompt, [], tokenizer, 10, "tail")
+        assert (encoded, cut.tolist()) == ([], [])
 
     @pytest.mark.parametrize("kind", ["plain", "chat"])
     @pytest.mark.parametrize("cut", ["tail", "head", "middle"])
-    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=25, deadline=None)
     @given(
         text=st.text(min_size=60, max_size=400) | st.sampled_from(["the sea " * 90, "é" * 300, "\n" * 300]),
         spare=st.integers(16, 50),
@@ -371,27 +405,6 @@ class TestEncode:
             assert text.endswith(last.lstrip("\ufffd"))
             assert first
             assert last
-
-    def test_the_halves_around_a_cut_middle_are_alike(self, tokenizer):
-        prompt = build_prompt(PromptConfig(), LABELS, tokenizer)
-        words = [f"{word} " for word in ("anchor", "boat", "tide", "wave") for _ in range(50)]
-        (ids,), _ = encode_prompts(prompt, ["".join(words)], tokenizer, 120, "middle")
-        kept = tokenizer.decode(ids).removeprefix(f"<s>{prompt.head}").removesuffix(prompt.tail)
-        first, _, last = kept.partition(ELLIPSIS)
-        assert abs(len(first.split()) - len(last.split())) <= 1
-        assert set(first.split()) == {"anchor"}
-        assert set(last.split()) == {"wave"}
-
-    def test_only_long_ones_are_cut(self, tokenizer):
-        prompt = build_prompt(prompt_config(), LABELS, tokenizer)
-        texts = ["short", "sea " * 500, "tiny", "pan " * 500]
-        encoded, cut = encode_prompts(prompt, texts, tokenizer, 100, "tail")
-        assert cut.tolist() == [False, True, False, True]
-        assert [len(ids) <= 100 for ids in encoded] == [True] * 4
-
-    def test_no_texts(self, tokenizer):
-        encoded, cut = encode_prompts(Prompt("", "", (), True), [], tokenizer, 10, "tail")
-        assert (encoded, cut.tolist()) == ([], [])
 
     @pytest.mark.parametrize("cut", ["tail", "head", "middle"])
     def test_a_very_long_text_is_tokenised_a_few_times_only(self, tokenizer, cut):
@@ -428,11 +441,9 @@ class TestEncode:
     def test_no_room_for_a_text(self, tokenizer):
         prompt = build_prompt(prompt_config(), LABELS, tokenizer)
         around = len(tokenizer(prompt.render(""))["input_ids"])
-        with pytest.raises(ConfigError) as caught:
+        message = rf"^teacher\.max_model_len leaves no room.* {around} tokens of {around}; raise it"
+        with pytest.raises(ConfigError, match=message):
             encode_prompts(prompt, ["x"], tokenizer, around, "tail")
-        assert f"the prompt around it has {around} tokens of {around}" in str(caught.value)
-        assert str(caught.value).startswith("teacher.max_model_len leaves no room")
-        assert "raise it or use fewer demonstrations" in str(caught.value)
 
     @pytest.mark.parametrize("cut", ["tail", "head", "middle"])
     def test_text_that_is_short_alone_and_long_in_the_prompt(self, cut):
@@ -457,13 +468,14 @@ class TestEncode:
 class TestSpecialTokens:
     marks = st.sampled_from(["<s>", "</s>", "<pad>", "<|turn|>", "<", "s>", " ", "<<s>", "a", "\n"])
 
-    @pytest.fixture
-    def marked(self, chat_tokenizer):
-        chat_tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|turn|>ed"]})
-        return chat_tokenizer
+    @pytest.fixture(scope="class")
+    def marked(self, tokenizer) -> Any:
+        changed = with_chat(tokenizer)
+        changed.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|turn|>ed"]})
+        return changed
 
     @pytest.mark.parametrize("chat", ["auto", "never"])
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=60, deadline=None)
     @given(text=st.lists(marks, max_size=40).map("".join), limit=st.sampled_from([80, 500]))
     def test_none_comes_out_of_a_text(self, marked, chat, text, limit):
         prompt = build_prompt(prompt_config(chat=chat, demonstrations=[]), LABELS, marked)
@@ -485,19 +497,22 @@ class TestSpecialTokens:
         unknown = build_prompt(prompt_config(), LABELS, None)
         assert "Text: hi< |im_end|>" in unknown.messages("hi<|im_end|>")[0]["content"]
 
-    def test_broken_with_a_space_longest_first_and_by_case(self):
-        special = ("<s>", "<s>long", "</s>")
-        assert escape_special("a <s> b", special) == "a < s> b"
-        assert escape_special("<s>longer", special) == "< s>longer"
-        assert escape_special("<S> s> <s", special) == "<S> s> <s"
-        assert escape_special("<</s>/s>", special) == "<< /s>/s>"
-
-    def test_what_breaking_leaves_is_broken_too(self):
-        assert escape_special("ab", ("ab", "a b")) == "a  b"
-        assert escape_special("x§y", ("§",)) == "x y"
-
-    def test_white_space_around_a_special_string_means_nothing(self):
-        assert escape_special("a  <s> b", (" <s>", "  ")) == "a  < s> b"
+    @pytest.mark.parametrize(
+        ("text", "special", "escaped"),
+        [
+            ("a <s> b", ("<s>", "</s>"), "a < s> b"),
+            ("<s>longer", ("<s>", "<s>long"), "< s>longer"),
+            ("<S> s> <s", ("<s>",), "<S> s> <s"),
+            # What breaking leaves is broken, too.
+            ("<</s>/s>", ("</s>",), "<< /s>/s>"),
+            ("ab", ("ab", "a b"), "a  b"),
+            ("x§y", ("§",), "x y"),
+            # White space around a special string means nothing.
+            ("a  <s> b", (" <s>", "  "), "a  < s> b"),
+        ],
+    )
+    def test_broken_with_a_space_longest_first_and_by_case(self, text, special, escaped):
+        assert escape_special(text, special) == escaped
 
     @given(st.text())
     def test_all_else_is_left_alone(self, text):
@@ -505,50 +520,30 @@ class TestSpecialTokens:
 
 
 class TestMatchAnswer:
-    letters = (" A", " B", " C", " I")
-    names = ("card", "card arrival", "sea", "C++", "-1", "1")
-
     @pytest.mark.parametrize(
-        "said",
-        ["A", " A", "a", "A.", "A. sea", "A) sea", "(A)", "**A**", '"A"', "A: sea", "A\nbecause", "`A`",
-         "Label: A", "**Label:** A", "The answer is: A", "A - sea", "A, clearly", "- A", "[A]"],
-    )  # fmt: skip
-    def test_a_letter(self, said):
-        assert match_answer(said, self.letters) == 0
-
-    @pytest.mark.parametrize(
-        "said", ["Apple", "A boat came", "I am not sure", "I'm not sure", "", " ", "D", "none", "AB", "***"]
-    )
-    def test_no_letter(self, said):
-        assert match_answer(said, self.letters) == -1
-
-    @pytest.mark.parametrize(
-        ("said", "label"),
+        ("answers", "label", "said"),
         [
-            ("card arrival.", 1),
-            ("Card Arrival", 1),
-            ("card arrivals", 0),
-            ("card\n", 0),
-            ("cards", -1),
-            ("'sea'", 2),
-            ("category: sea", 2),
-            ("**Category**: *sea*", 2),
-            ("sea because of ships", 2),
-            ("the sea", -1),
-            ("C++ code", 3),
-            ("-1", 4),
-            ("**-1**", 4),
-            ("1", 5),
-            ("12", -1),
+            ((" A", " B", " C", " I"), 0, [
+                "A", " A", "a", "A.", "A. sea", "A) sea", "(A)", "**A**", '"A"', "A: sea", "- A",
+                "A\nbecause", "`A`", "Label: A", "**Label:** A", "The answer is: A", "A - sea",
+                "A, clearly", "[A]"]),
+            ((" A", " B", " C", " I"), -1, [
+                "Apple", "A boat came", "I am not sure", "I'm not sure", "", " ", "D", "none", "AB", "***"]),
+            (("card", "card arrival"), 1, ["card arrival.", "Card Arrival"]),
+            (("card", "card arrival"), 0, ["card arrivals", "card\n"]),
+            (("sea", "1"), 0, ["'sea'", "category: sea", "**Category**: *sea*", "sea because of ships"]),
+            (("C++", "-1", "1"), 0, ["C++ code"]),
+            (("C++", "-1", "1"), 1, ["-1", "**-1**"]),
+            (("C++", "-1", "1"), 2, ["1"]),
+            (("card", "sea", "1"), -1, ["cards", "the sea", "12"]),
+            # Case decides where nothing else does.
+            (("sea", "Sea"), 1, ["Sea"]),
+            (("sea", "Sea"), 0, ["sea."]),
+            (("sea", "Sea"), -1, ["SEA"]),
         ],
-    )
-    def test_a_name(self, said, label):
-        assert match_answer(said, self.names) == label
-
-    def test_case_decides_where_nothing_else_does(self):
-        assert match_answer("Sea", ("sea", "Sea")) == 1
-        assert match_answer("sea.", ("sea", "Sea")) == 0
-        assert match_answer("SEA", ("sea", "Sea")) == -1
+    )  # fmt: skip
+    def test_what_it_means(self, answers, label, said):
+        assert {one: match_answer(one, answers) for one in said} == dict.fromkeys(said, label)
 
     @given(
         st.lists(st.text("abc \u00e9ß", min_size=1, max_size=6).map(str.strip).filter(bool), min_size=1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,101 +19,71 @@ from llkd_ray.teacher.base import UNASKED, Allowance, Answers, Unlimited, Usage
 from llkd_ray.teacher.recorded import RecordedTeacher, read_recorded
 
 
-def write(tmp_path, **columns) -> str:
-    path = tmp_path / "recorded.parquet"
+def write(path: Path, **columns) -> str:
     pq.write_table(pa.table(columns), path)
     return str(path)
 
 
-def refusal(n_classes=3, **fields) -> str:
-    with pytest.raises(ConfigError) as caught:
-        read_recorded(RecordedConfig(**fields), n_classes)
-    return str(caught.value)
+@pytest.fixture
+def file(tmp_path) -> Path:
+    return tmp_path / "recorded.parquet"
 
 
-def test_columns_take_their_types(tmp_path):
-    uri = write(tmp_path, key=[7, 8], p=[[0.5, 0.5], [1.0, 0.0]], n=[3, 4])
-    table = read_recorded(RecordedConfig(uri=uri, id="key", probs="p", prompt_tokens="n"), 2)
-    assert table.place == {"7": 0, "8": 1}
-    assert table.probs_RC.tolist() == [[0.5, 0.5], [1.0, 0.0]]
-    assert table.prompt_tokens_R.tolist() == [3, 4]
+def test_columns_take_their_types_and_the_first_of_two_answers_counts(file):
+    uri = write(file, key=[7, 8, 7], p=[[0.5, 0.5], [1.0, 0.0], [0.1, 0.9]], n=[3, 4, 5])
+    recorded = read_recorded(RecordedConfig(uri=uri, id="key", probs="p", prompt_tokens="n"), 2)
+    assert recorded.place == {"7": 0, "8": 1}
+    assert recorded.probs_RC[:2].tolist() == [[0.5, 0.5], [1.0, 0.0]]
+    assert recorded.prompt_tokens_R.tolist() == [3, 4, 5]
+    untold = read_recorded(RecordedConfig(uri=uri, id="key", probs="p"), 2)
+    assert untold.prompt_tokens_R.tolist() == [0, 0, 0]
 
 
-def test_tokens_are_0_where_they_were_not_recorded(tmp_path):
-    uri = write(tmp_path, id=["a"], probs=[[0.5, 0.5]])
-    assert read_recorded(RecordedConfig(uri=uri), 2).prompt_tokens_R.tolist() == [0]
-
-
-def test_file_that_is_not_there(tmp_path):
-    uri = str(tmp_path / "nowhere.parquet")
-    message = refusal(uri=uri)
-    assert message.startswith(f"teacher.recorded.uri: {uri!r} matches no file")
-
-
-def test_file_that_is_no_parquet(tmp_path):
-    (tmp_path / "bad.parquet").write_bytes(b"not parquet at all")
-    assert "cannot be read" in refusal(uri=str(tmp_path / "bad.parquet"))
-
-
-@pytest.mark.parametrize("field", ["id", "probs", "prompt_tokens"])
-def test_column_that_is_not_there(tmp_path, field):
-    uri = write(tmp_path, id=["a"], probs=[[0.5, 0.5]])
-    message = refusal(2, uri=uri, **{field: "typo"})
-    assert message == f"teacher.recorded.{field}: no column 'typo' in {uri!r}; there are id, probs"
-
-
-def test_other_number_of_labels(tmp_path):
-    uri = write(tmp_path, id=["a", "b"], probs=[[0.5, 0.5], [0.1, 0.9]])
-    message = refusal(3, uri=uri)
-    assert message.startswith("teacher.recorded.probs: 'probs' holds [2] numbers a row")
-    assert "labels.names has 3 labels" in message
-
-
-def test_other_number_of_labels_in_a_late_row(tmp_path):
-    probs = [[0.5, 0.5]] * 3000 + [[0.2, 0.3, 0.5]]
-    uri = write(tmp_path, id=[str(i) for i in range(3001)], probs=probs)
-    assert "teacher.recorded.probs" in refusal(2, uri=uri)
-
-
-def test_column_that_holds_no_lists(tmp_path):
-    uri = write(tmp_path, id=["a"], probs=[0.5])
-    assert "teacher.recorded.probs" in refusal(2, uri=uri)
-
-
-def test_row_without_probabilities(tmp_path):
-    uri = write(tmp_path, id=["a", "b"], probs=[[0.5, 0.5], None])
-    assert "teacher.recorded.probs" in refusal(2, uri=uri)
-
-
-def test_no_rows(tmp_path):
-    empty = pa.table({"id": pa.array([], pa.string()), "probs": pa.array([], pa.list_(pa.float32()))})
-    pq.write_table(empty, tmp_path / "empty.parquet")
-    assert "teacher.recorded" in refusal(2, uri=str(tmp_path / "empty.parquet"))
-
-
-def test_glob(tmp_path):
+def test_several_files_and_a_folder_of_a_run_with_an_unfinished_one(tmp_path):
     for i in range(2):
-        pq.write_table(pa.table({"id": [str(i)], "probs": [[0.5, 0.5]]}), tmp_path / f"part-{i}.parquet")
+        write(tmp_path / f"ticket-0000000{i}.parquet", id=[str(i)], probs=[[0.5, 0.5]])
     (tmp_path / "notes.txt").write_text("not a parquet file")
-    table = read_recorded(RecordedConfig(uri=str(tmp_path / "part-*.parquet")), 2)
-    assert sorted(table.place) == ["0", "1"]
+    (tmp_path / "ticket-00000002.parquet.0123.tmp").write_bytes(b"PAR1 half")
+    for uri in (tmp_path, tmp_path / "ticket-*.parquet"):
+        assert sorted(read_recorded(RecordedConfig(uri=str(uri)), 2).place) == ["0", "1"]
 
 
-def test_folder_of_a_run_with_an_unfinished_file(tmp_path):
-    pq.write_table(pa.table({"id": ["a"], "probs": [[0.5, 0.5]]}), tmp_path / "ticket-00000000.parquet")
-    (tmp_path / "ticket-00000001.parquet.0123.tmp").write_bytes(b"PAR1 half")
-    assert list(read_recorded(RecordedConfig(uri=str(tmp_path)), 2).place) == ["a"]
+@pytest.mark.parametrize(
+    ("probs", "n_classes", "message"),
+    [
+        ([[0.5, 0.5], [0.1, 0.9]], 3, r"probs: 'probs' holds \[2\] numbers.*labels\.names has 3 labels"),
+        ([[0.5, 0.5]] * 3000 + [[0.2, 0.3, 0.5]], 2, "probs"),
+        ([0.5], 2, "probs"),
+        ([[0.5, 0.5], None], 2, "probs"),
+        ([[0.5, float("nan")]], 2, "probs: .*no probabilities"),
+        ([[1.5, -0.5]], 2, "probs: .*no probabilities"),
+        (pa.array([], pa.list_(pa.float32())), 2, "uri: .*holds no answers"),
+    ],
+    ids=["other labels", "in a late row", "no lists", "no row", "nan", "negative", "nothing"],
+)
+def test_rows_that_are_no_distribution_over_the_labels(file, probs, n_classes, message):
+    uri = write(file, id=pa.array(map(str, range(len(probs))), pa.string()), probs=probs)
+    with pytest.raises(ConfigError, match=rf"^teacher\.recorded\.{message}"):
+        read_recorded(RecordedConfig(uri=uri), n_classes)
 
 
-@pytest.mark.parametrize("probs", [[0.5, float("nan")], [1.5, -0.5]])
-def test_numbers_that_are_no_probabilities(tmp_path, probs):
-    assert "no probabilities" in refusal(2, uri=write(tmp_path, id=["a"], probs=[probs]))
-
-
-def test_first_of_two_answers_counts(tmp_path):
-    uri = write(tmp_path, id=["a", "a"], probs=[[0.9, 0.1], [0.1, 0.9]])
-    recorded = read_recorded(RecordedConfig(uri=uri), 2)
-    assert recorded.probs_RC[recorded.place["a"]].tolist() == pytest.approx([0.9, 0.1])
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("uri", "nowhere.parquet", "uri: 'nowhere.parquet' matches no file"),
+        ("uri", "bad", "uri: .*cannot be read"),
+        ("id", "typo", "id: no column 'typo' in .*; there are id, probs"),
+        ("probs", "typo", "probs: no column 'typo'"),
+        ("prompt_tokens", "typo", "prompt_tokens: no column 'typo'"),
+    ],
+)
+def test_a_file_or_column_that_is_not_there(file, field, value, message):
+    uri = write(file, id=["a"], probs=[[0.5, 0.5]])
+    if value == "bad":
+        file.write_bytes(b"not parquet at all")
+        value = uri
+    with pytest.raises(ConfigError, match=rf"^teacher\.recorded\.{message}"):
+        read_recorded(RecordedConfig(**({"uri": uri} | {field: value})), 2)
 
 
 # --- the teacher
@@ -130,49 +101,37 @@ class Purse:
         return fits
 
 
-def ask(teacher: RecordedTeacher, ids: Sequence[str], allowance: Allowance | None = None) -> Answers:
+def ask(uri: str, ids: Sequence[str], allowance: Allowance | None = None) -> Answers:
+    teacher = RecordedTeacher(RecordedConfig(uri=uri, prompt_tokens="prompt_tokens"), 3)
     return asyncio.run(teacher.label(ids, ["whatever it says"] * len(ids), allowance or Unlimited()))
 
 
-class TestLabeller:
+class TestTeacher:
     @pytest.fixture
     def answers(self, tmp_path) -> str:
-        corpus = write_corpus(tmp_path / "pool.parquet", 30)
-        return str(write_answers(tmp_path / "answers.parquet", [corpus]))
+        return str(write_answers(tmp_path / "answers.parquet", [write_corpus(tmp_path / "pool.parquet", 30)]))
 
-    def teacher(self, uri: str) -> RecordedTeacher:
-        return RecordedTeacher(RecordedConfig(uri=uri, prompt_tokens="prompt_tokens"), 3)
-
-    def test_answers_by_id(self, answers):
+    def test_answers_by_id_and_an_unknown_one_costs_nothing(self, answers):
         recorded = pq.read_table(answers).take([17, 3, 29])
-        said = ask(self.teacher(answers), recorded["id"].to_pylist())
+        said = ask(answers, ["nobody knows me", *recorded["id"].to_pylist()])
         expected = np.array(recorded["probs"].to_pylist())
         tokens = recorded["prompt_tokens"].to_pylist()
-        assert said.probs_NC == pytest.approx(expected)
-        assert said.off_label_N == pytest.approx(1 - expected.sum(axis=1), abs=1e-6)
-        assert said.prompt_tokens_N.tolist() == tokens
-        assert said.answered_N.all()
+        assert list(said.outcome_N) == ["no_recorded_answer", "", "", ""]
+        assert said.probs_NC[1:] == pytest.approx(expected)
+        assert said.off_label_N[1:] == pytest.approx(1 - expected.sum(axis=1), abs=1e-6)
+        assert said.prompt_tokens_N.tolist() == [0, *tokens]
         assert said.usage == Usage(texts=3, requests=3, prompt_tokens=sum(tokens))
 
-    def test_an_id_that_is_not_there_has_no_answer_and_costs_nothing(self, answers):
-        known = pq.read_table(answers)["id"][4].as_py()
-        said = ask(self.teacher(answers), ["nobody knows me", known])
-        assert list(said.outcome_N) == ["no_recorded_answer", ""]
-        assert said.usage.texts == 1
-        assert said.prompt_tokens_N[0] == 0
-
-    def test_mass_above_one_leaves_nothing_off_label(self, tmp_path):
-        uri = write(tmp_path, id=["a"], probs=[[0.6, 0.5]])
-        said = ask(RecordedTeacher(RecordedConfig(uri=uri), 2), ["a"])
-        assert said.off_label_N.tolist() == [0.0]
+    def test_mass_above_one_leaves_nothing_off_label(self, file):
+        uri = write(file, id=["a"], probs=[[0.6, 0.5, 0.0]], prompt_tokens=[1])
+        assert ask(uri, ["a"]).off_label_N.tolist() == [0.0]
 
     def test_the_cap_counts_the_tokens_that_the_answers_once_cost(self, answers):
         recorded = pq.read_table(answers)
         tokens = recorded["prompt_tokens"].to_numpy()
-        said = ask(self.teacher(answers), recorded["id"].to_pylist(), Purse(int(tokens[:10].sum())))
-        assert said.usage.tokens <= tokens[:10].sum()
+        said = ask(answers, recorded["id"].to_pylist(), Purse(int(tokens[:10].sum())))
         assert set(said.outcome_N) == {"", UNASKED}
-        assert said.usage.tokens == tokens[said.answered_N].sum()
+        assert said.usage.tokens == tokens[said.answered_N].sum() <= tokens[:10].sum()
 
     def test_labels_of_an_earlier_run_serve_a_later_one(self, tmp_path):
         store, rng = RunStore(str(tmp_path)), np.random.default_rng(5)
@@ -180,7 +139,7 @@ class TestLabeller:
         for ticket in (0, 1):
             rows = np.arange(15 * ticket, 15 * ticket + 15)
             put_label_file(store, ticket, rows, probs_NC[rows], tokens=25)
-        said = ask(self.teacher(store.path(LABELS_DIR)), [f"toy-{row}" for row in range(30)])
+        said = ask(store.path(LABELS_DIR), [f"toy-{row}" for row in range(30)])
         assert said.answered_N.all()
         assert np.array_equal(said.probs_NC, probs_NC.astype(float))
         assert said.prompt_tokens_N.tolist() == [25] * 30

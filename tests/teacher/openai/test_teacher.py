@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from llkd_ray.teacher.openai.teacher import OpenAITeacher, check_server_teacher
 from llkd_ray.teacher.prompt import build_prompt, encode_prompts, label_sequences, shorten
 
 VOCABULARY = 800
+NOWHERE = "http://127.0.0.1:1/v1"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def tokenizer(tiny_llm: str) -> Any:
 def with_tokens(base_url: str, tiny_llm: str, answer: str = "letters", **settings: Any) -> TeacherConfig:
     """A teacher whose server has ``logprob_token_ids``, and which follows every branch of the labels."""
     server = {"scores": "label_ids", "tokenizer": tiny_llm} | settings.pop("server", {})
-    prompt = {"answer": answer, "show_labels": False}
+    prompt = {"answer": answer, "show_labels": False} | settings.pop("prompt", {})
     return teacher_config(base_url, server, prompt=prompt, min_branch_prob=0.0, max_model_len=256, **settings)
 
 
@@ -50,13 +51,15 @@ def expected_mass(config: TeacherConfig, labels: LabelsConfig, text: str, tokeni
     """float[C] of the stub's model, one label after the other, for labels none of which begins another."""
     prompt = build_prompt(config.prompt, labels, tokenizer)
     [token_ids], _ = encode_prompts(prompt, [text], tokenizer, config.max_model_len, "tail")
-    mass = []
-    for tokens in label_sequences(prompt, labels, tokenizer):
-        steps = [
-            next_token_probs([*token_ids, *tokens[:i]], VOCABULARY)[token] for i, token in enumerate(tokens)
+    return np.array(
+        [
+            math.prod(
+                next_token_probs([*token_ids, *tokens[:i]], VOCABULARY)[token]
+                for i, token in enumerate(tokens)
+            )
+            for tokens in label_sequences(prompt, labels, tokenizer)
         ]
-        mass.append(math.prod(steps))
-    return np.array(mass)
+    )
 
 
 # --- label_ids
@@ -73,38 +76,33 @@ def test_label_ids_gives_the_mass_of_whole_labels(answer, labels, tiny_llm, toke
         answers = ask(OpenAITeacher(config, labels), texts)
         prompts = [len(request.body["prompt"]) for request in server.requests]
     for text, probs_C in zip(texts, answers.probs_NC, strict=True):
-        np.testing.assert_allclose(
-            probs_C, expected_mass(config, labels, text, tokenizer), rtol=1e-6, atol=1e-12
-        )
+        expected_C = expected_mass(config, labels, text, tokenizer)
+        np.testing.assert_allclose(probs_C, expected_C, rtol=1e-6, atol=1e-12)
     np.testing.assert_allclose(answers.probs_NC.sum(axis=1) + answers.off_label_N, 1.0, atol=1e-9)
-    assert answers.usage.requests == len(prompts)
-    assert answers.usage.prompt_tokens == sum(prompts)
-    assert answers.usage.answer_tokens == len(prompts)
-
-
-def test_more_first_tokens_than_one_request_may_name(tiny_llm, tokenizer):
-    words = {tokenizer.decode([token]) for token in range(len(tokenizer))}
-    names = sorted({word.strip() for word in words if word.startswith(" ") and word.strip().isalpha()})[:150]
-    labels = LabelsConfig(names=tuple(names))
-    with StubServer(vllm_like(VOCABULARY)) as server:
-        config = with_tokens(server.base_url, tiny_llm, "names")
-        answers = ask(OpenAITeacher(config, labels), ["one text"])
-        asked_for = [len(request.body["logprob_token_ids"]) for request in server.requests]
-    assert len(names) == 150
-    assert sorted(asked_for) == [22, 128], "all of them single tokens, by 128"
-    np.testing.assert_allclose(answers.probs_NC[0], expected_mass(config, labels, "one text", tokenizer))
+    used = answers.usage
+    assert (used.requests, used.prompt_tokens, used.answer_tokens) == (
+        len(prompts),
+        sum(prompts),
+        len(prompts),
+    )
 
 
 @pytest.mark.parametrize("cut", ["head", "tail", "middle"])
 def test_long_texts_are_cut_to_the_models_length(cut, tiny_llm):
     text = " ".join(toy_texts(100, 3, seed=4)[0])
     with StubServer(vllm_like(VOCABULARY)) as server:
-        config = with_tokens(server.base_url, tiny_llm)
-        config = config.model_copy(update={"prompt": config.prompt.model_copy(update={"cut": cut})})
+        config = with_tokens(server.base_url, tiny_llm, prompt={"cut": cut})
         answers = ask(OpenAITeacher(config, LETTERS), [text, "a short one"])
         longest = max(len(request.body["prompt"]) for request in server.requests)
     assert answers.usage.cut_texts == 1
     assert 240 <= longest <= 255, "a token is left for the answer"
+
+
+def by_tokens(request: Request, first: Any, others: Any) -> Response:
+    """A reply in which the first token asked for has one logprob, and the others another."""
+    names = [f"token_id:{token}" for token in request.body["logprob_token_ids"]]
+    top = dict.fromkeys(names, others) | {names[0]: first}
+    return Response({"choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}]})
 
 
 @pytest.mark.parametrize("value", [float("nan"), None, "x", 0.5, -0.1], ids=str)
@@ -112,10 +110,8 @@ def test_what_cannot_be_probabilities_fails_the_text(value, tiny_llm, tokenizer)
     """The last one is: each token has 0.9."""
 
     def answer(request: Request) -> Response:
-        if "zzzz" not in tokenizer.decode(request.body["prompt"]):
-            return vllm_like(VOCABULARY)(request)
-        top = {f"token_id:{token}": value for token in request.body["logprob_token_ids"]}
-        return Response({"choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}]})
+        is_bad = "zzzz" in tokenizer.decode(request.body["prompt"])
+        return by_tokens(request, value, value) if is_bad else vllm_like(VOCABULARY)(request)
 
     with StubServer(answer) as server:
         teacher = OpenAITeacher(with_tokens(server.base_url, tiny_llm, attempts=2), LETTERS)
@@ -124,9 +120,14 @@ def test_what_cannot_be_probabilities_fails_the_text(value, tiny_llm, tokenizer)
     assert list(answers.outcome_N) == ["", "bad_answer", ""]
 
 
+def test_infinitely_unlikely_is_a_probability(tiny_llm):
+    with StubServer(lambda request: by_tokens(request, -0.5, float("-inf"))) as server:
+        answers = ask(OpenAITeacher(with_tokens(server.base_url, tiny_llm), LETTERS), ["a text"])
+    assert sorted(answers.probs_NC[0]) == pytest.approx([0, 0, 0, 0, 0, math.exp(-0.5)])
+
+
 def test_scores_that_are_missing_once_are_asked_for_again(tiny_llm):
-    model = vllm_like(VOCABULARY)
-    turn = iter(range(10))
+    model, turn = vllm_like(VOCABULARY), count()
 
     def second_without(request: Request) -> Response:
         return Response({"choices": [{"text": "x", "logprobs": None}]}) if next(turn) == 1 else model(request)
@@ -135,17 +136,6 @@ def test_scores_that_are_missing_once_are_asked_for_again(tiny_llm):
         answers = ask(OpenAITeacher(with_tokens(server.base_url, tiny_llm), LETTERS), texts_of(3))
         assert len(server.requests) == 4
     assert answers.answered_N.all()
-
-
-def test_infinitely_unlikely_is_a_probability(tiny_llm):
-    def answer(request: Request) -> Response:
-        first, *others = request.body["logprob_token_ids"]
-        top = {f"token_id:{first}": -0.5} | {f"token_id:{token}": float("-inf") for token in others}
-        return Response({"choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}]})
-
-    with StubServer(answer) as server:
-        answers = ask(OpenAITeacher(with_tokens(server.base_url, tiny_llm), LETTERS), ["a text"])
-    assert sorted(answers.probs_NC[0]) == pytest.approx([0, 0, 0, 0, 0, math.exp(-0.5)])
 
 
 # --- top_logprobs
@@ -192,44 +182,39 @@ def test_top_logprobs_that_make_no_sense_fail_the_text(top):
 # --- votes
 
 
-def by_votes(base_url: str, samples: int = 10, **settings: Any) -> TeacherConfig:
+def by_votes(base_url: str, samples: int = 10) -> TeacherConfig:
     confidence = {"method": "votes", "samples": samples, "sampling_temperature": 0.9}
-    return teacher_config(base_url, {"scores": "auto"}, confidence=confidence, **settings)
-
-
-TEN = ["A", "A.", " a", "B", "B", "C", "no idea", None, "A boat", "C. garden"]
+    return teacher_config(base_url, {"scores": "auto"}, confidence=confidence)
 
 
 def test_votes_are_shares_of_the_answers():
-    with StubServer(lambda _: said(TEN)) as server:
+    ten = ["A", "A.", " a", "B", "B", "C", "no idea", None, "A boat", "C. garden"]
+    with StubServer(lambda _: said(ten)) as server:
         answers = ask(OpenAITeacher(by_votes(server.base_url), LABELS), ["a text"])
-        assert len(server.requests) == 1, "all in one request"
-        assert server.requests[0].body.items() >= {"n": 10, "temperature": 0.9}.items()
+        (request,) = server.requests
+    assert request.body.items() >= {"n": 10, "temperature": 0.9}.items()
     assert answers.probs_NC[0].tolist() == [0.3, 0.2, 0.2]
     assert answers.off_label_N.tolist() == [0.3]
 
 
-def test_a_server_that_gives_fewer_answers_is_asked_until_there_are_enough():
-    def four_at_most(request: Request) -> Response:
-        return said(["A"] * min(4, request.body.get("n", 1)))
-
-    with StubServer(four_at_most) as server:
-        teacher = OpenAITeacher(by_votes(server.base_url), LABELS)
-        answers = ask(teacher, ["first text", "second text"])
-        wanted = [request.body.get("n", 1) for request in server.requests]
-    assert answers.probs_NC[:, 0].tolist() == [1.0, 1.0]
-    assert wanted == [10, 4, 2, 4, 4, 2], "once is enough to learn it"
+def four_at_most(request: Request) -> Response:
+    return said(["B"] * min(4, request.body.get("n", 1)))
 
 
-def test_a_server_that_refuses_several_answers_is_asked_for_one_at_a_time():
-    def one_only(request: Request) -> Response:
-        return Response({"error": "n must be 1"}, status=400) if "n" in request.body else said(["B"])
+def one_only(request: Request) -> Response:
+    return Response({"error": "n must be 1"}, status=400) if "n" in request.body else said(["B"])
 
-    with StubServer(one_only) as server:
-        answers = ask(OpenAITeacher(by_votes(server.base_url, samples=3), LABELS), ["first", "second"])
-        wanted = [request.body.get("n", 1) for request in server.requests]
+
+@pytest.mark.parametrize(
+    ("answer", "samples", "wanted"),
+    [(four_at_most, 10, [10, 4, 2, 4, 4, 2]), (one_only, 3, [3, 1, 1, 1, 1, 1, 1])],
+)
+def test_a_server_that_gives_fewer_answers_is_asked_until_there_are_enough(answer, samples, wanted):
+    """Once is enough to learn it."""
+    with StubServer(answer) as server:
+        answers = ask(OpenAITeacher(by_votes(server.base_url, samples), LABELS), ["first", "second"])
+        assert [request.body.get("n", 1) for request in server.requests] == wanted
     assert answers.probs_NC[:, 1].tolist() == [1.0, 1.0]
-    assert wanted == [3, 1, 1, 1, 1, 1, 1]
 
 
 # --- which way
@@ -243,7 +228,7 @@ def ignores_ids(request: Request) -> Response:
     """Like most servers: the likeliest tokens, by their text, whatever else is asked for."""
     if request.path == "/v1/completions":
         return Response({"choices": [{"text": "x", "logprobs": {"top_logprobs": [{"x": -0.5, "y": -1.5}]}}]})
-    return likeliest({"A": 0.75}) if request.body.get("logprobs") else no_chat_scores(request)
+    return likeliest({"B": 0.75}) if request.body.get("logprobs") else no_chat_scores(request)
 
 
 def refuses(status: int, message: str) -> Any:
@@ -256,55 +241,37 @@ def refuses(status: int, message: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "answer",
+    ("answer", "method", "in_vain"),
     [
-        ignores_ids,
-        refuses(400, "logprob_token_ids: unknown field"),
-        refuses(404, "not found"),
-        refuses(405, ""),
+        (vllm_like(VOCABULARY), "label_ids", 0),
+        (ignores_ids, "top_logprobs", 1),
+        (refuses(400, "logprob_token_ids: unknown field"), "top_logprobs", 1),
+        (refuses(404, "not found"), "top_logprobs", 1),
+        (refuses(405, ""), "top_logprobs", 1),
+        (no_chat_scores, "votes", 2),
     ],
-    ids=["ignored", "refused", "no completions", "not allowed"],
+    ids=["has it", "ignored", "refused", "no completions", "not allowed", "no scores at all"],
 )
-def test_auto_goes_on_to_top_logprobs_after_one_request(answer, tiny_llm):
+def test_auto_finds_the_best_way_and_pays_for_each_try_in_vain_once(answer, method, in_vain, tiny_llm):
     with StubServer(answer) as server:
         config = with_tokens(server.base_url, tiny_llm, server={"scores": "auto"})
         teacher = OpenAITeacher(config, LABELS)
         answers = ask(teacher, texts_of(5))
-        paths = [request.path for request in server.requests]
-    assert answers.probs_NC[:, 0] == pytest.approx([0.75] * 5)
-    assert paths.count("/v1/completions") == 1
-    assert len(paths) == 6
+        assert len(server.requests) == answers.usage.requests == 5 + in_vain
     assert teacher.method is not None
-    assert teacher.method.name == "top_logprobs"
-    assert answers.usage.requests == 6, "the one that was in vain is paid for, too"
+    assert teacher.method.name == method
+    if method != "label_ids":
+        share = {"top_logprobs": 0.75, "votes": 1.0}[method]
+        assert answers.probs_NC == pytest.approx(np.array([[0.0, share, 0.0]] * 5))
 
 
-def test_auto_ends_with_votes():
-    with StubServer(no_chat_scores) as server:
-        config = teacher_config(server.base_url, {"scores": "auto"}, confidence={"samples": 4})
-        teacher = OpenAITeacher(config, LABELS)
-        answers = ask(teacher, texts_of(3))
-        assert [request.body.get("n") for request in server.requests] == [None, 4, 4, 4]
-    assert answers.probs_NC.tolist() == [[0.0, 1.0, 0.0]] * 3
-
-
-def test_auto_takes_label_ids_where_they_are(tiny_llm):
-    with StubServer(vllm_like(VOCABULARY)) as server:
-        teacher = OpenAITeacher(with_tokens(server.base_url, tiny_llm, server={"scores": "auto"}), LABELS)
-        ask(teacher, texts_of(3))
-        assert len(server.requests) == 3
-    assert teacher.method is not None
-    assert teacher.method.name == "label_ids"
-
-
-def test_the_first_text_may_be_a_bad_one(tiny_llm):
+def test_the_first_text_may_be_a_bad_one(tiny_llm, tokenizer):
     """It does not decide how the others are asked."""
 
     def answer(request: Request) -> Response:
-        bad = "zzzz" in (request.text if "messages" in request.body else decode(request.body["prompt"]))
-        return Response({"error": "?"}, status=400) if bad else vllm_like(VOCABULARY)(request)
+        asked = request.text if "messages" in request.body else tokenizer.decode(request.body["prompt"])
+        return Response({"error": "?"}, status=400) if "zzzz" in asked else vllm_like(VOCABULARY)(request)
 
-    decode = AutoTokenizer.from_pretrained(tiny_llm).decode
     with StubServer(answer) as server:
         teacher = OpenAITeacher(with_tokens(server.base_url, tiny_llm, server={"scores": "auto"}), LABELS)
         answers = ask(teacher, ["zzzz", *texts_of(2)])
@@ -346,14 +313,9 @@ class Purse(Counting):
         return True
 
 
-def billed(requests: Sequence[Request]) -> int:
-    return sum(len(request.body["prompt"]) + 1 for request in requests)
-
-
 @pytest.mark.parametrize("cap", [1, 100, 1000, 3000])
 def test_a_cap_is_never_passed_even_where_the_server_stumbles(cap, tiny_llm):
-    model = vllm_like(VOCABULARY)
-    turn = iter(range(10**6))
+    model, turn = vllm_like(VOCABULARY), count()
 
     def sometimes(request: Request) -> Response:
         return Response(status=500) if next(turn) % 4 == 3 else model(request)
@@ -361,9 +323,9 @@ def test_a_cap_is_never_passed_even_where_the_server_stumbles(cap, tiny_llm):
     with StubServer(sometimes) as server:
         config = with_tokens(server.base_url, tiny_llm, "names")
         answers = ask(OpenAITeacher(config, PHRASES), toy_texts(40, 3, seed=9)[0], allowance=Purse(cap))
-        assert billed(server.requests) <= cap
-        # What was claimed and then not sent, because another request of the text met the cap, counts, too.
-        assert billed(server.requests) <= answers.usage.tokens <= cap
+        billed = sum(len(request.body["prompt"]) + 1 for request in server.requests)
+    # What was claimed and then not sent, because another request of the text met the cap, counts, too.
+    assert billed <= answers.usage.tokens <= cap
     assert UNASKED in answers.outcome_N
     assert set(answers.outcome_N) <= {"", UNASKED, "http_500"}
     assert answers.answered_N.any() == (cap >= 1000)
@@ -376,21 +338,13 @@ def test_without_a_tokenizer_claims_are_above_what_any_tokenizer_counts():
         tokens = len(request.text.encode()) + 5  # a byte a token, and what a chat template adds
         return said(["A"], usage=usage(tokens, 1, cached_tokens=10))
 
-    class Claims(Counting):
-        tokens = 0
-
-        async def take(self, *, texts: int = 0, prompt_tokens: int = 0, answer_tokens: int = 0) -> bool:
-            self.tokens += prompt_tokens + answer_tokens
-            return True
-
     with StubServer(by_bytes) as server:
-        claims = Claims()
-        answers = ask(OpenAITeacher(teacher_config(server.base_url), LABELS), texts, allowance=claims)
+        purse = Purse(10**9)
+        answers = ask(OpenAITeacher(teacher_config(server.base_url), LABELS), texts, allowance=purse)
         real = sum(len(request.text.encode()) + 5 for request in server.requests)
-    assert answers.usage.prompt_tokens == real, "as the server says"
-    assert answers.usage.answer_tokens == 3
-    assert answers.usage.cached_tokens == 30
-    assert real + 3 <= claims.tokens
+    used = answers.usage
+    assert (used.prompt_tokens, used.answer_tokens, used.cached_tokens) == (real, 3, 30), "as the server says"
+    assert real + 3 <= 10**9 - purse.left
 
 
 def test_a_server_that_counts_more_than_was_claimed_is_reported_once(caplog):
@@ -404,9 +358,9 @@ def test_a_server_that_counts_more_than_was_claimed_is_reported_once(caplog):
 def test_usage_that_is_not_told_stays_as_claimed(reported):
     with StubServer(lambda _: said(["A"], usage=reported)) as server:
         answers = ask(OpenAITeacher(teacher_config(server.base_url), LABELS), ["a text"])
-        size = len(server.requests[0].text.encode())
-    assert answers.usage.prompt_tokens == size + 16
-    assert answers.usage.answer_tokens == server.requests[0].body["max_tokens"]
+        (request,) = server.requests
+    assert answers.usage.prompt_tokens == len(request.text.encode()) + 16
+    assert answers.usage.answer_tokens == request.body["max_tokens"]
 
 
 # --- cutting for chat
@@ -416,20 +370,17 @@ def test_usage_that_is_not_told_stays_as_claimed(reported):
 @pytest.mark.parametrize(("cut", "kept"), [("head", "END"), ("tail", "BEGIN"), ("middle", "BEGIN END")])
 def test_chat_texts_are_cut_at_the_place_of_the_config(known, cut, kept, tiny_llm, tokenizer):
     text = f"BEGIN {' '.join(toy_texts(200, 3, seed=4)[0])} END"
+    server_settings = {"tokenizer": tiny_llm if known else None}
+    prompt = {"cut": cut, "instruction": "Which is it?"}
     with StubServer(lambda _: said(["A"])) as server:
-        config = teacher_config(
-            server.base_url,
-            {"tokenizer": tiny_llm if known else None},
-            max_model_len=200,
-            prompt={"cut": cut, "instruction": "Which is it?"},
-        )
+        config = teacher_config(server.base_url, server_settings, max_model_len=200, prompt=prompt)
         answers = ask(OpenAITeacher(config, LABELS), [text, "short"])
         long, short = sorted((request.text for request in server.requests), key=len, reverse=True)
+        room = 200 - server.requests[0].body["max_tokens"]
     assert answers.usage.cut_texts == 1
     assert [word for word in ("BEGIN", "END") if word in long] == kept.split()
     assert "Which is it?" in long
     assert "Text: short\n" in short
-    room = 200 - server.requests[0].body["max_tokens"]
     size = len(tokenizer(long)["input_ids"]) if known else len(long) / 4
     assert room - 25 <= size <= room
 
@@ -443,27 +394,13 @@ def test_what_is_kept_of_a_text_are_whole_pieces_of_its_ends(words, room, cut):
     room = min(room, len(words) - 1)
     ends = np.cumsum([len(word) for word in words]).tolist()
     pieces = list(zip([0, *ends[:-1]], ends, strict=True))
-    kept = shorten("".join(words), pieces, room, cut)
     begin = {"head": 0, "tail": room, "middle": (room + 1) // 2}[cut]
-    assert kept.startswith("".join(words[:begin]))
-    assert kept.endswith("".join(words[len(words) - (room - begin) :]) if room > begin else "")
-    assert len(kept.replace(" … ", "")) == len("".join(words[:begin] + words[len(words) - (room - begin) :]))
+    first, last = "".join(words[:begin]), "".join(words[len(words) - (room - begin) :])
+    between = " … " if cut == "middle" else ""
+    assert shorten("".join(words), pieces, room, cut) == first + between + last
 
 
 # --- before anything is asked
-
-
-def test_facts_for_the_manifest(tiny_llm):
-    url = "http://127.0.0.1:1/v1"
-    config = teacher_config(url, {"scores": "auto"})
-    facts = check_server_teacher(config, LABELS)
-    assert facts.items() >= {"kind": "openai", "model": "stub", "base_url": url, "scores": "auto"}.items()
-    assert len(facts["prompt_hash"]) == 16
-    assert check_server_teacher(by_votes(url), LABELS)["scores"] == "votes"
-    assert check_server_teacher(with_tokens(url, tiny_llm), LABELS)["scores"] == "label_ids"
-    many = LabelsConfig(names=tuple(f"label {i}" for i in range(40)))
-    only_votes = teacher_config(url, {"scores": "auto"}, prompt={"answer": "names"})
-    assert check_server_teacher(only_votes, many)["scores"] == "votes", "names need a tokenizer"
 
 
 @pytest.mark.parametrize(
@@ -483,13 +420,20 @@ def test_facts_for_the_manifest(tiny_llm):
     ],
 )
 def test_mistakes_are_found_without_a_request(server, settings, message):
-    config = teacher_config("http://127.0.0.1:1/v1", server, **settings)
     with pytest.raises(ConfigError, match=message):
-        check_server_teacher(config, LABELS, "small")
+        check_server_teacher(teacher_config(NOWHERE, server, **settings), LABELS, "small")
 
 
-def test_a_prompt_that_leaves_no_room_is_found_without_a_request(tiny_llm):
-    config = with_tokens("http://127.0.0.1:1/v1", tiny_llm)
-    wordy = config.prompt.model_copy(update={"instruction": "Which one? " * 100})
+def test_facts_for_the_manifest_and_a_prompt_that_leaves_no_room(tiny_llm):
+    auto = teacher_config(NOWHERE, {"scores": "auto"})
+    ways = [auto, by_votes(NOWHERE), with_tokens(NOWHERE, tiny_llm)]
+    facts = [check_server_teacher(config, LABELS) for config in ways]
+    assert facts[0].items() >= {"kind": "openai", "model": "stub", "base_url": NOWHERE}.items()
+    assert len(facts[0]["prompt_hash"]) == 16
+    assert [one["scores"] for one in facts] == ["auto", "votes", "label_ids"]
+    many = LabelsConfig(names=tuple(f"label {i}" for i in range(40)))
+    only_votes = teacher_config(NOWHERE, {"scores": "auto"}, prompt={"answer": "names"})
+    assert check_server_teacher(only_votes, many)["scores"] == "votes", "names need a tokenizer"
+    wordy = with_tokens(NOWHERE, tiny_llm, prompt={"instruction": "Which one? " * 100})
     with pytest.raises(ConfigError, match="max_model_len"):
-        check_server_teacher(config.model_copy(update={"prompt": wordy}), PHRASES)
+        check_server_teacher(wordy, PHRASES)
