@@ -4,55 +4,31 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from llkd_ray.metrics import uncertainty
 from llkd_ray.metrics.uncertainty import RowRandom, StudentScores, hash_uniform
 
 
-def test_normalise_divides_by_the_mass_on_labels():
-    np.testing.assert_allclose(
-        uncertainty.normalise(np.array([[0.2, 0.6], [1.0, 1.0]])), [[0.25, 0.75], [0.5, 0.5]]
-    )
-
-
-def test_normalise_gives_uniform_where_no_label_has_mass():
-    np.testing.assert_allclose(uncertainty.normalise(np.zeros((1, 4))), np.full((1, 4), 0.25))
-
-
-def test_confidence_is_the_largest_probability():
-    np.testing.assert_allclose(uncertainty.confidence(np.array([[0.2, 0.7, 0.1]])), [0.7])
+def test_normalise_divides_by_the_mass_on_labels_and_gives_uniform_where_there_is_none():
+    mass = np.array([[0.2, 0.6], [1.0, 1.0], [0.0, 0.0]])
+    np.testing.assert_allclose(uncertainty.normalise(mass), [[0.25, 0.75], [0.5, 0.5], [0.5, 0.5]])
 
 
 @pytest.mark.parametrize("n_classes", [2, 5, 77])
-def test_entropy_is_zero_when_certain_and_one_when_uniform(n_classes):
-    certain = np.eye(n_classes)[:1]
-    uniform = np.full((1, n_classes), 1 / n_classes)
-    assert uncertainty.entropy(certain)[0] == 0.0
-    assert uncertainty.entropy(uniform)[0] == pytest.approx(1.0)
-
-
-def test_entropy_of_two_classes_in_bits():
-    p = np.array([[0.25, 0.75]])
-    assert uncertainty.entropy(p)[0] == pytest.approx(-(0.25 * np.log2(0.25) + 0.75 * np.log2(0.75)))
-
-
-def test_margin_is_the_best_less_the_second():
-    p = np.array([[0.2, 0.7, 0.1], [0.5, 0.0, 0.5], [0.0, 0.0, 1.0]])
-    np.testing.assert_allclose(uncertainty.margin(p), [0.5, 0.0, 1.0])
-
-
-def test_support_is_what_one_model_gives_to_anothers_label():
-    p = np.array([[0.2, 0.7, 0.1], [0.6, 0.3, 0.1]])
-    np.testing.assert_allclose(uncertainty.support(p, np.array([2, 0])), [0.1, 0.6])
-
-
-def test_scores_are_the_three_signals_and_support_needs_a_label():
-    p_MC, label_M = np.array([[0.2, 0.7, 0.1], [0.6, 0.3, 0.1]]), np.array([2, -1])
-    scores = StudentScores.of(p_MC, label_M)
-    np.testing.assert_array_equal(scores.uncertainty_M, uncertainty.entropy(p_MC))
-    np.testing.assert_array_equal(scores.margin_M, uncertainty.margin(p_MC))
-    np.testing.assert_array_equal(scores.support_M, [0.1, np.nan])
-    assert scores.take(np.array([1])).label_M.tolist() == [-1]
+def test_signals_of_distributions_certain_ones_and_uniform_ones_among_them(n_classes):
+    drawn = np.random.default_rng(0).dirichlet(np.full(n_classes, 0.5), 50)
+    p_MC = np.concatenate([np.eye(n_classes)[:1], np.full((1, n_classes), 1 / n_classes), drawn])
+    label_M = np.arange(52) % (n_classes + 1) - 1
+    scores, ranked_MC = StudentScores.of(p_MC, label_M), np.sort(p_MC, axis=1)
+    np.testing.assert_allclose(uncertainty.confidence(p_MC), ranked_MC[:, -1])
+    expected_M = scipy.stats.entropy(p_MC, axis=1) / np.log(n_classes)
+    np.testing.assert_allclose(scores.uncertainty_M, expected_M, atol=1e-6)
+    np.testing.assert_allclose(scores.margin_M, ranked_MC[:, -1] - ranked_MC[:, -2], atol=1e-6)
+    expected_M = [np.nan if label < 0 else p_C[label] for p_C, label in zip(p_MC, label_M, strict=True)]
+    np.testing.assert_allclose(scores.support_M, expected_M, atol=1e-6)
+    assert scores.take(np.array([0, 2])).label_M.tolist() == label_M[[0, 2]].tolist()
+    assert uncertainty.entropy(p_MC)[0] == 0.0
 
 
 def test_a_generator_gives_another_draw_each_time():
@@ -87,11 +63,9 @@ class TestHashUniform:
         for name, (one, other) in pairs.items():
             assert abs(np.corrcoef(one, other)[0, 1]) < 4 / np.sqrt(n), name
 
-    def test_depends_on_seed_and_row_alone(self):
+    def test_depends_on_seed_and_row_alone_and_stays_what_it_is(self):
         rows = np.array([7, 0, 123456789])
         np.testing.assert_array_equal(hash_uniform(3, rows)[::-1], hash_uniform(3, rows[::-1]))
         np.testing.assert_array_equal(hash_uniform(3, rows), hash_uniform(3, rows.astype(np.int32)))
-
-    def test_stays_what_it_is(self):
         # A run that goes on after an update must decide as before.
         assert hash_uniform(0, np.array([0]))[0] == pytest.approx(0.883311, abs=1e-6)

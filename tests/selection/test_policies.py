@@ -18,7 +18,6 @@ from llkd_ray.selection.policies import (
     SELECTION,
     Selection,
     class_quotas,
-    effective,
     find_selection,
     target_prior,
     tempered,
@@ -47,6 +46,9 @@ def threshold_of(signal: np.ndarray, label: np.ndarray) -> np.ndarray:
 def test_registry():
     assert set(SELECTION) == WITH_STUDENT | {"all", "random", "confidence", "freematch"}
     assert {name for name, policy in SELECTION.items() if policy.uses_student} == WITH_STUDENT
+    assert SELECTION["random"].options == {}
+    assert SELECTION["llkd"].options == {"thresholds": "class", "order": "random", "weights": True}
+    assert SELECTION["llkd_sample"].options == {"trust": 4.0, "need": 0.5, "support": 0.5}
 
 
 @pytest.mark.parametrize("name", sorted(SELECTION))
@@ -99,11 +101,6 @@ def test_contract(name, n_candidates, n, seed, scored, quota, trained, one_class
 
 
 class TestOptions:
-    def test_the_registry_knows_them(self):
-        assert SELECTION["random"].options == {}
-        assert SELECTION["llkd"].options == {"thresholds": "class", "order": "random", "weights": True}
-        assert SELECTION["llkd_sample"].options == {"trust": 4.0, "need": 0.5, "support": 0.5}
-
     def test_defaults_are_accepted_and_change_nothing(self):
         candidates = make_candidates(100)
         for name, policy in SELECTION.items():
@@ -128,8 +125,6 @@ class TestOptions:
     def test_what_is_refused(self, name, options, named):
         with pytest.raises(ConfigError, match=rf"^selection\.options: .*\b{named}\b"):
             find_selection(SelectionConfig(policy=name, options=options))
-
-    def test_an_unknown_policy_is_refused(self):
         with pytest.raises(ConfigError, match=r"selection\.policy: 'bets' .* llkd_sample"):
             find_selection(SelectionConfig(policy="bets"))
 
@@ -183,29 +178,22 @@ class TestBaselines:
 
 
 class TestLlkd:
-    def passing(self, candidates, of_class=True):
-        passing = np.ones(len(candidates), dtype=bool)
-        for signal in (candidates.confidence_N, candidates.uncertainty_N):
-            if of_class:
-                passing &= signal >= threshold_of(signal, candidates.label_N)
-            else:
-                passing &= signal >= signal.mean()
-        return passing
+    def passing(self, candidates, thresholds="class"):
+        signals = candidates.confidence_N, candidates.uncertainty_N
+        of_class = [signal >= threshold_of(signal, candidates.label_N) for signal in signals]
+        of_all = [signal >= signal.mean() for signal in signals]
+        return np.all(of_class if thresholds == "class" else of_all, axis=0)
 
-    def test_takes_only_texts_over_both_thresholds_at_random(self):
-        candidates = make_candidates(400)
-        passing = self.passing(candidates)
+    @pytest.mark.parametrize("thresholds", ["class", "global"])
+    def test_takes_only_texts_over_both_thresholds_at_random(self, thresholds):
+        candidates, options = make_candidates(400), {"thresholds": thresholds}
+        passing = self.passing(candidates, thresholds)
         assert 50 < passing.sum() < 350
-        assert set(choose("llkd", candidates, 400).row_M) == set(candidates.row_N[passing])
-        first, second = (set(choose("llkd", candidates, 20, seed).row_M) for seed in (1, 2))
-        assert first != second
-
-    def test_global_thresholds(self):
-        candidates = make_candidates(400)
-        chosen = choose("llkd", candidates, 400, options={"thresholds": "global"})
-        passing = self.passing(candidates, of_class=False)
+        assert (self.passing(candidates, "class") != self.passing(candidates, "global")).any()
+        chosen = choose("llkd", candidates, 400, options=options)
         assert set(chosen.row_M) == set(candidates.row_N[passing])
-        assert (passing != self.passing(candidates)).any()
+        first, second = (set(choose("llkd", candidates, 20, s, options=options).row_M) for s in (1, 2))
+        assert first != second
 
     @pytest.mark.parametrize("weights", [True, False])
     def test_order_by_product_and_weights(self, weights):
@@ -227,16 +215,6 @@ class TestLlkd:
         assert (chosen.weight_M == 1).all()
         again = choose("llkd", candidates, 50, seed=1, options={"order": order})
         assert set(chosen.row_M) != set(again.row_M)
-
-    def test_takes_a_text_the_student_never_saw_as_unknown(self):
-        candidates = replace(
-            make_candidates(4),
-            row_N=np.arange(4),
-            label_N=np.zeros(4, dtype=int),
-            confidence_N=np.full(4, 0.9),
-            uncertainty_N=np.array([0.1, 0.2, 0.3, np.nan]),
-        )
-        assert choose("llkd", candidates, 1).row_M.tolist() == [3]
 
 
 def over_confident(n: int = 300) -> Candidates:
@@ -361,62 +339,43 @@ class TestClassQuotas:
         assert (share_C[count_C + trained_C == 0] == 0).all()
 
     @pytest.mark.parametrize(
-        ("count", "n", "quota", "expected"),
+        ("count", "n", "quota", "trained", "expected"),
         [
-            ([600, 300, 100, 0], 20, 1.0, [12, 6, 2, 0]),
-            ([600, 300, 100, 0], 21, 0.0, [7, 7, 7, 0]),
-            ([900, 100], 40, 0.5, [30, 10]),
-            ([70, 30], 11, 1.0, [8, 3]),  # 7.7 and 3.3
-            ([600, 100, 300], 4, 0.0, [1, 2, 1]),  # the rarer class goes before
-            ([0, 0, 0], 10, 0.5, [0, 0, 0]),
+            ([600, 300, 100, 0], 20, 1.0, None, [12, 6, 2, 0]),
+            ([600, 300, 100, 0], 21, 0.0, None, [7, 7, 7, 0]),
+            ([900, 100], 40, 0.5, None, [30, 10]),
+            ([70, 30], 11, 1.0, None, [8, 3]),  # 7.7 and 3.3
+            ([600, 100, 300], 4, 0.0, None, [1, 2, 1]),  # the rarer class goes before
+            ([0, 0, 0], 10, 0.5, None, [0, 0, 0]),
+            ([50, 50, 50], 15, 0.0, [10, 5, 0], [0, 5, 10]),  # 10 of each class in all rounds
+            ([50, 50], 10, 0.0, [30, 0], [0, 10]),  # a class over its share gets nothing
         ],
     )
-    def test_shares(self, count, n, quota, expected):
-        assert class_quotas(np.array(count), n, quota).tolist() == expected
+    def test_shares(self, count, n, quota, trained, expected):
+        trained_C = None if trained is None else np.array(trained)
+        assert class_quotas(np.array(count), n, quota, trained_C).tolist() == expected
 
-    def test_all_rounds_together_are_shared_out(self):
-        # 30 texts in all, 10 of each class; the round makes up for what is missing.
-        assert class_quotas(np.array([50, 50, 50]), 15, 0.0, np.array([10, 5, 0])).tolist() == [0, 5, 10]
 
-    def test_a_class_over_its_share_gets_nothing(self):
-        assert class_quotas(np.array([50, 50]), 10, 0.0, np.array([30, 0])).tolist() == [0, 10]
+@given(st.lists(st.integers(0, 10**9), min_size=2, max_size=30), st.floats(0, 1))
+def test_tempered_shares_are_powers_of_the_counts(counts, exponent):
+    power_C = np.array([float(n) ** exponent if n else 0.0 for n in counts])
+    expected_C = power_C / max(power_C.sum(), 1.0)
+    assert tempered(np.array(counts), exponent) == pytest.approx(expected_C, rel=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("setting", "own", "holds"),
-    [(None, 0.25, 0.25), (None, None, None), ("off", 0.25, None), (0.0, 0.25, 0.0), (1.0, None, 1.0)],
+    ("setting", "own", "known", "expected"),
+    [
+        (None, 0.5, (), [0.75, 0.25]),
+        (1.0, 0.5, (), [0.9, 0.1]),
+        (0.0, None, (), [0.5, 0.5]),
+        (None, None, (), None),
+        ("off", 0.5, (), None),
+        (None, None, (0.2, 0.8), [0.2, 0.8]),  # what is known goes before
+        (0.5, None, (0.2, 0.8), [0.2, 0.8]),
+        ("off", None, (0.2, 0.8), None),
+    ],
 )
-def test_a_setting_goes_before_the_policy(setting, own, holds):
-    assert effective(setting, own) == holds
-
-
-class TestTempered:
-    @pytest.mark.parametrize(
-        ("exponent", "shares"),
-        [(1.0, [0.1, 0.36, 0.54, 0]), (0.0, [1 / 3, 1 / 3, 1 / 3, 0]), (0.5, [0.1915, 0.3634, 0.4451, 0])],
-    )
-    def test_between_as_it_is_and_all_alike(self, exponent, shares):
-        assert tempered(np.array([100, 360, 540, 0]), exponent) == pytest.approx(shares, abs=1e-4)
-
-    @given(st.lists(st.integers(0, 10**9), min_size=2, max_size=30), st.floats(0, 1))
-    def test_sums_to_one_and_keeps_the_order(self, counts, exponent):
-        count_C = np.array(counts)
-        share_C = tempered(count_C, exponent)
-        assert share_C.sum() == pytest.approx(1.0 if count_C.any() else 0.0)
-        assert ((share_C > 0) == (count_C > 0)).all()
-        assert (np.diff(share_C[np.argsort(count_C, kind="stable")]) >= -1e-12).all()
-
-
-class TestTargetPrior:
-    COUNTS = np.array([90, 10])
-
-    def test_by_the_counts(self):
-        assert target_prior(self.COUNTS, None, 0.5, ()) == pytest.approx([0.75, 0.25])
-        assert target_prior(self.COUNTS, 1.0, 0.5, ()) == pytest.approx([0.9, 0.1])
-        assert target_prior(self.COUNTS, None, None, ()) is None
-        assert target_prior(self.COUNTS, "off", 0.5, ()) is None
-
-    def test_what_is_known_goes_before(self):
-        for setting in (None, 0.5):
-            assert target_prior(self.COUNTS, setting, None, (0.2, 0.8)) == pytest.approx([0.2, 0.8])
-        assert target_prior(self.COUNTS, "off", None, (0.2, 0.8)) is None
+def test_target_prior(setting, own, known, expected):
+    prior_C = target_prior(np.array([90, 10]), setting, own, known)
+    assert prior_C is None if expected is None else prior_C == pytest.approx(expected)

@@ -49,12 +49,10 @@ def score(table: ScoreTable, selection: RoundSelection) -> np.ndarray:
 
 
 class TestToScore:
-    def test_everything_is_all_candidates(self):
-        assert np.array_equal(of_round(a_table(), 1, 1.0).to_score(), np.arange(int(0.9 * N)))
-
-    def test_unread_texts_are_among_it_where_acquisition_asks(self):
-        selection = of_round(a_table(), 1, 1.0, acquisition={"policy": "entropy"})
-        assert np.array_equal(selection.to_score(), np.arange(N))
+    @pytest.mark.parametrize(("policy", "n"), [("random", 0.9 * N), ("entropy", N)])
+    def test_everything_is_all_candidates_and_where_acquisition_asks_what_is_unread(self, policy, n):
+        selection = of_round(a_table(), 1, 1.0, acquisition={"policy": policy})
+        assert np.array_equal(selection.to_score(), np.arange(n))
 
     @pytest.mark.parametrize("policy", USING_STUDENT)
     def test_a_share_is_no_more_than_that(self, policy):
@@ -64,18 +62,14 @@ class TestToScore:
             assert 0 < row_M.size <= 0.09 * N
             assert np.array_equal(row_M, np.unique(row_M))
             assert (table.label[row_M] != NONE).all()
+            same = [of_round(table, k + 1, 0.1, policy).to_score() for _ in range(2)]
+            assert np.array_equal(*same), "whoever asks"
 
     def test_a_share_of_the_pool_is_one_of_what_is_unread_too(self):
         selection = of_round(a_table(), 1, 0.1, acquisition={"policy": "entropy"})
         row_M = selection.to_score()
         assert np.count_nonzero(row_M >= 0.9 * N) == 0.01 * N
         assert row_M.size == 0.1 * N
-
-    def test_the_same_whoever_asks(self):
-        table = a_table()
-        score(table, of_round(table, 1, 0.2))
-        first, second = (of_round(table, 2, 0.2).to_score() for _ in range(2))
-        assert np.array_equal(first, second)
 
     def test_what_was_not_looked_at_for_long_comes_back(self):
         """Nothing is trained on here, and the teacher's confidence does not count: only age and doubt do."""

@@ -7,15 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from candidate_sets import make_candidates
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llkd_ray.metrics.uncertainty import RowRandom
 from llkd_ray.selection import search
 from llkd_ray.selection.search import NEVER, Pool, PoolStats, TopK, best
 from llkd_ray.selection.table import UNIT
-
-SHARES = [None, np.array([2, 2]), np.array([0, 4]), np.array([4, 0])]
 
 
 def divided(n: int, borders: list[int]) -> list[slice]:
@@ -75,65 +73,31 @@ class TestPoolStats:
             Pool(PoolStats.of([candidates], with_ranks=False), RowRandom(0)).rank(candidates)
 
 
-class TestBest:
-    def test_largest_first_and_ties_by_place(self):
-        value = np.array([1.0, 3.0, 2.0, 3.0, 2.0])
-        label = np.zeros(5, dtype=int)
-        assert best(value, label, 4).tolist() == [1, 3, 2, 4]
-        assert best(value, label, 3).tolist() == [1, 3, 2]
-        assert best(value, label, 9).tolist() == [1, 3, 2, 4, 0]
-        assert best(value, label, 4, np.array([4])).tolist() == [1, 3, 2, 4]
+def plain_best(value: np.ndarray, label: np.ndarray, n: int, share_C: np.ndarray | None) -> list[int]:
+    order = [i for i in sorted(range(value.size), key=lambda i: (-value[i], i)) if value[i] > NEVER]
+    taken: list[int] = []
+    for c, share in enumerate([] if share_C is None else share_C):
+        taken += [i for i in order if label[i] == c][:share]
+    others = [i for i in order if i not in taken]
+    taken += others[: max(0, n - len(taken))]
+    return [i for i in order if i in taken]
 
-    @pytest.mark.parametrize("share", SHARES)
-    def test_never_means_never(self, share):
-        value = np.array([NEVER, 1.0, NEVER, 2.0])
-        assert best(value, np.array([0, 0, 1, 1]), 4, share).tolist() == [3, 1]
-        assert best(np.full(3, NEVER), np.zeros(3, dtype=int), 2, share).size == 0
 
-    @pytest.mark.parametrize("n", [0, -1])
-    def test_none(self, n):
-        assert best(np.ones(5), np.zeros(5, dtype=int), n).size == 0
-        assert best(np.ones(5), np.zeros(5, dtype=int), n, np.zeros(2, dtype=int)).size == 0
+TEXTS = st.lists(st.tuples(st.sampled_from([NEVER, 0.0, 1.0, 1.5, 2.0]), st.integers(0, 2)), max_size=60)
+SHARES = st.one_of(st.none(), st.lists(st.integers(0, 4), min_size=3, max_size=3))
 
-    @given(
-        st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), max_size=40),
-        st.integers(0, 45),
-    )
-    def test_without_quota_nothing_left_is_larger(self, texts, n):
-        value = np.array([float(v) for v, _ in texts])
-        chosen = best(value, np.array([c for _, c in texts], dtype=int), n)
-        assert chosen.size == min(n, value.size)
-        assert (np.diff(value[chosen]) <= 0).all()
-        left = np.delete(value, chosen)
-        assert not chosen.size or not left.size or left.max() <= value[chosen].min()
 
-    def test_each_class_fills_its_share_with_its_best(self):
-        rng = np.random.default_rng(0)
-        value, label = rng.uniform(size=100), np.repeat([0, 1], [90, 10])
-        value[label == 1] -= 10
-        chosen = best(value, label, 10, np.array([5, 5]))
-        assert np.bincount(label[chosen]).tolist() == [5, 5]
-        for c in (0, 1):
-            of_class = np.flatnonzero(label == c)
-            assert set(chosen[label[chosen] == c]) == set(of_class[np.argsort(-value[of_class])[:5]])
-
-    def test_a_share_that_cannot_be_filled_goes_to_any_class(self):
-        value, label = np.arange(20.0), np.repeat([0, 1], [18, 2])
-        chosen = best(value, label, 10, np.array([5, 5]))
-        assert np.bincount(label[chosen]).tolist() == [8, 2]
-        value[label == 1] = NEVER
-        assert best(value, label, 10, np.array([5, 5])).tolist() == list(range(17, 7, -1))
+@given(texts=TEXTS, n=st.integers(-1, 65), shares=SHARES)
+@example(texts=[(1.0, 0), (2.0, 0), (NEVER, 1)], n=3, shares=[1, 2, 0])  # a share that cannot be filled
+def test_best_fills_shares_first_and_takes_the_largest_and_of_ties_the_first(texts, n, shares):
+    value, label = np.array([v for v, _ in texts]), np.array([c for _, c in texts], dtype=int)
+    share_C = None if shares is None else np.array(shares)
+    n = n if shares is None else max(n, sum(shares))
+    assert best(value, label, n, share_C).tolist() == plain_best(value, label, n, share_C)
 
 
 class TestTopK:
-    @given(
-        texts=st.lists(
-            st.tuples(st.sampled_from([NEVER, 0.0, 1.0, 1.5, 2.0]), st.integers(0, 2)), max_size=60
-        ),
-        n=st.integers(0, 8),
-        share=st.one_of(st.none(), st.lists(st.integers(0, 2), min_size=3, max_size=3)),
-        borders=st.lists(st.integers(0, 60), max_size=5),
-    )
+    @given(texts=TEXTS, n=st.integers(0, 8), share=SHARES, borders=st.lists(st.integers(0, 60), max_size=5))
     def test_takes_from_chunks_what_a_choice_over_all_takes(self, texts, n, share, borders):
         value, label = np.array([v for v, _ in texts]), np.array([c for _, c in texts], dtype=int)
         share_C = None if share is None else np.array(share)
@@ -160,12 +124,7 @@ class TestTopK:
         top = TopK(0, share_C)
         for part in divided(4_000, list(range(0, 4_000, 100))):
             top.add(np.arange(4_000)[part], value[part], label[part])
-        expected = [
-            of_class[np.argsort(-value[of_class], kind="stable")[:share]]
-            for c, share in enumerate(share_C)
-            for of_class in [np.flatnonzero(label == c)]
-        ]
-        np.testing.assert_array_equal(np.sort(top.best().row_M), np.sort(np.concatenate(expected)))
+        np.testing.assert_array_equal(top.best().row_M, plain_best(value, label, 0, share_C))
 
 
 class TestClassThresholds:
@@ -192,8 +151,6 @@ class TestConfidenceGrade:
         assert (np.diff(grade) >= 0).all()
         assert grade.min() >= 0
         assert grade.max() < search.RANK_KEYS
-
-    def test_the_ends(self):
         ends = search.confidence_grade(np.array([0.0, 1.0, 1.0 + 1e-7]))
         assert ends.tolist() == [0, search.RANK_KEYS - 1, search.RANK_KEYS - 1]
 

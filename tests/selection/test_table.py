@@ -13,7 +13,6 @@ from llkd_ray.selection import table as table_module
 from llkd_ray.selection.table import (
     COLUMNS,
     UNIT,
-    Chunked,
     ScoreTable,
     Unread,
     class_sums,
@@ -66,26 +65,20 @@ def test_unread_are_pool_rows_without_a_ticket(table):
     assert unread.take(np.array([1])).row_N.tolist() == [9]
 
 
-def test_a_label_stays_when_it_comes_twice(table):
-    assert label(table, [0, 1], [2, 1]) == 2
-    assert label(table, [1, 2], [0, 0]) == 1
+def test_what_is_asked_of_a_table_after_some_updates(table):
+    assert label(table, [0, 1, 4, 7, 10], [2, 1, 2, 0, 0]) == 5
+    assert label(table, [1, 2], [0, 0]) == 1, "the first label stays"
     assert table.label[:3].tolist() == [2, 1, 0]
-
-
-def test_candidates_are_labelled_untrained_and_not_held_out(table):
-    label(table, [0, 1, 4, 7, 10], [0, 1, 2, 0, 0])
-    table.mark_trained(0, np.array([1]))
-    assert table.candidates(tickets_below=2).row_N.tolist() == [0, 4]
-    assert table.candidates(tickets_below=1).row_N.tolist() == [0]
-
-
-def test_counts(table):
-    label(table, [0, 7, 10], [0, 1, 2])
-    table.mark_trained(0, np.array([0]))
-    table.mark_trained(1, np.array([0]))
-    assert table.count_labelled() == 2, "test rows are not counted as pool labels"
-    assert table.count_trained() == 1
-    assert table.trained[0] == 0, "the first round stays"
+    for round_number in (0, 1):
+        table.mark_trained(round_number, np.array([1, 7]))  # row 7 is held out
+    assert table.trained[1] == 0, "the first round stays"
+    assert (table.count_labelled(), table.count_trained()) == (5, 1), "a test row is none of the pool"
+    assert table.held_out().tolist() == [7]
+    assert table.untrained().tolist() == [0, 2, 3, 4, 5, 6, 8, 9]
+    assert table.candidates(tickets_below=2).row_N.tolist() == [0, 2, 4]
+    assert table.candidates(tickets_below=1).row_N.tolist() == [0, 2]
+    assert table.labelled_of_class(1).tolist() == [1, 1, 1]
+    assert table.labelled_of_class(2).tolist() == [2, 1, 2]
 
 
 def test_refresh_notes_entropy_margin_and_support_of_the_teachers_label(table):
@@ -97,13 +90,6 @@ def test_refresh_notes_entropy_margin_and_support_of_the_teachers_label(table):
     # Row 2 has no label that the student could support.
     np.testing.assert_allclose(table.support[:3], [0.7, 0.1, np.nan], atol=1e-3)
     assert np.isnan(uncertainty(table, *range(3, 12))).all(), "other rows are left alone"
-
-
-def test_support_is_noted_once_the_label_is_there_and_the_student_is_heard_again(table):
-    for round_number in (1, 1):
-        refresh(table, round_number, np.array([0]), p_of(0.8))
-        label(table, [0], [1])
-    assert table.support[0] == pytest.approx(0.1, abs=1e-3)
 
 
 def test_support_of_a_label_that_has_changed_is_unknown(table):
@@ -124,24 +110,6 @@ def test_refresh_of_an_older_round_changes_nothing(table):
     assert table.refreshed[:3].tolist() == [3, 3, 2]
 
 
-def test_scores_come_back_as_they_were(table):
-    label(table, [0, 1], [0, 1])
-    refresh(table, 1, np.array([0, 1, 8]), p_of(0.3, 0.4, 0.5))
-    refresh(table, 2, np.array([8]), p_of(0.9))
-    rows, scores = table.scores(1)
-    assert rows.tolist() == [0, 1]
-    other = ScoreTable(n_classes=3, n_pool=10, n_test=2)
-    for round_number in (1, 2):
-        rows_of_round, of_round = table.scores(round_number)
-        other.label[rows_of_round] = table.label[rows_of_round]
-        other.refresh(round_number, rows_of_round, of_round)
-    for column in ("uncertainty", "margin", "support", "refreshed"):
-        one, restored = getattr(table, column), getattr(other, column)
-        assert one.dtype == restored.dtype
-        np.testing.assert_array_equal(one, restored, err_msg=column)
-    assert scores.label_M.tolist() == [0, 1]
-
-
 def test_candidates_carry_every_column(table):
     label(table, [0, 1], [2, 1])
     refresh(table, 1, np.array([1]), np.array([[0.1, 0.6, 0.3]]))
@@ -158,26 +126,6 @@ def test_candidates_carry_every_column(table):
     np.testing.assert_array_equal(turned.by_row().support_N, candidates.support_N)
 
 
-def test_labelled_of_class_counts_the_pool_below_a_ticket(table):
-    table.lease(0, np.array([0, 1, 2]))
-    table.lease(3, np.array([3]))
-    table.put_labels(np.array([0, 1, 3]), np.array([2, 2, 0]), np.ones(3), np.zeros(3))
-    assert table.labelled_of_class(1).tolist() == [0, 0, 2]
-    assert table.labelled_of_class(4).tolist() == [1, 0, 2]
-
-
-def test_untrained_leaves_out_test_holdout_and_trained(table):
-    table.mark_trained(0, np.array([2, 3]))
-    assert table.untrained().tolist() == [0, 1, 4, 5, 6, 8, 9]
-
-
-def test_held_out_rows(table):
-    assert table.held_out().tolist() == [7]
-    table.mark_trained(0, np.array([6, 7]))
-    assert table.count_trained() == 1, "a held-out row is never trained on"
-    assert table.held_out().tolist() == [7]
-
-
 def test_the_last_round_label_and_ticket_there_can_be():
     table = ScoreTable(n_classes=32_767, n_pool=2)
     table.lease(2**31 - 1, np.array([0]))
@@ -190,31 +138,20 @@ def test_the_last_round_label_and_ticket_there_can_be():
     assert table.trained_of_class()[32_766] == 1
 
 
-class TestContradicted:
-    """Rows 0 to 3: what the first teacher calls 0, and the student does not."""
-
-    @pytest.fixture
-    def doubted(self, table) -> ScoreTable:
-        label(table, [0, 1, 2, 3], [0, 0, 0, 0])
-        student = np.array([[0.1, 0.9, 0.0], [0.05, 0.95, 0.0], [0.9, 0.1, 0.0], [0.2, 0.8, 0.0]])
-        refresh(table, 1, np.arange(4), student)
-        return table
-
-    def test_the_largest_leads_by_row(self, doubted):
-        assert doubted.contradicted(0.5, limit=9).tolist() == [0, 1, 3]
-        assert doubted.contradicted(0.5, limit=2).tolist() == [0, 1]
-        assert doubted.contradicted(0.85, limit=9).tolist() == [1]
-
-    def test_a_better_teachers_label_is_left_alone(self, doubted):
-        rows = np.array([0])
-        assert doubted.relabel(rows, np.array([0]), np.array([0.9]), np.array([1])) == 0
-        refresh(doubted, 2, rows, np.array([[0.1, 0.9, 0.0]]))
-        assert doubted.contradicted(0.5, limit=9).tolist() == [1, 3]
-        assert doubted.candidates(9).confidence_N[0] == pytest.approx(0.9), "it has no sign there"
-
-    def test_what_is_trained_on_is_left_alone(self, doubted):
-        doubted.mark_trained(0, np.array([1]))
-        assert doubted.contradicted(0.5, limit=9).tolist() == [0, 3]
+def test_contradicted_are_the_largest_leads_of_labels_of_the_first_teacher(table):
+    """Rows 0 to 3 are what it calls 0, and the student does not."""
+    label(table, [0, 1, 2, 3], [0, 0, 0, 0])
+    student = np.array([[0.1, 0.9, 0.0], [0.05, 0.95, 0.0], [0.9, 0.1, 0.0], [0.2, 0.8, 0.0]])
+    refresh(table, 1, np.arange(4), student)
+    for lead, limit, rows in ((0.5, 9, [0, 1, 3]), (0.5, 2, [0, 1]), (0.85, 9, [1])):
+        assert table.contradicted(lead, limit).tolist() == rows
+    better = np.array([0])
+    assert table.relabel(better, np.array([0]), np.array([0.9]), np.array([1])) == 0
+    refresh(table, 2, better, student[better])
+    assert table.contradicted(0.5, limit=9).tolist() == [1, 3]
+    assert table.candidates(9).confidence_N[0] == pytest.approx(0.9), "it has no sign there"
+    table.mark_trained(0, np.array([1]))
+    assert table.contradicted(0.5, limit=9).tolist() == [3]
 
 
 def fill(table: ScoreTable, seed: int) -> None:
@@ -264,14 +201,9 @@ def test_chunks_do_not_matter(n_pool, monkeypatch):
                 np.testing.assert_array_equal(joined, getattr(whole, name))
     one, other = (
         [
-            table.untrained(),
-            table.held_out(),
-            table.contradicted(0.5, 9),
-            table.scores(1)[0],
-            *vars(table.scores(1)[1]).values(),
-            table.labelled_of_class(2),
-            table.candidates(2).row_N,
-            table.unread().row_N,
+            *(table.untrained(), table.held_out(), table.contradicted(0.5, 9), table.labelled_of_class(2)),
+            *(table.scores(1)[0], *vars(table.scores(1)[1]).values()),
+            *(table.candidates(2).row_N, table.unread().row_N),
         ]
         for table in tables.values()
     )
@@ -280,27 +212,25 @@ def test_chunks_do_not_matter(n_pool, monkeypatch):
 
 
 def test_nothing_but_the_answer_is_as_long_as_the_table():
-    n = 2_000_000
+    n, few = 2_000_000, 8 * 2**20
     table = ScoreTable(4, n)
     table.lease(0, np.arange(0, n, 2))
     table.put_labels(np.arange(0, n, 4), np.arange(n // 4) % 4, np.full(n // 4, 0.5), np.zeros(n // 4))
-
-    def peak_of(ask) -> int:
+    for ask, limit in (
+        (lambda: len(table.candidate_chunks(1)), few),
+        (lambda: len(table.unread_chunks()), few),
+        (lambda: table.labelled_of_class(1), few),
+        (table.held_out, few),
+        (lambda: table.contradicted(0.5, 10), few),
+        (table.untrained, 8 * n + few),
+        (lambda: table.scores(0), few),
+    ):
         tracemalloc.start()
         try:
             ask()
-            return tracemalloc.get_traced_memory()[1]
+            assert tracemalloc.get_traced_memory()[1] < limit
         finally:
             tracemalloc.stop()
-
-    few = 8 * 2**20
-    assert peak_of(lambda: len(table.candidate_chunks(1))) < few
-    assert peak_of(lambda: len(table.unread_chunks())) < few
-    assert peak_of(lambda: table.labelled_of_class(1)) < few
-    assert peak_of(table.held_out) < few
-    assert peak_of(lambda: table.contradicted(0.5, 10)) < few
-    assert peak_of(table.untrained) < 8 * n + few
-    assert peak_of(lambda: table.scores(0)) < few
 
 
 def copy_of(table: ScoreTable) -> dict[str, np.ndarray]:
@@ -332,14 +262,6 @@ class TestSnapshot:
         assert other.count_trained() == filled.count_trained()
         assert other.trained_of_class().tolist() == filled.trained_of_class().tolist()
 
-    def test_is_of_its_moment(self, filled):
-        columns = copy_of(filled)
-        before = {name: column.copy() for name, column in columns.items()}
-        fill(filled, 2)
-        assert any((getattr(filled, name) != before[name]).any() for name in ("label", "refreshed"))
-        for name in COLUMNS:
-            np.testing.assert_array_equal(columns[name], before[name])
-
     def test_what_is_noted_between_its_steps_can_be_noted_again_on_top(self, monkeypatch):
         monkeypatch.setattr(table_module, "_ROWS_A_STEP", 10)
         table, restored = ScoreTable(3, 45), ScoreTable(3, 45)
@@ -365,26 +287,19 @@ class TestSnapshot:
         assert restored.trained_of_class().tolist() == table.trained_of_class().tolist()
 
     @pytest.mark.parametrize(
-        ("change", "message"),
+        ("name", "column", "message"),
         [
+            ("ticket", None, "snapshot column ticket is missing"),
             (
-                lambda columns: columns.pop("ticket"),
-                "snapshot column ticket is missing, the table",
+                "label",
+                np.zeros(3, dtype=np.int16),
+                r"int16\[3\], the table's is int16\[55\]: leave",
             ),
-            (
-                lambda columns: columns.update(label=np.zeros(3, dtype=np.int16)),
-                r"snapshot column label is int16\[3\], the table's is int16\[55\]: leave the snapshot out",
-            ),
-            (
-                lambda columns: columns.update(trained=np.zeros(55, dtype=np.int64)),
-                r"snapshot column trained is int64\[55\]",
-            ),
+            ("trained", np.zeros(55, dtype=np.int64), r"snapshot column trained is int64\[55\]"),
         ],
     )
-    def test_of_another_table_is_refused_and_changes_nothing(self, filled, change, message):
-        columns = copy_of(filled)
-        before = filled.label.copy()
-        change(columns)
+    def test_of_another_table_is_refused_and_changes_nothing(self, filled, name, column, message):
+        columns, before = copy_of(filled) | {name: column}, filled.label.copy()
         with pytest.raises(ValueError, match=message):
             filled.restore(columns)
         np.testing.assert_array_equal(filled.label, before)
@@ -399,12 +314,6 @@ def test_slices_cover_every_row_once_and_in_order(n, chunk):
     assert all(0 < part.stop - part.start <= chunk for part in parts) or parts == [slice(0, 0)]
 
 
-def test_what_is_chunked_can_be_gone_through_again():
-    chunked = Chunked(lambda: iter([[1, 2], [], [3]]))
-    assert list(chunked) == list(chunked) == [[1, 2], [], [3]]
-    assert len(chunked) == 3
-
-
 @given(st.lists(st.floats(0, 1), min_size=1))
 def test_a_share_comes_back_to_half_a_step(shares):
     back = from_16_bits(to_16_bits(np.array(shares)))
@@ -413,12 +322,9 @@ def test_a_share_comes_back_to_half_a_step(shares):
     np.testing.assert_allclose(back, shares, atol=1 / 131_068 + 2**-24, rtol=0)
 
 
-def test_every_code_comes_back():
+def test_every_code_comes_back_and_the_ends_and_unknown_are_exact():
     codes = np.arange(65_536, dtype=np.uint16)
     np.testing.assert_array_equal(to_16_bits(from_16_bits(codes)), codes)
-
-
-def test_unknown_stays_unknown_and_the_ends_are_exact():
     with np.errstate(all="raise"):
         back = from_16_bits(to_16_bits(np.array([np.nan, 0.0, 1.0])))
     np.testing.assert_array_equal(back, [np.nan, 0.0, 1.0])

@@ -126,17 +126,13 @@ def test_a_tokenizer(tiny_llm):
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
-def test_a_tokenizer_that_is_not_there(tmp_path):
+@pytest.mark.parametrize("kind", [None, "llama", "qwen2"])
+def test_a_tokenizer_that_is_not_there(tmp_path, kind):
+    if kind:  # for some types, transformers makes an empty tokenizer, without a word
+        AutoConfig.for_model(kind).save_pretrained(tmp_path / "model")
     field = "teacher.cascade.small.server.tokenizer"
     with pytest.raises(ConfigError) as caught:
-        load_tokenizer(str(tmp_path / "nowhere"), None, field)
-    assert str(caught.value).startswith(f"{field}: no tokenizer can be loaded from '{tmp_path}/nowhere'")
+        load_tokenizer(str(tmp_path / "model"), None, field)
+    assert str(caught.value).startswith(f"{field}: ")
+    assert f"{tmp_path}/model" in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_a_checkpoint_without_tokenizer_files(tmp_path, kind):
-    # For some types, transformers makes an empty tokenizer, without a word.
-    AutoConfig.for_model(kind).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"^teacher\.model: "):
-        load_tokenizer(str(tmp_path), None, "teacher.model")

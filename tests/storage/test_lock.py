@@ -158,7 +158,7 @@ class TestAtWork:
     def test_of_two_that_begin_at_once_one_goes_on(self, store, monkeypatch):
         monkeypatch.setattr(module, "SETTLE_S", 10.0)
         outcomes: list[str] = []
-        start = threading.Barrier(2)
+        start, refused = threading.Barrier(2), threading.Event()
 
         def begin() -> None:
             session = Session(store)
@@ -166,10 +166,11 @@ class TestAtWork:
             try:
                 session.begin()
                 outcomes.append("goes on")
-                time.sleep(0.5)
+                refused.wait(30)  # where both go on, to no avail
                 session.end()
             except ConfigError:
                 outcomes.append("refused")
+                refused.set()
 
         threads = [threading.Thread(target=begin) for _ in range(2)]
         for thread in threads:

@@ -50,11 +50,17 @@ class DyingStream:
 
 
 class DyingFileSystem:
-    def __init__(self, fs):
-        self.fs = fs
+    """Breaks as it writes or as it moves what is written."""
+
+    def __init__(self, fs, step):
+        self.fs, self.step = fs, step
 
     def open_output_stream(self, path, **options):
-        return DyingStream(self.fs.open_output_stream(path, **options))
+        stream = self.fs.open_output_stream(path, **options)
+        return DyingStream(stream) if self.step == "write" else stream
+
+    def move(self, source, target):
+        raise OSError("cannot move")
 
     def __getattr__(self, name):
         return getattr(self.fs, name)
@@ -75,27 +81,15 @@ class TestWriting:
         assert store.read_json("x.json") == {"name": "é", "list": [1, None]}
 
     @pytest.mark.parametrize("there_before", [False, True])
-    def test_failure_in_the_middle_leaves_what_was(self, store, tmp_path, there_before):
+    @pytest.mark.parametrize(("step", "error"), [("write", "disk full"), ("move", "cannot move")])
+    def test_failure_in_the_middle_leaves_what_was(self, store, tmp_path, step, error, there_before):
         if there_before:
             store.write_bytes("labels/t.bin", b"the old content")
-        store.fs = DyingFileSystem(store.fs)
-        with pytest.raises(OSError, match="disk full"):
+        store.fs = DyingFileSystem(store.fs, step)
+        with pytest.raises(OSError, match=error):
             store.write_bytes("labels/t.bin", b"the new content")
         left = {path.name: path.read_bytes() for path in (tmp_path / "run" / "labels").iterdir()}
         assert left == ({"t.bin": b"the old content"} if there_before else {})
-
-    def test_failing_move_leaves_no_half_file(self, store, tmp_path, monkeypatch):
-        class NoMove(DyingFileSystem):
-            def open_output_stream(self, path, **options):
-                return self.fs.open_output_stream(path, **options)
-
-            def move(self, source, target):
-                raise OSError("no")
-
-        store.fs = NoMove(store.fs)
-        with pytest.raises(OSError, match="no"):
-            store.write_bytes("labels/t.bin", b"content")
-        assert list((tmp_path / "run" / "labels").iterdir()) == []
 
     def test_what_a_killed_writer_left_is_no_file_of_the_run(self, store, tmp_path):
         store.write_bytes("sent/ticket-00000001.abc", b"16")
@@ -119,10 +113,7 @@ class TestFolders:
         assert store.names("labels") == ["a.parquet", "b.parquet", "c.json"]
         assert store.names("labels", ".parquet") == ["a.parquet", "b.parquet"]
         assert store.folders("labels") == ["inner"]
-
-    def test_no_folder_is_an_empty_one(self, store):
-        assert store.names("nothing") == []
-        assert store.folders("nothing") == []
+        assert store.names("nothing") == store.folders("nothing") == []
 
     def test_delete_and_exists(self, store):
         store.write_bytes("x", b"")
@@ -145,10 +136,8 @@ class TestFolders:
 
 
 class TestMetrics:
-    def test_none_yet(self, store):
-        assert store.read_metrics() == []
-
     def test_lines_are_in_order_and_a_round_is_there_once(self, store):
+        assert store.read_metrics() == []
         for k in (1, 0, 2):
             store.append_metrics({"round": k, "accuracy": k / 10})
         store.append_metrics({"round": 1, "accuracy": None, "note": "again\u2028\n"})
@@ -172,14 +161,11 @@ class TestMetrics:
         assert len(parsed) == 1
 
 
-class TestNames:
-    @given(st.integers(0, 10**9))
-    def test_ticket_of_is_ticket_file_backwards(self, ticket):
-        assert ticket_of(ticket_file(LABELS_DIR, ticket).rpartition("/")[2]) == ticket
-
-    def test_files_of_a_round(self):
-        assert round_file(3, "batch.parquet") == "rounds/0003/batch.parquet"
-        assert predictions_file(3, 1, 4) == "rounds/0003/predictions-0001-of-0004.parquet"
+@given(st.integers(0, 10**9))
+def test_files_of_tickets_and_rounds(ticket):
+    assert ticket_of(ticket_file(LABELS_DIR, ticket).rpartition("/")[2]) == ticket
+    assert round_file(3, "batch.parquet") == "rounds/0003/batch.parquet"
+    assert predictions_file(3, 1, 4) == "rounds/0003/predictions-0001-of-0004.parquet"
 
 
 # --- addresses

@@ -17,6 +17,7 @@ from toys import toy_probs, toy_texts
 
 from llkd_ray.config.schema import StudentConfig
 from llkd_ray.metrics.uncertainty import confidence, entropy, normalise
+from llkd_ray.selection.search import class_thresholds
 from llkd_ray.student.inference import predict
 from llkd_ray.student.model import lengths
 from llkd_ray.student.train import (
@@ -27,7 +28,7 @@ from llkd_ray.student.train import (
     StepThresholds,
     count_steps,
     plan_steps,
-    soft,
+    prior_shift,
     train_round,
     uncertainty,
 )
@@ -67,12 +68,6 @@ class TestLosses:
         assert torch.isfinite(gradient(loss_B, logits_BC)).all()
         assert loss_B[0] > 1.0
         assert loss_B[1] < 1e-6, "nothing to learn where the student agrees with a certain teacher"
-
-    def test_soft_is_least_at_the_teachers_distribution(self):
-        _, label_B, p_BC = some(0)
-        logits_BC = (p_BC.log() + 3.0).requires_grad_()
-        loss_B = soft(logits_BC, label_B, p_BC)
-        assert loss_B.detach().numpy() == pytest.approx(np.zeros(12), abs=1e-9)
 
 
 class TestPlanSteps:
@@ -281,6 +276,47 @@ class TestTrainRound:
         train_round(student, batch, config)
         assert predict(student, ["the sea"], config)[0] == pytest.approx(expected_C, abs=0.05)
         assert (batch.logit_shift() == 0).all() == (prior_C is None)
+
+
+class TestPriorShift:
+    def test_is_the_log_of_what_is_shown_over_what_is_wanted(self):
+        label_N, weight_N = np.array([0, 0, 0, 1]), np.array([1.0, 0.5, 0.5, 2.0])
+        shift_C = prior_shift(label_N, weight_N, np.array([0.8, 0.2]))
+        assert shift_C == pytest.approx(np.log([0.5 / 0.8, 0.5 / 0.2])), "shares are by weight"
+
+    @pytest.mark.parametrize(
+        ("label", "prior"), [([0, 0], [0.5, 0.5]), ([0, 1], [1.0, 0.0]), ([], [0.5, 0.5])]
+    )
+    def test_a_class_that_is_not_there_is_not_shifted(self, label, prior):
+        shift_C = prior_shift(np.array(label, dtype=np.int64), np.ones(len(label)), np.array(prior))
+        assert np.isfinite(shift_C).all()
+        assert shift_C[1] == 0
+
+
+def sums(signal: list[float], label: list[int], n_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a step tells the moving threshold: sum and count of each class."""
+    return np.bincount(label, weights=signal, minlength=n_classes), np.bincount(label, minlength=n_classes)
+
+
+class TestMovingThreshold:
+    def test_moves_from_one_over_the_classes_in_freematchs_form(self):
+        start = MovingThreshold.start(3)
+        assert start.momentum == 0.999
+        np.testing.assert_allclose(start.of_class(), np.full(3, 1 / 3))
+        assert start.after(np.zeros(3), np.zeros(3, dtype=int)) is start, "a step without texts"
+        after = MovingThreshold.start(3, momentum=0.9).after(*sums([0.8, 0.6, 1.0], [0, 0, 1], 3))
+        overall = 0.9 / 3 + 0.1 * 0.8
+        of_class = np.array([0.9 / 3 + 0.1 * 0.7, 0.9 / 3 + 0.1 * 1.0, 1 / 3])  # the last has no text
+        assert after.overall == pytest.approx(overall)
+        np.testing.assert_allclose(after.class_C, of_class)
+        np.testing.assert_allclose(after.of_class(), overall * of_class / of_class.max())
+        np.testing.assert_array_equal(MovingThreshold(0.0, np.zeros(3)).of_class(), np.zeros(3))
+
+    def test_comes_to_the_means_of_a_signal_that_stays(self):
+        step, threshold = sums([0.9, 0.9, 0.3, 0.3], [0, 0, 1, 1], 2), MovingThreshold.start(2, momentum=0.9)
+        for _ in range(300):
+            threshold = threshold.after(*step)
+        np.testing.assert_allclose(threshold.of_class(), class_thresholds(*step), rtol=1e-6)
 
 
 def step_of(seed: int, n: int = 40, n_classes: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
