@@ -124,7 +124,7 @@ def test_what_the_hub_refuses_is_one_line(hub, checkpoint, capfd, monkeypatch, t
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["{tmp}/nothing"], "does not exist"), (["{tmp}/classifier", "--private"], "is of --push-to-hub")],
+    [(["{tmp}/nothing"], "does not exist"), (["{tmp}/classifier", "--private"], "needs --push-to-hub")],
 )
 def test_mistakes_are_one_line(checkpoint, tmp_path, capfd, arguments, says):
     assert main(["export", *(word.format(tmp=tmp_path) for word in arguments)]) == 2

@@ -28,16 +28,19 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="A=B", help="override one setting: sizes=[0.04,0.1]"
     )
-    several = {"nargs": "+", "action": "extend", "default": []}
     parser.add_argument(
         "--only",
-        **several,
+        nargs="+",
+        action="extend",
+        default=[],
         metavar="NAME",
         help="train only for these teachers, lines and seeds; the report shows whatever is finished",
     )
     parser.add_argument(
         "--add",
-        **several,
+        nargs="+",
+        action="extend",
+        default=[],
         metavar="CSV",
         help="results.csv of the same comparison from elsewhere: the report includes it where there is no "
         "trial of its own",

@@ -94,7 +94,9 @@ def run(options: argparse.Namespace, command: Callable[[argparse.Namespace, Disp
             traceback.print_exc()
             say(f"error: unexpected {type(error).__name__}{_how_to_go_on(display)}")
             return FAILED
-        reason = f"{error.strerror}: {error.filename}" if _is_of_a_file(error) else str(error)
+        reason = str(error)
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            reason = f"{error.strerror}: {error.filename}"
         say(f"error: {reason}{_how_to_go_on(display)}")
         return status
 
@@ -109,10 +111,6 @@ def _status_of(error: Exception) -> int | None:
     if isinstance(error, TeacherDown):
         return TEACHER_FAILED
     return FAILED if isinstance(error, OSError) else None
-
-
-def _is_of_a_file(error: Exception) -> bool:
-    return isinstance(error, OSError) and bool(error.strerror and error.filename)
 
 
 def _how_to_go_on(display: Display) -> str:

@@ -101,7 +101,8 @@ def absolute(uri: str, folder: Path = HERE) -> str:
 
 def absolute_folder(model: str, folder: Path = HERE) -> str:
     """The absolute path of a checkpoint folder; a hub name is returned unchanged."""
-    return absolute(model, folder) if (folder / Path(model).expanduser()).is_dir() else model
+    is_path = model.startswith((".", "/", "~")) or (folder / model).is_dir()
+    return absolute(model, folder) if is_path else model
 
 
 def local_dir(folder: str) -> str:

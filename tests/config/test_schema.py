@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from toys import config_tree, make_config
 
-from llkd_ray.config.base import ConfigError
+from llkd_ray.config.base import ConfigError, with_absolute_paths
 from llkd_ray.config.loading import apply_overrides, dump_config, load_config, parse_config
 
 VLLM = {"kind": "vllm", "model": "m"}
@@ -154,6 +154,7 @@ class TestFiles:
             budget={"train": train},
             teacher={"engine": {"block_size": 16, "nested": {"list": [1, None, "x"]}}},
         )
+        config = with_absolute_paths(config)
         path = tmp_path_factory.mktemp("dump") / "c.yaml"
         path.write_text(dump_config(config), encoding="utf-8")
         again = load_config(path)
@@ -170,7 +171,7 @@ class TestFiles:
         config = load_config(path, [f"selection.{setting}={written}"])
         assert getattr(config.selection, setting) == read
         path.write_text(dump_config(config))
-        assert load_config(path) == config
+        assert load_config(path) == with_absolute_paths(config)
         for value in (True, 1.5, -0.1, "sometimes"):
             assert refusal(config_tree(selection={setting: value})).startswith(f"selection.{setting}: ")
 

@@ -14,7 +14,7 @@ import zstandard
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.loading import parse_config
 from llkd_ray.config.schema import Config
-from llkd_ray.corpus import sources
+from llkd_ray.corpus import cleaning, sources
 from llkd_ray.corpus.ingest import ingest
 from llkd_ray.storage import tables as tables_module
 from llkd_ray.storage.run_dir import EXAMPLES_INDEX, RunStore
@@ -72,7 +72,21 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path: Path) -> None:
     assert all(table.equals(tables[0]) for table in tables)
 
 
-def test_each_refusal_is_counted_and_kept_for_reading(tmp_path: Path, store: RunStore) -> None:
+def test_labels_that_match_nothing_are_an_error_with_their_values(tmp_path: Path, store: RunStore) -> None:
+    """A few are accidents, which go to quarantine; more of them are a mistake of the file or the config."""
+    rows = [{"text": f"text {n}", "y": "no" if n % 2 else "perhaps"} for n in range(10)]
+    config = config_of({"uri": jsonl(tmp_path / "pool.jsonl", rows), "gold": "y"})
+    with pytest.raises(
+        ConfigError, match=r"corpus\.gold: 5 of 10 values .* no label: 'perhaps' \(5\); labels\.names"
+    ):
+        ingest(config, store)
+    assert not store.exists(EXAMPLES_INDEX)
+
+
+def test_each_refusal_is_counted_and_kept_for_reading(
+    tmp_path: Path, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cleaning, "MAX_UNKNOWN_GOLD", 0.1)
     pool = tmp_path / "pool.jsonl"
     lines: list[bytes] = [
         b'{"text": " kept\\u0000 ", "y": "yes", "id": "a"}',

@@ -74,7 +74,11 @@ def test_a_source_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "state", "words"),
     [
-        (["sea", "mountain"], "warning", "50 unknown_gold"),
+        (
+            ["sea", "mountain"],
+            "problem",
+            "50 of 100 values of column 'label' match no label",
+        ),
         (["mountain", "mountain"], "problem", ""),
         ([None, None], "warning", "gold is known of 0 of 100"),
     ],
@@ -136,7 +140,7 @@ def begin(tmp_path: Path, name: str = "run", finished: bool = False) -> RunStore
 def test_a_runs_name_is_free_unfinished_or_taken(tmp_path):
     told(of_run(tmp_path), "ok")
     begin(tmp_path)
-    told(of_run(tmp_path), "problem", "is not finished", f"--resume {tmp_path / 'run'}")
+    told(of_run(tmp_path), "problem", "is not finished", f"llkd resume {tmp_path / 'run'}")
     begin(tmp_path, finished=True)
     told(of_run(tmp_path), "problem", "; to do: choose another run.name")
 
@@ -157,7 +161,7 @@ def test_unfinished_runs_are_named(tmp_path):
     (tmp_path / "teacher-cache").mkdir()
     assert of_run(tmp_path, None).found == "run.dir holds 1 run(s)"
     begin(tmp_path, "b")
-    told(of_run(tmp_path, None), "ok", "not finished: b", f"--resume {tmp_path / 'b'}")
+    told(of_run(tmp_path, None), "ok", "not finished: b", f"llkd resume {tmp_path / 'b'}")
 
 
 # --- checkpoints

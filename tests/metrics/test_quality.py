@@ -4,16 +4,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score, log_loss, roc_auc_score
 
 from llkd_ray.metrics.calibration import Calibrator
 from llkd_ray.metrics.quality import (
+    accuracy_interval,
     agreement,
-    bootstrap_interval,
     classification,
     ece_interval,
     expected_calibration_error,
     has_plateaued,
+    macro_f1_interval,
     quality_of,
     teacher_quality,
 )
@@ -43,50 +45,43 @@ def test_calibration_bins_are_closed_on_the_right():
     assert expected_calibration_error(np.array([0.0]), np.array([False])) == 0
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
-def test_interval_agrees_with_the_bootstrap_by_texts(metric):
+def skewed(n):
     rng = np.random.default_rng(1)
-    gold_N = rng.choice(4, size=300, p=[0.5, 0.3, 0.15, 0.05])
-    predicted_N = np.where(rng.random(300) < 0.7, gold_N, rng.integers(0, 4, 300))
-    values = []
-    for _ in range(1000):
+    gold_N = rng.choice(4, n, p=[0.6, 0.25, 0.1, 0.05])
+    return gold_N, np.where(rng.random(n) < 0.7, gold_N, rng.integers(0, 4, n))
+
+
+def test_the_interval_of_macro_f1_is_that_of_texts_drawn_with_replacement():
+    gold_N, predicted_N = skewed(300)
+    rng, values = np.random.default_rng(1), []
+    for _ in range(1500):
         drawn = rng.integers(0, 300, 300)
-        score = (
-            accuracy_score(gold_N[drawn], predicted_N[drawn])
-            if metric == "accuracy"
-            else f1_score(gold_N[drawn], predicted_N[drawn], average="macro", zero_division=0)
-        )
-        values.append(score)
-    low, high = bootstrap_interval(gold_N, predicted_N, metric, np.random.default_rng(2), resamples=4000)
-    assert (low, high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])), abs=0.012)
+        values.append(f1_score(gold_N[drawn], predicted_N[drawn], average="macro", zero_division=0))
+    found = macro_f1_interval(gold_N, predicted_N, np.random.default_rng(2), resamples=4000)
+    assert found == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])), abs=0.012)
+    assert macro_f1_interval(gold_N, predicted_N, np.random.default_rng(2), resamples=4000) == found
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
-def test_interval_holds_the_estimate_narrows_with_texts_and_is_reproducible(metric):
-    rng = np.random.default_rng(3)
-    gold_N = rng.integers(0, 77, 20_000)
-    predicted_N = np.where(rng.random(20_000) < 0.8, gold_N, rng.integers(0, 77, 20_000))
+def test_the_interval_of_an_accuracy_is_exact():
+    gold_N, predicted_N = skewed(200)
+    expected = binomtest(int((gold_N == predicted_N).sum()), 200).proportion_ci(0.95, method="exact")
+    assert accuracy_interval(gold_N, predicted_N) == pytest.approx((expected.low, expected.high))
 
-    def interval(n, level=0.95):
-        return bootstrap_interval(
-            gold_N[:n], predicted_N[:n], metric, np.random.default_rng(4), resamples=200, level=level
-        )
 
-    low, high = interval(20_000)
-    assert low < 0.8 + 0.2 / 77 < high
-    assert high - low < 0.5 * np.diff(interval(1_000))[0]
-    assert np.diff(interval(20_000, level=0.5))[0] < high - low
-    assert interval(20_000) == (low, high)
-    assert bootstrap_interval(gold_N, gold_N, metric, rng, resamples=10) == (1.0, 1.0)
+def test_a_student_that_is_always_right_is_not_sure_to_be():
+    gold_N = np.arange(100) % 3
+    for found in (
+        accuracy_interval(gold_N, gold_N),
+        macro_f1_interval(gold_N, gold_N, np.random.default_rng(0)),
+    ):
+        assert found == pytest.approx((0.9638, 1.0), abs=1e-4)
+    low, high = macro_f1_interval(gold_N, (gold_N + 1) % 3, np.random.default_rng(0))
+    assert (low, high) == pytest.approx((0.0, 0.0362), abs=1e-4)
 
 
 def test_agreement_looks_at_the_label_alone():
     student_NC, teacher_NC = one_hot([0, 1, 1, 2], 3, 0.5), one_hot([0, 1, 2, 2], 3, 0.9)
     assert agreement(student_NC, teacher_NC) == 0.75
-
-
-def interval_of_ones(metric="accuracy", **options):
-    return bootstrap_interval(np.ones(2), np.ones(2), metric, np.random.default_rng(0), **options)
 
 
 EMPTY, EMPTY_P = np.array([], dtype=int), np.empty((0, 3))
@@ -98,7 +93,7 @@ EMPTY, EMPTY_P = np.array([], dtype=int), np.empty((0, 3))
     [
         lambda: classification(EMPTY, EMPTY_P, 3),
         lambda: expected_calibration_error(EMPTY, EMPTY),
-        lambda: bootstrap_interval(EMPTY, EMPTY, "accuracy", np.random.default_rng(0)),
+        lambda: macro_f1_interval(EMPTY, EMPTY, np.random.default_rng(0)),
         lambda: agreement(EMPTY_P, EMPTY_P),
     ],
 )
@@ -119,9 +114,6 @@ def test_empty_input_is_refused(call):
         (lambda: classification(np.array([0]), np.array([[np.nan, 1]]), 2), "not finite"),
         (lambda: expected_calibration_error(np.array([0.2]), np.array([1]), bins=0), "bins is 0"),
         (lambda: agreement(np.ones((2, 3)), np.ones((2, 4))), "same texts and classes"),
-        (lambda: interval_of_ones(metric="f2"), "'f2'"),
-        (lambda: interval_of_ones(level=95), "level is 95"),
-        (lambda: interval_of_ones(resamples=0), "resamples is 0"),
     ],
 )
 def test_mistakes_are_named(call, message):

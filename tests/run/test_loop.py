@@ -10,7 +10,17 @@ from llkd_ray.config.loading import dump_config
 from llkd_ray.config.schema import Config
 from llkd_ray.display import Display
 from llkd_ray.run import loop
-from llkd_ray.storage.run_dir import CONFIG, SUMMARY, RunStore
+from llkd_ray.run.loop import run_config
+from llkd_ray.storage.run_dir import (
+    CONFIG,
+    EPOCHS_DIR,
+    EXAMPLES_INDEX,
+    LABELS_DIR,
+    SENT_DIR,
+    SUMMARY,
+    RunStore,
+    ticket_file,
+)
 
 
 @pytest.fixture
@@ -21,6 +31,7 @@ def store(tmp_path, monkeypatch) -> RunStore:
     for k in range(3):
         store.append_metrics({"round": k})
     store.write_json(SUMMARY, {})
+    store.write_bytes(ticket_file(LABELS_DIR, 0), b"")
     monkeypatch.setattr(loop, "distill", lambda config, uri, display: {"uri": uri})
     return store
 
@@ -34,17 +45,42 @@ def test_a_finished_run_goes_on_with_more_and_its_rounds_come_first(store, tmp_p
     assert (config.budget.rounds, config.budget.train) == (5, 100)
     assert resumed(store).budget.rounds == 3
     store.delete(SUMMARY)
-    with pytest.raises(ConfigError, match="3 of 3 rounds are done; finish them by --resume alone first"):
+    with pytest.raises(ConfigError, match="3 of 3 rounds are done; resume without it first"):
         resumed(store, "budget.rounds=5")
     with pytest.raises(ConfigError, match=r"RUN: .* has no config\.yaml; give the directory of a run"):
         loop.open_run(str(tmp_path), "RUN")
 
 
+def test_a_run_whose_teacher_was_never_asked_takes_any_setting_and_its_name_is_free(store):
+    store.delete(ticket_file(LABELS_DIR, 0))
+    assert resumed(store, "student.epochs=9").student.epochs == 9
+    config = run_config(store)
+    named = config.model_copy(update={"run": config.run.model_copy(update={"name": "run"})})
+    folder = store.root.rpartition("/")[0]
+    named = named.model_copy(update={"run": named.run.model_copy(update={"dir": folder})})
+    assert loop.start_run(named, Display()).run_dir == store.root
+    store.write_bytes(ticket_file(SENT_DIR, 0), b"")
+    with pytest.raises(ConfigError, match=r"run\.name: .* holds a run already"):
+        loop.start_run(named, Display())
+
+
+def test_what_an_attempt_with_other_settings_has_left_is_deleted(store):
+    """A corpus that was read with other settings would otherwise be taken for this one's."""
+    store.delete(ticket_file(LABELS_DIR, 0))
+    store.write_bytes(EXAMPLES_INDEX, b"")
+    store.write_bytes(f"{EPOCHS_DIR}/000001-a", b"")
+    loop._write_config(store, run_config(store))
+    assert store.exists(EXAMPLES_INDEX), "the same settings go on from it"
+    loop._write_config(store, make_config(corpus={"text": "body"}))
+    assert not store.exists(EXAMPLES_INDEX)
+    assert store.exists(f"{EPOCHS_DIR}/000001-a"), "the lock stays"
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("student.epochs=9", "with --resume only budget.rounds and budget.train may be raised"),
-        ("budget.labels=9", "with --resume only budget.rounds and budget.train may be raised"),
+        ("student.epochs=9", "only budget.rounds and budget.train may be raised"),
+        ("budget.labels=9", "only budget.rounds and budget.train may be raised"),
         ("budget.rounds=3", "budget.rounds: 3 rounds are asked for and 3 are done"),
         ("budget.train=100", "budget.rounds: 3 rounds are asked for and 3 are done"),
         ("budget.rounds=0", "budget.rounds: "),

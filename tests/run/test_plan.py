@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from toys import NAMES, make_config, write_answers, write_corpus
+from toys import make_config, write_answers, write_corpus
 
 from llkd_ray.config.base import ConfigError
 from llkd_ray.corpus.cleaning import text_hash
@@ -243,13 +243,17 @@ class TestPool:
         assert f"corpus: about {N_POOL} rows (estimated from bytes)" in text
 
     def test_refused_rows_are_named(self, config):
-        text = said(config({"labels": {"names": list(NAMES[:2])}}))
-        assert re.search(r"corpus: \d+ of 500 rows .* are usable, \d+ unknown_gold; about \d+ texts", text)
+        sections = {"corpus": {"uri": config().corpus.uri, "max_chars": 50}}
+        text = said(config(sections))
+        assert re.search(r"corpus: \d+ of 500 rows .* are usable, \d+ too_long; about \d+ texts", text)
 
     @pytest.mark.parametrize(
         ("sections", "mistake"),
         [
-            ({"labels": {"names": ["x", "y"]}}, r"corpus.uri: none of the 500 rows .*unknown_gold"),
+            (
+                {"labels": {"names": ["x", "y"]}},
+                "corpus.gold: 500 of 500 values of column 'label' match no",
+            ),
             ({"budget": {"train": 0.001}}, "budget.train: 0.001 of a pool of 600"),
         ],
     )

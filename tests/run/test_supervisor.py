@@ -36,7 +36,7 @@ def stats(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the selector says."""
     monkeypatch.setattr(run_module.ray, "get", lambda answer: answer)
     counts = {"labelled": 0, "trained": 0, "teacher_tokens": 0, "usage": {}}
-    return {"trouble": None, "put_aside": [], "damaged": [], "note": "", **counts}
+    return {"trouble": None, "broken_files": [], "damaged": [], "note": "", **counts}
 
 
 @pytest.fixture
@@ -63,11 +63,11 @@ def test_damaged_files_are_told_of_once_and_end_a_run_that_would_wait_for_ever(
     run, stats, asked, damaged, ends
 ):
     run._asked = asked
-    stats |= {"put_aside": [f"labels/ticket-{damaged:08d}.parquet cannot be read"], "damaged": [damaged]}
+    stats |= {"broken_files": [f"labels/ticket-{damaged:08d}.parquet cannot be read"], "damaged": [damaged]}
     for _ in range(2):
         with pytest.raises(TeacherDown, match="is damaged") if ends else nullcontext():
             run._check()
-    assert run.display.said == stats["put_aside"]
+    assert run.display.said == stats["broken_files"]
 
 
 def test_what_the_cap_still_allows_is_shown(run, stats):

@@ -648,13 +648,13 @@ class TestSnapshot:
 
 @in_a_loop
 class TestDamage:
-    async def test_a_damaged_label_file_is_put_aside_and_its_ticket_is_not_done(self, bench):
+    async def test_a_damaged_label_file_is_moved_and_its_ticket_is_not_done(self, bench):
         await bench.round(0)
         ticket = bench.schedule.pool_tickets.start
         bench.store.write_bytes(ticket_file(LABELS_DIR, ticket), b"PAR1 and zeros")
         stats = await bench.restart().stats()
         assert stats["damaged"] == [ticket]
-        (line,) = stats["put_aside"]
+        (line,) = stats["broken_files"]
         assert line.startswith(f"{ticket_file(LABELS_DIR, ticket)} cannot be read (")
         assert ticket not in bench.selector.ingest.done
         await bench.teach(ticket)

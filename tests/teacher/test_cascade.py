@@ -18,8 +18,8 @@ from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import LABELS_DIR, SENT_DIR, SMALL_DIR, RunStore, ticket_file
 from llkd_ray.storage.tables import matrix_of
 from llkd_ray.teacher.base import TeacherDown, Usage
-from llkd_ray.teacher.worker import LargeStage, SmallStage
 from llkd_ray.teacher.labels import read_ticket
+from llkd_ray.teacher.worker import LargeStage, SmallStage
 
 N_POOL, N_TEST = 200, 30
 

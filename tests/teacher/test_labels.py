@@ -185,7 +185,7 @@ class TestDamaged:
         return [ticket for ticket, _ in intact_tickets(store, LABELS_DIR, said.__setitem__, skip)], said
 
     @given(share=st.floats(0, 1, exclude_max=True), padding=st.sampled_from([b"", b"\0"]))
-    def test_a_file_cut_anywhere_is_put_aside_with_a_reason(self, tmp_path_factory, whole, share, padding):
+    def test_a_file_cut_anywhere_is_moved_with_a_reason(self, tmp_path_factory, whole, share, padding):
         """Cut off, or filled up with zeros as file systems do after a loss of power."""
         size = int(len(whole[1]) * share)
         damaged = whole[1][:size] + padding * (len(whole[1]) - size)

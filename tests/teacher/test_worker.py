@@ -22,10 +22,9 @@ from llkd_ray.storage.run_dir import ENGINES_DIR, LABELS_DIR, QUARANTINE_DIR, SE
 from llkd_ray.storage.tables import matrix_of
 from llkd_ray.teacher import worker as worker_module
 from llkd_ray.teacher.base import UNASKED, TeacherDown, Usage
-from llkd_ray.teacher.worker import LargeStage, SmallStage
 from llkd_ray.teacher.factory import CACHE_DIR, cache_key
 from llkd_ray.teacher.labels import read_lost_usage, read_ticket, write_ticket
-from llkd_ray.teacher.worker import OnlyStage, TeacherWorker, TicketAnswers
+from llkd_ray.teacher.worker import LargeStage, OnlyStage, SmallStage, TeacherWorker, TicketAnswers
 
 
 @pytest.fixture
