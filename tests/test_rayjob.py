@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+import tomllib
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ import jsonschema
 import pytest
 import yaml
 from jsonschema import ValidationError
+from packaging.specifiers import SpecifierSet
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
 from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
@@ -396,3 +398,18 @@ def test_token_and_keys_come_from_secrets_only() -> None:
     variables = [one for container in containers for one in container.get("env", [])]
     secret = re.compile("TOKEN|SECRET|PASSWORD|ACCESS_KEY")
     assert [one["name"] for one in variables if secret.search(one["name"]) and one.get("value")] == []
+
+
+def test_the_image_has_the_pinned_ray_and_a_python_and_extras_that_the_package_takes() -> None:
+    lines = (ROOT / "deploy/Dockerfile").read_text().splitlines()
+    steps = dict(line.split(" ", 1) for line in lines if line and not line.startswith("#"))
+    ray, python = re.fullmatch(r"rayproject/ray:([\d.]+)-py3(\d+)-gpu", steps["FROM"]).groups()
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    assert f"ray=={ray}" in pins
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"3.{python}" in SpecifierSet(project["requires-python"])
+    extras = re.search(r'-c constraints\.txt "\.\[(.*)\]"', steps["RUN"])[1].split(",")
+    assert set(extras) <= set(project["optional-dependencies"])
+    # Where the job looks for its script.
+    assert f"sh {steps['WORKDIR']}/deploy/resume_or_start.sh" in JOB["entrypoint"]
+    assert (ROOT / "deploy/resume_or_start.sh").exists()

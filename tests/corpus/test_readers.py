@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -164,3 +165,49 @@ def test_hub_classes_are_matched_by_name(tmp_path: Path) -> None:
     data.to_parquet(tmp_path / "train.parquet")
     # Our labels are no, yes: the other way round.
     assert [row.gold for row in read(f"hf://{tmp_path}", gold="label")] == ["yes", "no"]
+
+
+SAID = [("k0", "Größe paßt nicht; bitte umtauschen", "no"), ("k1", "für mich zu klein, schade", "yes")]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "delimiter", "says"),
+    [
+        ("utf-8", ",", ""),
+        ("utf-8-sig", ";", "split at semicolons"),
+        ("utf-16", ";", "read as utf-16; .* split at semicolons"),
+        ("utf-16-le", "\t", "read as utf-16-le; .* split at tabs"),
+        ("utf-16-be", ",", "read as utf-16-be"),
+        ("utf-32", ",", "read as utf-32"),
+        ("latin-1", "|", "read as cp1252; .* split at vertical bars"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["csv", "csv.gz"])
+def test_encoding_and_delimiter_are_found_and_said(tmp_path, encoding, delimiter, says, ending) -> None:
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter=delimiter)
+    writer.writerow(["key", "text", "label"])
+    writer.writerows(SAID)
+    path = tmp_path / f"a.{ending}"
+    content = file.getvalue().encode(encoding)
+    path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+    assert read(path, gold="label", id="key") == [
+        RawRow(n, text, y, k) for n, (k, text, y) in enumerate(SAID)
+    ]
+    found = readers.describe_format(plan(SourceConfig(uri=str(path)), "corpus"))
+    assert bool(found) == bool(says)
+    assert re.search(says, found)
+    if encoding != "utf-8-sig":  # what is set goes before what is found
+        assert read(path, encoding=encoding, delimiter=delimiter)[1].text == SAID[1][1]
+
+
+def test_damaged_bytes_do_not_change_the_encoding_of_a_file(tmp_path: Path) -> None:
+    """A row with bytes that are not UTF-8 goes to quarantine; the others are read as they are."""
+    for damage in (b"caf\xe9", b"\xff\xfe\xfd\xfc" * 3, b"na\xefve caf\xe9 \xfcber"):
+        path = tmp_path / "a.txt"
+        path.write_bytes("schön\n".encode() * 20 + damage + b"\n")
+        rows = read(path)
+        assert rows[0].text == "schön"
+        assert len(rows) == 21
+        with pytest.raises(UnicodeEncodeError):
+            str(rows[20].text).encode()
