@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -92,9 +91,9 @@ class Display:
         return min(LOG_AT_MOST_S, max(LOG_EVERY_S, LOG_SHARE * (time.monotonic() - self._began)))
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        table = Table(title=Text(title, style="italic"), title_justify="left", box=SIMPLE, pad_edge=False)
-        for name in header:
-            table.add_column(Text(name))
+        table = Table(title=Text(title, style="italic"), title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for place, name in enumerate(header):
+            table.add_column(Text(name), no_wrap=place == 0, overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         self.console.print(table)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llkd_ray.config.base import ConfigError, local_dir
-from llkd_ray.display import MISSING, Display, count, duration, percent
+from llkd_ray.display import MISSING, Display, count, percent
 from llkd_ray.report.pages import write_report
 from llkd_ray.run.loop import open_run, run_config
 from llkd_ray.storage.lock import driver_is_alive
@@ -86,9 +86,8 @@ def run_runs(options: argparse.Namespace, display: Display) -> None:
         try:
             info = read_info(store)
         except ConfigError as error:
-            rows.append([name, str(error).partition("\n")[0], "", "", "", ""])
+            rows.append([name, str(error).partition("\n")[0], "", "", ""])
             continue
-        seconds = sum(sum(line["seconds"].values()) for line in info.rounds)
         last = info.last
         rows.append(
             [
@@ -97,13 +96,12 @@ def run_runs(options: argparse.Namespace, display: Display) -> None:
                 f"{len(info.rounds)}/{info.wanted_rounds}",
                 count(last["trained"]) if last else MISSING,
                 percent(last.get("macro_f1")),
-                duration(seconds) if seconds else MISSING,
             ]
         )
     if not rows:
         display.result(f"no runs in {folder}")
         return
-    display.table(folder, ("run", "state", "rounds", "trained on", "macro-F1", "time"), rows)
+    display.table(folder, ("run", "state", "rounds", "trained", "macro-F1"), rows)
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:

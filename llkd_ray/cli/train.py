@@ -12,12 +12,11 @@ from llkd_ray.cli.main import add_output_options, run
 from llkd_ray.config.base import ConfigError, local_dir
 from llkd_ray.config.loading import resolve
 from llkd_ray.config.schema import Config
-from llkd_ray.display import Display, count, decimals, duration
+from llkd_ray.display import Display, count, decimals
 from llkd_ray.doctor.doctor import all_checks
 from llkd_ray.doctor.findings import describe, run_checks
-from llkd_ray.evaluation.measure import accuracy_difference
 from llkd_ray.evaluation.run_record import read_warnings
-from llkd_ray.report.pages import write_pages
+from llkd_ray.report.pages import against_baseline, write_pages
 from llkd_ray.run.loop import Outcome, resume, start_run
 from llkd_ray.run.plan import plan
 from llkd_ray.storage.run_dir import MODEL_DIR, REPORT, RunStore
@@ -119,11 +118,13 @@ def _show_results(outcomes: Sequence[Outcome], display: Display) -> None:
         summary = outcome.summary
         counts = [count(summary[key]) for key in ("labelled", "trained", "teacher_tokens")]
         figures = _figures(summary["student"])
-        rows.append([outcome.config.selection.policy, *figures, *counts, duration(summary["seconds"])])
-    header = ("", "accuracy", "macro-F1", "agrees", "labelled", "trained", "tokens", "time")
+        rows.append(
+            [outcome.config.selection.policy, *figures, *counts, decimals(summary["seconds"] / 60, 1)]
+        )
+    header = ("", "accuracy", "macro-F1", "agrees", "labelled", "trained", "tokens", "minutes")
     display.table("Teacher, and students by their selection policy", header, rows)
     if len(outcomes) > 1:
-        display.result(verdict(*outcomes))
+        display.result(against_baseline(*(RunStore(outcome.run_dir) for outcome in outcomes)))
     for outcome in outcomes:
         store = RunStore(outcome.run_dir)
         for reused in (one for one in outcome.summary["usage"].values() if one["reused_texts"]):
@@ -141,20 +142,6 @@ def _show_results(outcomes: Sequence[Outcome], display: Display) -> None:
 
 def _figures(scores: dict[str, Any]) -> list[str]:
     return [decimals(scores.get(key)) for key in ("accuracy", "macro_f1", "teacher_agreement")]
-
-
-def verdict(first: Outcome, second: Outcome) -> str:
-    """Which of two students is better on the same test set, in words."""
-    names = [outcome.config.selection.policy for outcome in (first, second)]
-    found = accuracy_difference(RunStore(first.run_dir), RunStore(second.run_dir), first.config)
-    if found is None:
-        return "which student is better is unknown without a test set"
-    points, low, high = (100 * value for value in found)
-    said = (
-        f"{names[0]} is {abs(points):.1f} points of accuracy {'above' if points >= 0 else 'below'} "
-        f"{names[1]} (95 % interval {low:+.1f} to {high:+.1f})"
-    )
-    return said if low > 0 or high < 0 else f"{said}: chance may explain the difference"
 
 
 def distill_parser() -> argparse.ArgumentParser:

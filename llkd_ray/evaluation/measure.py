@@ -27,7 +27,14 @@ from llkd_ray.metrics.quality import (
     reliability,
 )
 from llkd_ray.metrics.uncertainty import Floats, Ints, confidence
-from llkd_ray.storage.run_dir import BATCH, CANDIDATE_SAMPLE, INSIGHT, TRAINED, RunStore, round_file
+from llkd_ray.storage.run_dir import (
+    BATCH,
+    CANDIDATE_SAMPLE,
+    INSIGHT,
+    TRAINED,
+    RunStore,
+    round_file,
+)
 from llkd_ray.storage.tables import Examples, matrix_of, read_calibrator, read_labels, read_predictions
 
 
@@ -143,26 +150,34 @@ class Measure:
 
 
 def accuracy_difference(
-    first: RunStore, second: RunStore, config: Config
+    first: RunStore, second: RunStore, n_classes: int
 ) -> tuple[float, float, float] | None:
     """The accuracy of one run's last student minus that of another, with a 95 % interval.
 
-    Both are measured on the same test texts, so the interval is that of a mean of paired differences, by the
-    normal approximation. None without gold.
+    The interval is that of a mean of paired differences, by the normal approximation. None if they do not
+    have the same test texts with gold.
     """
-    n_classes = len(config.labels.names)
-    right = []
-    for store in (first, second):
-        row_N, p_NC = read_predictions(store, len(store.read_metrics()) - 1, n_classes)
-        gold_N = Examples.open(store).read(row_N, ["gold"])["gold"].to_numpy()
-        is_test_N = (row_N >= Examples.open(store).n_pool) & (gold_N >= 0)
-        right.append((p_NC.argmax(axis=1) == gold_N)[is_test_N][np.argsort(row_N[is_test_N])])
-    difference_N = right[0].astype(float) - right[1].astype(float)
-    if not difference_N.size:
+    row_N, right_N = _right_on_test(first, n_classes)
+    other_row_N, other_right_N = _right_on_test(second, n_classes)
+    if not row_N.size or not np.array_equal(row_N, other_row_N):
         return None
-    mean = float(difference_N.mean())
-    half = 1.96 * float(difference_N.std()) / difference_N.size**0.5
+    difference_N = right_N.astype(float) - other_right_N
+    mean, half = float(difference_N.mean()), 1.96 * float(difference_N.std()) / row_N.size**0.5
     return mean, mean - half, mean + half
+
+
+def _right_on_test(store: RunStore, n_classes: int) -> tuple[Ints, np.ndarray]:
+    """int64[N], bool[N]: test rows with gold in order, and whether the last student is right on them."""
+    lines = store.read_metrics()
+    if not lines or not store.exists(round_file(lines[-1]["round"], TRAINED)):
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)
+    row_N, p_NC = read_predictions(store, lines[-1]["round"], n_classes)
+    examples = Examples.open(store)
+    is_test_N = row_N >= examples.n_pool
+    row_N, answer_N = row_N[is_test_N], p_NC[is_test_N].argmax(axis=1)
+    gold_N = examples.read(row_N, ["gold"])["gold"].to_numpy()
+    order = np.argsort(row_N[gold_N >= 0])
+    return row_N[gold_N >= 0][order], (answer_N == gold_N)[gold_N >= 0][order]
 
 
 SAMPLES = 8

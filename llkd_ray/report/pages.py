@@ -21,6 +21,7 @@ from llkd_ray.display import (
     percent_range,
     shorten,
 )
+from llkd_ray.evaluation.measure import accuracy_difference
 from llkd_ray.evaluation.round_records import read_baseline, read_round_records
 from llkd_ray.evaluation.run_record import RunRecord, phase_seconds, read_run_record
 from llkd_ray.report.figures import (
@@ -79,6 +80,7 @@ def write_report(store: RunStore, baseline: RunStore | None = None) -> str:
         .render(
             record=record,
             conclusion=conclusion(record),
+            verdict=against_baseline(store, baseline) if baseline and record.rounds else "",
             held_out=held_out(record),
             curve=learning_curve(record, compared),
             agreement=agreement_curve(record, compared),
@@ -178,6 +180,21 @@ def conclusion(record: RunRecord) -> str:
         f"{outcome} The student was trained on {count(record.totals['trained'])} of the "
         f"{count(record.totals['labelled'])} texts that the teacher labelled."
     )
+
+
+def against_baseline(store: RunStore, baseline: RunStore) -> str:
+    """Which of two students is better on the test set that they share, in a sentence."""
+    records = [read_run_record(one) for one in (store, baseline)]
+    name, other = (record.config["selection"]["policy"] for record in records)
+    found = accuracy_difference(store, baseline, len(records[0].labels))
+    if found is None:
+        return "Which student is better is unknown: they share no test texts with true labels."
+    points, low, high = (100 * value for value in found)
+    said = (
+        f"The student by {name} is {abs(points):.1f} points of accuracy "
+        f"{'above' if points >= 0 else 'below'} that by {other} (95 % interval {low:+.1f} to {high:+.1f})"
+    )
+    return f"{said}." if low > 0 or high < 0 else f"{said}: chance may explain the difference."
 
 
 def _agreement_only(record: RunRecord) -> str:

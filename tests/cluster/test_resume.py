@@ -1,4 +1,4 @@
-"""SIGKILL of the driver, then --resume: nothing is lost, nothing is asked or trained twice."""
+"""SIGKILL or Ctrl-C of the driver, then --resume: nothing is lost, nothing is asked or trained twice."""
 
 from __future__ import annotations
 
@@ -65,8 +65,13 @@ def test_killed_then_finished(toy_settings, own_cluster_env, tmp_path, moments):
             assert f"another driver is at work on this run (process {driver.pid} on" in said
             assert "Traceback" not in said
         time.sleep(rng.uniform(0, 0.5))
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
+        is_by_hand = pattern.startswith("labels")  # Ctrl-C
+        driver.send_signal(signal.SIGINT if is_by_hand else signal.SIGKILL)
+        status = driver.wait(timeout=120)
+        if is_by_hand:
+            assert status == 130, log.read_text()
+            *_, last_line = log.read_text().splitlines()
+            assert last_line == f"stopped; what is done is kept, continue with: llkd resume {run_dir}"
         arguments = ["--resume", str(run_dir)]
     trained_before = {f: f.stat().st_mtime_ns for f in run_dir.glob("rounds/*/trained.json")}
     assert len(trained_before) >= 2
