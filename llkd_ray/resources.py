@@ -159,8 +159,8 @@ def _no_place(
 
 
 _SHARE = (
-    "let teacher and student share the GPU: teacher.gpus: 0.7, student.gpus: 0.3 and teacher.engine: "
-    "{gpu_memory_utilization: 0.65}, or add one"
+    "let teacher and student share the GPU: teacher.gpus: 0.7, student.gpus: 0.3, student.workers: 1 "
+    "and teacher.engine: {gpu_memory_utilization: 0.65}, or add one"
 )
 _REMEDY = "lower teacher.actors, student.workers or one of these, or add nodes"
 

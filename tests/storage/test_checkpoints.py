@@ -97,7 +97,7 @@ def test_what_is_not_there_is_refused(tmp_path):
     assert "does not exist" in refusal(tmp_path / "nowhere")
     assert "holds neither config.json nor model/" in refusal(tmp_path)
     (tmp_path / "config.yaml").write_text("student: {}\n")
-    assert "has no model/ yet: finish it with --resume" in refusal(tmp_path)
+    assert "has no model/ yet: finish it first: llkd resume" in refusal(tmp_path)
     assert "cannot be loaded" in refusal("no-such/hub-name")
 
 
