@@ -136,7 +136,7 @@ def test_bad_rows_go_to_quarantine_and_the_run_goes_on(toy_settings, tmp_path):
 
 
 def test_a_second_run_under_the_same_name_is_refused(toy_settings, tmp_path, capfd):
-    (tmp_path / "runs/run").mkdir(parents=True)
-    (tmp_path / "runs/run/config.yaml").write_text("{}")
+    (tmp_path / "runs/run/labels").mkdir(parents=True)
+    (tmp_path / "runs/run/labels/ticket-00000000.parquet").write_bytes(b"")
     assert run(toy_settings, tmp_path) == USER_MISTAKE
-    assert "--resume" in capfd.readouterr().err
+    assert "holds a run already; resume it" in capfd.readouterr().err
