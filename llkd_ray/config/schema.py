@@ -23,26 +23,30 @@ class SourceConfig(Section):
         description="Files, globs or folders (parquet, jsonl[.gz|.zst], csv, txt), local or on any "
         "pyarrow filesystem (s3://, gs://), or hf://NAME[?split=train&config=…]."
     )
-    text: str = Field("text", description="Column that holds the text; txt files have one text a line.")
+    text: str = Field("text", description="Column of the text; txt files have one text per line.")
     gold: str | None = Field(None, description="Column with the true label (name or index); optional.")
     id: str | None = Field(None, description="Column with a stable id; by default a hash of the text.")
     where: dict[str, str | int | bool] = Field(
         default_factory=dict, description="Keep only rows whose columns equal these values."
     )
     max_chars: int = Field(
-        100_000, ge=1, description="Characters; a longer text goes to quarantine (a broken record, mostly)."
+        100_000,
+        ge=1,
+        description="Characters; longer texts, which are mostly broken records, go to quarantine.",
     )
     encoding: str | None = Field(
-        None, description="Of csv, jsonl and txt files, such as utf-16 or latin-1; null: as the files show."
+        None, description="Encoding of csv, jsonl and txt files, such as utf-16 or latin-1; null: detected."
     )
     delimiter: str | None = Field(
         None,
         min_length=1,
         max_length=1,
-        description="Between fields of csv files; null: as the header shows.",
+        description="Character between the fields of csv files; null: detected from the header.",
     )
     limit: int | None = Field(
-        None, ge=1, description="Rows read at most, from the front: for a first try. Reads in one task."
+        None,
+        ge=1,
+        description="Maximum number of rows, from the start: for a first try. They are read in one task.",
     )
 
     @field_validator("uri")
@@ -76,8 +80,8 @@ class LabelsConfig(Section):
     )
     prior: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
-        description="The classes' true shares of the corpus, where they are known: for every label, on any "
-        "scale. The student's answers then reckon with them and not with the teacher's counts.",
+        description="The true class shares of the corpus, if they are known: for every label, on any "
+        "scale. The student's predictions then assume them instead of the teacher's counts.",
     )
 
     @model_validator(mode="after")
@@ -115,28 +119,30 @@ class StudentConfig(Section):
     )
     workers: int | tuple[int, int] = Field(
         2,
-        description="DDP ranks; (min, max): as many as there is room for when the run starts, when one is "
-        "lost and when nodes come. Ray Train takes nodes for empty: give ranks nodes of their own then "
-        "(resources).",
+        description="DDP ranks; (min, max): as many as fit when the run starts, when one is lost and when"
+        " nodes are added. Ray Train assumes empty nodes, so give the ranks nodes of their "
+        "own (resources).",
     )
     resize_s: float = Field(
         60.0,
         gt=0,
-        description="Seconds between two looks at whether more of (min, max) ranks have room, or fewer. A "
-        "change starts the round under way anew.",
+        description="Seconds between two checks whether more or fewer of (min, max) ranks fit. A change "
+        "restarts the current round.",
     )
-    cpus: float = Field(0.5, gt=0, description="CPUs that Ray books for one rank.")
-    gpus: float = Field(0, ge=0, description="GPUs that Ray books for one rank.")
+    cpus: float = Field(0.5, gt=0, description="CPUs that Ray reserves for one rank.")
+    gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for one rank; may be a fraction.")
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
-        description="Ray's custom resources for one rank: keeps ranks to the nodes that were started with "
-        "them, as {student: 1}.",
+        description="Ray's custom resources for one rank, such as {student: 1}: restricts ranks to nodes "
+        "that offer them.",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of one rank; default: cores/ranks.")
-    max_tokens: int = Field(128, ge=8, description="Tokens; longer texts are cut at the end.")
-    epochs: int = Field(3, ge=1, description="Passes over what is selected so far, in every round.")
+    max_tokens: int = Field(128, ge=8, description="Tokens; longer texts are truncated at the end.")
+    epochs: int = Field(3, ge=1, description="Passes over the texts selected so far, in every round.")
     min_steps: int = Field(
-        240, ge=1, description="Optimiser steps of a round at least: a small round makes more passes."
+        240,
+        ge=1,
+        description="Minimum number of optimiser steps in a round; a small round makes more passes.",
     )
     batch_size: int = Field(16, ge=1, description="Texts in one optimiser step, over all ranks.")
     score_batch_size: int = Field(64, ge=1, description="Texts in one forward pass when scoring, per rank.")
@@ -153,22 +159,25 @@ class StudentConfig(Section):
     )
     step_thresholds: Literal["none", "mask", "weight"] = Field(
         "none",
-        description="LLKD's moving thresholds inside a step, from the forward pass itself: mask: only texts "
-        "over both thresholds count; weight: texts count by confidence × uncertainty; none: all count.",
+        description="LLKD's moving thresholds within a step, from its own forward pass. mask: only texts "
+        "above both thresholds count; weight: texts count by confidence × uncertainty; none: "
+        "all count equally.",
     )
     start: Literal["fresh", "warm"] = Field(
-        "fresh", description="fresh: every round starts from the pre-trained weights; warm: from the last."
+        "fresh",
+        description="fresh: every round starts from the pre-trained weights; warm: from the previous "
+        "round's.",
     )
     replay: Literal["all", "new"] = Field(
-        "all", description="all: train on everything selected so far; new: on this round's texts only."
+        "all", description="all: train on all texts selected so far; new: on this round's texts only."
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="auto: bf16 autocast on a GPU that has it, and on a CPU where a short measurement finds "
-        "it faster.",
+        description="auto: bf16 autocast on a GPU that supports it, and on a CPU if a short measurement "
+        "finds it faster.",
     )
     max_failures: int = Field(
-        3, ge=0, description="Losses of a rank that training survives without finishing a round in between."
+        3, ge=0, description="Lost ranks that training tolerates without finishing a round in between."
     )
 
     @field_validator("workers")
@@ -191,18 +200,20 @@ class SelectionConfig(Section):
 
     policy: str = Field("llkd_sample", description="A name from llkd_ray/selection/policies.py.")
     options: dict[str, str | bool | float] = Field(
-        default_factory=dict, description="The policy's own options, by name; see the table in README.md."
+        default_factory=dict, description="The policy's own options, by name; see the guide Policies."
     )
     quota: Annotated[float, Field(ge=0, le=1)] | Literal["off"] | None = Field(
         None,
-        description="Share the texts out between the pseudo-classes in proportion to their count to this "
-        "power: 1 as the teacher labels, 0 all alike; off: no shares; null: as the policy has it.",
+        description="Divide a round's texts among the pseudo-classes in proportion to their counts to "
+        "this power. 1: as the teacher labels; 0: equally; off: no quotas; null: the policy's"
+        " default.",
     )
     prior: Annotated[float, Field(ge=0, le=1)] | Literal["off"] | None = Field(
         None,
-        description="The student's answers reckon with the pseudo-classes' shares of what is labelled, in "
-        "proportion to their count to this power, whatever quotas show it in training: 1 as the teacher "
-        "labels, 0 all alike; off: with what it is shown; null: as the policy has it. See labels.prior.",
+        description="Class shares that the student's predictions assume: in proportion to the pseudo-"
+        "classes' counts to this power, whatever the quotas. 1: as the teacher labels; 0: "
+        "equal; off: those of its training texts; null: the policy's default. See "
+        "labels.prior.",
     )
 
     @field_validator("quota", "prior", mode="before")
@@ -217,10 +228,10 @@ class SelectionConfig(Section):
         1.0,
         gt=0,
         le=1,
-        description="Share of the texts that may be selected, or read next where acquisition asks for the "
-        "student, that it scores before each selection. Below 1, those that the policy would "
-        "take first if the student were as unsure of them as could be: what it has not looked at for long, "
-        "or never, and what is near to being selected.",
+        description="Share of the candidates for selection (and for labelling, if the acquisition policy "
+        "uses the student) that the student scores before each selection. Below 1, it scores "
+        "those that the policy would take first if the student were maximally uncertain: "
+        "texts not scored for long, or never, and texts close to being selected.",
     )
 
 
@@ -229,16 +240,16 @@ class AcquisitionConfig(Section):
 
     policy: str = Field("random", description="A name from llkd_ray/selection/acquisition.py.")
     explore: float = Field(
-        0.1, ge=0, le=1, description="Share of what the teacher reads that is drawn at random in any case."
+        0.1, ge=0, le=1, description="Share of the texts to label that is drawn at random in any case."
     )
 
 
 class CapConfig(Section):
     """Hard limit on the usage of all teachers of a run together, including the test set and retries."""
 
-    texts: int | None = Field(None, ge=1, description="Texts that teachers read.")
+    texts: int | None = Field(None, ge=1, description="Texts that teachers label.")
     tokens: int | None = Field(
-        None, ge=1, description="Prompt and answer tokens, whether a prefix cache knew them or not."
+        None, ge=1, description="Prompt and answer tokens, including those in the prefix cache."
     )
     cost: float | None = Field(None, gt=0, description="In the currency of teacher.price.")
 
@@ -257,29 +268,37 @@ class BudgetConfig(Section):
         2.0,
         ge=1,
         le=10,
-        description="How many times as many new texts a round takes as the one before; 1: all alike.",
+        description="Ratio of a round's new texts to those of the previous round; 1: all rounds have the "
+        "same number.",
     )
     patience: int | None = Field(
         None,
         ge=1,
-        description="Stop when agreement with the teacher on the hold-out has not grown by min_gain for so "
-        "many rounds; null: never. Saves training, and the labels of the rounds that do not come.",
+        description="Stop when agreement with the teacher on the hold-out has not grown by min_gain for "
+        "so many rounds; null: never. Saves training, and the labels of later rounds.",
     )
-    min_gain: float = Field(0.005, ge=0, description="Share of the hold-out that counts as growth.")
+    min_gain: float = Field(
+        0.005, ge=0, description="Smallest increase of the agreement (a share) that counts as growth."
+    )
     labels: int | None = Field(
-        None, ge=1, description="Pool texts that the teacher labels at most; default: the whole pool."
+        None,
+        ge=1,
+        description="Maximum number of pool texts that the teacher labels; default: the whole pool, up to"
+        " 50,000.",
     )
     first_labels: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="Share of the labels that must be there before the first round; the rest comes evenly "
-        "over the rounds after it. 1: label all, then select; 0: an even share before each round.",
+        description="Share of the labels that are needed before the first round; the rest is spread "
+        "evenly over the later rounds. 1: label all, then select; 0: an even share before "
+        "each round.",
     )
     train: int | float = Field(
         0.1,
         gt=0,
-        description="Texts trained on at most, in all: a number (int) or a share of the pool (float <= 1).",
+        description="Maximum number of texts trained on, over all rounds: a number (int) or a share of "
+        "the pool (float <= 1).",
     )
 
     @model_validator(mode="after")
@@ -302,8 +321,8 @@ class EvaluationConfig(Section):
     holdout: int = Field(
         200,
         ge=0,
-        description="Pool texts that the teacher labels and the student never trains on: agreement with "
-        "the teacher is measured on them. Cut to a tenth of budget.labels where that is less.",
+        description="Pool texts that the teacher labels and the student never trains on, to measure "
+        "agreement with the teacher. At most a tenth of budget.labels.",
     )
     teacher_on_test: bool = Field(
         True, description="Let the teacher label the test set too (once), to report its accuracy."
@@ -322,10 +341,11 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0)
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
         (),
-        description="Who else is told of settings and figures; each needs its package where the driver runs.",
+        description="Trackers that receive settings and figures; each needs its package on the driver's "
+        "machine.",
     )
     strict: bool = Field(
-        False, description="Stop, instead of warning, where the teacher's first labels look useless."
+        False, description="Stop, instead of warning, if the teacher's first labels look useless."
     )
     address: str | None = Field(
         None, description="Ray cluster to join; default: the job's own, RAY_ADDRESS, or a local one."

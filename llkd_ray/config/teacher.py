@@ -22,10 +22,10 @@ class DrawnDemonstrations(Section):
     """Few-shot examples drawn from a file of labelled texts, the same number for each class."""
 
     uri: DataUri = Field(description="A file, a glob or a folder, in any format that the corpus may have.")
-    text: str = Field("text", description="Column that holds the text.")
+    text: str = Field("text", description="Column of the text.")
     label: str = Field("label", description="Column with the label (name or index).")
     per_class: int = Field(1, ge=1, description="Examples of each class.")
-    seed: int = Field(0, ge=0, description="Decides which, and in what order.")
+    seed: int = Field(0, ge=0, description="Determines which examples, and their order.")
     max_chars: int = Field(600, ge=1, description="Characters; longer texts are not drawn.")
 
 
@@ -42,25 +42,26 @@ class PromptConfig(Section):
         "names: the answer is the label's name, scored by all of its tokens.",
     )
     show_labels: bool = Field(True, description="List the labels, with their descriptions, in the prompt.")
-    text_prefix: str = Field("Text: ", description="Stands before every text.")
-    answer_prefix: str = Field("\nLabel:", description="Stands between a text and its label.")
-    separator: str = Field("\n\n", description="Stands between instruction, demonstrations and the text.")
+    text_prefix: str = Field("Text: ", description="Text before every text.")
+    answer_prefix: str = Field("\nLabel:", description="Text between a text and its label.")
+    separator: str = Field("\n\n", description="Text between instruction, demonstrations and the text.")
     template: Template = Field(
         None,
-        description="A Jinja2 template of the whole prompt, or the path of one that ends in .j2; null: the "
-        "default, of the settings above. It sees instruction, labels (name, key, description), "
-        "demonstrations (text, label, answer), text, and the settings above; {{ text }} stands in it once.",
+        description="A Jinja2 template of the whole prompt, or the path of one that ends in .j2; null: "
+        "the default. Its variables are instruction, labels (name, key, description), "
+        "demonstrations (text, label, answer), text, and the settings above; it contains {{ "
+        "text }} once.",
     )
     system: str | None = Field(None, description="The system message, for models with a chat template.")
     demonstrations: tuple[Demonstration, ...] = Field((), description="Few-shot examples, in this order.")
     draw: DrawnDemonstrations | None = Field(
-        None, description="Further few-shot examples, drawn from a file, behind those above."
+        None, description="More few-shot examples, drawn from a file, after those above."
     )
     chat: Literal["auto", "never"] = Field(
-        "auto", description="auto: use the model's chat template where its tokenizer has one."
+        "auto", description="auto: use the model's chat template if its tokenizer has one."
     )
     cut: Literal["head", "tail", "middle"] = Field(
-        "tail", description="What is left out of a text that is too long; never of anything else."
+        "tail", description="The part of a text that is removed if it is too long; nothing else is truncated."
     )
 
 
@@ -68,7 +69,7 @@ class RecordedConfig(Section):
     """Recorded label distributions: from a parquet file, or from the labels/ folder of a run."""
 
     uri: DataUri = Field(description="A parquet file, a glob or a folder.")
-    probs: str = Field("probs", description="Column with one list of C probabilities a row.")
+    probs: str = Field("probs", description="Column with a list of C probabilities per row.")
     id: str = Field("id", description="Column matched with the id of the corpus and the test set.")
     prompt_tokens: str | None = Field(None, description="Column with the prompt's tokens; optional.")
 
@@ -77,32 +78,35 @@ class ServerConfig(Section):
     """A server with the OpenAI protocol: vLLM, SGLang, llama.cpp, TGI, or a cloud service."""
 
     base_url: str = Field(
-        description="Up to and with the version, such as http://127.0.0.1:8000/v1.", pattern=r"^https?://\S+$"
+        description="Up to and including the version, such as http://127.0.0.1:8000/v1.",
+        pattern=r"^https?://\S+$",
     )
     api_key_env: str = Field(
         "OPENAI_API_KEY",
-        description="Environment variable that holds the key, set where the teacher's actors run; none is "
-        "sent where it is not set.",
+        description="Environment variable with the key, set where the teacher's actors run; without it no"
+        " key is sent.",
     )
     tokenizer: OptionalModel = Field(
         None,
         description="Checkpoint folder or hub name of the served model's tokenizer. With it, prompts are "
-        "sent as tokens and cut to max_model_len, and labels are scored by all of their tokens.",
+        "sent as tokens, truncated to max_model_len, and labels are scored by all of their "
+        "tokens.",
     )
     scores: Literal["auto", "label_ids", "top_logprobs", "votes"] = Field(
         "auto",
-        description="How probabilities are had. label_ids: of exactly the labels' tokens (vLLM; needs "
-        "tokenizer); top_logprobs: of the server's likeliest tokens (needs one-token answers: letters); "
-        "votes: shares of sampled answers, which every server has; auto: the first of these that it can.",
+        description="Source of the probabilities. label_ids: exactly the labels' tokens (vLLM; needs "
+        "tokenizer); top_logprobs: the server's most likely tokens (needs one-token answers: "
+        "letters); votes: shares of sampled answers, possible with every server; auto: the "
+        "first of these that works.",
     )
-    top_logprobs: int = Field(20, ge=1, description="Tokens asked for by top_logprobs; OpenAI gives 20.")
-    concurrency: int = Field(16, ge=1, description="Requests of one actor that are under way at a time.")
-    requests_per_minute: float | None = Field(
-        None, gt=0, description="Of one actor; null: as many as the server takes."
+    top_logprobs: int = Field(
+        20, ge=1, description="Tokens requested by top_logprobs; OpenAI's maximum is 20."
     )
+    concurrency: int = Field(16, ge=1, description="Concurrent requests of one actor.")
+    requests_per_minute: float | None = Field(None, gt=0, description="Limit for one actor; null: none.")
     back_off_s: float = Field(
-        1.0, gt=0, description="Seconds before a second attempt, twice as many before each further one; a "
-        "server's Retry-After goes before it."
+        1.0, gt=0, description="Seconds before the second attempt, doubled before each further one; a server's "
+        "Retry-After takes precedence."
     )  # fmt: skip
 
 
@@ -111,15 +115,15 @@ class ConfidenceConfig(Section):
 
     method: Literal["raw", "batch", "temperature", "votes"] = Field(
         "raw",
-        description="raw: as the teacher says; batch: divided by the mean answer to what is read before the "
-        "first round (arXiv 2309.17249); temperature: fitted on the texts of the hold-out whose gold is "
-        "known; votes: shares of sampled answers instead of probabilities.",
+        description="raw: the teacher's probabilities; batch: divided by the mean answer before the first"
+        " round (arXiv 2309.17249); temperature: fitted on the hold-out's gold; votes: shares"
+        " of sampled answers instead of probabilities.",
     )
     strength: float = Field(
-        1.0, ge=0, le=1, description="Of batch: the power of the mean; 0 changes nothing."
+        1.0, ge=0, le=1, description="For batch: the power of the mean; 0 changes nothing."
     )
-    samples: int = Field(10, ge=1, description="Of votes: answers sampled for a text.")
-    sampling_temperature: float = Field(0.7, gt=0, description="Of votes.")
+    samples: int = Field(10, ge=1, description="For votes: answers sampled per text.")
+    sampling_temperature: float = Field(0.7, gt=0, description="For votes.")
 
 
 class PriceConfig(Section):
@@ -128,7 +132,7 @@ class PriceConfig(Section):
     currency: str = "USD"
     input: float = Field(0.0, ge=0, description="For a million prompt tokens.")
     cached: float | None = Field(
-        None, ge=0, description="For a million of those that were in the prefix cache; null: as input."
+        None, ge=0, description="For a million prompt tokens in the prefix cache; null: as input."
     )
     output: float = Field(0.0, ge=0, description="For a million answer tokens.")
 
@@ -156,16 +160,21 @@ class CascadeConfig(Section):
     small: TeacherConfig
     large: TeacherConfig
     escalate_below: float = Field(
-        0.6, ge=0, le=1, description="The large one is asked where the small one's confidence is below this."
+        0.6,
+        ge=0,
+        le=1,
+        description="The large teacher labels texts for which the small one's confidence is below this.",
     )
     review_margin: float | None = Field(
         0.8,
         ge=0.5,
         le=1,
-        description="… and, before each later round, where a student whose best answer leads by more than "
-        "this says another label than the small one did; null: never.",
+        description="Before each later round, it also reviews texts for which the student predicts "
+        "another label than the small teacher with a margin above this; null: never.",
     )
-    review: int = Field(128, ge=1, description="Texts that the large one reviews in a round at most.")
+    review: int = Field(
+        128, ge=1, description="Maximum number of texts that the large teacher reviews in a round."
+    )
 
 
 class TeacherConfig(Section):
@@ -175,7 +184,7 @@ class TeacherConfig(Section):
     model: OptionalModel = Field(
         None, description="Checkpoint folder or hub name (vllm), or the server's name for it (openai)."
     )
-    revision: str | None = Field(None, description="Of a model from the hub: branch, tag or commit.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     prompt: PromptConfig = Field(default_factory=PromptConfig)
     confidence: ConfidenceConfig = Field(default_factory=ConfidenceConfig)
     price: PriceConfig = Field(default_factory=PriceConfig)
@@ -184,60 +193,73 @@ class TeacherConfig(Section):
     cascade: CascadeConfig | None = Field(None, description="The two teachers (kind: cascade).")
     actors: int | tuple[int, int] = Field(
         1,
-        description="Teacher actors, one engine each; (min, max): more come while all are busy and room is "
-        "there, and idle ones go at once, between rounds too. Each that comes starts an engine, which takes "
-        "minutes for a large model: keep with min what must not wait.",
+        description="Teacher actors, one engine each; (min, max): more are started while all are busy and"
+        " resources are free, and idle ones are stopped at once, also between rounds. "
+        "Starting an engine takes minutes for a large model, so set min to what must be "
+        "ready.",
     )
     cpus: float = Field(
         0.5,
         gt=0,
-        description="CPUs that Ray books for one teacher actor. On CPUs, an engine of one part computes "
-        "with as many threads; below 1, with one for each physical core.",
+        description="CPUs that Ray reserves for one teacher actor. On CPUs, an engine in one part uses as"
+        " many threads; below 1, one per physical core.",
     )
     gpus: float = Field(
-        0, ge=0, description="GPUs that Ray books for one teacher actor; for each of its parts where it has."
+        0,
+        ge=0,
+        description="GPUs that Ray reserves for one teacher actor, or for each of its parts; may be a "
+        "fraction for one part.",
     )
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
-        description="Ray's custom resources for one teacher actor, or for each of its parts on GPUs: keeps "
-        "actors to the nodes that were started with them, as {teacher: 1}.",
+        description="Ray's custom resources for one teacher actor, or for each of its parts on GPUs, such"
+        " as {teacher: 1}: restricts actors to nodes that offer them.",
     )
-    tensor_parallel: int = Field(1, ge=1, description="Parts that each layer of a model is cut into.")
-    pipeline_parallel: int = Field(1, ge=1, description="Parts that a model's layers are shared out to.")
-    max_model_len: int = Field(2048, ge=16, description="Tokens of prompt and answer; longer texts are cut.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Weights' type.")
-    quantization: str | None = Field(None, description="As vLLM names it (fp8, awq, gptq, …).")
+    tensor_parallel: int = Field(1, ge=1, description="Parts into which each layer of a model is divided.")
+    pipeline_parallel: int = Field(1, ge=1, description="Parts among which a model's layers are divided.")
+    max_model_len: int = Field(
+        2048, ge=16, description="Tokens of prompt and answer; longer texts are truncated."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Data type of the weights."
+    )
+    quantization: str | None = Field(None, description="vLLM's name for it (fp8, awq, gptq, …).")
     engine: dict[str, Any] = Field(
-        default_factory=dict, description="Any further vLLM engine argument, passed on as it is."
+        default_factory=dict, description="Any other vLLM engine arguments, passed on unchanged."
     )
     kv_cache_gib: float = Field(1.0, gt=0, description="GiB of key-value cache, on CPU only.")
     min_branch_prob: float = Field(
         5e-4,
         ge=0,
         lt=0.1,
-        description="Probability of a branch of the label names that is not worth a request: its names share "
-        "it as they are. No name is further off than that, but for one that others go on from.",
+        description="A branch of the label names with less probability than this is not followed further:"
+        " its names share the probability. It bounds the error of a name, except for a name "
+        "that is the beginning of others.",
     )
-    ticket_size: int = Field(128, ge=1, description="Texts a ticket stands for: the unit of labelling.")
+    ticket_size: int = Field(128, ge=1, description="Texts in a ticket, the unit of labelling.")
     tickets_in_flight: int = Field(
-        2, ge=1, description="Tickets one teacher actor works on at a time; 2 keep the engine busy."
+        2, ge=1, description="Tickets that one teacher actor works on concurrently; 2 keep the engine busy."
     )
-    attempts: int = Field(3, ge=1, description="Times that a text is tried before it goes to quarantine.")
-    timeout_s: float = Field(300.0, gt=0, description="Seconds that an engine or a server has for an answer.")
-    start_timeout_s: float = Field(1800.0, gt=0, description="Seconds that an engine has to start.")
+    attempts: int = Field(3, ge=1, description="Attempts for a text before it goes to quarantine.")
+    timeout_s: float = Field(
+        300.0, gt=0, description="Time limit for an answer of an engine or server, in seconds."
+    )
+    start_timeout_s: float = Field(
+        1800.0, gt=0, description="Time limit for the start of an engine, in seconds."
+    )
     no_progress_timeout_s: float = Field(
-        3600.0, gt=0, description="Seconds without any progress of the teachers after which a run is stopped."
+        3600.0, gt=0, description="Seconds without progress of any teacher after which a run is stopped."
     )
     cache: Cache = Field(
         "auto",
-        description="Folder or URI that tells later runs where to find these labels, so that nothing is "
-        "asked twice; auto: teacher-cache in run.dir; null: none.",
+        description="Folder or URI of the index by which later runs find these labels, so that no text is"
+        " sent twice; auto: teacher-cache in run.dir; null: none.",
     )
     tokens_per_s: float | None = Field(
         None,
         gt=0,
-        description="Prompt tokens that one actor takes in a second, for --dry-run; null: as earlier runs "
-        "measured, or a rough guess.",
+        description="Prompt tokens per second of one actor, for --dry-run; null: as measured by earlier "
+        "runs, or a rough guess.",
     )
 
     @field_validator("actors")
