@@ -105,9 +105,11 @@ class ServerConfig(Section):
     concurrency: int = Field(16, ge=1, description="Concurrent requests of one actor.")
     requests_per_minute: float | None = Field(None, gt=0, description="Limit for one actor; null: none.")
     back_off_s: float = Field(
-        1.0, gt=0, description="Seconds before the second attempt, doubled before each further one; a server's "
-        "Retry-After takes precedence."
-    )  # fmt: skip
+        1.0,
+        gt=0,
+        description="Seconds before the second attempt, doubled before each further one; a server's "
+        "Retry-After takes precedence.",
+    )
 
 
 class ConfidenceConfig(Section):
