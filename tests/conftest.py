@@ -45,6 +45,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @functools.cache
 def starts_ray(file: Path) -> bool:
+    """Whether it is a test of clusters, or mentions the fixture ``local_ray``."""
     return "cluster" in file.parts or "local_ray" in file.read_text(encoding="utf-8")
 
 

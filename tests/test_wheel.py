@@ -17,6 +17,7 @@ from toys import NAMES, write_answers, write_corpus
 
 ROOT = Path(__file__).parents[1]
 
+# The runs start Ray, so they share one process of tests with those that use the fixture local_ray.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
