@@ -11,6 +11,7 @@ import pytest
 
 import llkd_ray
 from llkd_ray.cli.main import main
+from llkd_ray.config.base import ConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
 
@@ -92,7 +93,7 @@ def test_an_audit_reaches_the_card_and_the_next_rounds(toy_settings, tmp_path, c
     assert (tmp_path / "more.json.xml").read_text().count("<Choice ") == 3
 
     # A finished run goes on, and people's labels are what is trained on.
-    with pytest.raises(llkd_ray.config.schema.ConfigError, match=r"only budget\.rounds and budget\.train"):
+    with pytest.raises(ConfigError, match=r"only budget\.rounds and budget\.train"):
         llkd_ray.resume(run.run_dir, {"student.epochs": 2})
     again = llkd_ray.resume(run.run_dir, {"budget.rounds": 3, "budget.train": 160})
     assert [line["round"] for line in again.metrics] == [0, 1, 2]
