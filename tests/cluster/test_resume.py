@@ -18,6 +18,11 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(600)
 
 
+def hear_ctrl_c() -> None:
+    """Tests that run in the background ignore it, and a child would do the same."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(arguments: list[str], log: Path, env: dict[str, str]) -> subprocess.Popen:
     with log.open("ab") as output:
         return subprocess.Popen(
@@ -26,6 +31,7 @@ def start(arguments: list[str], log: Path, env: dict[str, str]) -> subprocess.Po
             stderr=subprocess.STDOUT,
             cwd=log.parent,
             env=env,
+            preexec_fn=hear_ctrl_c,
         )
 
 
