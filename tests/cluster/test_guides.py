@@ -94,8 +94,8 @@ def test_pages_are_graded_and_the_better_ones_kept(tiny_encoder, tmp_path: Path,
     assert found.accuracy > 0.5, "the six grades are learned"
 
     ours = {"s3://bucket/runs/edu": found.run_dir, "s3://bucket/pages/*.parquet": "pages/*.csv"}
-    ours = [arguments_of(words) for words in commands(page)]
-    predictions = [words for words in ours if words and words[0] == "predict"]
+    called = [arguments_of(words) for words in commands(page)]
+    predictions = [words for words in called if words and words[0] == "predict"]
     for words, out in zip(predictions, ("by_precision", "by_hand"), strict=True):
         here = ours | {"s3://bucket/kept": out}
         assert main([here.get(word, word) for word in words]) == 0
