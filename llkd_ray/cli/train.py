@@ -57,7 +57,6 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 def add_resume(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN", help="a run directory")
     add_settings(parser)
-    _add_strict(parser)
 
 
 def run_train(options: argparse.Namespace, display: Display) -> None:
