@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
-from llkd_ray.cli.main import USER_MISTAKE
+from llkd_ray.cli.main import USER_MISTAKE, add_settings
 from llkd_ray.display import Display
 from llkd_ray.doctor.doctor import all_checks, load
 from llkd_ray.doctor.findings import Check, Finding, describe, run_checks
@@ -20,7 +20,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
         "for the quickstart. The exit status is 2 if there is a problem, 0 if there are only warnings."
     )
     parser.add_argument("config", nargs="?", help="a YAML file; llkd init writes one")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
+    add_settings(parser)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
@@ -28,7 +28,7 @@ def run_check(options: argparse.Namespace, display: Display) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     config, findings = load(options.config, options.set)
-    checks = all_checks(config, is_quickstart=options.config is None)
+    checks = all_checks(config, inputs=options.config is not None)
     if options.json:
         findings += run_checks(checks)
         print(to_json(findings))

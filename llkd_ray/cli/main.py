@@ -62,6 +62,11 @@ def program_parser(given: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The option that overrides settings; may be repeated."""
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     how_much = output.add_mutually_exclusive_group()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llkd_ray.cli.main import add_output_options, run
+from llkd_ray.cli.main import add_output_options, add_settings, run
 from llkd_ray.config.base import ConfigError, local_dir
 from llkd_ray.config.loading import resolve
 from llkd_ray.config.schema import Config
@@ -20,11 +20,6 @@ from llkd_ray.report.pages import against_baseline, write_pages
 from llkd_ray.run.loop import Outcome, resume, start_run
 from llkd_ray.run.plan import plan
 from llkd_ray.storage.run_dir import MODEL_DIR, REPORT, RunStore
-
-
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The option that overrides settings; may be repeated."""
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one setting")
 
 
 def _add_strict(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +66,7 @@ def _dry_run(config: Config, display: Display) -> None:
     """Print the plan, then what ``llkd check`` finds; raises ConfigError for its problems."""
     plan(config, display)
     # The plan has looked at data and models; what is left is the machine, Ray, and the place for runs.
-    found = [one for one in run_checks(all_checks(config, is_quickstart=True)) if one.state != "ok"]
+    found = [one for one in run_checks(all_checks(config, inputs=False)) if one.state != "ok"]
     for one in found:
         if one.state == "warning":
             display.warn(describe(one))

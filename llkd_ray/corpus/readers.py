@@ -288,14 +288,12 @@ def with_format(unit: Unit, source: SourceConfig) -> Unit:
         return unit
     with _open_at(unit, 0) as stream:
         start = stream.read(LOOK_BYTES)
-    unit = replace(unit, encoding=source.encoding or guess_encoding(start))
-    if unit.kind == "tsv":
-        return replace(unit, delimiter=source.delimiter or "\t")
-    if unit.kind == "csv":
-        with _open_at(unit, 0) as stream:
-            header = stream.readline(LOOK_BYTES).decode(UTF8, "replace")
-        return replace(unit, delimiter=source.delimiter or guess_delimiter(header))
-    return unit
+    encoding = source.encoding or guess_encoding(start)
+    delimiter = source.delimiter or ("\t" if unit.kind == "tsv" else unit.delimiter)
+    if unit.kind == "csv" and source.delimiter is None:
+        header = start.decode(encoding, "replace").lstrip("\ufeff\r\n").splitlines()
+        delimiter = guess_delimiter(header[0] if header else "")
+    return replace(unit, encoding=encoding, delimiter=delimiter)
 
 
 def guess_encoding(start: bytes) -> str:

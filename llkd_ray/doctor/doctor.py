@@ -42,8 +42,8 @@ def _quickstart_settings() -> dict[str, object]:
     return settings(Path(local_dir("runs")) / "quickstart-data", seed=0)
 
 
-def all_checks(config: Config | None, *, is_quickstart: bool) -> list[Check]:
-    """All checks, in order. The quickstart creates its corpus and its teacher itself, later."""
+def all_checks(config: Config | None, *, inputs: bool) -> list[Check]:
+    """All checks, in order; with ``inputs``, also of corpus, test set and teacher."""
     joins = cluster_address(config, os.environ)[0] is not None
     needs_vllm = config is not None and any(one.kind == "vllm" for _, one in config.teacher.members())
     checks = machine_checks(config, needs_vllm=needs_vllm, joins=joins) + cluster_checks(config)
@@ -51,7 +51,7 @@ def all_checks(config: Config | None, *, is_quickstart: bool) -> list[Check]:
         return checks
     policies = Check("policies", partial(check_policy_names, config))
     checks += [*storage_checks(config), policies, student_check(config)]
-    return checks if is_quickstart else checks + data_checks(config) + teacher_checks(config)
+    return checks + data_checks(config) + teacher_checks(config) if inputs else checks
 
 
 def check_policy_names(config: Config) -> Finding:

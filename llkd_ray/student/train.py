@@ -150,7 +150,7 @@ def uncertainty(logits_BC: Tensor) -> Tensor:
 def start(sum_C: Floats, count_C: Ints) -> MovingThreshold:
     """A threshold before the first step, which has these sums: 1/C, or its mean if that is lower."""
     low = min(1 / count_C.size, float(sum_C.sum() / count_C.sum()))
-    return MovingThreshold(low, np.full(count_C.size, low), MOMENTUM)
+    return MovingThreshold(low, np.full(count_C.size, low))
 
 
 def prior_shift(label_N: Ints, weight_N: Floats, prior_C: Floats) -> Floats:
@@ -171,7 +171,7 @@ def prior_shift(label_N: Ints, weight_N: Floats, prior_C: Floats) -> Floats:
 class MovingThreshold:
     """A threshold that follows a signal step by step: a global moving average, and one per class.
 
-    FreeMatch (arXiv 2205.07246, eq. 5 to 8): both start at 1/C, move by ``1 - momentum`` per step before
+    FreeMatch (arXiv 2205.07246, eq. 5 to 8): both start at 1/C, move by ``1 - MOMENTUM`` per step before
     the step is judged, and a class's threshold is the global one times the class's average over the
     largest class's. Deviation: a class's average is of the signal of its texts, as in
     :func:`~llkd_ray.selection.search.class_thresholds`; a class without texts in a step is unchanged.
@@ -179,22 +179,16 @@ class MovingThreshold:
 
     overall: float
     class_C: Floats
-    momentum: float = 0.999
-
-    @classmethod
-    def start(cls, n_classes: int, momentum: float = 0.999) -> MovingThreshold:
-        return cls(1 / n_classes, np.full(n_classes, 1 / n_classes), momentum)
 
     def after(self, sum_C: Floats, count_C: Ints) -> MovingThreshold:
         """The threshold moved by a step's sums and counts per class, which are added over ranks."""
         if not count_C.sum():
             return self
-        keep, move = self.momentum, 1 - self.momentum
+        keep, move = MOMENTUM, 1 - MOMENTUM
         mean_C = np.where(count_C > 0, sum_C / np.maximum(count_C, 1), self.class_C)
         return MovingThreshold(
             keep * self.overall + move * float(sum_C.sum() / count_C.sum()),
             keep * self.class_C + move * mean_C,
-            self.momentum,
         )
 
     def of_class(self) -> Floats:

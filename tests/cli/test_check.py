@@ -122,7 +122,7 @@ def test_a_config_that_is_refused_leaves_the_machine_to_be_looked_at(tmp_path, s
     assert config is None
     assert [one.state for one in findings] == ["problem", "problem"]
     assert any("budget.round: unknown setting" in one.found for one in findings)
-    names = [check.name for check in all_checks(None, is_quickstart=False)]
+    names = [check.name for check in all_checks(None, inputs=True)]
     assert ("packages" in names, "corpus" in names) == (True, False)
 
     def broken(config):
@@ -135,7 +135,7 @@ def test_a_config_that_is_refused_leaves_the_machine_to_be_looked_at(tmp_path, s
 
 def test_an_unknown_policy(tmp_path, settings):
     config, _ = load(config_file(settings, tmp_path), ["selection.policy=best"])
-    (check,) = [one for one in all_checks(config, is_quickstart=False) if one.name == "policies"]
+    (check,) = [one for one in all_checks(config, inputs=True) if one.name == "policies"]
     with pytest.raises(ValueError, match="'best' is unknown"):
         check.run()
 
@@ -169,7 +169,7 @@ def test_lines_without_a_terminal_and_a_table_on_one():
 def test_only_problems_decide_the_exit_status(monkeypatch, capsys, findings, status):
     checks = [Check(one.check, lambda one=one: one) for one in findings]
     monkeypatch.setattr(module, "load", lambda path, overrides: (None, []))
-    monkeypatch.setattr(module, "all_checks", lambda config, is_quickstart: checks)
+    monkeypatch.setattr(module, "all_checks", lambda config, inputs: checks)
     assert main(["check", "--json"]) == status
     assert json.loads(capsys.readouterr().out)["counts"]["problem"] == status / 2
 

@@ -22,7 +22,6 @@ from llkd_ray.student.inference import predict
 from llkd_ray.student.model import lengths
 from llkd_ray.student.train import (
     LOSSES,
-    MOMENTUM,
     Batch,
     MovingThreshold,
     StepThresholds,
@@ -298,13 +297,16 @@ def sums(signal: list[float], label: list[int], n_classes: int) -> tuple[np.ndar
     return np.bincount(label, weights=signal, minlength=n_classes), np.bincount(label, minlength=n_classes)
 
 
+def one_over_the_classes(n_classes: int) -> MovingThreshold:
+    return MovingThreshold(1 / n_classes, np.full(n_classes, 1 / n_classes))
+
+
 class TestMovingThreshold:
     def test_moves_from_one_over_the_classes_in_freematchs_form(self):
-        start = MovingThreshold.start(3)
-        assert start.momentum == 0.999
+        start = one_over_the_classes(3)
         np.testing.assert_allclose(start.of_class(), np.full(3, 1 / 3))
         assert start.after(np.zeros(3), np.zeros(3, dtype=int)) is start, "a step without texts"
-        after = MovingThreshold.start(3, momentum=0.9).after(*sums([0.8, 0.6, 1.0], [0, 0, 1], 3))
+        after = one_over_the_classes(3).after(*sums([0.8, 0.6, 1.0], [0, 0, 1], 3))
         overall = 0.9 / 3 + 0.1 * 0.8
         of_class = np.array([0.9 / 3 + 0.1 * 0.7, 0.9 / 3 + 0.1 * 1.0, 1 / 3])  # the last has no text
         assert after.overall == pytest.approx(overall)
@@ -313,7 +315,7 @@ class TestMovingThreshold:
         np.testing.assert_array_equal(MovingThreshold(0.0, np.zeros(3)).of_class(), np.zeros(3))
 
     def test_comes_to_the_means_of_a_signal_that_stays(self):
-        step, threshold = sums([0.9, 0.9, 0.3, 0.3], [0, 0, 1, 1], 2), MovingThreshold.start(2, momentum=0.9)
+        step, threshold = sums([0.9, 0.9, 0.3, 0.3], [0, 0, 1, 1], 2), one_over_the_classes(2)
         for _ in range(300):
             threshold = threshold.after(*step)
         np.testing.assert_allclose(threshold.of_class(), class_thresholds(*step), rtol=1e-6)
@@ -356,7 +358,7 @@ class TestStepThresholds:
     def test_mask_is_freematchs_thresholds_step_after_step(self):
         """The reference: the thresholds in numpy, moved before the step is judged."""
         step_thresholds, seen, kept = StepThresholds("mask", 4), 0, 0
-        thresholds = [MovingThreshold.start(4, MOMENTUM)] * 2
+        thresholds = [one_over_the_classes(4)] * 2
         for seed in range(30):
             logits_BC, label_B, confidence_B = step_of(seed)
             both_2N = np.stack([confidence_B.numpy(), uncertainty(logits_BC).numpy()])

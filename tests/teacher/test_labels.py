@@ -165,12 +165,13 @@ class TestDamaged:
     TICKETS = 3
 
     @pytest.fixture(scope="class")
-    def whole(self, tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    @classmethod
+    def whole(cls, tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
         """The contents of some label files."""
         store = RunStore(str(tmp_path_factory.mktemp("whole")))
-        for ticket in range(self.TICKETS):
+        for ticket in range(cls.TICKETS):
             write_ticket(store, LABELS_DIR, ticket, labels_of([4 * ticket, 4 * ticket + 1]), USAGE, 0, 2)
-        return [store.read_bytes(ticket_file(LABELS_DIR, ticket)) for ticket in range(self.TICKETS)]
+        return [store.read_bytes(ticket_file(LABELS_DIR, ticket)) for ticket in range(cls.TICKETS)]
 
     def run(self, folder: Path, whole: list[bytes], damaged: bytes) -> RunStore:
         """A run whose ticket 1 has other contents."""

@@ -469,7 +469,8 @@ class TestSpecialTokens:
     marks = st.sampled_from(["<s>", "</s>", "<pad>", "<|turn|>", "<", "s>", " ", "<<s>", "a", "\n"])
 
     @pytest.fixture(scope="class")
-    def marked(self, tokenizer) -> Any:
+    @classmethod
+    def marked(cls, tokenizer) -> Any:
         changed = with_chat(tokenizer)
         changed.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|turn|>ed"]})
         return changed
