@@ -35,6 +35,9 @@ def connect(address: str | None) -> Iterator[None]:
     if not verbose:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().print_on_execution_start = False
+        # Ray's C++ core prints an error whenever Ray Data starts a pool of actors, because of arguments that
+        # Ray Data passes by reference (ray-project/ray#57733). Failed tasks and actors are raised in Python.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     if address:
         ray.init(address=address, **options)
     else:

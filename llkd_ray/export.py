@@ -20,11 +20,19 @@ import torch
 from torch import nn
 
 from llkd_ray.config.base import ConfigError
-from llkd_ray.evaluation.student_calibration import audited_sample, describe, fit_student, write_calibration
+from llkd_ray.evaluation.student_calibration import audited_sample, describe, fit_student, write_model
 from llkd_ray.report.pages import write_pages
 from llkd_ray.run.loop import run_config
-from llkd_ray.storage.checkpoints import Checkpoint, inspect
-from llkd_ray.storage.run_dir import CONFIG, MODEL_DIR, ONNX_DIR, SUMMARY, RunStore
+from llkd_ray.storage.checkpoints import inspect
+from llkd_ray.storage.run_dir import (
+    CONFIG,
+    MODEL_DIR,
+    ONNX_DIR,
+    SUMMARY,
+    TRAINED,
+    RunStore,
+    round_file,
+)
 from llkd_ray.storage.tables import Examples
 from llkd_ray.student.inference import load, score
 from llkd_ray.student.model import Student
@@ -67,7 +75,7 @@ def export_model(
     store, run = RunStore(checkpoint.source), _run_of(model)
     calibration = None
     if run is not None:
-        calibration = _recalibrate(run, checkpoint)
+        calibration = _recalibrate(run)
         say(describe(calibration))
         write_pages(run)
     found: list[Difference] = []
@@ -99,17 +107,19 @@ def _run_of(model: str) -> RunStore | None:
     return None
 
 
-def _recalibrate(run: RunStore, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Refit the temperature on all current labels; writes it into the model and the summary."""
+def _recalibrate(run: RunStore) -> dict[str, Any]:
+    """Refit the temperature on all current labels; writes the model and the summary again."""
     config = run_config(run)
     last = run.read_metrics()[-1]["round"]
+    weights = str(run.read_json(round_file(last, TRAINED))["checkpoint"])
     row_M, audited = audited_sample(run), None
     if row_M.size:
         texts = Examples.open(run).read(row_M, ["text"])["text"].to_pylist()
+        checkpoint = inspect(run.uri(weights), max_tokens=config.student.max_tokens)
         student = load(checkpoint, config.student.precision, torch.device("cpu"))
-        audited = row_M, score(student, texts, checkpoint.max_tokens, None)  # without the temperature
+        audited = row_M, score(student, texts, checkpoint.max_tokens)  # without the temperature
     found = fit_student(run, config, last, audited)
-    write_calibration(run, found)
+    write_model(run, weights, found)
     run.write_json(SUMMARY, run.read_json(SUMMARY) | {"calibration": found})
     return found
 

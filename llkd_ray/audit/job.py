@@ -258,7 +258,7 @@ def _student_predictions(store: RunStore, config: Config, texts: Sequence[str]) 
     checkpoint = inspect(store.uri(folder), max_tokens=config.student.max_tokens)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student = load(checkpoint, "auto", device)
-    return score(student, texts, checkpoint.max_tokens, None, checkpoint.temperature)
+    return score(student, texts, checkpoint.max_tokens)
 
 
 def _last_checkpoint(store: RunStore) -> str:

@@ -83,7 +83,7 @@ def run_evaluate(options: argparse.Namespace, display: Display) -> None:
     )
     student = load(checkpoint, "auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     texts = [example.text for example in examples]
-    p_NC = score(student, texts, checkpoint.max_tokens, None, checkpoint.temperature)
+    p_NC = score(student, texts, checkpoint.max_tokens)
     figures = evaluation(np.array([example.gold for example in examples]), p_NC)
     names = checkpoint.labels
     rows = [

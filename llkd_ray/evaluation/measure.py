@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
-from llkd_ray.metrics.calibration import Calibrator
+from llkd_ray.metrics.calibration import Calibrator, at_temperature
 from llkd_ray.metrics.quality import (
     accuracy_interval,
     agreement,
@@ -190,9 +190,11 @@ MAX_PAIRS = 5_000
 """Maximum number of (true, predicted) class pairs stored, the most frequent first."""
 
 
-def write_insight(store: RunStore, measure: Measure, last: int) -> None:
-    """Write INSIGHT for a run that finished after round ``last``."""
+def write_insight(store: RunStore, measure: Measure, last: int, temperature: float | None) -> None:
+    """Write INSIGHT for a run that finished after round ``last``, with the confidence of its final model."""
     row_N, p_NC = measure.predictions(last)
+    if temperature is not None:
+        p_NC = at_temperature(p_NC, temperature)
     store.write_json(
         INSIGHT,
         {

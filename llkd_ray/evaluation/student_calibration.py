@@ -8,17 +8,21 @@ It is fitted on texts that the student was not trained on, using the best gold a
 3. fewer pool texts, also cross-validated;
 4. the teacher's labels of the hold-out: confidence is then the probability of agreement with the teacher.
 
-Stored in config.json of model/ under ``llkd_calibration``, which ``llkd predict`` reads. Predicted labels do
-not change. Shapes in names: N texts, C labels.
+The last layer of the weights in model/ is divided by it, so that every program that loads them sees the
+same confidence; the weights in checkpoints/ stay as they were trained. config.json says how it was fitted.
+Predicted labels do not change. Shapes in names: N texts, C labels.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.fs as pafs
 
 from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
@@ -36,8 +40,9 @@ from llkd_ray.storage.tables import (
     read_predictions,
     trained_rows,
 )
+from llkd_ray.student.model import divide_logits
 
-CONFIG_FILE = f"{MODEL_DIR}/config.json"
+TEST_GOLD = "gold of the test set"
 ENOUGH = 100
 """With at least this many pool texts, the test set's gold is used for measuring only."""
 _FOLDS_SEED = 0
@@ -120,10 +125,17 @@ def _fitted(fitted_on: LabelledTexts, measured_on: LabelledTexts) -> dict[str, A
     }
 
 
-def write_calibration(store: RunStore, found: dict[str, Any]) -> None:
-    """Write it into the config of the run's model."""
-    tree = json.loads(store.read_bytes(CONFIG_FILE))
-    store.write_bytes(CONFIG_FILE, (json.dumps(tree | {CALIBRATION_KEY: found}, indent=2) + "\n").encode())
+def write_model(store: RunStore, checkpoint: str, found: dict[str, Any]) -> None:
+    """Write model/ from the weights in ``checkpoint``, a folder of the run, with this calibration."""
+    with tempfile.TemporaryDirectory(prefix="llkd-model-") as folder:
+        pafs.copy_files(store.path(checkpoint), folder, source_filesystem=store.fs)
+        if found["temperature"] is not None:
+            divide_logits(folder, found["temperature"])
+        config = Path(folder, "config.json")
+        tree = json.loads(config.read_text(encoding="utf-8")) | {CALIBRATION_KEY: found}
+        config.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+        store.fs.create_dir(store.path(MODEL_DIR), recursive=True)
+        pafs.copy_files(folder, store.path(MODEL_DIR), destination_filesystem=store.fs)
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -160,7 +172,7 @@ def _sources(
     in_pool_N = row_N < examples.n_pool
     gold_N = examples.read(row_N, ["gold"])["gold"].to_numpy().astype(np.int64)
     test_N = ~in_pool_N & (gold_N >= 0)
-    test = LabelledTexts("gold of the test set", p_NC[test_N], gold_N[test_N])
+    test = LabelledTexts(TEST_GOLD, p_NC[test_N], gold_N[test_N])
 
     pool_row_N, pool_p_NC = row_N[in_pool_N], p_NC[in_pool_N]
     if audited is not None:

@@ -283,11 +283,7 @@ class Predictor:
         with pa.ipc.open_stream(batch["texts"][0].as_buffer()) as stream:
             texts = stream.read_all()
         p_NC = score(
-            self.student,
-            texts["text"].to_pylist(),
-            self.checkpoint.max_tokens,
-            self.config.batch_tokens,
-            self.checkpoint.temperature,
+            self.student, texts["text"].to_pylist(), self.checkpoint.max_tokens, self.config.batch_tokens
         )
         if not np.isfinite(p_NC).all():
             return {

@@ -144,7 +144,7 @@ def describe_calibration(record: RunRecord) -> str:
     if found["temperature"] is None:
         return f"Its confidence is not calibrated: {found['reason']}."
     return (
-        f"Its confidence is scaled by a temperature of {decimals(found['temperature'])}, fitted on "
+        f"Its confidence is calibrated by a temperature of {decimals(found['temperature'])}, fitted on "
         f"{count(found['texts'])} texts ({found['fitted_on']}). The expected calibration error is "
         f"{decimals(found['ece_before'])} before and {decimals(found['ece_after'])} after, on "
         f"{count(found['measured_texts'])} texts ({found['measured_on']})."

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import pyarrow.fs as pafs
 import yaml
 
 from llkd_ray.cluster import check_fit, connect, library_versions
@@ -21,8 +20,8 @@ from llkd_ray.config.schema import Config
 from llkd_ray.corpus.ingest import ingest
 from llkd_ray.display import Display
 from llkd_ray.evaluation.measure import Measure, write_insight
+from llkd_ray.evaluation.student_calibration import TEST_GOLD, fit_student, write_model
 from llkd_ray.evaluation.student_calibration import describe as describe_calibration
-from llkd_ray.evaluation.student_calibration import fit_student, write_calibration
 from llkd_ray.metrics.quality import has_plateaued
 from llkd_ray.report.pages import write_pages
 from llkd_ray.run.supervisor import Run
@@ -163,10 +162,13 @@ def conclude(
 ) -> dict[str, Any]:
     """Write the summary, model and report of a run; ``last`` is its last round."""
     counts = {key: totals[key] for key in ("labelled", "trained", "teacher_tokens")}
+    student, calibration = measure.student(last, np.random.default_rng(0)), fit_student(store, config, last)
+    if calibration.get("measured_on", "").startswith(TEST_GOLD):
+        student["ece"] = calibration["ece_after"]  # of the model that is shipped
     summary = {
         "teacher": measure.teacher(np.random.default_rng(0)),
-        "student": measure.student(last, np.random.default_rng(0)),
-        "calibration": fit_student(store, config, last),
+        "student": student,
+        "calibration": calibration,
         **counts,
         **spending(config, totals),
         "engines_started": len(store.names(ENGINES_DIR)),
@@ -175,17 +177,10 @@ def conclude(
         "seconds": seconds,
     }
     store.write_json(SUMMARY, summary)
-    store.fs.create_dir(store.path(MODEL_DIR), recursive=True)
-    pafs.copy_files(
-        store.path(measure.checkpoint(last)),
-        store.path(MODEL_DIR),
-        source_filesystem=store.fs,
-        destination_filesystem=store.fs,
-    )
-    write_calibration(store, summary["calibration"])
+    write_model(store, measure.checkpoint(last), calibration)
     if ONNX_DIR in store.folders(MODEL_DIR):  # exported from earlier weights
         store.fs.delete_dir(store.path(f"{MODEL_DIR}/{ONNX_DIR}"))
-    write_insight(store, measure, last)
+    write_insight(store, measure, last, calibration["temperature"])
     write_pages(store)
     return summary
 

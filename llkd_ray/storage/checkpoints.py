@@ -94,8 +94,6 @@ class Checkpoint:
     max_tokens: int
     fingerprint: str
     """Hash of the files or the hub's commit; differs whenever the predictions may differ."""
-    temperature: float | None = None
-    """Calibrates the confidence; fitted by ``student_calibration``, None if it was not fitted."""
 
     @property
     def is_remote(self) -> bool:
@@ -117,13 +115,12 @@ def inspect(model: str, revision: str | None = None, max_tokens: int | None = No
         labels = _labels(config, model)
         tokenizer = load_tokenizer(folder, revision, "MODEL")
         reads = _reads(config, tokenizer)
-        temperature = _temperature(config, model)
     if max_tokens is not None and max_tokens > reads:
         raise ConfigError(f"--max-tokens: {max_tokens} is too long, {model!r} reads {reads}: lower it")
     is_hub_name = not (_is_folder(source) or "://" in source)
     fingerprint = f"commit {getattr(config, '_commit_hash', None)}" if is_hub_name else _fingerprint(source)
     tokens = max_tokens or min(reads, trained_tokens or reads)
-    return Checkpoint(source, revision, labels, tokens, fingerprint, temperature)
+    return Checkpoint(source, revision, labels, tokens, fingerprint)
 
 
 @contextmanager
@@ -245,19 +242,6 @@ def _labels(config: Any, model: str) -> tuple[str, ...]:
     return labels
 
 
-def _temperature(config: Any, model: str) -> float | None:
-    found = getattr(config, CALIBRATION_KEY, None)
-    temperature = found.get("temperature") if isinstance(found, dict) else None
-    if temperature is None:
-        return None
-    if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
-        raise ConfigError(
-            f"MODEL: {model!r} has the temperature {temperature!r} under {CALIBRATION_KEY} in its "
-            "config.json: a positive number is needed; take the entry out, or fit it anew with export.py"
-        )
-    return float(temperature)
-
-
 def _reads(config: Any, tokenizer: Any) -> int:
     """Number of tokens that the model reads of a text."""
     positions = getattr(config, "max_position_embeddings", None)
@@ -268,4 +252,4 @@ def _reads(config: Any, tokenizer: Any) -> int:
 
 
 CALIBRATION_KEY = "llkd_calibration"
-"""Key in a student's config.json: the temperature of its predictions, and how it was fitted."""
+"""Key in a student's config.json: the temperature in its last layer, and how it was fitted."""

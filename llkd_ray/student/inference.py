@@ -12,7 +12,6 @@ import torch
 
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import StudentConfig
-from llkd_ray.metrics.calibration import at_temperature
 from llkd_ray.storage.checkpoints import Checkpoint, _unloadable, load_tokenizer, local_copy
 from llkd_ray.student.model import Inputs, Student, Tokens, as_student, lengths
 
@@ -48,19 +47,13 @@ def load(checkpoint: Checkpoint, dtype: str, device: torch.device) -> Student:
 
 
 def score(
-    student: Student,
-    texts: Sequence[str],
-    max_tokens: int,
-    batch_tokens: int | None,
-    temperature: float | None = None,
+    student: Student, texts: Sequence[str], max_tokens: int, batch_tokens: int | None = None
 ) -> np.ndarray:
-    """float32[N, C]: a checkpoint's probabilities, in the order of the texts, at ``temperature`` if given.
+    """float32[N, C]: a checkpoint's probabilities, in the order of the texts.
 
     A batch has at most ``batch_tokens`` tokens, padding included; default: ``BATCH_TOKENS`` of the device.
     """
     p_NC = probabilities(student, texts, max_tokens, 1, batch_tokens or BATCH_TOKENS[student.device.type])
-    if temperature is not None and np.isfinite(p_NC).all():
-        p_NC = at_temperature(p_NC, temperature)
     return p_NC.astype(np.float32)
 
 

@@ -184,6 +184,19 @@ def build_student(config: StudentConfig, labels: LabelsConfig, seed: int, device
     return as_student(model, AutoTokenizer.from_pretrained(checkpoint), config.precision, device)
 
 
+def divide_logits(folder: str, temperature: float) -> None:
+    """Divide the last layer of a saved classifier, and with it every logit, by a temperature."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto")
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    assert last.out_features == model.config.num_labels, f"{type(model).__name__} does not end in its logits"
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter.div_(temperature)
+    model.save_pretrained(folder)
+
+
 def as_student(model: Any, tokenizer: Any, precision: str, device: torch.device) -> Student:
     """A loaded Hugging Face classifier, on its device; ``precision`` is as in ``student.precision``."""
     # Suppresses a warning against tokenizing once and padding later, which saves time in a round.

@@ -211,7 +211,7 @@ class TestTeacher:
 
 class TestInsight:
     def insight(self, run, last=0):
-        write_insight(run.store, run.measure(), last)
+        write_insight(run.store, run.measure(), last, None)
         return run.store.read_json(INSIGHT)
 
     def test_mistakes_and_bins_are_those_of_the_test_texts_with_gold(self, run):

@@ -8,11 +8,12 @@ import shutil
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from toys import NAMES, make_config, make_run, put_label_file, toy_probs
+from transformers import pipeline
 
-from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schedule import Schedule
-from llkd_ray.evaluation.student_calibration import audited_sample, describe, fit_student, write_calibration
+from llkd_ray.evaluation.student_calibration import audited_sample, describe, fit_student, write_model
 from llkd_ray.metrics.calibration import cross_fitted, fit_temperature
 from llkd_ray.metrics.uncertainty import confidence, normalise
 from llkd_ray.selection.tickets import draw_holdout
@@ -158,38 +159,40 @@ def test_folds_judge_by_what_the_others_ask_for():
 def calibrated(tiny_classifier, tmp_path):
     def make(temperature):
         store = make_run(tmp_path / "run", 10)
-        shutil.copytree(tiny_classifier, tmp_path / "run" / MODEL_DIR, dirs_exist_ok=True)
-        write_calibration(store, {"temperature": temperature, "texts": 9})
+        shutil.copytree(tiny_classifier, tmp_path / "run/checkpoints/round-0000", dirs_exist_ok=True)
+        write_model(store, "checkpoints/round-0000", {"temperature": temperature, "texts": 9})
         return str(tmp_path / "run" / MODEL_DIR)
 
     return make
 
 
-def test_predictions_use_it_and_keep_their_labels(calibrated, tiny_classifier):
-    import torch
+TEXTS = [f"{word} at the {name}" for word in "abcdefgh" for name in NAMES]
 
-    texts = [f"{word} at the {name}" for word in "abcdefgh" for name in NAMES]
-    answers = {}
-    for folder, temperature in ((tiny_classifier, None), (calibrated(2.5), 2.5)):
-        checkpoint = inspect(folder)
-        assert checkpoint.temperature == temperature
-        student = load(checkpoint, "float32", torch.device("cpu"))
-        answers[temperature] = score(student, texts, 32, None, checkpoint.temperature)
-    raw_NC, warm_NC = answers[None], answers[2.5]
+
+def answers(folder):
+    checkpoint = inspect(folder)
+    return score(load(checkpoint, "float32", torch.device("cpu")), TEXTS, checkpoint.max_tokens)
+
+
+def test_every_program_that_loads_the_weights_has_the_confidence(calibrated, tiny_classifier):
+    raw_NC, folder = answers(tiny_classifier), calibrated(2.5)
+    warm_NC = answers(folder)
     np.testing.assert_array_equal(raw_NC.argmax(axis=1), warm_NC.argmax(axis=1))
     np.testing.assert_allclose(warm_NC, normalise(raw_NC.astype(float) ** (1 / 2.5)), atol=1e-5)
     assert (confidence(warm_NC) < confidence(raw_NC)).all()
-    assert inspect(tiny_classifier).fingerprint != inspect(calibrated(2.5)).fingerprint
+    said = pipeline("text-classification", model=folder, device="cpu")(TEXTS)
+    np.testing.assert_allclose([one["score"] for one in said], confidence(warm_NC), atol=1e-5)
+    assert inspect(tiny_classifier).fingerprint != inspect(folder).fingerprint
 
 
-@pytest.mark.parametrize("temperature", [0, -1.0, "warm", float("inf")])
-def test_a_temperature_that_is_none_is_refused(calibrated, temperature):
-    with pytest.raises(ConfigError, match=f"has the temperature {temperature!r} under {CALIBRATION_KEY}"):
-        inspect(calibrated(temperature))
+def test_it_is_fitted_again_from_the_weights_as_they_were_trained(calibrated):
+    first = answers(calibrated(2.5))
+    calibrated(4.0)
+    np.testing.assert_allclose(answers(calibrated(2.5)), first, atol=1e-6)
 
 
-def test_none_is_written_too(calibrated):
+def test_none_is_written_too(calibrated, tiny_classifier):
     folder = calibrated(None)
-    assert inspect(folder).temperature is None
+    np.testing.assert_array_equal(answers(folder), answers(tiny_classifier))
     with open(f"{folder}/config.json") as file:
         assert json.load(file)[CALIBRATION_KEY] == {"temperature": None, "texts": 9}

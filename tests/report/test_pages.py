@@ -405,12 +405,12 @@ class TestCard:
         assert "- Data: letters/\\*.parquet; tested on test.parquet." in card
         assert "- Budget: 4,000 texts for the teacher, 800 for the student." in card
         assert "0.120 before and 0.031 after, on 900 texts" in card
-        assert "divide the logits by it before the softmax" in card
+        assert "a temperature is part of the last layer" in card
         assert "5 more of the sample have no answer" in card
         for text in (card, page):
             assert "temperature of 1.630, fitted on 900 texts (gold of the test set)" in text
             assert "Of a random sample of 80, which represents all 4,000, 88.8" in text
-        assert "Figures on this page are without it." in page
+        assert "The figures of the rounds are without it." in page
 
     def test_a_missing_temperature_has_a_reason(self, tmp_path):
         store = make_run(tmp_path / "run", rounds=1)
