@@ -378,7 +378,7 @@ def label_by_ray_llm(place: Path, n: int) -> dict[str, float]:
     from llkd_ray.teacher.vllm.requests import engine_arguments
 
     config = parse_config(config_tree(place, 1))
-    arguments, gpus = engine_arguments(config.teacher), config.teacher.gpus
+    arguments, gpus = engine_arguments(config.teacher), config.teacher.n_gpus
     settings = vLLMEngineProcessorConfig(
         model_source=arguments.pop("model"),
         engine_kwargs=arguments,

@@ -82,17 +82,17 @@ class Predicted:
 
     out: str
     summary: dict[str, Any]
-    """Numbers of rows read, predicted and refused, with the reasons."""
+    """Numbers of rows read, predicted, accepted and refused; by label, and by reason."""
     thresholds: dict[str, Any] | None = field(repr=False)
     """Thresholds fitted on gold; None if none were fitted."""
     predictions: str
-    """Folder of the parquet files with the predictions."""
+    """Folder of the files with the predictions."""
 
     def table(self) -> pa.Table:
         """All predictions as one in-memory table."""
         store = RunStore(self.out)
-        names = store.names(FOLDERS[CORPUS], ".parquet")
-        return pa.concat_tables([store.read_table(f"{FOLDERS[CORPUS]}/{name}") for name in names])
+        names = store.names(FOLDERS[CORPUS])
+        return pa.concat_tables([output.read(store, f"{FOLDERS[CORPUS]}/{name}") for name in names])
 
 
 def distill(

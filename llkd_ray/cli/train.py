@@ -12,14 +12,19 @@ from llkd_ray.cli.main import add_output_options, add_settings, run
 from llkd_ray.config.base import ConfigError, local_dir
 from llkd_ray.config.loading import resolve
 from llkd_ray.config.schema import Config
-from llkd_ray.display import Display, count, decimals
+from llkd_ray.display import Display, count, decimals, percent
+from llkd_ray.doctor.cluster import query_once
 from llkd_ray.doctor.doctor import all_checks
 from llkd_ray.doctor.findings import describe, run_checks
 from llkd_ray.evaluation.run_record import read_warnings
 from llkd_ray.report.pages import against_baseline, write_pages
+from llkd_ray.resources import describe_gpus, with_gpus
 from llkd_ray.run.loop import Outcome, resume, start_run
 from llkd_ray.run.plan import plan
 from llkd_ray.storage.run_dir import MODEL_DIR, REPORT, RunStore
+
+MANY_FULL = 0.1
+"""Share of texts as long as student.max_tokens that is worth a warning."""
 
 
 def _add_strict(parser: argparse.ArgumentParser) -> None:
@@ -64,9 +69,14 @@ def run_train(options: argparse.Namespace, display: Display) -> None:
 
 def _dry_run(config: Config, display: Display) -> None:
     """Print the plan, then what ``llkd check`` finds; raises ConfigError for its problems."""
+    query = query_once(config)
+    config = with_gpus(config, query().nodes)
+    if gpus := describe_gpus(config, query().nodes):
+        display.say(gpus)
     plan(config, display)
     # The plan has looked at data and models; what is left is the machine, Ray, and the place for runs.
-    found = [one for one in run_checks(all_checks(config, inputs=False)) if one.state != "ok"]
+    checks = all_checks(config, inputs=False, query=query)
+    found = [one for one in run_checks(checks) if one.state != "ok"]
     for one in found:
         if one.state == "warning":
             display.warn(describe(one))
@@ -128,6 +138,11 @@ def _show_results(outcomes: Sequence[Outcome], display: Display) -> None:
             )
         if outcome.summary["student"]["accuracy"] is None:
             display.say("accuracy is unknown without a test set (test.uri, test.gold)")
+        if (full := store.read_metrics()[-1].get("full_texts") or 0.0) > MANY_FULL:
+            display.warn(
+                f"{percent(full)} of the texts trained on fill student.max_tokens "
+                f"({outcome.config.student.max_tokens}); what comes after is cut off: raise it if it matters"
+            )
         for line in read_warnings(store):
             display.warn(line)
         display.result(f"report: {store.uri(REPORT)}")

@@ -308,12 +308,12 @@ def _run(inputs: Inputs, display: Display) -> dict[str, str]:
 def _submitted(jobs: Sequence[Job], inputs: Inputs) -> Iterator[dict[Any, Job]]:
     """Submits the jobs in order and yields their tasks; cancels those left at the end, e.g. after Ctrl-C."""
     for job in jobs:
-        _check_gpus(job.entry.trial.config.student.gpus)
+        _check_gpus(job.entry.trial.config.student.n_gpus)
     texts = ray.put(inputs.texts)
     labels = {name: ray.put(inputs.labels[name]) for name in {job.entry.teacher for job in jobs}}
     running = {}
     for job in jobs:
-        gpus = job.entry.trial.config.student.gpus
+        gpus = job.entry.trial.config.student.n_gpus
         options = {"num_cpus": 1, "num_gpus": gpus, "max_retries": RETRIES, "name": f"trial {job.name}"}
         task = _trial_task.options(**options).remote(job.entry.trial, texts, labels[job.entry.teacher])
         running[task] = job

@@ -67,6 +67,11 @@ class SourceConfig(Section):
             raise ValueError(f"is {encoding!r}: give an encoding that Python knows, such as utf-16") from None
 
     @property
+    def kept_columns(self) -> tuple[str, ...]:
+        """Further columns that are read and passed on unchanged."""
+        return ()
+
+    @property
     def uris(self) -> tuple[str, ...]:
         return (self.uri,) if isinstance(self.uri, str) else self.uri
 
@@ -110,6 +115,10 @@ class LabelsConfig(Section):
         return tuple(self.prior[name] / total for name in self.names) if self.prior else ()
 
 
+RANKS_ON_CPUS = 2
+"""DDP ranks where ``student.workers`` is not set."""
+
+
 class StudentConfig(Section):
     """The small model to train; any Hugging Face checkpoint usable for sequence classification."""
 
@@ -117,11 +126,11 @@ class StudentConfig(Section):
         description="Checkpoint folder, hub name, or 'minilm': the all-MiniLM-L6-v2 weights of the "
         "quickstart extra."
     )
-    workers: int | tuple[int, int] = Field(
-        2,
+    workers: int | tuple[int, int] | None = Field(
+        None,
         description="DDP ranks; (min, max): as many as fit when the run starts, when one is lost and when"
         " nodes are added. Ray Train assumes empty nodes, so give the ranks nodes of their "
-        "own (resources).",
+        "own (resources). null: one for each GPU that teachers leave; 2 on CPUs.",
     )
     resize_s: float = Field(
         60.0,
@@ -130,7 +139,12 @@ class StudentConfig(Section):
         "restarts the current round.",
     )
     cpus: float = Field(0.5, gt=0, description="CPUs that Ray reserves for one rank.")
-    gpus: float = Field(0, ge=0, description="GPUs that Ray reserves for one rank; may be a fraction.")
+    gpus: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs that Ray reserves for one rank; may be a fraction. null: as many as are there "
+        "when a run starts: a whole one, or what teachers leave of one, 0.3 as a rule.",
+    )
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
         description="Ray's custom resources for one rank, such as {student: 1}: restricts ranks to nodes "
@@ -182,17 +196,23 @@ class StudentConfig(Section):
 
     @field_validator("workers")
     @classmethod
-    def _workers(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
-        ends(workers)
+    def _workers(cls, workers: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+        if workers is not None:
+            ends(workers)
         return workers
 
     @property
+    def n_gpus(self) -> float:
+        """GPUs of one rank; 0 while undecided."""
+        return self.gpus or 0.0
+
+    @property
     def max_workers(self) -> int:
-        return ends(self.workers)[1]
+        return ends(self.workers or RANKS_ON_CPUS)[1]
 
     @property
     def min_workers(self) -> int:
-        return ends(self.workers)[0]
+        return ends(self.workers or RANKS_ON_CPUS)[0]
 
 
 class SelectionConfig(Section):
@@ -398,8 +418,7 @@ class Config(Section):
                     f"{field}.prompt.demonstrations uses the label {shot.label!r}, "
                     f"which is not in labels.names"
                 )
-        asks = teacher.kind in ("vllm", "openai")
-        if asks and teacher.prompt.answer == "letters" and len(names) > 26:
+        if teacher.has_prompt and teacher.prompt.answer == "letters" and len(names) > 26:
             raise ValueError(
                 f"labels.names has {len(names)} labels, but {field}.prompt.answer 'letters' has 26: "
                 "use 'names'"

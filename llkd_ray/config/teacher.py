@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
@@ -179,6 +179,15 @@ class CascadeConfig(Section):
     )
 
 
+NEEDED = {
+    "vllm": ("model", "a checkpoint folder or a hub name"),
+    "openai": ("server", "server.base_url"),
+    "recorded": ("recorded", "recorded.uri"),
+    "cascade": ("cascade", "cascade.small and cascade.large"),
+}
+"""For each kind of teacher: the setting without which it cannot work, and what to give for it."""
+
+
 class TeacherConfig(Section):
     """The large model that produces the labels."""
 
@@ -206,11 +215,13 @@ class TeacherConfig(Section):
         description="CPUs that Ray reserves for one teacher actor. On CPUs, an engine in one part uses as"
         " many threads; below 1, one per physical core.",
     )
-    gpus: float = Field(
-        0,
+    gpus: float | None = Field(
+        None,
         ge=0,
         description="GPUs that Ray reserves for one teacher actor, or for each of its parts; may be a "
-        "fraction for one part.",
+        "fraction for one part. null: as many as are there when a run starts: for an engine a whole one "
+        "if that leaves one for the student, else 0.7 of one, with an engine.gpu_memory_utilization of "
+        "0.65; none if vLLM is the build for CPUs.",
     )
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
@@ -219,8 +230,11 @@ class TeacherConfig(Section):
     )
     tensor_parallel: int = Field(1, ge=1, description="Parts into which each layer of a model is divided.")
     pipeline_parallel: int = Field(1, ge=1, description="Parts among which a model's layers are divided.")
-    max_model_len: int = Field(
-        2048, ge=16, description="Tokens of prompt and answer; longer texts are truncated."
+    max_model_len: int | None = Field(
+        None,
+        ge=16,
+        description="Tokens of prompt and answer; longer texts are truncated. null: what a vllm model "
+        "reads, at most 8,192; 2,048 for a server.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Data type of the weights."
@@ -272,17 +286,9 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TeacherConfig:
-        needed = {"vllm": "model", "openai": "server", "recorded": "recorded", "cascade": "cascade"}[
-            self.kind
-        ]
+        needed, what = NEEDED[self.kind]
         if getattr(self, needed) is None:
-            what = {
-                "model": "a checkpoint folder or a hub name",
-                "server": "server.base_url",
-                "recorded": "recorded.uri",
-                "cascade": "cascade.small and cascade.large",
-            }
-            raise ValueError(f"{needed} is missing: kind '{self.kind}' needs {what[needed]}")
+            raise ValueError(f"{needed} is missing: kind '{self.kind}' needs {what}")
         if self.kind == "openai" and not self.model:
             raise ValueError("model is missing: kind 'openai' needs the server's name for it")
         for name, member in self.members():
@@ -308,12 +314,33 @@ class TeacherConfig(Section):
             )
         return self
 
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer; without a setting, the default of a model that is not known."""
+        return self.max_model_len or 2048
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether an LLM is prompted: its answers cost something, and later runs reuse them."""
+        return self.kind in ("vllm", "openai")
+
     def members(self) -> Iterator[tuple[str, TeacherConfig]]:
         """The teachers by name: the two of a cascade, or the only one, named ``teacher``."""
         if self.cascade is None or self.kind != "cascade":
             yield "teacher", self
         else:
             yield from (("small", self.cascade.small), ("large", self.cascade.large))
+
+    def with_members(self, members: Mapping[str, TeacherConfig]) -> TeacherConfig:
+        """These settings with other ones for the teachers, by the names of :meth:`members`."""
+        if self.cascade is None or self.kind != "cascade":
+            return members["teacher"]
+        return self.model_copy(update={"cascade": self.cascade.model_copy(update=dict(members))})
+
+    @property
+    def n_gpus(self) -> float:
+        """GPUs of one actor or part; 0 while undecided."""
+        return self.gpus or 0.0
 
     @property
     def min_actors(self) -> int:
@@ -336,4 +363,4 @@ class TeacherConfig(Section):
     @property
     def is_placed_in_parts(self) -> bool:
         """Whether Ray places each part of an engine separately; parts on CPUs are processes of one actor."""
-        return self.parts > 1 and self.gpus > 0
+        return self.parts > 1 and self.n_gpus > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import reprlib
@@ -97,6 +98,17 @@ def start_of_text(value: object) -> str:
         value = value[: 4 * START_CHARS].decode("utf-8", "replace")
     text = value if isinstance(value, str) else _IN_SHORT.repr(value)
     return text[:START_CHARS].encode("utf-8", "replace").decode()
+
+
+def as_text(value: object) -> str | None:
+    """A value of any column as valid text; None for null. Lists and objects become JSON."""
+    if value is None or isinstance(value, Unreadable) or value != value:
+        return None
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, list | dict):
+        value = json.dumps(value, ensure_ascii=False, default=str)
+    return str(value).encode("utf-8", "replace").decode()
 
 
 class GoldNames:

@@ -54,6 +54,8 @@ class RawRow(NamedTuple):
     gold: object = None
     id: object = None
     broken: str = ""
+    kept: tuple[object, ...] = ()
+    """Values of ``source.kept_columns``."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def reading(unit: Unit, field: str) -> Iterator[None]:
 
 
 def wanted_columns(source: SourceConfig) -> list[str]:
-    names = (source.text, source.gold, source.id, *source.where)
+    names = (source.text, source.gold, source.id, *source.where, *source.kept_columns)
     return list(dict.fromkeys(name for name in names if name is not None))
 
 
@@ -146,9 +148,10 @@ def _table_rows(table: pa.Table, first: int, source: SourceConfig) -> Iterator[R
     texts = _values(table[source.text])
     golds = blank if source.gold is None else _values(table[source.gold])
     ids = blank if source.id is None else _values(table[source.id])
+    kept = [_values(table[name]) for name in source.kept_columns]
     # Selected in Python: Arrow's take() lacks some types and is wrong for string views.
     for at in np.flatnonzero(passing(table, source.where)).tolist():
-        yield RawRow(first + at, texts[at], golds[at], ids[at])
+        yield RawRow(first + at, texts[at], golds[at], ids[at], kept=tuple(values[at] for values in kept))
 
 
 def _values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
@@ -379,7 +382,8 @@ def _jsonl_rows(unit: Unit, source: SourceConfig) -> Iterator[RawRow]:
         elif all(_equals(record.get(name), wanted) for name, wanted in source.where.items()):
             gold = None if source.gold is None else record.get(source.gold)
             id_ = None if source.id is None else record.get(source.id)
-            yield RawRow(position, record.get(source.text), gold, id_)
+            kept = tuple(record.get(name) for name in source.kept_columns)
+            yield RawRow(position, record.get(source.text), gold, id_, kept=kept)
 
 
 def csv_steps(unit: Unit, max_chars: int) -> Iterator[tuple[list[str], str, int]]:
@@ -431,4 +435,5 @@ def _csv_rows(unit: Unit, source: SourceConfig) -> Iterator[RawRow]:
         elif all(_equals(fields[column[name]], wanted) for name, wanted in source.where.items()):
             gold = None if source.gold is None else fields[column[source.gold]]
             id_ = None if source.id is None else fields[column[source.id]]
-            yield RawRow(number, fields[column[source.text]], gold, id_)
+            kept = tuple(fields[column[name]] for name in source.kept_columns)
+            yield RawRow(number, fields[column[source.text]], gold, id_, kept=kept)

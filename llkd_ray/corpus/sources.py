@@ -191,8 +191,9 @@ def _inspect(unit: Unit, source: SourceConfig, field: str, number: int) -> list[
                     raise ConfigError(f"{field}.uri: {unit.source!r} has no header line: put one first")
                 _check_columns(header[1], unit, source, field)
             case "txt":
-                for setting in ("gold", "id", "where"):
-                    if value := getattr(source, setting):
+                settings = {"gold": source.gold, "id": source.id, "where": source.where}
+                for setting, value in (settings | {"keep_columns": source.kept_columns}).items():
+                    if value:
                         raise ConfigError(
                             f"{field}.{setting}: {value!r} is set, but txt files have no columns: "
                             "leave it out, or use csv or jsonl"
@@ -207,6 +208,7 @@ def _inspect(unit: Unit, source: SourceConfig, field: str, number: int) -> list[
 def _check_columns(columns: Sequence[str], unit: Unit, source: SourceConfig, field: str) -> None:
     wanted = [("text", source.text), ("gold", source.gold), ("id", source.id)]
     wanted += [("where", name) for name in source.where]
+    wanted += [("keep_columns", name) for name in source.kept_columns]
     for setting, name in wanted:
         if name is not None and name not in columns:
             raise ConfigError(

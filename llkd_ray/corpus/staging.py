@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from llkd_ray.config.schema import SourceConfig
 from llkd_ray.corpus.cleaning import UNKNOWN_GOLD, Cleaner, Example, Refusal, show_gold, start_of_text
-from llkd_ray.corpus.readers import Unit, read_rows
+from llkd_ray.corpus.readers import RawRow, Unit, read_rows
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import QUARANTINE_DIR, RunStore
 
@@ -99,8 +99,8 @@ class StagingWriter:
 
     def clean(
         self, units: Sequence[Unit], source: SourceConfig, field: str, labels: Sequence[str]
-    ) -> Iterator[tuple[str, int, Example]]:
-        """Read and clean the units' rows, at most ``source.limit``; yields source, position and example.
+    ) -> Iterator[tuple[str, RawRow, Example]]:
+        """Read and clean the units' rows, at most ``source.limit``; yields source, row and example.
 
         Refused rows go to the quarantine. Raises :class:`ConfigError` if a file cannot be read to its end.
         """
@@ -116,11 +116,11 @@ class StagingWriter:
                     is_kept = value in self.unknown_gold or len(self.unknown_gold) < MAX_VALUES
                     self.unknown_gold[value if is_kept else "others"] += 1
             else:
-                yield name, row.position, result
+                yield name, row, result
 
-    def keep(self, source: str, position: int, example: Example) -> None:
+    def keep(self, source: str, row: RawRow, example: Example) -> None:
         self._examples.append(example)
-        self._keys.append((source, position))
+        self._keys.append((source, row.position))
         self._chars += len(example.text) + len(example.id)
         if len(self._examples) >= SHARD_ROWS or self._chars >= SHARD_CHARS:
             self._write_shard()

@@ -24,7 +24,7 @@ from typing import Any
 from llkd_ray.config.base import ConfigError, member_field
 from llkd_ray.config.schema import Config
 from llkd_ray.doctor.findings import Check, Finding, ok, problem, warning
-from llkd_ray.resources import check_resources
+from llkd_ray.resources import check_resources, with_gpus
 
 CONNECT_S = 5.0
 """For a connection to the head's port: it is answered immediately or never."""
@@ -44,10 +44,11 @@ class View:
     problem: Finding | None = None
 
 
-def cluster_checks(config: Config | None, environ: Mapping[str, str] = os.environ) -> list[Check]:
+def cluster_checks(
+    config: Config | None, query: Callable[[], View], environ: Mapping[str, str] = os.environ
+) -> list[Check]:
     """Without a config: checks of this machine, or of the cluster that RAY_ADDRESS names."""
     address, setting = cluster_address(config, environ)
-    query = functools.cache(partial(query_cluster, address, setting, environ))
     checks = [
         Check("ray token", partial(check_token, environ, joins=address is not None)),
         Check("ray", partial(check_ray, address, setting, query)),
@@ -65,6 +66,11 @@ def cluster_address(config: Config | None, environ: Mapping[str, str]) -> tuple[
     else:
         address, setting = environ.get("RAY_ADDRESS", ""), "RAY_ADDRESS"
     return (None if address in ("", "local") else address), setting
+
+
+def query_once(config: Config | None, environ: Mapping[str, str] = os.environ) -> Callable[[], View]:
+    """Ray's view of the cluster that a run would join, or of this machine; only the first call asks."""
+    return functools.cache(partial(query_cluster, *cluster_address(config, environ), environ))
 
 
 # --- token
@@ -248,7 +254,7 @@ def check_cluster_resources(
     if environ.get("LLKD_AUTOSCALING") == "1":
         return ok("room", "LLKD_AUTOSCALING is 1: nodes may still come, so resources are not checked")
     try:
-        check_resources(config, list(view.nodes))
+        check_resources(with_gpus(config, view.nodes), view.nodes)
     except ConfigError as error:
         return problem("room", str(error))
     return ok("room", f"teachers at their smallest and student ranks fit on {describe(view)}")

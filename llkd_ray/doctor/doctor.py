@@ -7,14 +7,14 @@ dependencies, so that a broken installation can still be checked.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from llkd_ray.config.base import ConfigError, local_dir, with_absolute_paths
 from llkd_ray.config.loading import apply_overrides, load_tree, parse_config
 from llkd_ray.config.schema import Config
-from llkd_ray.doctor.cluster import cluster_address, cluster_checks
+from llkd_ray.doctor.cluster import View, cluster_address, cluster_checks, query_once
 from llkd_ray.doctor.findings import Check, Finding, describe_error, ok, problem
 from llkd_ray.doctor.inputs import data_checks, storage_checks, student_check, teacher_checks
 from llkd_ray.doctor.machine import machine_checks
@@ -42,11 +42,15 @@ def _quickstart_settings() -> dict[str, object]:
     return settings(Path(local_dir("runs")) / "quickstart-data", seed=0)
 
 
-def all_checks(config: Config | None, *, inputs: bool) -> list[Check]:
+def all_checks(
+    config: Config | None, *, inputs: bool, query: Callable[[], View] | None = None
+) -> list[Check]:
     """All checks, in order; with ``inputs``, also of corpus, test set and teacher."""
+    query = query or query_once(config)
     joins = cluster_address(config, os.environ)[0] is not None
     needs_vllm = config is not None and any(one.kind == "vllm" for _, one in config.teacher.members())
-    checks = machine_checks(config, needs_vllm=needs_vllm, joins=joins) + cluster_checks(config)
+    checks = machine_checks(config, lambda: query().nodes, needs_vllm=needs_vllm, joins=joins)
+    checks += cluster_checks(config, query)
     if config is None:
         return checks
     policies = Check("policies", partial(check_policy_names, config))

@@ -7,16 +7,16 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import Config
 from llkd_ray.doctor.findings import Check, Finding, format_bytes, ok, problem, warning
-from llkd_ray.resources import bundles_of
+from llkd_ray.resources import Resources, bundles_of, installed_version, with_gpus
 from llkd_ray.storage.checkpoints import size_on_disk
 
 PROJECT = "llkd-ray"
@@ -38,20 +38,27 @@ FULL = 0.95
 """Disk usage share at which Ray stops writing objects to it, and kills processes for lack of memory."""
 
 
-def machine_checks(config: Config | None, *, needs_vllm: bool, joins: bool) -> list[Check]:
-    """``joins``: the run uses a cluster, so this machine needs neither GPUs nor memory for it."""
-    gpus = 0.0 if config is None else gpus_asked_for(config)
-    on_gpus = config is not None and any(
-        one.kind == "vllm" and one.gpus > 0 for _, one in config.teacher.members()
-    )
+def machine_checks(
+    config: Config | None, nodes: Callable[[], Sequence[Resources]], *, needs_vllm: bool, joins: bool
+) -> list[Check]:
+    """``joins``: the run uses a cluster, so this machine needs neither GPUs nor memory for it.
+
+    ``nodes``: the resources of that cluster's nodes or of this machine, which takes seconds to find out.
+    """
+
+    @cache
+    def decided() -> Config | None:
+        return None if config is None else with_gpus(config, nodes())
+
     checks = [
         Check("python", check_python),
         Check("packages", check_packages),
-        Check("vllm", partial(check_vllm, needed=needs_vllm, on_gpus=on_gpus)),
-        Check("gpu", lambda: check_gpus(detect_gpus(), gpus, joins=joins)),
+        Check("vllm", lambda: check_vllm(needed=needs_vllm, on_gpus=has_engine_on_gpu(decided()))),
+        Check("gpu", lambda: check_gpus(detect_gpus(), gpus_asked_for(decided()), joins=joins)),
     ]
     if not joins:
-        checks += [Check("memory", partial(check_memory, config)), Check("shared memory", check_shm)]
+        memory = Check("memory", lambda: check_memory(decided()))
+        checks += [memory, Check("shared memory", check_shm)]
     return [*checks, Check("ray's disk", check_temp_dir)]
 
 
@@ -77,14 +84,6 @@ def check_packages() -> Finding:
         f"{name} {metadata.version(name)}" for name in ("ray", "torch", "transformers", "pyarrow")
     )
     return ok("packages", f"{shown}, and all else that is required")
-
-
-def installed_version(name: str) -> str | None:
-    """None if the package is not installed."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _unmet(texts: Sequence[str], extra: str = "") -> Iterator[str]:
@@ -157,8 +156,15 @@ class Gpus:
     """The newest CUDA version that the driver supports."""
 
 
-def gpus_asked_for(config: Config) -> float:
+def has_engine_on_gpu(config: Config | None) -> bool:
+    members = [] if config is None else [one for _, one in config.teacher.members()]
+    return any(one.kind == "vllm" and one.n_gpus > 0 for one in members)
+
+
+def gpus_asked_for(config: Config | None) -> float:
     """GPUs of teachers and student ranks together, at their minimum pool sizes."""
+    if config is None:
+        return 0.0
     pieces = bundles_of(config, config.student.min_workers)
     return sum(dict(piece.needs).get("GPU", 0) for piece in pieces) / 10_000
 
@@ -211,7 +217,7 @@ def check_gpus(gpus: Gpus, asked: float, *, joins: bool) -> Finding:
             return problem(
                 "gpu",
                 f"none is seen, but {need}",
-                "set teacher.gpus and student.gpus to 0, or join a cluster",
+                "leave out teacher.gpus and student.gpus, or join a cluster",
             )
         return ok("gpu", f"none on this machine; {need}")
     if not asked:
@@ -247,11 +253,11 @@ def memory_of_models(config: Config) -> dict[str, int]:
     """Memory in bytes on this machine, for models of known size that are not on a GPU."""
     sizes = {}
     for name, one in config.teacher.members():
-        if one.kind == "vllm" and not one.gpus and one.model is not None:
+        if one.kind == "vllm" and not one.n_gpus and one.model is not None:
             weights = size_on_disk(one.model) or 0
             cache = int(one.kv_cache_gib * 2**30)
             sizes[f"{name}.model" if name != "teacher" else name] = one.min_actors * (weights + cache)
-    if not config.student.gpus and (weights := student_bytes(config)):
+    if not config.student.n_gpus and (weights := student_bytes(config)):
         sizes["student"] = config.student.min_workers * COPIES_IN_TRAINING * weights
     return sizes
 

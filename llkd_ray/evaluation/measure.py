@@ -102,6 +102,13 @@ class Measure:
         gold_N[is_test_N] = self._gold_of_test[row_N[is_test_N] - self.examples.n_pool]
         return gold_N >= 0, gold_N
 
+    def labels_without_gold(self) -> list[str]:
+        """The labels that no text of the test set has; none without a test set with gold."""
+        known_N = self._gold_of_test[self._gold_of_test >= 0]
+        counts_C = np.bincount(known_N, minlength=self.n_classes)
+        names = self.config.labels.names
+        return [name for name, n in zip(names, counts_C, strict=True) if not n] if known_N.size else []
+
     @cached_property
     def _gold_of_test(self) -> Ints:
         """int64[n_test]"""

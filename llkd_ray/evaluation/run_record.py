@@ -19,6 +19,7 @@ from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import (
     BATCH,
     CONFIG,
+    ENGINES_DIR,
     ESTIMATE,
     EXAMPLES_INDEX,
     MANIFEST,
@@ -31,7 +32,7 @@ from llkd_ray.storage.run_dir import (
     round_file,
 )
 
-PHASES = ("teach", "select", "train", "refresh", "evaluate", "idle")
+PHASES = ("start", "teach", "select", "train", "refresh", "evaluate", "idle")
 SAMPLES_PER_CLASS = 3
 TEACHER_KEYS = ("accuracy", "macro_f1", "ece", "off_label", "quality")
 STUDENT_KEYS = (
@@ -119,6 +120,12 @@ class RunRecord:
         return list(self.config["labels"]["names"])
 
     @property
+    def has_weights(self) -> bool:
+        """Whether the weights of the selected texts differ; the samples hold the extremes of each class."""
+        weights = [sample.weight for one in self.selected for sample in one.samples]
+        return not np.allclose(weights, weights[:1]) if weights else False
+
+    @property
     def refusals(self) -> list[str]:
         """All reasons for which rows were quarantined, most frequent first."""
         totals = sum((Counter(part.quarantined) for part in self.rows.values()), Counter[str]())
@@ -162,7 +169,7 @@ def read_run_record(store: RunStore) -> RunRecord:
         raise ValueError(f"{store.root!r} has no {CONFIG}: give the directory of a run")
     config_text = store.read_bytes(CONFIG).decode()
     config = yaml.safe_load(config_text)
-    rounds = [_without_nan(line) for line in store.read_metrics()]
+    rounds = _with_start(store, [_without_nan(line) for line in store.read_metrics()])
     summary = _without_nan(store.read_json(SUMMARY)) if store.exists(SUMMARY) else {}
     last = rounds[-1] if rounds else {}
     total_seconds = sum(sum(phase_seconds(line).values()) for line in rounds) if rounds else None
@@ -244,6 +251,22 @@ def phase_seconds(line: dict[str, Any]) -> dict[str, float]:
     """Seconds of each phase from one line of the metrics; zero if a phase did not run."""
     spent = line["seconds"]
     return {phase: spent.get(phase) or 0.0 for phase in PHASES}
+
+
+def _with_start(store: RunStore, rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rounds, with the engines' start as a phase of the first, which its metrics count as "teach".
+
+    The files of the engines do not say when each was started, so the longest start counts, but nothing
+    after the first labels: before them the round waits for the first engine, later ones start meanwhile.
+    """
+    files = [store.read_json(f"{ENGINES_DIR}/{name}") for name in store.names(ENGINES_DIR, ".json")]
+    if not files or not rounds:
+        return rounds
+    first, *later = rounds
+    waited, pace = phase_seconds(first)["teach"], first["pace"]
+    first_labels = next((seconds for seconds, labelled in pace if labelled > pace[0][1]), waited)
+    start = min(waited, first_labels, max(one["seconds_to_start"] for one in files))
+    return [first | {"seconds": first["seconds"] | {"start": start, "teach": waited - start}}, *later]
 
 
 def _read_rows(store: RunStore) -> dict[str, PartRows]:

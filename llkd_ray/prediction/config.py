@@ -13,14 +13,27 @@ from llkd_ray.config.schema import SourceConfig
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+class CorpusToLabel(SourceConfig):
+    """A corpus to which predictions are added."""
+
+    keep_columns: tuple[str, ...] = Field(
+        (), description="Columns that are copied into the results, as text."
+    )
+
+    @property
+    def kept_columns(self) -> tuple[str, ...]:
+        return self.keep_columns
+
+
 class PredictConfig(Section):
     """Settings for applying a classifier to a corpus."""
 
     whole: ClassVar[str] = ""
     model: Model = Field(description="A run directory, a checkpoint folder (local or URI) or a hub name.")
     revision: str | None = Field(None, description="Of a hub name: branch, tag or commit.")
-    corpus: SourceConfig
+    corpus: CorpusToLabel
     out: ResultDir = Field(description="Folder for the results, local or on an object store.")
+    format: Literal["parquet", "csv", "jsonl"] = Field("parquet", description="Of the predictions.")
     gold: SourceConfig | None = Field(None, description="Gold-labelled texts that thresholds are fitted on.")
     target_precision: float | None = Field(
         None, gt=0, le=1, description="Share of accepted answers to be right."
@@ -115,6 +128,11 @@ def add_predict_options(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="a run directory, a checkpoint folder or a Hugging Face hub name")
     add("corpus", metavar="CORPUS_URI", nargs="+", help="files, globs, folders; s3://, hf://; see corpus.uri")
     add("--out", required=True, metavar="URI", help="folder for the results")
+    add(
+        "--format",
+        choices=("parquet", "csv", "jsonl"),
+        help="of the files in predictions/ (parquet); csv has a column for each label's probability",
+    )
     add("--resume", action="store_true", help="resume in --out where it was started; else start")
 
     rows = parser.add_argument_group("rows")
@@ -126,6 +144,13 @@ def add_predict_options(parser: argparse.ArgumentParser) -> None:
     rows.add_argument("--max-chars", type=int, metavar="N", help="longer texts go to quarantine (100,000)")
     rows.add_argument("--limit", type=int, metavar="N", help="rows read at most: for a first try")
     rows.add_argument("--with-text", action="store_true", help="put the text into the results, too")
+    rows.add_argument(
+        "--keep-columns",
+        nargs="+",
+        action="extend",
+        metavar="COLUMN",
+        help="copy these columns of the corpus into the results, as text",
+    )
 
     limits = parser.add_argument_group("what is accepted")
     limits.add_argument(
@@ -171,7 +196,7 @@ def settings_of(options: argparse.Namespace) -> PredictConfig:
     tree["corpus"] = {
         "uri": tuple(options.corpus),
         "where": dict(_pair("--where", one) for one in options.where),
-        **{key: given[key] for key in ("text", "id", "max_chars", "limit") if key in given},
+        **{key: given[key] for key in ("text", "id", "max_chars", "limit", "keep_columns") if key in given},
     }
     if options.gold is not None:
         tree["gold"] = {

@@ -13,7 +13,7 @@ import os
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ from llkd_ray.prediction.pieces import (
     read_tasks,
     write_tasks,
 )
-from llkd_ray.prediction.results import Thresholds
+from llkd_ray.prediction.results import Counts, Thresholds
 from llkd_ray.resources import READING_CPUS, Bundle, unplaced
 from llkd_ray.storage.checkpoints import Checkpoint, inspect
 from llkd_ray.storage.run_dir import RunStore
@@ -72,10 +72,13 @@ def predict(config: PredictConfig, say: Say = print) -> dict[str, Any]:
             _stream(GOLD, tasks[GOLD], config.gold, config, checkpoint, given, store, workers, say)
             _say_rows(GOLD, _row_counts(GOLD, tasks[GOLD], store), say)
             thresholds = _fit(config, given, store, say)
-        scored, seconds = _stream(
+        scored, seconds, labels = _stream(
             CORPUS, tasks[CORPUS], config.corpus, config, checkpoint, thresholds, store, workers, say
         )
     summary = _row_counts(CORPUS, tasks[CORPUS], store)
+    counts = {name: labels.get(name, (0, 0)) for name in checkpoint.labels}
+    summary["accepted"] = sum(accepted for _, accepted in counts.values())
+    summary["labels"] = {name: {"predicted": n, "accepted": m} for name, (n, m) in counts.items()}
     _say_rows(CORPUS, summary, say)
     if scored:
         say(f"{scored:,} scored now, {scored / max(seconds, 1e-9):.0f} texts/s without start-up")
@@ -148,22 +151,27 @@ def _stream(
     store: RunStore,
     workers: dict[str, Any],
     say: Say,
-) -> tuple[int, float]:
-    """Score the pieces without a file; returns the number of rows scored and the seconds that took."""
+) -> tuple[int, float, dict[str, Counts]]:
+    """Score the pieces without a file; returns rows, seconds, and predicted and accepted rows by label."""
     there = progress(store, part)
     open_tasks = [task for task in tasks if not there.is_done(task)]
     n_there = sum(len(there.pieces_of(task)) for task in tasks)
     kept = f", {n_there} piece(s) are finished" if n_there else ""
     say(f"{part}: reading {len(open_tasks)} of {len(tasks)} task(s){kept}")
+    labels: dict[str, Counts] = {}
+    for task in tasks:
+        for piece in there.pieces_of(task):
+            file = task.piece_file(piece, _ending(part, config))
+            _add(labels, results.count_labels(results.read(store, file)))
     if not open_tasks:
-        return 0, 0.0
+        return 0, 0.0, labels
     context = ray.data.DataContext.get_current()
     block_bytes, context.target_max_block_size = context.target_max_block_size, BLOCK_BYTES
     # The detectors warn about every actor that holds a model without reserving memory.
     context.issue_detectors_config.detectors = []
     try:
         answers = _build(open_tasks, there.pieces, source, config, checkpoint, thresholds, store, workers)
-        return _collect(part, answers, say)
+        return *_collect(part, answers, labels, say), labels
     finally:
         context.target_max_block_size = block_bytes
 
@@ -184,6 +192,7 @@ def _build(
         "labels": checkpoint.labels,
         "store": store,
         "piece_rows": config.piece_rows,
+        "ending": _ending(tasks[0].part, config),
     }
     read: Any = _read  # Ray's annotation allows no further arguments
     # from_items needs no read task, which would reserve a whole CPU.
@@ -205,19 +214,35 @@ def _build(
     ).iter_rows()
 
 
-def _collect(part: str, answers: Iterator[dict[str, Any]], say: Say) -> tuple[int, float]:
-    """Wait for all answers; returns rows scored, and seconds from the first piece's start to the last end."""
+def _ending(part: str, config: PredictConfig) -> str:
+    """Of the files of a part: thresholds are fitted on those of gold, so they are always parquet."""
+    return config.format if part == CORPUS else "parquet"
+
+
+def _collect(
+    part: str, answers: Iterator[dict[str, Any]], labels: dict[str, Counts], say: Say
+) -> tuple[int, float]:
+    """Wait for all answers, and add to the counts by label; returns the number of rows scored, and the
+    seconds from the first piece's start to the last one's end.
+    """
     rows, first, last, said = 0, float("inf"), 0.0, time.monotonic()
     for row in answers:
         answer = json.loads(row["answer"])
         if "error" in answer:
             raise ConfigError(answer["error"])
         rows += answer["rows"]
+        _add(labels, answer["labels"])
         first, last = min(first, answer["began"]), max(last, answer["ended"])
         if time.monotonic() - said > PROGRESS_SECONDS:
             said = time.monotonic()
             say(f"{part}: {rows:,} rows, {rows / max(last - first, 1e-9):.0f} texts/s")
     return rows, max(0.0, last - first)
+
+
+def _add(total: dict[str, Counts], more: Mapping[str, Sequence[int]]) -> None:
+    for label, (predicted, accepted) in more.items():
+        before = total.get(label, (0, 0))
+        total[label] = (before[0] + predicted, before[1] + accepted)
 
 
 # Passed from reading tasks to actors, one row per piece: its file name and texts, or an error.
@@ -230,6 +255,7 @@ def _read(
     labels: Sequence[str],
     store: RunStore,
     piece_rows: int,
+    ending: str,
 ) -> Iterator[pa.Table]:
     """The pieces of one task. A user's mistake is passed on as data, without a Ray traceback."""
     task, done = pickle.loads(batch["task"][0])
@@ -238,7 +264,7 @@ def _read(
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, texts.schema) as stream:
                 stream.write_table(texts)
-            yield _piece_row(task.piece_file(number), sink.getvalue().to_pybytes(), "")
+            yield _piece_row(task.piece_file(number, ending), sink.getvalue().to_pybytes(), "")
     except ConfigError as error:
         yield _piece_row("", b"", str(error))
 
@@ -290,8 +316,9 @@ class Predictor:
                 "error": f"MODEL: {self.checkpoint.source!r} gives no finite probabilities: has it diverged?"
             }
         table = results.predictions(texts, p_NC, self.thresholds, self.config.with_text)
-        self.store.write_table(batch["file"][0].as_py(), table)
-        return {"rows": len(texts), "began": began, "ended": time.time()}
+        results.write(self.store, batch["file"][0].as_py(), table)
+        labels = results.count_labels(table)
+        return {"rows": len(texts), "labels": labels, "began": began, "ended": time.time()}
 
 
 # Thresholds and counts

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from llkd_ray.config.schema import SourceConfig
+from llkd_ray.corpus.cleaning import as_text
 from llkd_ray.corpus.readers import Unit
 from llkd_ray.corpus.staging import StagingWriter
 from llkd_ray.storage.run_dir import RunStore
@@ -36,6 +37,9 @@ TEXTS = pa.schema(
         pa.field("gold", pa.int16(), nullable=False),
     ]
 )
+KEPT = "kept:"
+"""Prefix of the further columns that are passed on, before a column's name."""
+FORMATS = ("parquet", "csv", "jsonl")
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,8 @@ class Task:
     def note_file(self) -> str:
         return f"{TASKS_DIR}/{self.stem}.json"
 
-    def piece_file(self, piece: int) -> str:
-        return f"{FOLDERS[self.part]}/{_piece_name(self.number, piece)}"
-
-
-def _piece_name(task: int, piece: int) -> str:
-    return f"piece-{task:06d}-{piece:05d}.parquet"
+    def piece_file(self, piece: int, ending: str = "parquet") -> str:
+        return f"{FOLDERS[self.part]}/piece-{self.number:06d}-{piece:05d}.{ending}"
 
 
 def write_tasks(store: RunStore, part: str, packs: Iterable[Sequence[Unit]]) -> list[Task]:
@@ -113,8 +113,8 @@ class Progress:
 def progress(store: RunStore, part: str) -> Progress:
     """Determine the progress from a listing of two folders, and from the notes."""
     pieces: dict[int, set[int]] = {}
-    for name in store.names(FOLDERS[part], ".parquet"):
-        _, task, piece = name.removesuffix(".parquet").split("-")
+    for name in store.names(FOLDERS[part]):
+        _, task, piece = name.partition(".")[0].split("-")
         pieces.setdefault(int(task), set()).add(int(piece))
     notes = {}
     for name in store.names(TASKS_DIR, ".json"):
@@ -140,21 +140,24 @@ def read_pieces(
     field = FIELDS[task.part]
     writer = StagingWriter(store, task.stem)
     counts: list[int] = []
-    waiting: list[tuple[str, int, str, str, int]] = []
+    waiting: list[tuple[str | int | None, ...]] = []
     chars = 0
+    kept_fields = [pa.field(f"{KEPT}{name}", pa.string()) for name in source.kept_columns]
+    schema = pa.schema([*TEXTS, *kept_fields])
 
     def piece() -> Iterator[tuple[int, pa.Table]]:
         nonlocal waiting, chars
         counts.append(len(waiting))
         if len(counts) - 1 not in done:
             columns = zip(*waiting, strict=True)
-            arrays = [pa.array(column, f.type) for column, f in zip(columns, TEXTS, strict=True)]
-            yield len(counts) - 1, pa.Table.from_arrays(arrays, schema=TEXTS)
+            arrays = [pa.array(column, f.type) for column, f in zip(columns, schema, strict=True)]
+            yield len(counts) - 1, pa.Table.from_arrays(arrays, schema=schema)
         waiting, chars = [], 0
 
-    for name, position, example in writer.clean(task.units, source, field, labels):
-        waiting.append((name, position, example.id, example.text, example.gold))
-        chars += len(example.text) + len(example.id)
+    for name, row, example in writer.clean(task.units, source, field, labels):
+        kept = [as_text(value) for value in row.kept]
+        waiting.append((name, row.position, example.id, example.text, example.gold, *kept))
+        chars += len(example.text) + len(example.id) + sum(len(value or "") for value in kept)
         if len(waiting) >= piece_rows or chars >= PIECE_CHARS:
             yield from piece()
     if waiting:

@@ -1,7 +1,7 @@
 """The output folder of a prediction: settings, tables, and the check that a restart has the same settings.
 
         predict.json                settings that determine the results; versions
-        predictions/  gold/         parquet, one file per piece; gold/ only if thresholds are fitted
+        predictions/  gold/         one file per piece; gold/ (parquet) only if thresholds are fitted
         quarantine/                 rejected rows, with a reason
         thresholds.json             fitted thresholds, with precision, interval and coverage
         summary.json                rows read, predicted and rejected
@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
 from sklearn.metrics import precision_recall_curve
 
 from llkd_ray.config.base import ConfigError
@@ -31,7 +33,7 @@ from llkd_ray.corpus.readers import Unit
 from llkd_ray.metrics.quality import binomial_interval
 from llkd_ray.metrics.uncertainty import Floats, Ints, confidence
 from llkd_ray.prediction.config import PredictConfig
-from llkd_ray.prediction.pieces import CORPUS, FOLDERS, GOLD
+from llkd_ray.prediction.pieces import CORPUS, FOLDERS, GOLD, KEPT
 from llkd_ray.storage.checkpoints import Checkpoint
 from llkd_ray.storage.run_dir import RunStore, open_filesystem
 from llkd_ray.storage.tables import list_column, matrix_of
@@ -39,8 +41,8 @@ from llkd_ray.storage.tables import list_column, matrix_of
 MANIFEST = "predict.json"
 SUMMARY = "summary.json"
 THRESHOLDS = "thresholds.json"
-# ``probs`` are in the order of ``labels`` in the schema's metadata. ``p_min_grade`` (with ``min_grade``) and
-# ``text`` (if requested) are appended.
+# ``probs`` are in the order of ``labels`` in the schema's metadata. ``p_min_grade`` (with ``min_grade``),
+# ``text`` and further columns (if requested) are appended.
 PREDICTIONS = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -108,6 +110,8 @@ def decides(
         "--dtype": config.dtype,
         "--piece-rows": config.piece_rows,
         "--with-text": config.with_text,
+        "--keep-columns": list(corpus.keep_columns),
+        "--format": config.format,
     }
     return json.loads(json.dumps(asked))  # the form in which it is read back
 
@@ -138,7 +142,10 @@ def _files_hash(units: Sequence[Unit]) -> str:
 
 
 def predictions(texts: pa.Table, p_NC: np.ndarray, thresholds: Thresholds, with_text: bool) -> pa.Table:
-    """PREDICTIONS for the given TEXTS, with gold appended if known."""
+    """PREDICTIONS for the given TEXTS, with gold if known, and with the kept columns.
+
+    A kept column that is named like one of the results gets the prefix ``corpus_``.
+    """
     names = np.array(thresholds.labels, dtype=object)
     columns: dict[str, Any] = {
         "id": texts["id"],
@@ -157,8 +164,60 @@ def predictions(texts: pa.Table, p_NC: np.ndarray, thresholds: Thresholds, with_
         if is_wanted:
             columns[name] = texts[name]
             fields.append(texts.schema.field(name))
+    taken = {*PREDICTIONS.names, "p_min_grade", "text", "gold"}
+    for column in texts.column_names:
+        if column.startswith(KEPT):
+            name = column.removeprefix(KEPT)
+            name = f"corpus_{name}" if name in taken else name
+            columns[name] = texts[column]
+            fields.append(pa.field(name, pa.string()))
     schema = pa.schema(fields, metadata={"labels": json.dumps(list(thresholds.labels), ensure_ascii=False)})
     return pa.table(columns, schema=schema)
+
+
+def write(store: RunStore, file: str, table: pa.Table) -> None:
+    """Write predictions in the format of the file's ending.
+
+    csv has no lists: there, every label's probability has a column ``p_LABEL``.
+    """
+    if file.endswith(".parquet"):
+        store.write_table(file, table)
+        return
+    if file.endswith(".jsonl"):
+        lines = (json.dumps(row, ensure_ascii=False) for row in table.to_pylist())
+        store.write_bytes(file, "".join(f"{line}\n" for line in lines).encode())
+        return
+    labels = json.loads(table.schema.metadata[b"labels"])
+    p_NC = matrix_of(table["probs"], len(labels))
+    place = table.column_names.index("probs")
+    table = table.remove_column(place)
+    for number, label in enumerate(labels):
+        table = table.add_column(place + number, f"p_{label}", pa.array(p_NC[:, number], pa.float32()))
+    sink = pa.BufferOutputStream()
+    pa.csv.write_csv(table, sink)
+    store.write_bytes(file, sink.getvalue().to_pybytes())
+
+
+def read(store: RunStore, file: str) -> pa.Table:
+    """A file that :func:`write` has written."""
+    if file.endswith(".parquet"):
+        return store.read_table(file)
+    source = pa.BufferReader(store.read_bytes(file))
+    if file.endswith(".jsonl"):
+        return pa.json.read_json(source)
+    strings = {f.name: f.type for f in PREDICTIONS if f.type == pa.string()}
+    return pa.csv.read_csv(source, convert_options=pa.csv.ConvertOptions(column_types=strings))
+
+
+Counts = tuple[int, int]
+"""Rows with a label, and those of them that are accepted."""
+
+
+def count_labels(table: pa.Table) -> dict[str, Counts]:
+    """The counts of every label that occurs."""
+    both = table.select(["label", "accepted"])
+    groups = both.group_by("label").aggregate([("accepted", "count"), ("accepted", "sum")])
+    return {one["label"]: (one["accepted_count"], one["accepted_sum"]) for one in groups.to_pylist()}
 
 
 def read_gold(store: RunStore, n_classes: int) -> tuple[np.ndarray, np.ndarray]:

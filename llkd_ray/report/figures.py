@@ -6,15 +6,17 @@ A figure takes the colours of text and grid from the page, so that it follows th
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from llkd_ray.display import NARROW, count, duration, percent
@@ -42,6 +44,13 @@ LEGEND: dict[str, Any] = {
 _OF_THE_PAGE = {"#000000": "currentColor", GRID.lower(): "var(--line)", BLUE.lower(): "var(--blue)"}
 
 
+class Drawing(NamedTuple):
+    """A figure and its caption, which is written where it is drawn, to say what is drawn."""
+
+    svg: Markup
+    caption: str
+
+
 def new_figure(width: float = 4.8, height: float = 3.2) -> Figure:
     """An empty figure; sizes in inches. Avoids pyplot, which has global state and may need a display."""
     return Figure(figsize=(width, height), layout="constrained")
@@ -58,6 +67,16 @@ def plain(axes: Axes) -> Axes:
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     return axes
+
+
+def share_limits(shares: Iterable[float]) -> tuple[float, float]:
+    """Limits of an axis for these shares: whole tenths around them, inside [0, 1].
+
+    At least a tenth apart, so that the axis does not enlarge small differences.
+    """
+    known = list(shares)
+    high = min(1.0, max(0.1, math.ceil(10 * max(known)) / 10))
+    return max(0.0, min(math.floor(10 * min(known)) / 10, high - 0.1)), high
 
 
 def svg_element(figure: Figure, prefix: str, description: str) -> Markup:
@@ -84,7 +103,7 @@ def svg_element(figure: Figure, prefix: str, description: str) -> Markup:
 
 
 ACCURACY_COLOUR, F1_COLOUR, AGREEMENT_COLOUR = BLUE, VERMILION, GREEN
-PHASE_COLOURS = dict(zip(PHASES, (BLUE, PURPLE, VERMILION, SKY, GREEN, "#BBBBBB"), strict=True))
+PHASE_COLOURS = dict(zip(PHASES, (ORANGE, BLUE, PURPLE, VERMILION, SKY, GREEN, "#BBBBBB"), strict=True))
 
 
 def _curve(
@@ -106,20 +125,35 @@ def _curve(
     look: dict[str, Any] = {"marker": "o", "markersize": 4.5}
     if is_baseline:
         look = {"marker": ".", "markersize": 4, "linestyle": ":", "linewidth": 1.4}
-    axes.plot(*zip(*points, strict=True), color=colour, label=name, **look)
+    axes.plot(*zip(*points, strict=True), color=colour, label=name, clip_on=False, **look)
     (first_x, first), (last_x, last) = points[0], points[-1]
     start = f"from {percent(first)} after {count(first_x)} texts to " if len(points) > 1 else ""
     return f"{name}: {start}{percent(last)} after {count(last_x)} texts."
 
 
-def _finish_curve(figure: Figure, axes: Axes, record: RunRecord, prefix: str, said: Sequence[str]) -> Markup:
+def _finish_curve(
+    figure: Figure,
+    record: RunRecord,
+    baseline: Baseline | None,
+    prefix: str,
+    said: Sequence[str],
+    caption: str,
+) -> Drawing:
+    (axes,) = figure.axes
     axes.set_xlabel("texts trained on")
     axes.yaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 4):g}{NARROW}%")
     axes.xaxis.set_major_formatter(lambda value, _: count(value))
     tick_at(axes, record, "trained", at_most=6)
-    axes.margins(x=0.06, y=0.12)
+    axes.margins(x=0.06)
+    axes.set_ylim(share_limits(float(y) for line in axes.lines for y in np.asarray(line.get_ydata())))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
     figure.legend(loc="outside upper left", ncols=2, **LEGEND)
-    return svg_element(figure, prefix, " ".join(part for part in said if part))
+    drawn = {line.get_linestyle() for line in axes.lines}
+    if "--" in drawn:
+        caption += " Dashed: the teacher on the same texts."
+    if baseline and ":" in drawn:
+        caption += f" Dotted: the run {baseline.name} as a baseline."
+    return Drawing(svg_element(figure, prefix, " ".join(part for part in said if part)), caption)
 
 
 def tick_at(axes: Axes, record: RunRecord, key: str, at_most: int) -> None:
@@ -131,7 +165,7 @@ def tick_at(axes: Axes, record: RunRecord, key: str, at_most: int) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=at_most, integer=True))
 
 
-def learning_curve(record: RunRecord, baseline: Baseline | None = None) -> Markup | None:
+def learning_curve(record: RunRecord, baseline: Baseline | None = None) -> Drawing | None:
     """Accuracy and macro-F1 on gold; the teacher's dashed, the baseline's dotted."""
     figure = new_figure()
     axes = add_axes(figure)
@@ -143,16 +177,17 @@ def learning_curve(record: RunRecord, baseline: Baseline | None = None) -> Marku
         said.append(_curve(axes, record.rounds, key, name, colour))
         if said[-1] and (level := record.teacher[key]) is not None:
             teachers = name.replace("Student", "Teacher")
-            axes.axhline(level, color=colour, linestyle="--", linewidth=1.2, label=teachers)
+            axes.axhline(level, color=colour, linestyle="--", linewidth=1.2, label=teachers, clip_on=False)
             said.append(f"{teachers}: {percent(level)}.")
         if said[-1] and baseline:
             baselines = name.replace("Student's", "Baseline's")
             said.append(_curve(axes, baseline.rounds, key, baselines, colour, is_baseline=True))
-    return _finish_curve(figure, axes, record, "curve", said) if any(said) else None
+    caption = "On the test texts, against their true labels."
+    return _finish_curve(figure, record, baseline, "curve", said, caption) if any(said) else None
 
 
-def agreement_curve(record: RunRecord, baseline: Baseline | None = None) -> Markup | None:
-    """Agreement with the teacher on the hold-out."""
+def agreement_curve(record: RunRecord, held_out: str, baseline: Baseline | None = None) -> Drawing | None:
+    """Agreement with the teacher on the hold-out, which ``held_out`` names."""
     figure = new_figure()
     axes = add_axes(figure)
     said = [_curve(axes, record.rounds, "teacher_agreement", "Same answer as the teacher", AGREEMENT_COLOUR)]
@@ -160,49 +195,73 @@ def agreement_curve(record: RunRecord, baseline: Baseline | None = None) -> Mark
         name = "The same, baseline"
         rounds = baseline.rounds
         said.append(_curve(axes, rounds, "teacher_agreement", name, AGREEMENT_COLOUR, is_baseline=True))
-    return _finish_curve(figure, axes, record, "agreement", said) if said[0] else None
+    caption = (
+        f"On {held_out} that the student never trains on. The teacher may be wrong, so this is not accuracy."
+    )
+    return _finish_curve(figure, record, baseline, "agreement", said, caption) if said[0] else None
 
 
-def time_bars(record: RunRecord) -> Markup | None:
+def time_bars(record: RunRecord) -> Drawing | None:
     """Seconds of each phase, by round."""
     spent = [phase_seconds(line) for line in record.rounds]
-    if not any(sum(one.values()) for one in spent):
+    totals = {phase: total for phase in PHASES if (total := sum(one[phase] for one in spent))}
+    if not totals:
         return None
     figure = new_figure()
     axes = add_axes(figure)
     rounds = [line["round"] for line in record.rounds]
     below = np.zeros(len(rounds))
-    for phase in PHASES:
+    for phase in totals:
         height = np.array([one[phase] for one in spent])
-        if height.any():
-            axes.bar(rounds, height, 0.7, bottom=below, color=PHASE_COLOURS[phase], label=phase)
-            below += height
+        axes.bar(rounds, height, 0.7, bottom=below, color=PHASE_COLOURS[phase])
+        below += height
     axes.set_xlabel("round")
     axes.set_ylabel("seconds")
     tick_at(axes, record, "round", at_most=12)
-    axes.set_xlim(rounds[0] - 1, rounds[-1] + 1)
-    figure.legend(loc="outside upper left", ncols=6, **LEGEND)
-    totals = ", ".join(f"{phase} {duration(sum(one[phase] for one in spent))}" for phase in PHASES)
-    return svg_element(figure, "time", f"Time of each phase, over all rounds: {totals}.")
+    axes.set_xlim(rounds[0] - 0.9, rounds[-1] + 0.9)  # room for one bar, but no tick beyond the rounds
+    phase_legend(figure, list(totals))
+    words = ", ".join(f"{phase} {duration(total)}" for phase, total in totals.items())
+    caption = (
+        "Seconds of each round. The teacher labels throughout: “teach” is the time that a round waited for "
+        "labels."
+    )
+    if "start" in totals:
+        caption += " “start”: the part of the first round's wait in which the teacher's engine started."
+    return Drawing(svg_element(figure, "time", f"Time of each phase, over all rounds: {words}."), caption)
 
 
-def reliability_diagram(record: RunRecord) -> Markup | None:
+def phase_legend(figure: Figure, phases: Sequence[str]) -> None:
+    handles = [
+        Line2D([], [], linestyle="none", marker="s", markersize=7, color=PHASE_COLOURS[phase], label=phase)
+        for phase in phases
+    ]
+    columns = 6 if len(phases) <= 6 else 4
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, **LEGEND)
+
+
+def reliability_diagram(record: RunRecord) -> Drawing | None:
     """Reliability of the teacher's probabilities, both raw and calibrated."""
     quality = record.teacher["quality"]
     if not quality:
         return None
-    series = [("as used", quality["used"]["reliability"], ACCURACY_COLOUR, "o")]
+    used = "as used" if is_changed(record) else "as given"
+    series = [(used, quality["used"]["reliability"], ACCURACY_COLOUR, "o")]
     if is_changed(record):
         series.insert(0, ("as given", quality["raw"]["reliability"], F1_COLOUR, "s"))
-    return _reliability(series, "reliability")
+    return _reliability(series, "reliability", "Below the dashed line the teacher is over-confident.")
 
 
-def student_reliability(bins: Sequence[dict[str, Any]]) -> Markup | None:
+def student_reliability(bins: Sequence[dict[str, Any]]) -> Drawing | None:
     """Reliability of the student's answers on the test set after the last round."""
-    return _reliability([("student", bins, ACCURACY_COLOUR, "o")], "student-reliability") if bins else None
+    if not bins:
+        return None
+    caption = "The student on the test set. Below the dashed line it is over-confident."
+    return _reliability([("student", bins, ACCURACY_COLOUR, "o")], "student-reliability", caption)
 
 
-def _reliability(series: Sequence[tuple[str, Sequence[dict[str, Any]], str, str]], prefix: str) -> Markup:
+def _reliability(
+    series: Sequence[tuple[str, Sequence[dict[str, Any]], str, str]], prefix: str, caption: str
+) -> Drawing:
     """Accuracy against confidence in bins (Guo et al. 2017, fig. 1); a point's area shows its texts."""
     figure = new_figure(4.8, 4.2)
     axes = add_axes(figure)
@@ -214,7 +273,7 @@ def _reliability(series: Sequence[tuple[str, Sequence[dict[str, Any]], str, str]
         confidence_M, accuracy_M, texts_M = (
             np.array([one[k] for one in filled]) for k in ("confidence", "accuracy", "texts")
         )
-        axes.plot(confidence_M, accuracy_M, color=colour, linewidth=1, alpha=0.6)
+        axes.plot(confidence_M, accuracy_M, color=colour, linewidth=1, alpha=0.6, clip_on=False)
         area_M = 12 + 260 * texts_M / texts_M.sum()
         axes.scatter(
             confidence_M,
@@ -225,6 +284,7 @@ def _reliability(series: Sequence[tuple[str, Sequence[dict[str, Any]], str, str]
             alpha=0.75,
             linewidths=0,
             label=name,
+            clip_on=False,
         )
         mean_confidence, accuracy = (
             float((texts_M * x).sum() / texts_M.sum()) for x in (confidence_M, accuracy_M)
@@ -232,13 +292,13 @@ def _reliability(series: Sequence[tuple[str, Sequence[dict[str, Any]], str, str]
         said.append(f"{name}: confidence {percent(mean_confidence)}, accuracy {percent(accuracy)}")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{round(100 * value):d}{NARROW}%")
-    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.03), ylim=(0, 1.03))
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     legend = figure.legend(loc="outside upper left", ncols=3, **LEGEND)
     for handle in legend.legend_handles:
         if isinstance(handle, PathCollection):
             handle.set_sizes([36])
     words = f"Accuracy against confidence in {len(series[0][1])} bins. On average, {'; '.join(said)}."
-    return svg_element(figure, prefix, words)
+    return Drawing(svg_element(figure, prefix, words), f"{caption} The larger a point, the more texts.")
 
 
 def is_changed(record: RunRecord) -> bool:

@@ -81,10 +81,8 @@ def write_report(store: RunStore, baseline: RunStore | None = None) -> str:
             record=record,
             conclusion=conclusion(record),
             verdict=against_baseline(store, baseline) if baseline and record.rounds else "",
-            held_out=held_out(record),
             curve=learning_curve(record, compared),
-            agreement=agreement_curve(record, compared),
-            baseline=compared,
+            agreement=agreement_curve(record, held_out(record), compared),
             times=time_bars(record),
             timeline=timeline_figure(record),
             reliability=reliability_diagram(record),
@@ -102,6 +100,7 @@ def write_report(store: RunStore, baseline: RunStore | None = None) -> str:
             caps=caps(record),
             manifest_text=json.dumps(record.manifest, indent=2, ensure_ascii=False),
             columns=_round_columns(record),
+            start=phase_seconds(record.rounds[0])["start"] if record.rounds else 0.0,
             most_selected=max((one.texts for one in record.selected), default=0),
         )
     )

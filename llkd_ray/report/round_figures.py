@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from llkd_ray.display import count, decimals, duration, percent
 from llkd_ray.evaluation.round_records import CandidateSample, RoundRecords
@@ -26,8 +27,11 @@ from llkd_ray.report.figures import (
     PURPLE,
     SKY,
     VERMILION,
+    Drawing,
     new_figure,
+    phase_legend,
     plain,
+    share_limits,
     svg_element,
 )
 
@@ -38,9 +42,13 @@ CROWDED = 0.97
 MOST_NINES = 6
 """The resolution of a float32 confidence near 1."""
 LABELLED_BINS = 60
+MARKED_ROUNDS = 12
+"""The ends of at most this many rounds are marked."""
+NARROW_NAME, WIDE_NAME = 13, 22
+"""Characters of a class name for which a legend has room in three columns, and in two."""
 
 
-def selected_figure(record: RunRecord, rounds: RoundRecords) -> Markup | None:
+def selected_figure(record: RunRecord, rounds: RoundRecords) -> Drawing | None:
     """The teacher's confidence against the student's uncertainty; one panel per round."""
     samples = rounds.samples
     if not samples:
@@ -54,12 +62,35 @@ def selected_figure(record: RunRecord, rounds: RoundRecords) -> Markup | None:
         _panel(axes, sample, len(record.labels), is_crowded, low)
     for axes in panels[len(samples) :]:
         axes.set_visible(False)
+    for axes in panels[len(samples) - columns : len(samples)]:
+        axes.tick_params(labelbottom=True)  # also above a hidden panel
     figure.supxlabel("teacher's confidence", fontsize=10)
     figure.supylabel("student's uncertainty", fontsize=10)
-    figure.legend(handles=_class_legend(record.labels), loc="outside upper left", ncols=3, **LEGEND)
+    names = record.labels if len(record.labels) <= len(CLASS_STYLES) else ["selected"]
+    looks = [*_styles(len(record.labels)), (GREY, ".")]
+    _legend(figure, [*names, "not selected"], looks, "none")
     said = "; ".join(_describe(sample) for sample in samples)
     words = f"The teacher's confidence against the student's uncertainty of a sample of texts. {said}."
-    return svg_element(figure, "scatter", words)
+    return Drawing(svg_element(figure, "scatter", words), _scatter_caption(record, samples, is_crowded))
+
+
+def _scatter_caption(record: RunRecord, samples: Sequence[CandidateSample], is_crowded: bool) -> str:
+    total = len(record.rounds)
+    which = "each round" if len(samples) == total else f"{len(samples)} of the {total} rounds"
+    said = [
+        f"A sample of the texts that {which} could select, by the scores before the selection. Selected and "
+        "other texts are sampled apart, so their numbers do not compare.",
+        "To the right, the teacher is more confident; at the top, the student is less certain.",
+    ]
+    if is_crowded:
+        said.append("The axis of the confidence is logarithmic towards 1.")
+    if len(record.labels) <= len(CLASS_STYLES):
+        said.append("Colours and markers: the teacher's labels of the selected texts.")
+    else:
+        said.append(f"With more than {len(CLASS_STYLES)} classes, all selected texts have one colour.")
+    if any(np.isnan(sample.uncertainty_N).any() for sample in samples):
+        said.append("“none”: the student had not scored them yet.")
+    return " ".join(said)
 
 
 def _set_scales(axes: Axes, samples: Sequence[CandidateSample]) -> tuple[bool, float]:
@@ -72,20 +103,19 @@ def _set_scales(axes: Axes, samples: Sequence[CandidateSample]) -> tuple[bool, f
         last = max(4, int(np.ceil(_nines(sure).max())))
         ticks = (0, 2, 4)  # more ticks would not fit under a panel
         axes.set_xticks(ticks, ["0", "0.99", "0.9999"])
-        axes.set_xlim(-0.05 * last, 1.04 * last)
+        axes.set_xlim(0, last)
     else:
-        low = np.floor(10 * sure.min()) / 10 if sure.size else 0.0
-        axes.set_xlim(low - 0.03 * (1 - low), 1 + 0.03 * (1 - low))
+        axes.set_xlim(share_limits(sure)[0] if sure.size else 0.0, 1)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=3, steps=[1, 2, 2.5, 5, 10]))
     unsure = np.concatenate([sample.uncertainty_N for sample in samples])
     seen = unsure[~np.isnan(unsure)]
-    low = float(np.floor(10 * seen.min()) / 10) if seen.size else 0.0
-    low = min(low, 0.9)
+    low = share_limits(seen)[0] if seen.size else 0.0
     heights = {low: f"{low:.1f}", (low + 1) / 2: f"{(low + 1) / 2:.3g}", 1.0: "1"}
     if seen.size < unsure.size:
         heights[_unscored_height(low)] = "none"
-        axes.set_ylim(_unscored_height(low) - 0.09 * (1 - low), 1 + 0.05 * (1 - low))
+        axes.set_ylim(_unscored_height(low) - 0.09 * (1 - low), 1)
     else:
-        axes.set_ylim(low - 0.05 * (1 - low), 1 + 0.05 * (1 - low))
+        axes.set_ylim(low, 1)
     axes.set_yticks(list(heights), list(heights.values()))
     return _is_crowded(sure), low
 
@@ -123,6 +153,7 @@ def _panel(axes: Axes, sample: CandidateSample, n_classes: int, is_crowded: bool
         color=GREY,
         alpha=0.45,
         markeredgewidth=0,
+        clip_on=False,
     )
     for label, (colour, marker) in enumerate(_styles(n_classes)):
         these = sample.selected_N & ((sample.label_N == label) | (n_classes > len(CLASS_STYLES)))
@@ -135,6 +166,7 @@ def _panel(axes: Axes, sample: CandidateSample, n_classes: int, is_crowded: bool
             color=colour,
             alpha=0.8,
             markeredgewidth=0,
+            clip_on=False,
         )
 
 
@@ -143,18 +175,23 @@ def _styles(n_classes: int) -> Sequence[tuple[str, str]]:
     return CLASS_STYLES[:n_classes] if n_classes <= len(CLASS_STYLES) else CLASS_STYLES[:1]
 
 
-def _class_legend(labels: Sequence[str]) -> list[Line2D]:
-    looks = _styles(len(labels))
-    names = [_short(label) for label in labels] if len(labels) <= len(looks) else ["selected"]
-    return [
-        Line2D([], [], linestyle="none", marker=marker, markersize=5, color=colour, label=name)
-        for name, (colour, marker) in zip([*names, "not selected"], [*looks, (GREY, ".")], strict=True)
+def _legend(
+    figure: Figure, names: Sequence[str], looks: Sequence[tuple[str, str]], line: Literal["-", "none"]
+) -> None:
+    """Name colours and markers; ``line`` is the style of the lines between the markers."""
+    handles = [
+        Line2D([], [], linestyle=line, marker=marker, markersize=5, color=colour, label=_short(name))
+        for name, (colour, marker) in zip(names, looks, strict=True)
     ]
+    columns = 3 if max(map(len, names)) <= NARROW_NAME else 2
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, **LEGEND)
 
 
-def _short(label: str, at_most: int = 18) -> str:
-    label = label.replace("$", r"\$")  # matplotlib would parse it as maths
-    return label if len(label) <= at_most else label[: at_most - 1] + "…"
+def _short(name: str) -> str:
+    """Cut in the middle, because the names of similar classes often differ at their ends."""
+    if len(name) > WIDE_NAME:
+        name = f"{name[: WIDE_NAME // 2]}…{name[1 - WIDE_NAME // 2 :]}"
+    return name.replace("$", r"\$")  # matplotlib would parse it as maths
 
 
 def _describe(sample: CandidateSample) -> str:
@@ -173,7 +210,7 @@ def _describe(sample: CandidateSample) -> str:
     return f"Round {sample.round_number}: {', '.join(parts)}"
 
 
-def thresholds_figure(record: RunRecord, rounds: RoundRecords) -> Markup | None:
+def thresholds_figure(record: RunRecord, rounds: RoundRecords) -> Drawing | None:
     """Each class's threshold by round; one panel per signal."""
     if not rounds.thresholds:
         return None
@@ -194,13 +231,15 @@ def thresholds_figure(record: RunRecord, rounds: RoundRecords) -> Markup | None:
         said.append(f"{name} in round {points[-1][0]}: {decimals(min(last), 2)} to {decimals(max(last), 2)}")
     figure.supxlabel("round", fontsize=10)
     if len(record.labels) <= len(CLASS_STYLES):
-        handles = [
-            Line2D([], [], marker=marker, markersize=5, color=colour, label=_short(label))
-            for label, (colour, marker) in zip(record.labels, CLASS_STYLES, strict=False)
-        ]
-        figure.legend(handles=handles, loc="outside upper left", ncols=3, **LEGEND)
+        _legend(figure, record.labels, _styles(len(record.labels)), "-")
+        caption = "The threshold of each class that a text had to reach to be selected."
+    else:
+        caption = (
+            "The threshold that a text had to reach to be selected. With more than "
+            f"{len(CLASS_STYLES)} classes, only their median (line) and range (band) are drawn."
+        )
     words = f"Thresholds of the classes. {'; '.join(said)}."
-    return svg_element(figure, "thresholds", words)
+    return Drawing(svg_element(figure, "thresholds", words), caption)
 
 
 def _threshold_lines(axes: Axes, points: Sequence[tuple[int, list[float]]], n_classes: int) -> None:
@@ -209,17 +248,25 @@ def _threshold_lines(axes: Axes, points: Sequence[tuple[int, list[float]]], n_cl
     if n_classes <= len(CLASS_STYLES):
         for label, (colour, marker) in enumerate(_styles(n_classes)):
             axes.plot(
-                rounds, threshold_KC[:, label], color=colour, marker=marker, markersize=4, linewidth=1.2
+                rounds,
+                threshold_KC[:, label],
+                color=colour,
+                marker=marker,
+                markersize=4,
+                linewidth=1.2,
+                clip_on=False,
             )
     else:
-        axes.plot(rounds, np.median(threshold_KC, axis=1), color=BLUE, marker="o", markersize=4)
+        median_K = np.median(threshold_KC, axis=1)
+        axes.plot(rounds, median_K, color=BLUE, marker="o", markersize=4, clip_on=False)
         lowest_K, highest_K = threshold_KC.min(axis=1), threshold_KC.max(axis=1)
         axes.fill_between(rounds, lowest_K, highest_K, color=BLUE, alpha=0.2, linewidth=0)
     axes.set_xticks(rounds if len(rounds) <= 6 else rounds[:: -(-len(rounds) // 6)])
     axes.margins(x=0.12)
+    axes.set_ylim(share_limits(threshold_KC.ravel()))
 
 
-def timeline_figure(record: RunRecord) -> Markup | None:
+def timeline_figure(record: RunRecord) -> Drawing | None:
     """Labels per second above and the student's phases below, on one time axis."""
     if not record.rounds:
         return None
@@ -244,26 +291,30 @@ def timeline_figure(record: RunRecord) -> Markup | None:
     teacher, student = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     _labels_a_second(plain(teacher), moments, start, scale)
     _phases(student, spans, scale)
-    _mark_rounds((teacher, student), record.rounds, scale)
+    is_marked = 1 < len(record.rounds) <= MARKED_ROUNDS
+    if is_marked:
+        _mark_rounds((teacher, student), record.rounds, scale)
     student.set_xlabel(f"{unit} of work")
     student.set_xlim(0, start / scale)
     shown = [phase for phase in PHASES if any(name == phase and seconds for name, _, seconds in spans)]
-    handles = [
-        Line2D([], [], linestyle="none", marker="s", markersize=7, color=PHASE_COLOURS[phase], label=phase)
-        for phase in shown
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=6, **LEGEND)
+    phase_legend(figure, shown)
     last = moments[-1][1]
     words = (
         f"Teacher and student side by side over {duration(start)}: {count(last)} texts were labelled, "
         f"the last after {duration(next(at for at, labelled in moments if labelled == last))}."
     )
-    return svg_element(figure, "timeline", words)
+    caption = "Teacher and student side by side."
+    caption += " Grey lines: the ends of rounds." if is_marked else ""
+    caption += " Time between two drivers of a run is left out; “teach” is the student waiting for labels"
+    caption += ", “start” for the teacher's engine to start." if "start" in shown else "."
+    return Drawing(svg_element(figure, "timeline", words), caption)
 
 
 def _in_order(spent: dict[str, float]) -> list[tuple[str, float]]:
     """A round's phases in order; idle time mostly precedes training."""
-    return [(name, spent[name]) for name in ("teach", "refresh", "select", "idle", "train", "evaluate")]
+    return [
+        (name, spent[name]) for name in ("start", "teach", "refresh", "select", "idle", "train", "evaluate")
+    ]
 
 
 def _labels_a_second(axes: Axes, moments: Sequence[tuple[float, float]], end: float, scale: float) -> None:
@@ -287,10 +338,9 @@ def _phases(axes: Axes, spans: Sequence[tuple[str, float, float]], scale: float)
 
 def _mark_rounds(panels: Sequence[Axes], rounds: Sequence[dict[str, Any]], scale: float) -> None:
     ends = np.cumsum([sum(phase_seconds(line).values()) for line in rounds])
-    if len(rounds) <= 12:
-        for axes in panels:
-            for end in ends[:-1]:
-                axes.axvline(end / scale, color=GRID, linewidth=0.9, zorder=0.5)
+    for axes in panels:
+        for end in ends[:-1]:
+            axes.axvline(end / scale, color=GRID, linewidth=0.9, zorder=0.5)
 
 
 def describe_shares(rounds: RoundRecords) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from llkd_ray.cluster import check_fit, connect, library_versions
+from llkd_ray.cluster import check_fit, connect, library_versions, live_nodes
 from llkd_ray.config.base import ConfigError, absolute
 from llkd_ray.config.loading import Overrides, apply_overrides, dotted, dump_config, parse_config, resolve
 from llkd_ray.config.schedule import Schedule
@@ -24,6 +24,7 @@ from llkd_ray.evaluation.student_calibration import TEST_GOLD, fit_student, writ
 from llkd_ray.evaluation.student_calibration import describe as describe_calibration
 from llkd_ray.metrics.quality import has_plateaued
 from llkd_ray.report.pages import write_pages
+from llkd_ray.resources import describe_gpus, with_gpus
 from llkd_ray.run.supervisor import Run
 from llkd_ray.run.trackers import Trackers, check_trackers
 from llkd_ray.selection.acquisition import find_acquisition
@@ -64,15 +65,24 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
     teacher_facts = check(config, display.say)
     trackers = Trackers(config, store, display.say)
     with hold_lock(store, display.say) as session, connect(config.run.address), trackers:
+        given, config = config, with_gpus(config, live_nodes())
+        if gpus := describe_gpus(config, live_nodes()):
+            display.say(gpus)
         check_fit(config)
-        _write_config(store, config)
+        _write_config(store, given)  # a resume may be on a cluster with other GPUs
         display.resume_with = f"llkd resume {shlex.quote(store.uri())}"
         examples = ingest(config, store, display.say)
         schedule = Schedule.plan(config, examples.n_pool, examples.n_test)
         store.write_json(MANIFEST, manifest(config, examples, schedule, teacher_facts))
         draw_holdout(config, examples, schedule)  # refuses a hold-out too small for calibration
         measure = Measure(store, schedule, config)
+        if absent := measure.labels_without_gold():
+            display.warn(
+                f"test: no text has the true label {', '.join(absent)}: its recall stays unknown, and every "
+                "prediction of it counts as wrong"
+            )
         lines = store.read_metrics()
+        earlier_s = sum(sum(line["seconds"].values()) for line in lines)
         over = is_over(config, lines)
         with Run(config, store, session, schedule, display, over, lines) as run:
             while not is_over(config, lines):
@@ -86,7 +96,8 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
             run.finish()
             totals = run.call("stats")
         display.update("measuring the result and writing the report")
-        summary = conclude(config, store, measure, len(lines) - 1, totals, time.monotonic() - began)
+        seconds = earlier_s + time.monotonic() - began
+        summary = conclude(config, store, measure, len(lines) - 1, totals, seconds)
         trackers.log_summary(summary, len(lines) - 1)
         display.say(describe_calibration(summary["calibration"]))
         return summary
@@ -151,6 +162,7 @@ def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
         **counts,
         **figures,
         "loss": trained.get("loss"),  # missing if the first batch after a restart is empty
+        "full_texts": trained.get("full"),
         "staleness": selected["staleness"],
         "seconds": seconds,
         "pace": run.throughput.points(),

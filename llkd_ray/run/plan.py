@@ -21,7 +21,7 @@ from llkd_ray.corpus import sources
 from llkd_ray.corpus.cleaning import check_gold
 from llkd_ray.corpus.readers import describe_format
 from llkd_ray.corpus.sampling import Sample, count_rows, draw
-from llkd_ray.display import Display
+from llkd_ray.display import Display, duration
 from llkd_ray.run.estimate import (
     NOTHING,
     UTILISATION,
@@ -34,6 +34,11 @@ from llkd_ray.run.estimate import (
     what_caps_do,
 )
 from llkd_ray.run.loop import check
+from llkd_ray.selection.policies import find_selection
+from llkd_ray.storage.checkpoints import load_tokenizer
+from llkd_ray.storage.run_dir import ENGINES_DIR, LABELS_DIR, RunStore
+from llkd_ray.student.model import encode, lengths, resolve_model
+from llkd_ray.student.train import count_steps
 from llkd_ray.teacher.cache import AnswerCache, Speed, speed_of
 from llkd_ray.teacher.factory import cache_folder, cache_key, self_contained
 from llkd_ray.teacher.footprint import PromptSizes, prompt_sizes
@@ -52,7 +57,8 @@ def plan(config: Config, display: Display) -> None:
         pool = replace(pool, taken=min(budget.labels, pool.population))
     parts = [pool]
     train = f"{budget.train} texts" if isinstance(budget.train, int) else f"{budget.train:.1%} of the pool"
-    labels = f"at most {budget.labels:,} texts" if budget.labels else "the whole pool"
+    is_whole = budget.labels is None or budget.labels >= pool.population
+    labels = "the whole pool" if is_whole else f"at most {budget.labels:,} texts"
     display.say(f"student: {config.student.model}, {config.student.max_workers} rank(s)")
     display.say(
         f"policy: {config.selection.policy}; {budget.rounds} rounds; the teacher labels {labels}, hold-out "
@@ -68,6 +74,7 @@ def plan(config: Config, display: Display) -> None:
         plans.append(plan_teacher(config, member_field(name), teacher, parts))
         for line in plans[-1].lines:
             display.say(f"{name}: {line}")
+    display.say(f"student: {_student(config, pool)}")
     _say_totals(config, plans, display)
     for (name, _), one in zip(config.teacher.members(), plans, strict=True):
         if one.first_prompt is not None:
@@ -162,10 +169,10 @@ def plan_teacher(config: Config, field: str, teacher: TeacherConfig, parts: Sequ
     """
     taken = [part.taken for part in parts if part.taken is not None]
     is_known = len(taken) == len(parts)
-    if teacher.kind == "recorded":
+    if not teacher.has_prompt:
         texts = Estimate.exactly(sum(taken))
         answers = Bill(texts, NOTHING, NOTHING, NOTHING) if is_known else None
-        return TeacherPlan(["recorded answers; nothing is asked of an LLM"], answers)
+        return TeacherPlan([f"{teacher.kind} answers; nothing is asked of an LLM"], answers)
     sizes = [prompt_sizes(teacher, config.labels, part.texts, field) for part in parts]
     lines = [f"{teacher.model}, {_ends((teacher.min_actors, teacher.max_actors))} actor(s)"]
     lines += [f"prompts of the {part.name}: {_prompts(part, sizes[i])}" for i, part in enumerate(parts)]
@@ -185,8 +192,38 @@ def plan_teacher(config: Config, field: str, teacher: TeacherConfig, parts: Sequ
         without = _needed(teacher, parts, sizes, [np.zeros_like(one) for one in found])
         lines.append(_saved(need.bill, without.bill, teacher))
     earlier = None if folder is None or key is None else speed_of(folder, key)
+    if teacher.kind == "vllm":
+        lines.append(_start(earlier))
     lines.append(_time(teacher, need, earlier))
     return TeacherPlan(lines, need.bill, sizes[0].first)
+
+
+def _student(config: Config, pool: Part) -> str:
+    """How many texts are cut, and the time for training and scoring, as text."""
+    student = config.student
+    checkpoint = resolve_model(student.model)
+    encoded = encode(load_tokenizer(checkpoint, None, "student.model"), pool.texts, student.max_tokens + 1)
+    tokens_N = lengths(encoded)
+    cut = int(np.count_nonzero(tokens_N > student.max_tokens))
+    said = f"{cut} of {len(tokens_N)} texts are longer than student.max_tokens ({student.max_tokens}) and cut"
+    if not math.isfinite(pool.population):
+        return said
+    schedule = Schedule.plan(config, round(pool.population), 0)
+    targets = [schedule.train_target(k) for k in range(schedule.rounds)]
+    steps = sum(count_steps(n, student)[1] for n in targets)
+    scored = schedule.rounds * schedule.holdout
+    if find_selection(config.selection).uses_student:
+        scored += (schedule.rounds - 1) * round(config.selection.refresh_share * schedule.labels)
+    # A step costs about three forward passes: J. Kaplan et al., arXiv 2001.08361, section 2.1.
+    texts = Estimate.exactly(3 * steps * student.batch_size + scored)
+    mean_tokens = float(np.minimum(tokens_N, student.max_tokens).mean())
+    kind = "float32" if student.precision == "float32" else "bfloat16"
+    on_gpu = student.n_gpus > 0
+    guess = tokens_per_s(checkpoint, kind, on_gpu)
+    if guess is None:
+        return said
+    low, high = (speed * (student.max_workers if on_gpu else 1) for speed in guess)
+    return f"{said}; {steps:,} steps; {_guessed(texts.times(mean_tokens), low, high)}"
 
 
 @dataclass(frozen=True)
@@ -206,8 +243,8 @@ class _Need:
             assert part.taken is not None
             return mean(value_N * asked_N, part.population, part.taken, most).times(part.taken)
 
-        texts, tokens = in_all(asked_N, 1.0), in_all(size.tokens_N, teacher.max_model_len)
-        new = in_all(size.tokens_N - size.shared, teacher.max_model_len)
+        texts, tokens = in_all(asked_N, 1.0), in_all(size.tokens_N, teacher.context)
+        new = in_all(size.tokens_N - size.shared, teacher.context)
         return cls(bill(texts, tokens, size.requests, teacher.price), new)
 
     def __add__(self, other: _Need) -> _Need:
@@ -297,7 +334,7 @@ def _time(teacher: TeacherConfig, need: _Need, earlier: Speed | None) -> str:
             f"{_hours(hours(tokens, speed * fewest, speed * most))}, at {speed:,.0f} prompt tokens a second "
             f"and actor, as {earlier.tickets} earlier ticket(s) took, the newest in {earlier.labels}"
         )
-    on_gpu = teacher.gpus > 0
+    on_gpu = teacher.n_gpus > 0
     guess = None
     if teacher.kind == "vllm" and teacher.model and teacher.quantization is None:
         guess = tokens_per_s(teacher.model, teacher.dtype, on_gpu)
@@ -305,11 +342,26 @@ def _time(teacher: TeacherConfig, need: _Need, earlier: Speed | None) -> str:
         return "hours: unknown until a first run has measured it; set teacher.tokens_per_s where you know it"
     # On CPUs, all actors share the measured throughput.
     slowest, fastest = (n * teacher.parts if on_gpu else 1 for n in (fewest, most))
-    low, high = (UTILISATION[0], UTILISATION[1])
+    return _guessed(need.new_tokens, guess[0] * slowest, guess[1] * fastest)
+
+
+def _guessed(tokens: Estimate, slowest: float, fastest: float) -> str:
+    low, high = UTILISATION
     return (
-        f"{_hours(hours(need.new_tokens, guess[0] * slowest, guess[1] * fastest))}; no more than a guess: "
-        f"matrix products on this machine, {low:.0%} to {high:.0%} of them used"
+        f"{_hours(hours(tokens, slowest, fastest))}; no more than a guess: matrix products on this machine, "
+        f"{low:.0%} to {high:.0%} of them used"
     )
+
+
+def _start(earlier: Speed | None) -> str:
+    """Seconds until an engine answers, as earlier runs with the same answers took."""
+    if earlier is not None:
+        run = RunStore(earlier.labels.removesuffix(f"/{LABELS_DIR}"))
+        engines = [run.read_json(f"{ENGINES_DIR}/{name}") for name in run.names(ENGINES_DIR)]
+        if engines:
+            seconds = float(np.median([one["seconds_to_start"] for one in engines]))
+            return f"start of an engine: {duration(seconds)}, as in {run.uri()}"
+    return "start of an engine: unknown until a first run has measured it, usually one to several minutes"
 
 
 def _hours(time: Estimate) -> str:

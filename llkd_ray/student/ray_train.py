@@ -77,7 +77,7 @@ def _starts_after_labels(config: Config) -> bool:
     Not where a pool of teachers may grow: it could take the resources reserved for the ranks.
     """
     teachers = [teacher for _, teacher in config.teacher.members()]
-    return all(one.kind == "vllm" and not one.gpus and one.min_actors == one.max_actors for one in teachers)
+    return all(one.kind == "vllm" and not one.n_gpus and one.min_actors == one.max_actors for one in teachers)
 
 
 def _resources(config: Config) -> dict[str, float]:
@@ -92,7 +92,7 @@ def _build_trainer(config: Config, store: RunStore, selector: Any) -> TorchTrain
         train_loop_config={"config": config, "store_uri": store.uri(), "selector": selector},
         scaling_config=ScalingConfig(
             num_workers=student.workers,  # type: ignore[arg-type]  # Ray's annotation lacks (min, max)
-            use_gpu=student.gpus > 0,
+            use_gpu=student.n_gpus > 0,
             resources_per_worker=_resources(config),
             elastic_resize_monitor_interval_s=student.resize_s,  # type: ignore[call-arg]  # of Ray Train v2
         ),

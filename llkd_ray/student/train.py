@@ -255,11 +255,12 @@ def train_round(
     seed: int = 0,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
 ) -> dict[str, float]:
-    """Train on a round's texts; returns mean loss, steps and, with ``step_thresholds: mask``, ``masked``.
+    """Train on a round's texts; returns mean loss, steps, ``full`` and, with ``mask``, ``masked``.
 
     The loss of a step is the mean over its global batch of weight × the text's step weight ×
     ``config.loss``, on logits shifted from ``batch.prior_C`` to the texts' own class shares. AdamW, linear
-    warm-up and linear decay to zero over the round. ``masked`` is the share of texts that did not count.
+    warm-up and linear decay to zero over the round. ``full`` is the share of texts with ``max_tokens``
+    tokens, of which more may have been cut; ``masked`` is the share of texts that did not count.
     """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
@@ -283,7 +284,8 @@ def train_round(
             loss_sum += loss.detach()
             done += 1
             on_step(done, steps)
-    return {"steps": done, "loss": float(loss_sum) / max(1, done)} | step_thresholds.facts()
+    full = float(np.mean(length_N >= config.max_tokens))
+    return {"steps": done, "loss": float(loss_sum) / max(1, done), "full": full} | step_thresholds.facts()
 
 
 def count_steps(n: int, config: StudentConfig) -> tuple[int, int]:

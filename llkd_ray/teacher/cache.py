@@ -66,7 +66,7 @@ def answer_key(teacher: TeacherConfig, names: Sequence[str], prompt_hash: str) -
         "revision": teacher.revision,
         "dtype": teacher.dtype,
         "quantization": teacher.quantization,
-        "max_model_len": teacher.max_model_len,
+        "max_model_len": teacher.context,
         "cut": teacher.prompt.cut,
         "engine": {k: v for k, v in teacher.engine.items() if k not in _HARMLESS_ENGINE_ARGUMENTS},
         "min_branch_prob": teacher.min_branch_prob,

@@ -25,6 +25,8 @@ from llkd_ray.teacher.recorded import RecordedTeacher, read_recorded
 from llkd_ray.teacher.vllm.teacher import VllmTeacher, check_vllm_teacher, prepare
 
 CACHE_DIR = "teacher-cache"
+MAX_LENGTH = 8192
+"""More is rarely needed for a label, and an engine must hold keys and values of a text of this length."""
 
 
 def make_teacher(
@@ -59,15 +61,17 @@ def _check(name: str, teacher: TeacherConfig, labels: LabelsConfig) -> dict[str,
             return check_vllm_teacher(teacher, labels, field)
         case "openai":
             return check_server_teacher(teacher, labels, field)
-        case _:
+        case "recorded":
             assert teacher.recorded is not None
             answers = read_recorded(teacher.recorded, len(labels.names))
             return {"kind": "recorded", "uri": teacher.recorded.uri, "answers": len(answers)}
+        case _:
+            raise AssertionError(f"a teacher of kind {teacher.kind} is checked by its members")
 
 
 def cache_folder(config: Config, teacher: TeacherConfig) -> str | None:
     """The folder that records which runs have answers of which teacher; None where nothing is reused."""
-    if teacher.kind == "recorded" or teacher.cache is None:
+    if not teacher.has_prompt or teacher.cache is None:
         return None
     return join_uri(config.run.dir, CACHE_DIR) if teacher.cache == "auto" else teacher.cache
 
@@ -87,19 +91,31 @@ def cache_key(config: Config, teacher: TeacherConfig) -> str | None:
 
 
 def self_contained(config: Config) -> Config:
-    """The config with the files of its prompts inlined: templates, and the drawn few-shot examples.
+    """The config with all that files decide: its prompts' templates and drawn examples, a model's length.
 
     Other machines may not have the files, and their content may change before a resume.
     """
-    whole: dict[str, TeacherConfig] = {}
+    members: dict[str, TeacherConfig] = {}
     for name, teacher in config.teacher.members():
         prompt = inline_template(teacher.prompt)
         prompt = with_demonstrations(prompt, config.labels, f"{member_field(name)}.prompt.draw")
-        whole[name] = teacher.model_copy(update={"prompt": prompt})
-    teacher = whole.get("teacher", config.teacher)
-    if teacher.kind == "cascade" and teacher.cascade is not None:
-        teacher = teacher.model_copy(update={"cascade": teacher.cascade.model_copy(update=whole)})
-    return config.model_copy(update={"teacher": teacher})
+        length = teacher.max_model_len
+        if teacher.kind == "vllm" and length is None:
+            length = model_length(teacher)
+        members[name] = teacher.model_copy(update={"prompt": prompt, "max_model_len": length})
+    return config.model_copy(update={"teacher": config.teacher.with_members(members)})
+
+
+def model_length(teacher: TeacherConfig) -> int | None:
+    """Tokens that the model reads, at most MAX_LENGTH; None if that cannot be known from its config.json."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(teacher.model, revision=teacher.revision or "main")
+    except (OSError, ValueError, KeyError):
+        return None  # the check of the model says why
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if positions is None else min(positions, MAX_LENGTH)
 
 
 def with_demonstrations(

@@ -127,7 +127,7 @@ def _resources(teacher: TeacherConfig, groups: list[PlacementGroup]) -> dict[str
     Groups that are created are added to ``groups``; they exist until they are removed explicitly.
     """
     if not teacher.is_placed_in_parts:
-        booked = {"num_cpus": teacher.cpus * teacher.parts, "num_gpus": teacher.gpus or None}
+        booked = {"num_cpus": teacher.cpus * teacher.parts, "num_gpus": teacher.n_gpus or None}
         return booked | ({"resources": teacher.resources} if teacher.resources else {})
     return {"num_cpus": teacher.cpus, "ray_remote_args_fn": partial(_in_placement_group, teacher, groups)}
 

@@ -11,9 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llkd_ray.cli.main import main
-from llkd_ray.config.base import ConfigError
 from llkd_ray.config.loading import load_config
-from llkd_ray.resources import check_resources
 
 ROWS = [
     {"nr": str(i), "note": f"Größe {i} passt nicht; bitte, {'um' * (i % 5)}tauschen", "topic": topic}
@@ -89,8 +87,8 @@ def test_a_mistake_takes_one_line_and_overwrites_nothing(flags, said, tmp_path, 
     assert (tmp_path / "llkd.yaml").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("gpus", "booked"), [(0, (0, 0)), (1, (0.7, 0.3)), (2, (1, 1))])
-def test_the_gpus_of_the_machine_are_booked_and_the_only_one_is_shared(gpus, booked, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("gpus", "told"), [(0, ""), (1, "1, shared by teacher and student"), (2, "2")])
+def test_the_gpus_of_the_machine_are_told_and_need_no_setting(gpus, told, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.csv")
     smi = tmp_path / "bin/nvidia-smi"
@@ -99,13 +97,7 @@ def test_the_gpus_of_the_machine_are_booked_and_the_only_one_is_shared(gpus, boo
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(smi.parent), prepend=os.pathsep)
     assert main(["init", "a.csv"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("GPUs:")]
+    assert lines == ([f"GPUs:   {told}"] if told else [])
     config = load_config(tmp_path / "llkd.yaml")
-    assert (config.teacher.gpus, config.student.gpus) == booked
-    if gpus:
-        node = {"CPU": 8.0, "GPU": float(gpus)}
-        check_resources(config, [node])
-    if gpus == 1:
-        assert config.teacher.engine["gpu_memory_utilization"] < booked[0]
-        greedy = config.model_copy(update={"student": config.student.model_copy(update={"gpus": 1.0})})
-        with pytest.raises(ConfigError, match=r"share the GPU: teacher\.gpus: 0\.7"):
-            check_resources(greedy, [node])
+    assert (config.teacher.gpus, config.student.gpus, config.student.workers) == (None, None, None)

@@ -80,6 +80,7 @@ def test_pages_are_graded_and_the_better_ones_kept(tiny_encoder, tmp_path: Path,
         small = {
             "model": tiny_encoder,
             "gpus": 0,
+            "workers": 1,
             "precision": "float32",
             "max_tokens": 32,
             "min_steps": 100,

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from chaos import title_of
 from toys import NAMES, save_tiny_classifier, write_corpus
 
 from llkd_ray.cli.main import main
+from llkd_ray.prediction.results import read
 from llkd_ray.storage.checkpoints import inspect
+from llkd_ray.storage.run_dir import RunStore
 from llkd_ray.student.inference import load, score
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +77,37 @@ def test_every_row_is_predicted_or_in_quarantine(local_ray, tiny_classifier, tmp
     for text, confidence in zip(found["text"].to_pylist(), found["confidence"].to_pylist(), strict=True):
         assert of_text.setdefault(text, confidence) == pytest.approx(confidence, abs=1e-5)
     assert len(of_text) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_other_formats_keep_columns_and_resume(ending, local_ray, tiny_classifier, tmp_path, capfd):
+    rows = [{"body": f"text {n % 7}", "label": f"{n:03}", "tags": ["a", n]} for n in range(30)]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    job = ["predict", tiny_classifier, str(tmp_path / "corpus.jsonl"), "--text", "body", "--piece-rows", "10"]
+    job += ["--format", ending, "--keep-columns", "label", "tags", "--out", str(tmp_path / "out")]
+    assert main(job) == 0
+    first = summary(tmp_path / "out")
+    (tmp_path / f"out/predictions/piece-000000-00001.{ending}").unlink()
+    assert main([*job, "--resume"]) == 0
+    again = summary(tmp_path / "out")
+    assert again["scored_now"] == 10
+    assert again["labels"] == first["labels"], "rows that were there are counted, too"
+    assert again["accepted"] == 30
+    assert "accepted: 100.0" in capfd.readouterr().out
+
+    store = RunStore(str(tmp_path / "out"))
+    files = store.names("predictions")
+    assert [Path(name).suffix for name in files] == [f".{ending}"] * 3
+    found = pa.concat_tables([read(store, f"predictions/{name}") for name in files])
+    assert sorted(found["position"].to_pylist()) == list(range(30))
+    told = {name: one["predicted"] for name, one in again["labels"].items() if one["predicted"]}
+    assert told == Counter(found["label"].to_pylist())
+    for row in found.to_pylist():
+        assert int(row["corpus_label"]) == row["position"]
+        assert json.loads(row["tags"]) == ["a", row["position"]]
+        p_C = row["probs"] if ending == "jsonl" else [row[f"p_{name}"] for name in NAMES[:3]]
+        assert NAMES[int(np.argmax(p_C))] == row["label"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llkd_ray.config.schema import SourceConfig
 from llkd_ray.corpus import cleaning, staging
 from llkd_ray.corpus.cleaning import Example, Refusal
-from llkd_ray.corpus.readers import Unit
+from llkd_ray.corpus.readers import RawRow, Unit
 from llkd_ray.corpus.staging import (
     KEYS,
     PARTITIONS,
@@ -32,7 +32,7 @@ from llkd_ray.storage.run_dir import RunStore
 def fill(store: RunStore, rows: int) -> StagingWriter:
     writer = StagingWriter(store, "pool-000007")
     for n in range(rows):
-        writer.keep("file", n, Example(f"id{n}", f"text {n:04d}", -1, 2**64 - 1 - n))
+        writer.keep("file", RawRow(n, ""), Example(f"id{n}", f"text {n:04d}", -1, 2**64 - 1 - n))
         writer.refuse("file", 1000 + n, Refusal("empty", "why"), "start")
     writer.flush()
     return writer
@@ -71,7 +71,7 @@ def test_shards_are_cut_at_their_size_in_texts_and_ids(
     monkeypatch.setattr(staging, "SHARD_CHARS", 100)
     writer = StagingWriter(RunStore(str(tmp_path)), "pool-000000")
     for n in range(4):
-        writer.keep("file", n, Example("i" * 50, "t", -1, n))
+        writer.keep("file", RawRow(n, ""), Example("i" * 50, "t", -1, n))
     writer.flush()
     assert [shard.rows for shard in writer.groups[0].shards] == [2, 2]
 

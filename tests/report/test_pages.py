@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -15,8 +17,11 @@ from llkd_ray.metrics.quality import quality_of
 from llkd_ray.report.pages import model_card, write_pages, write_report
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import (
+    BATCH,
+    CANDIDATE_SAMPLE,
     CARD,
     CONFIG,
+    ENGINES_DIR,
     ESTIMATE,
     EXAMPLES_INDEX,
     MANIFEST,
@@ -194,6 +199,17 @@ class TestReport:
         assert len(whole.all("blockquote")) == 3 * len(LABELS)
         assert "weight 9.00" in whole.plain
 
+    def test_equal_weights_are_not_listed(self, tmp_path, whole):
+        assert "Mean weight" in whole.text
+        store = make_run(tmp_path / "run", rounds=2)
+        for file in (round_file(k, BATCH) for k in range(2)):
+            batch = store.read_table(file).drop_columns("weight")
+            ones = pa.array(np.ones(len(batch)), tables.ROUND.field("weight").type)
+            store.write_table(file, batch.append_column("weight", ones))
+        page = render(store)
+        assert len(page.row("billing")) == 3, "class, texts, bar"
+        assert "weight" not in page.text.lower().split("samples")[1].split("data quality")[0]
+
     def test_data_quality_adds_up(self, whole):
         assert whole.row("Read")[1:] == ["8,352", "1,205"]
         assert whole.row("Quarantined: duplicate")[1:] == ["340", "5"]
@@ -238,6 +254,45 @@ class TestFigures:
         assert "Teacher's accuracy: 74.2 %." in words[0]
         assert words[1].startswith("Same answer as the teacher: from 70.0 %")
         assert "train 2 min 18 s" in words[-1]
+
+    def test_the_engines_start_is_not_teaching(self, tmp_path, whole):
+        assert "start" not in descriptions(whole)[-1]
+        store = make_run(tmp_path / "run", rounds=2)
+        store.write_json(f"{ENGINES_DIR}/a.json", {"seconds_to_start": 4.5})
+        page = render(store)
+        assert "start 4.5 s, teach 24.5 s" in descriptions(page)[-1]
+        assert "first round includes 4.5 s in which the teacher's engine started." in page.plain
+        assert "“start”" in page.plain
+
+    def test_axes_of_shares_end_at_100_percent(self, tmp_path):
+        store = make_run(tmp_path / "run", rounds=3)
+        for line in store.read_metrics():
+            store.append_metrics(line | {"accuracy": 1.0, "macro_f1": 0.99, "teacher_agreement": 1.0})
+        write_report(store)
+        svg = store.read_bytes(REPORT).decode().replace("\u202f", " ")
+        ticks = [float(tick) for tick in re.findall(r"<!-- ([\d.]+) % -->", svg)]
+        assert ticks.count(100) == 2, "of the learning curve and of the agreement"
+        assert 0 <= min(ticks) <= max(ticks) == 100
+
+    @pytest.mark.parametrize(("classes", "rounds"), [(6, 3), (7, 14)])
+    def test_captions_are_true_of_what_is_drawn(self, tmp_path, classes, rounds):
+        labels = tuple(f"intent {number}" for number in range(classes))
+        store = make_run(tmp_path / "run", labels=labels, rounds=rounds)
+        page = render(store).plain
+        for words in ("Colours and markers", "of each class that", "that each round could", "Grey lines"):
+            assert (words in page) == (classes == 6)
+        for words in ("With more than 6 classes, all", "median (line)", "6 of the 14 rounds"):
+            assert (words in page) == (classes == 7)
+        assert "“none”" in page
+        scored = store.read_bytes(round_file(1, CANDIDATE_SAMPLE))
+        store.write_bytes(round_file(0, CANDIDATE_SAMPLE), scored)
+        assert "“none”" not in render(store).plain
+
+    def test_a_baseline_that_is_not_drawn_is_not_captioned(self, tmp_path):
+        store, other = make_run(tmp_path / "mine"), make_run(tmp_path / "other", gold=False)
+        write_report(store, other)
+        page = Page(store.read_bytes(REPORT).decode())
+        assert page.plain.count("Dotted: the run other") == 1, "its agreement"
 
     def test_labels_of_an_earlier_driver_are_not_counted_again(self, tmp_path):
         store = make_run(tmp_path / "run", rounds=2)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 from toys import make_config
 
+from llkd_ray import resources
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.loading import dump_config
 from llkd_ray.config.schema import Config
@@ -74,6 +77,28 @@ def test_what_an_attempt_with_other_settings_has_left_is_deleted(store):
     loop._write_config(store, make_config(corpus={"text": "body"}))
     assert not store.exists(EXAMPLES_INDEX)
     assert store.exists(f"{EPOCHS_DIR}/000001-a"), "the lock stays"
+
+
+def test_gpus_are_decided_for_this_start_only(tmp_path, monkeypatch):
+    """A resume may be on a cluster with other ones."""
+    config, seen, said = make_config(student={"workers": None}), [], []
+
+    def stop(config: Config) -> None:
+        seen.append(config.student.workers)
+        raise ConfigError("stopped")
+
+    monkeypatch.setattr(resources, "installed_version", {"torch": "2.13.0"}.get)
+    monkeypatch.setattr(loop, "check", lambda config, say: {})
+    monkeypatch.setattr(loop, "connect", lambda address: nullcontext())
+    monkeypatch.setattr(loop, "live_nodes", lambda: [{"CPU": 8.0, "GPU": 3.0}])
+    monkeypatch.setattr(loop, "check_fit", lambda config: seen.append(config.student.workers))
+    monkeypatch.setattr(loop, "ingest", lambda config, store, say: stop(config))
+    monkeypatch.setattr(Display, "say", lambda self, line: said.append(line))
+    with pytest.raises(ConfigError, match="stopped"):
+        loop.distill(config, str(tmp_path / "run"), Display())
+    assert seen == [3, 3]
+    assert "GPUs: 3; 1 teacher actor(s) take 0, 3 student rank(s) take 3" in said
+    assert run_config(RunStore(str(tmp_path / "run"))) == config
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ def config(tmp_path, tiny_encoder, tiny_llm):
     write_answers(tmp_path / "answers.parquet", [pool, test])
 
     def make(sections=None, **teacher):
-        teacher = {"kind": "vllm", "model": tiny_llm, "recorded": None, "gpus": 1, **teacher}
+        common = {"kind": "vllm", "model": tiny_llm, "recorded": None, "gpus": 1, "max_model_len": 512}
+        teacher = common | teacher
         settings = {
             "corpus": {"uri": str(pool)},
             "test": {"uri": str(test)},
@@ -87,8 +88,15 @@ class TestTokens:
 
     def test_a_budget_and_no_test_set_make_it_less(self, config):
         text = said(config({"budget": {"labels": 100}, "evaluation": {"teacher_on_test": False}}))
-        holds(text, "teacher: 100 texts", "teacher: prompts of the pool")
+        holds(text, "teacher: 100 texts", "teacher: prompts of the pool", "at most 100 texts")
         assert "prompts of the test set" not in text
+        holds(said(config({"budget": {"labels": 9_000}})), "the teacher labels the whole pool")
+
+    def test_the_students_part(self, config, tiny_encoder):
+        line = line_with("longer than", said(config({"student": {"model": tiny_encoder, "max_tokens": 8}})))
+        assert number(r"(\d+) of \d+ texts are longer", line) > 0
+        holds(line, "student.max_tokens (8)", "steps", "no more than a guess")
+        holds(said(config()), "start of an engine: unknown until a first run")
 
     def test_cost_and_hours_by_the_settings(self, config, tmp_path):
         one = config(
@@ -220,7 +228,7 @@ class TestEarlierRuns:
 
 class TestHours:
     def test_a_local_model_on_a_cpu_is_guessed_but_no_quantised_one(self, config):
-        holds(line_with("hours", said(config(gpus=0))), "no more than a guess", "10% to 50%")
+        holds(line_with("teacher: hours", said(config(gpus=0))), "no more than a guess", "10% to 50%")
         holds(said(config(gpus=0, quantization="fp8")), "hours: unknown")
 
     def test_a_pool_that_may_grow_takes_from_its_largest_to_its_smallest(self, config):

@@ -468,7 +468,7 @@ class TestStepThresholdsInARound:
         before = weights(student)
         monkeypatch.setattr(StepThresholds, "_passes", lambda self, label_B, *_: torch.zeros_like(label_B))
         facts = train_round(student, toy_batch(12), config)
-        assert facts == {"steps": 3, "loss": 0.0, "masked": 1.0}
+        assert facts == {"steps": 3, "loss": 0.0, "full": 0.0, "masked": 1.0}
         assert same(weights(student), before)
 
 

@@ -272,3 +272,10 @@ class TestDraw:
     def test_refusals(self, file, settings, message):
         with pytest.raises(ConfigError, match=rf"^teacher\.prompt\.draw\.{message}"):
             drawn(**({"uri": file} | settings))
+
+
+def test_a_model_is_given_what_it_reads_unless_told_otherwise(tiny_llm):
+    reads = AutoConfig.from_pretrained(tiny_llm).max_position_embeddings
+    for given, expected in ((None, reads), (64, 64)):
+        config = make_config(teacher=vllm(tiny_llm, max_model_len=given))
+        assert self_contained(config).teacher.max_model_len == expected

@@ -62,7 +62,7 @@ class ByLabelIds:
     ) -> None:
         self.teacher, self.prompt, self.tokenizer = teacher, prompt, tokenizer
         self.trie = LabelTrie.of(sequences)
-        self.room = teacher.max_model_len - self.trie.depth
+        self.room = teacher.context - self.trie.depth
         room_for_text(prompt, tokenizer, self.room)  # raises ConfigError where there is none
 
     async def score(self, text: str, post: PostOne) -> Scored:
@@ -141,10 +141,10 @@ class Chat:
         around = prompt.messages("")
         said = sum(len(self._pieces(message["content"])) for message in around)
         used = said + TOKENS_PER_MESSAGE * len(around) + self.answer_tokens
-        self.room = teacher.max_model_len - used
+        self.room = teacher.context - used
         if self.room < 1:
             raise ConfigError(
-                f"{field}.max_model_len: {teacher.max_model_len} leaves no room for a text, as the prompt "
+                f"{field}.max_model_len: {teacher.context} leaves no room for a text, as the prompt "
                 f"around it and the answer take about {used} tokens; raise it or use fewer demonstrations"
             )
 

@@ -193,7 +193,7 @@ class AsyncEngine:
         """Raises RuntimeError with the root cause where it does not start."""
         # vLLM reads it on import.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        if not teacher.gpus and teacher.parts > 1:
+        if not teacher.n_gpus and teacher.parts > 1:
             # By default vLLM assigns each part its own NUMA node and fails where there is only one.
             cores = np.array_split(sorted(os.sched_getaffinity(0)), teacher.parts)
             bound = "|".join(",".join(map(str, own)) for own in cores)

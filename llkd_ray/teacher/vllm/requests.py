@@ -142,7 +142,7 @@ def is_one_process(teacher: TeacherConfig) -> bool:
     NUMA nodes, and the default is kept where the user binds threads through vLLM's own variable.
     """
     is_bound = bool(os.environ.get("VLLM_CPU_OMP_THREADS_BIND"))
-    return not teacher.gpus and teacher.parts == 1 and not is_bound and _memory_nodes() <= 1
+    return not teacher.n_gpus and teacher.parts == 1 and not is_bound and _memory_nodes() <= 1
 
 
 def threads_of(teacher: TeacherConfig) -> int:
@@ -159,14 +159,14 @@ def threads_of(teacher: TeacherConfig) -> int:
 
 def engine_arguments(teacher: TeacherConfig) -> dict[str, Any]:
     """Arguments for vLLM; ``teacher.engine`` overrides them."""
-    on_cpu = teacher.gpus == 0
+    on_cpu = not teacher.n_gpus
     arguments: dict[str, Any] = {
         "model": teacher.model,
         "revision": teacher.revision,
         "tokenizer_revision": teacher.revision,
         "dtype": teacher.dtype,
         "quantization": teacher.quantization,
-        "max_model_len": teacher.max_model_len,
+        "max_model_len": teacher.context,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
         "enforce_eager": on_cpu,

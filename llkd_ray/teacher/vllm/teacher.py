@@ -121,4 +121,4 @@ def check_vllm_teacher(teacher: TeacherConfig, labels: LabelsConfig, field: str)
 
 def room_for_prompt(teacher: TeacherConfig, trie: LabelTrie) -> int:
     """Maximum tokens of a prompt, so that the longest answer still fits after it."""
-    return teacher.max_model_len - trie.depth
+    return teacher.context - trie.depth
