@@ -110,6 +110,7 @@ def model_length(teacher: TeacherConfig) -> int | None:
     """Tokens that the model reads, at most MAX_LENGTH; None if that cannot be known from its config.json."""
     from transformers import AutoConfig
 
+    assert teacher.model is not None
     try:
         config = AutoConfig.from_pretrained(teacher.model, revision=teacher.revision or "main")
     except (OSError, ValueError, KeyError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -76,6 +77,7 @@ def test_a_small_run_as_a_submitted_job(head: dict[str, str], vllm_settings: dic
     wait_until_up(head)
     done = submit(head, "python", "jobs/distill.py", str(config))
     assert done.returncode == 0, done.stdout[-5000:]
+    assert "constructor arguments in the object store" not in done.stdout, "an error line of Ray's core"
     run_dir = tmp_path / "runs/small"
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["labelled"] == 500
@@ -100,8 +102,8 @@ def test_the_quickstart_as_a_submitted_job(head: dict[str, str], tmp_path: Path)
     LOG.parent.mkdir(exist_ok=True)
     LOG.write_text(done.stdout)
     assert done.returncode == 0, done.stdout[-5000:]
-    assert "student by random" in done.stdout
-    assert "random: 3119 of its labels were there from earlier runs, which saved" in done.stdout
+    assert "that by random (95 % interval" in done.stdout
+    assert re.search(r"random: [\d,]+ labels were there from earlier runs, which saved", done.stdout)
 
     # Results lie in the home directory: the job's working directory is a copy that Ray deletes.
     runs = sorted((tmp_path / "home/llkd-ray/runs").glob("quickstart-2*"))
