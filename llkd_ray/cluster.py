@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray.data
@@ -37,14 +37,28 @@ def connect(address: str | None) -> Iterator[None]:
         # Ray's C++ core prints an error whenever Ray Data starts a pool of actors, because of arguments that
         # Ray Data passes by reference (ray-project/ray#57733). Failed tasks and actors are raised in Python.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    if address:
-        ray.init(address=address, **options)
-    else:
-        ray.init(include_dashboard=False, **options)
+    with nullcontext() if verbose else _no_native_lines():
+        if address:
+            ray.init(address=address, **options)
+        else:
+            ray.init(include_dashboard=False, **options)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _no_native_lines() -> Iterator[None]:
+    """Drops what is written to file descriptor 2: Ray's core announces there that its log level was set."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 class Background:
