@@ -217,8 +217,9 @@ def _student(config: Config, pool: Part) -> str:
     # A step costs about three forward passes: J. Kaplan et al., arXiv 2001.08361, section 2.1.
     texts = Estimate.exactly(3 * steps * student.batch_size + scored)
     mean_tokens = float(np.minimum(tokens_N, student.max_tokens).mean())
-    kind = "float32" if student.precision == "float32" else "bfloat16"
     on_gpu = student.n_gpus > 0
+    # Some CPUs are a hundred times slower in bf16, and training avoids it there.
+    kind = "bfloat16" if on_gpu and student.precision != "float32" else "float32"
     guess = tokens_per_s(checkpoint, kind, on_gpu)
     if guess is None:
         return said
