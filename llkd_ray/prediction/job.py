@@ -159,10 +159,10 @@ def _stream(
     kept = f", {n_there} piece(s) are finished" if n_there else ""
     say(f"{part}: reading {len(open_tasks)} of {len(tasks)} task(s){kept}")
     labels: dict[str, Counts] = {}
-    for task in tasks:
+    for task in tasks if part == CORPUS else ():  # nobody is told the counts of gold
         for piece in there.pieces_of(task):
-            file = task.piece_file(piece, _ending(part, config))
-            _add(labels, results.count_labels(results.read(store, file)))
+            file = task.piece_file(piece, config.format)
+            _add(labels, results.count_labels(results.read(store, file, ["label", "accepted"])))
     if not open_tasks:
         return 0, 0.0, labels
     context = ray.data.DataContext.get_current()

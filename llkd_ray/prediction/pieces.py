@@ -39,7 +39,6 @@ TEXTS = pa.schema(
 )
 KEPT = "kept:"
 """Prefix of the further columns that are passed on, before a column's name."""
-FORMATS = ("parquet", "csv", "jsonl")
 
 
 @dataclass(frozen=True)

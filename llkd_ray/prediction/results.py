@@ -198,10 +198,10 @@ def write(store: RunStore, file: str, table: pa.Table) -> None:
     store.write_bytes(file, sink.getvalue().to_pybytes())
 
 
-def read(store: RunStore, file: str) -> pa.Table:
-    """A file that :func:`write` has written."""
+def read(store: RunStore, file: str, columns: list[str] | None = None) -> pa.Table:
+    """A file that :func:`write` has written; ``columns``: of parquet, only these are read."""
     if file.endswith(".parquet"):
-        return store.read_table(file)
+        return store.read_table(file, columns)
     source = pa.BufferReader(store.read_bytes(file))
     if file.endswith(".jsonl"):
         return pa.json.read_json(source)

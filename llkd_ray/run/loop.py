@@ -65,8 +65,9 @@ def distill(config: Config, store_uri: str, display: Display) -> dict[str, Any]:
     teacher_facts = check(config, display.say)
     trackers = Trackers(config, store, display.say)
     with hold_lock(store, display.say) as session, connect(config.run.address), trackers:
-        given, config = config, with_gpus(config, live_nodes())
-        if gpus := describe_gpus(config, live_nodes()):
+        nodes = live_nodes()
+        given, config = config, with_gpus(config, nodes)
+        if gpus := describe_gpus(config, nodes):
             display.say(gpus)
         check_fit(config)
         _write_config(store, given)  # a resume may be on a cluster with other GPUs
