@@ -252,6 +252,13 @@ class TeacherConfig(Section):
         " its names share the probability. It bounds the error of a name, except for a name "
         "that is the beginning of others.",
     )
+    max_off_label: float = Field(
+        0.99,
+        gt=0,
+        le=1,
+        description="Largest probability on answers that are no label, such as a refusal; a text with more "
+        "goes to quarantine as no_label. 1: only a text without any probability on a label.",
+    )
     ticket_size: int = Field(128, ge=1, description="Texts in a ticket, the unit of labelling.")
     tickets_in_flight: int = Field(
         2, ge=1, description="Tickets that one teacher actor works on concurrently; 2 keep the engine busy."

@@ -12,7 +12,15 @@ import pyarrow as pa
 
 from llkd_ray.display import percent
 from llkd_ray.metrics.uncertainty import normalise
-from llkd_ray.storage.run_dir import LABELS_DIR, TEACHER_CHECK, RunStore
+from llkd_ray.storage import tables
+from llkd_ray.storage.run_dir import (
+    LABELS_DIR,
+    NO_LABEL,
+    TEACHER_CHECK,
+    RunStore,
+    teacher_quarantine_file,
+    ticket_of,
+)
 from llkd_ray.storage.tables import Examples, matrix_of
 
 ENOUGH = 200
@@ -27,11 +35,16 @@ ADVICE = "see teacher.prompt (instruction, answer, chat) with --dry-run, which p
 
 def check_labels(store: RunStore, names: Sequence[str]) -> list[str]:
     """Write warnings about the run's first labels to TEACHER_CHECK, and return them."""
-    files, tables, rows = store.names(LABELS_DIR, ".parquet"), [], 0
-    while files and rows < ENOUGH:
-        tables.append(store.read_table(f"{LABELS_DIR}/{files.pop(0)}", ["row", "probs", "off_label"]))
-        rows += len(tables[-1])
-    labels = pa.concat_tables(tables)
+    labels, silent = tables.LABELS.empty_table(), []
+    for name in store.names(LABELS_DIR, ".parquet"):
+        labels = pa.concat_tables([labels, store.read_table(f"{LABELS_DIR}/{name}")])
+        if store.exists(refused := teacher_quarantine_file(ticket_of(name))):
+            refused = store.read_table(refused, ["reason", "start_of_text"]).to_pylist()
+            silent += [one["start_of_text"] for one in refused if one["reason"] == NO_LABEL]
+        if len(labels) + len(silent) >= ENOUGH:
+            break
+    else:
+        return []
     texts = Examples.open(store).read(labels["row"].to_numpy(), ["text", "gold"])
     found = warnings_about(
         matrix_of(labels["probs"], len(names)),
@@ -39,17 +52,33 @@ def check_labels(store: RunStore, names: Sequence[str]) -> list[str]:
         texts["gold"].to_numpy(),
         texts["text"].to_pylist(),
         names,
+        silent,
     )
-    store.write_json(TEACHER_CHECK, {"texts": len(labels), "warnings": found})
+    store.write_json(TEACHER_CHECK, {"texts": len(labels) + len(silent), "warnings": found})
     return found
 
 
 def warnings_about(
-    p_NC: np.ndarray, off_label_N: np.ndarray, gold_N: np.ndarray, texts: Sequence[str], names: Sequence[str]
+    p_NC: np.ndarray,
+    off_label_N: np.ndarray,
+    gold_N: np.ndarray,
+    texts: Sequence[str],
+    names: Sequence[str],
+    silent: Sequence[str] = (),
 ) -> list[str]:
-    """What is wrong with these answers, in sentences with an example and a likely cause; usually nothing."""
+    """What is wrong with these answers, in sentences with an example and a likely cause; usually nothing.
+
+    ``silent``: the starts of further texts, which are in quarantine because their answers were no label.
+    """
     answer_N, found = p_NC.argmax(axis=1), []
     n = len(answer_N)
+    if (none := len(silent) / (n + len(silent))) > MAX_OFF_LABEL:
+        found.append(
+            f"{percent(none)} of {n + len(silent)} texts are in quarantine, because the teacher's answer is "
+            f"none of the labels, for example to {_example(silent[0])}; {ADVICE}"
+        )
+    if not n:
+        return found
     if (off := float(off_label_N.mean())) > MAX_OFF_LABEL:
         worst = int(off_label_N.argmax())
         found.append(

@@ -116,7 +116,9 @@ class Run:
         if self._asked is not None and not set(stats["damaged"]) <= set(self._asked):
             # A restarted selector found the damage, but the stream's list of tickets is already fixed.
             raise TeacherDown("the label file of a ticket that was done is damaged")
-        if not self._teacher_is_checked and stats["labelled"] >= ENOUGH:
+        # Texts without a label count, too: a teacher that refuses all of them is to be noticed.
+        asked = stats["tickets_done"] * self.config.teacher.ticket_size
+        if not self._teacher_is_checked and max(stats["labelled"], asked / 2) >= ENOUGH:
             self._check_teacher()
         if stats["trouble"]:
             raise TeacherDown(stats["trouble"])

@@ -207,6 +207,15 @@ def ticket_of(name: str) -> int:
     return int(name.removeprefix("ticket-").partition(".")[0])
 
 
+NO_LABEL = "no_label"
+"""Reason for the quarantine: the teacher's answer is none of the labels (``teacher.max_off_label``)."""
+
+
+def teacher_quarantine_file(ticket: int) -> str:
+    """The texts of a ticket that the teacher gave no label."""
+    return f"{QUARANTINE_DIR}/teacher-{ticket:08d}.parquet"
+
+
 BATCH = "batch.parquet"
 SELECTED = "selected.json"
 """File in a round's folder: the round's batch is complete once this file exists."""

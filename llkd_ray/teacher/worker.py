@@ -27,7 +27,15 @@ from llkd_ray.config.schema import Config
 from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.metrics.uncertainty import confidence, normalise
 from llkd_ray.storage import tables
-from llkd_ray.storage.run_dir import ENGINES_DIR, LABELS_DIR, QUARANTINE_DIR, SMALL_DIR, RunStore, ticket_file
+from llkd_ray.storage.run_dir import (
+    ENGINES_DIR,
+    LABELS_DIR,
+    NO_LABEL,
+    SMALL_DIR,
+    RunStore,
+    teacher_quarantine_file,
+    ticket_file,
+)
 from llkd_ray.storage.tables import Examples, matrix_of
 from llkd_ray.teacher.base import UNASKED, Allowance, Teacher, TeacherDown, Unlimited, Usage
 from llkd_ray.teacher.budget import RemoteAllowance
@@ -101,7 +109,7 @@ class TeacherWorker:
         found_M, reused = await asyncio.to_thread(self._reuse, hash_M, texts)
         usage = Usage(reused_texts=len(reused), reused_tokens=_tokens(reused))
         if found_M.all():
-            return TicketAnswers(reused, usage, [""] * len(texts), None)
+            return self._with_labels_only(TicketAnswers(reused, usage, [""] * len(texts), None), texts)
         sent, sent_hash = texts.filter(pa.array(~found_M)), hash_M[~found_M]
         mark = f"ticket-{ticket:08d}.{uuid.uuid4().hex}"
         # After a kill, the mark shows which texts were sent and never answered.
@@ -113,12 +121,28 @@ class TeacherWorker:
         fresh = labels_table(sent, sent_hash, answers, self.member)
         outcome_M = np.full(len(texts), "", dtype=object)
         outcome_M[~found_M] = list(answers.outcome_N)
-        return TicketAnswers(
+        all_answers = TicketAnswers(
             labels=in_row_order([reused, fresh], texts["row"].to_numpy()),
             usage=usage + replace(answers.usage, seconds=time.monotonic() - began),
             outcome_M=outcome_M.tolist(),
             mark=mark,
         )
+        return self._with_labels_only(all_answers, texts)
+
+    def _with_labels_only(self, answers: TicketAnswers, texts: pa.Table) -> TicketAnswers:
+        """Without answers that say no label, such as refusals: they have the outcome ``NO_LABEL`` instead.
+
+        Normalised, they would look like labels: one without any mass like the first of all labels.
+        """
+        labels, n_classes = answers.labels, len(self.config.labels.names)
+        off_label_L = labels["off_label"].to_numpy()
+        mass_L = matrix_of(labels["probs"], n_classes).sum(axis=1)
+        says_L = (mass_L > 0) & (off_label_L <= self.teacher_config.max_off_label)
+        if says_L.all():
+            return answers
+        silent_M = np.isin(texts["row"].to_numpy(), labels["row"].to_numpy()[~says_L])
+        outcome_M = np.where(silent_M, NO_LABEL, np.array(answers.outcome_M, dtype=object))
+        return replace(answers, labels=labels.filter(pa.array(says_L)), outcome_M=outcome_M.tolist())
 
     async def clear_mark(self, answers: TicketAnswers) -> None:
         """Delete the mark, once the labels are written."""
@@ -305,7 +329,7 @@ class Stage(ABC):
             "start_of_text": [text[:200] for text in refused["text"].to_pylist()],
         }
         table = pa.table(columns, schema=tables.QUARANTINE)
-        self.store.write_table(f"{QUARANTINE_DIR}/teacher-{ticket:08d}.parquet", table)
+        self.store.write_table(teacher_quarantine_file(ticket), table)
 
 
 async def _reserve(selector: Any, ticket: int, attempt: str, teacher: str, usage: Usage) -> bool:

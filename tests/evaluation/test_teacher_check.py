@@ -39,6 +39,18 @@ def test_answers_that_are_no_label(gold_N):
     assert "'text 0'" in line
 
 
+def test_texts_without_any_label_count_too(gold_N):
+    texts = [f"text {i}" for i in range(N)]
+    silent = ["Tell me about it"] * 80
+    (line,) = warnings_about(answers(gold_N), np.zeros(N), gold_N, texts, NAMES, silent)
+    assert "25.0\u202f% of 320 texts" in line
+    assert "'Tell me about it'" in line
+    nothing = np.empty(0)
+    (line,) = warnings_about(np.empty((0, 3)), nothing, nothing, [], NAMES, silent)
+    assert "100.0\u202f% of 80 texts" in line
+    assert warnings_about(answers(gold_N), np.zeros(N), gold_N, texts, NAMES, silent[:50]) == []
+
+
 def test_one_answer_to_everything(gold_N):
     lines = found(answers(np.ones(N, dtype=int)), np.full(N, -1))
     assert len(lines) == 1

@@ -18,7 +18,15 @@ from toys import make_config
 
 from llkd_ray.config.schema import Config
 from llkd_ray.storage import tables
-from llkd_ray.storage.run_dir import ENGINES_DIR, LABELS_DIR, QUARANTINE_DIR, SENT_DIR, SMALL_DIR, RunStore
+from llkd_ray.storage.run_dir import (
+    ENGINES_DIR,
+    LABELS_DIR,
+    NO_LABEL,
+    QUARANTINE_DIR,
+    SENT_DIR,
+    SMALL_DIR,
+    RunStore,
+)
 from llkd_ray.storage.tables import matrix_of
 from llkd_ray.teacher import worker as worker_module
 from llkd_ray.teacher.base import UNASKED, TeacherDown, Usage
@@ -117,6 +125,22 @@ class TestOnlyStage:
         assert told.row_M.tolist() == [5]
         assert told.usage["teacher"].tokens == cost_of([5, 2, 9]), "what failed has cost, too"
         assert (nothing.row_M.tolist(), nothing.probs_MC.shape) == ([], (0, 3))
+
+    def test_an_answer_that_is_no_label_is_no_label(self, store):
+        """Refusals and thinking aloud once became class 0, whose normalised probability was 1/C."""
+        selector = FakeSelector()
+        says = {1: np.zeros(3), 2: np.array([0.0, 0.004, 0.002]), 3: np.array([0.0, 0.02, 0.0])}
+        teacher = FakeTeacher(says=lambda number: says.get(number, np.array([0.1, 0.8, 0.1])))
+        pass_through(only_stage(store, selector, teacher), leased(3, [1, 2, 3, 4]))
+        assert read_ticket(store, LABELS_DIR, 3)[0]["row"].to_pylist() == [3, 4]
+        assert quarantined(store, 3) == [(1, NO_LABEL), (2, NO_LABEL)]
+        ((_, told),) = selector.told("put_labels")
+        assert told.row_M.tolist() == [3, 4]
+        assert told.usage["teacher"].tokens == cost_of([1, 2, 3, 4])
+
+        lenient = OnlyStage(make_config(teacher={"max_off_label": 1.0}), store.root, selector, teacher)
+        pass_through(lenient, leased(4, [1, 2, 3]))
+        assert quarantined(store, 4) == [(1, NO_LABEL)], "no mass is never a label"
 
     def test_a_block_holds_one_ticket_or_nothing(self, store):
         selector, teacher = FakeSelector(), FakeTeacher()
