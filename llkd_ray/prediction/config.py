@@ -36,7 +36,10 @@ class PredictConfig(Section):
     format: Literal["parquet", "csv", "jsonl"] = Field("parquet", description="Of the predictions.")
     gold: SourceConfig | None = Field(None, description="Gold-labelled texts that thresholds are fitted on.")
     target_precision: float | None = Field(
-        None, gt=0, le=1, description="Share of accepted answers to be right."
+        None, gt=0, lt=1, description="Share of each label's accepted answers to be right."
+    )
+    delta: float = Field(
+        0.05, gt=0, lt=1, description="Largest probability that a label misses the target precision."
     )
     thresholds: dict[str, Share] = Field(
         default_factory=dict, description="Confidence from which on a label is accepted, by label."
@@ -154,7 +157,10 @@ def add_predict_options(parser: argparse.ArgumentParser) -> None:
 
     limits = parser.add_argument_group("what is accepted")
     limits.add_argument(
-        "--target-precision", type=float, metavar="SHARE", help="of accepted answers to be right"
+        "--target-precision", type=float, metavar="SHARE", help="of each label's accepted answers to be right"
+    )
+    limits.add_argument(
+        "--delta", type=float, metavar="SHARE", help="probability that this may fail for some label (0.05)"
     )
     limits.add_argument("--gold", metavar="URI", help="gold-labelled texts to fit thresholds on")
     limits.add_argument("--label", metavar="COLUMN", help="column of the true label in --gold")

@@ -331,13 +331,12 @@ def _fit(config: PredictConfig, given: Thresholds, store: RunStore, say: Say) ->
             f"--gold: {config.gold.uri if config.gold else ''!r} has no usable text with a true label: check "
             f"--gold-text and --label, and look into quarantine/ of {config.out}"
         )
-    fitted, measured = results.fit(given, p_NC, gold_N, config.target_precision, tuple(config.thresholds))
-    store.write_json(
-        results.THRESHOLDS, results.as_dict(fitted, measured, config.target_precision, int(gold_N.size))
-    )
+    wanted, delta = config.target_precision, config.delta
+    fitted, measured = results.fit(given, p_NC, gold_N, wanted, tuple(config.thresholds), delta)
+    store.write_json(results.THRESHOLDS, results.as_dict(fitted, measured, wanted, delta, int(gold_N.size)))
     say(f"thresholds on {gold_N.size:,} gold texts:")
     for label, one in measured.items():
-        say(f"  {results.describe(label, one, config.target_precision)}")
+        say(f"  {results.describe(label, one, wanted)}")
     return fitted
 
 

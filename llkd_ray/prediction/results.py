@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
-from sklearn.metrics import precision_recall_curve
+from scipy.stats import beta
 
 from llkd_ray.config.base import ConfigError
 from llkd_ray.corpus.readers import Unit
@@ -104,6 +105,7 @@ def decides(
         "--gold-text": gold.text if gold else None,
         "--label": gold.gold if gold else None,
         "--target-precision": config.target_precision,
+        "--delta": config.delta,
         "--threshold": config.thresholds,
         "--min-grade": config.min_grade,
         "--max-tokens": checkpoint.max_tokens,
@@ -231,6 +233,8 @@ def read_gold(store: RunStore, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 INTERVAL = 0.95  # confidence level
+STARTS = 3
+"""Where a search for a threshold starts. One start at the top would end at the first wrong answer."""
 ALWAYS, NEVER = 0.0, np.inf
 
 
@@ -239,13 +243,14 @@ class Measured:
     """One threshold, and its results on the gold texts for which the model predicts this label."""
 
     threshold: float | None
-    """None: no threshold reaches the target precision, so nothing is accepted."""
+    """None: no threshold is certain to reach the target precision, so nothing is accepted."""
     given: bool
     """Whether the user set it; otherwise it was fitted."""
     gold_texts: int
     """Gold texts with this label."""
     answered: int
     """Texts for which the model predicts this label; all texts with ``min_grade``."""
+    answered_right: int
     accepted: int
     right: int
     """Correct among the accepted texts."""
@@ -258,8 +263,8 @@ class Measured:
     """accepted / answered."""
     recall: float
     """right / gold_texts."""
-    best_precision: float | None
-    """The highest precision over all thresholds; shows how far an unreachable target is."""
+    needed: int | None
+    """Texts that must be accepted, all of them right, for the target precision to be certain enough."""
 
 
 @dataclass(frozen=True)
@@ -293,59 +298,83 @@ def grade_confidence(p_NC: Floats, grade: int) -> Floats:
 
 
 def fit(
-    thresholds: Thresholds, p_NC: Floats, gold_N: Ints, wanted: float | None, given: Sequence[str]
+    thresholds: Thresholds,
+    p_NC: Floats,
+    gold_N: Ints,
+    wanted: float | None,
+    given: Sequence[str],
+    delta: float = 0.05,
 ) -> tuple[Thresholds, dict[str, Measured]]:
-    """The lowest thresholds whose precision on gold is ``wanted``, with their results, by label.
+    """The lowest thresholds whose precision is ``wanted``, with their results on gold, by label.
 
-    Labels in ``given`` keep their threshold and are only measured, as are all labels if ``wanted`` is None.
-    Raises ValueError if gold has no texts.
+    The probability that any label's precision on new texts like those of gold is lower is at most ``delta``,
+    which the fitted labels share equally (Bonferroni). Labels in ``given`` keep their threshold and are only
+    measured, as are all labels if ``wanted`` is None. Raises ValueError if gold has no texts.
     """
     gold_N, p_NC = np.asarray(gold_N), np.asarray(p_NC)
     if not gold_N.size:
         raise ValueError("gold holds no text: there is nothing to fit thresholds to")
     labels, found_C, measured = thresholds.labels, list(thresholds.threshold_C), {}
     grade = thresholds.min_grade
-    for c in range(len(labels)) if grade is None else [grade]:
+    questions = range(len(labels)) if grade is None else [grade]
+    fitted = [c for c in questions if wanted is not None and labels[c] not in given]
+    share = delta / max(1, len(fitted))
+    for c in questions:
         answered_N = p_NC.argmax(axis=1) == c if grade is None else np.ones(gold_N.size, dtype=bool)
         is_gold_N = gold_N == c if grade is None else gold_N >= c
         confidence_N = confidence(p_NC) if grade is None else grade_confidence(p_NC, c)
         confidence_M, is_right_M = confidence_N[answered_N], is_gold_N[answered_N]
         n_gold = int(is_gold_N.sum())
-        is_given = wanted is None or labels[c] in given
-        if not is_given:
+        needed = None
+        if c in fitted:
             assert wanted is not None
-            found_C[c] = lowest_threshold(confidence_M, is_right_M, wanted)
-        measured[labels[c]] = measure(found_C[c], confidence_M, is_right_M, n_gold, is_given)
+            needed = fewest_texts(wanted, share)
+            found_C[c] = lowest_threshold(confidence_M, is_right_M, wanted, share)
+        measured[labels[c]] = measure(found_C[c], confidence_M, is_right_M, n_gold, needed)
     return Thresholds(labels, tuple(found_C), thresholds.min_grade), measured
 
 
-def lowest_threshold(confidence_M: Floats, is_right_M: np.ndarray, wanted: float) -> float:
-    """The lowest confidence at or above which a share ``wanted`` or more is correct; NEVER if none exists."""
-    if not np.any(is_right_M):
-        return NEVER
-    precision_T, _, threshold_T = precision_recall_curve(is_right_M, confidence_M)
-    # The curve's last point (precision 1, nothing accepted) has no threshold.
-    reached = np.flatnonzero(precision_T[:-1] >= wanted)
-    return float(threshold_T[reached[0]]) if reached.size else NEVER
+def fewest_texts(wanted: float, delta: float) -> int:
+    """Texts that are enough for :func:`lowest_threshold` if all of them are right."""
+    return math.ceil(math.log(delta / STARTS) / math.log(wanted))
+
+
+def lowest_threshold(confidence_M: Floats, is_right_M: np.ndarray, wanted: float, delta: float) -> float:
+    """A low threshold whose precision is ``wanted`` or more except with probability ``delta``; else NEVER.
+
+    Fixed sequence testing with several starts (A. N. Angelopoulos et al., "Learn then Test", arXiv
+    2110.01052): from each start, thresholds are lowered while the one-sided lower bound of the precision
+    (C. J. Clopper and E. S. Pearson, Biometrika 26, 1934) at ``delta / STARTS`` is ``wanted`` or more. So
+    nothing is chosen for looking best, which would break the promise in half of all cases.
+    """
+    order = np.argsort(-confidence_M, kind="stable")
+    # T: the distinct thresholds, highest first, each with the texts that it accepts and the right ones.
+    threshold_T, first_T = np.unique(-confidence_M[order], return_index=True)
+    accepted_T = np.append(first_T[1:], len(order))[: len(threshold_T)]
+    right_T = np.cumsum(is_right_M[order])[accepted_T - 1]
+    fewest = fewest_texts(wanted, delta)
+    starts = np.searchsorted(accepted_T, np.linspace(fewest, max(fewest, len(order)), STARTS, endpoint=False))
+    lower_T = beta.ppf(delta / STARTS, np.maximum(right_T, 1), accepted_T - right_T + 1)
+    failed = np.flatnonzero((lower_T < wanted) | (right_T == 0))
+    # For each start, the first failure from there on; the threshold before it is the lowest of its walk.
+    ends = np.append(failed, len(threshold_T))[np.searchsorted(failed, starts)]
+    lowest = max((end - 1 for start, end in zip(starts, ends, strict=True) if end > start), default=None)
+    return NEVER if lowest is None else float(-threshold_T[lowest])
 
 
 def measure(
-    threshold: float, confidence_M: Floats, is_right_M: np.ndarray, n_gold: int, is_given: bool
+    threshold: float, confidence_M: Floats, is_right_M: np.ndarray, n_gold: int, needed: int | None
 ) -> Measured:
-    """The results of a threshold; see :class:`Measured`."""
+    """The results of a threshold; ``needed``: None if the user set it. See :class:`Measured`."""
     accepted_M = np.asarray(confidence_M) >= threshold
     accepted, right = int(accepted_M.sum()), int(np.asarray(is_right_M)[accepted_M].sum())
     low, high = binomial_interval(right, accepted, INTERVAL)
-    best = None
-    if np.any(is_right_M):
-        best = float(precision_recall_curve(is_right_M, confidence_M)[0][:-1].max())
-    elif accepted_M.size:
-        best = 0.0
     return Measured(
         threshold=None if threshold == NEVER else threshold,
-        given=is_given,
+        given=needed is None,
         gold_texts=n_gold,
         answered=accepted_M.size,
+        answered_right=int(np.sum(is_right_M)),
         accepted=accepted,
         right=right,
         precision=right / accepted if accepted else None,
@@ -353,17 +382,18 @@ def measure(
         precision_high=high,
         coverage=accepted / accepted_M.size if accepted_M.size else 0.0,
         recall=right / n_gold if n_gold else 0.0,
-        best_precision=best,
+        needed=needed,
     )
 
 
 def as_dict(
-    thresholds: Thresholds, measured: Mapping[str, Measured], wanted: float | None, n_gold: int
+    thresholds: Thresholds, measured: Mapping[str, Measured], wanted: float | None, delta: float, n_gold: int
 ) -> dict[str, Any]:
     """The content of thresholds.json."""
     min_grade = None if thresholds.min_grade is None else thresholds.labels[thresholds.min_grade]
     return {
         "wanted_precision": wanted,
+        "delta": None if wanted is None else delta,
         "min_grade": min_grade,
         "gold_texts": n_gold,
         "interval": INTERVAL,
@@ -375,11 +405,9 @@ def describe(label: str, one: Measured, wanted: float | None) -> str:
     """The result as one line of text."""
     known = f"{one.answered:,} gold texts answered so, {one.gold_texts:,} are"
     if one.threshold is None:
-        best = "no answer is right" if not one.best_precision else f"the best is {one.best_precision:.3f}"
-        if not one.answered:
-            best = "the model never answers it"
         return (
-            f"{label}: precision {wanted:g} cannot be reached on gold ({best}; {known}): nothing is accepted"
+            f"{label}: precision {wanted:g} is not certain enough, so nothing is accepted ({known}, "
+            f"{one.answered_right:,} are both; at least {one.needed:,} of both are needed)"
         )
     if one.precision is None:
         return f"{label}: from {one.threshold:.4f} on nothing in gold is accepted ({known})"
