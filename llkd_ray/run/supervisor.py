@@ -122,6 +122,8 @@ class Run:
             self._check_teacher()
         if stats["trouble"]:
             raise TeacherDown(stats["trouble"])
+        if stats["student_failure"]:
+            raise ConfigError(stats["student_failure"])
         self._show(stats)
 
     def _check_teacher(self) -> None:

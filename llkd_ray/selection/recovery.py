@@ -50,6 +50,8 @@ class Progress:
         """Whether all rounds are over."""
         self.note = ""
         """What the student is doing, for the progress display."""
+        self.student_failure = ""
+        """Why no rank can go on."""
 
     def rounds_on_disk(self) -> int:
         """Number of rounds that may have files."""

@@ -103,10 +103,11 @@ class Selector:
         has returned, once there is one.
         """
         if ticket < 0:
-            await self._until(lambda: self._teaching_is_over() or bool(self.teachers.returned))
-            if not self.teachers.returned:
-                return ticket, _NO_ROWS
-            ticket = self.teachers.returned.popleft()
+            spare = ticket
+            await self._until(lambda: self._teaching_is_over() or self.teachers.can_replace(spare))
+            if not self.teachers.can_replace(spare):
+                return spare, _NO_ROWS
+            ticket = self.teachers.replacement(spare)
         self.fence.check_throttled()
         rows = await self._rows_of(ticket)
         if rows.size:
@@ -218,6 +219,10 @@ class Selector:
         prior = self.state.selected[round_number]["prior"]
         return None if prior is None else np.array(prior)
 
+    async def student_failed(self, reason: str) -> None:
+        """A rank cannot go on, and no other could: the run ends with this reason."""
+        self.state.student_failure = reason
+
     async def assert_owner(self) -> None:
         """Raises Superseded where another driver, or a newer selector, has taken over the run."""
         self.fence.check()
@@ -307,6 +312,7 @@ class Selector:
             "rounds_trained": len(self.state.trained),
             "note": self.state.note,
             "trouble": self.teachers.failure_reason(),
+            "student_failure": self.state.student_failure,
             "broken_files": self.broken_files,
             "damaged": sorted(self.damaged),
         }

@@ -231,6 +231,8 @@ class TeacherWatch:
         self.members = dict(config.teacher.members())
         self.returned: deque[int] = deque()
         """Tickets waiting for another actor."""
+        self._replacements: dict[int, int] = {}
+        """By spare ticket, so that a repeated call gets the same one."""
         self._under_way: set[int] = set()
         self._calls: set[str] = set()
         """Ids of the calls that returned tickets, to recognise a repeated call."""
@@ -258,6 +260,16 @@ class TeacherWatch:
             if ticket not in self.returned:  # a restarted selector replays all calls
                 self.returned.append(ticket)
         self._calls.add(call)
+
+    def can_replace(self, spare: int) -> bool:
+        """Whether there is a returned ticket for this spare one."""
+        return spare in self._replacements or bool(self.returned)
+
+    def replacement(self, spare: int) -> int:
+        """The returned ticket that takes the place of a spare one; the same for every call."""
+        if spare not in self._replacements:
+            self._replacements[spare] = self.returned.popleft()
+        return self._replacements[spare]
 
     def all_lost(self) -> bool:
         """Whether all actors of some teacher have given up, so that its tickets can never be done.

@@ -52,9 +52,13 @@ def score(
     """float32[N, C]: a checkpoint's probabilities, in the order of the texts.
 
     A batch has at most ``batch_tokens`` tokens, padding included; default: ``BATCH_TOKENS`` of the device.
+    Raises :class:`ConfigError` for a model that has diverged.
     """
-    p_NC = probabilities(student, texts, max_tokens, 1, batch_tokens or BATCH_TOKENS[student.device.type])
-    return p_NC.astype(np.float32)
+    budget = batch_tokens or BATCH_TOKENS[student.device.type]
+    try:
+        return probabilities(student, texts, max_tokens, 1, budget).astype(np.float32)
+    except FloatingPointError as error:
+        raise ConfigError(f"MODEL: {error}, it diverged in training: give another checkpoint") from None
 
 
 def predict(student: Student, texts: Sequence[str], config: StudentConfig) -> np.ndarray:
@@ -80,7 +84,7 @@ def probabilities(
     """float64[N, C], in the order of the texts.
 
     ``size`` and ``budget`` are those of :func:`by_length`; ``chunk`` (default: ``CHUNK``) texts are sorted
-    at a time.
+    at a time. Raises FloatingPointError where the student says no numbers.
     """
     # The wrapped module: DDP's forward would wait for the other ranks.
     unwrapped = Student(student.module, student.tokenizer, student.device, student.autocast)
@@ -94,6 +98,8 @@ def probabilities(
             answers.append(torch.softmax(unwrapped.forward(inputs).double(), dim=1))
         if answers:  # one copy from the device: each copy waits for the work queued before it
             p_NC[np.concatenate(indices)] = torch.cat(answers).cpu().numpy()
+    if not np.isfinite(p_NC).all():
+        raise FloatingPointError("the student's probabilities are not finite")
     return p_NC
 
 

@@ -30,7 +30,7 @@ from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import CHECKPOINTS_DIR, RunStore, predictions_file
 from llkd_ray.storage.tables import AuditAnswers, Examples, list_column, matrix_of
 from llkd_ray.student.inference import predict
-from llkd_ray.student.model import Student, build_student
+from llkd_ray.student.model import Student, build_student, learning_rate
 from llkd_ray.student.train import Batch, train_round
 
 TRAIN_RUN = "student"
@@ -109,13 +109,13 @@ def train_loop(settings: dict[str, Any]) -> None:
     """The loop of every rank, round by round."""
     rank = StudentWorker(**settings)
     for k in range(rank.ask("next_round"), rank.config.budget.rounds):
-        rank.score(k)
-        files = rank.ask("batch_files", k)
-        if files is None:
-            break
-        rank.train(k, files)
-        rank.evaluate(k)
-        rank.report(k)
+        try:
+            if not rank.run_round(k):
+                break
+        except FloatingPointError as error:
+            # Ray Train would only start the ranks again, and they would diverge again.
+            rank.ask("student_failed", rank.describe_divergence(k, error))
+            raise
 
 
 class StudentWorker:
@@ -139,6 +139,25 @@ class StudentWorker:
     def ask(self, method: str, *arguments: Any) -> Any:
         """Call the selector and wait for its reply."""
         return ray.get(getattr(self.selector, method).remote(*arguments))
+
+    def run_round(self, k: int) -> bool:
+        """All of a round; False if there is none. Raises FloatingPointError if the student diverges."""
+        self.score(k)
+        files = self.ask("batch_files", k)
+        if files is None:
+            return False
+        self.train(k, files)
+        self.evaluate(k)
+        self.report(k)
+        return True
+
+    def describe_divergence(self, k: int, error: FloatingPointError) -> str:
+        """What happened, and what to do about it."""
+        rate = learning_rate(self.config.student, self.student.module.config)
+        return (
+            f"round {k}: {error}, it has diverged: start a new run with a student.learning_rate below "
+            f"{rate:g}; labels that the teacher has given are reused"
+        )
 
     def score(self, k: int) -> None:
         """Update the student's scores of the texts that round ``k`` may choose from."""

@@ -261,6 +261,8 @@ def train_round(
     ``config.loss``, on logits shifted from ``batch.prior_C`` to the texts' own class shares. AdamW, linear
     warm-up and linear decay to zero over the round. ``full`` is the share of texts with ``max_tokens``
     tokens, of which more may have been cut; ``masked`` is the share of texts that did not count.
+
+    Raises FloatingPointError where the loss is not finite: the student has diverged.
     """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
@@ -285,7 +287,10 @@ def train_round(
             done += 1
             on_step(done, steps)
     full = float(np.mean(length_N >= config.max_tokens))
-    return {"steps": done, "loss": float(loss_sum) / max(1, done), "full": full} | step_thresholds.facts()
+    # Once, at the end: to look at each step's loss would make a GPU wait.
+    if not math.isfinite(loss := float(loss_sum) / max(1, done)):
+        raise FloatingPointError(f"the student's loss is {loss}")
+    return {"steps": done, "loss": loss, "full": full} | step_thresholds.facts()
 
 
 def count_steps(n: int, config: StudentConfig) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import pytest
 from toys import make_config
 
 from llkd_ray.cluster import Background
+from llkd_ray.config.base import ConfigError
 from llkd_ray.run import supervisor as run_module
 from llkd_ray.run.supervisor import Run
 from llkd_ray.teacher.base import TeacherDown
@@ -36,7 +37,15 @@ def stats(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the selector says."""
     monkeypatch.setattr(run_module.ray, "get", lambda answer: answer)
     counts = {"labelled": 0, "trained": 0, "teacher_tokens": 0, "usage": {}}
-    return {"trouble": None, "broken_files": [], "damaged": [], "note": "", **counts}
+    return {
+        "trouble": None,
+        "student_failure": "",
+        "tickets_done": 0,
+        "broken_files": [],
+        "damaged": [],
+        "note": "",
+        **counts,
+    }
 
 
 @pytest.fixture
@@ -68,6 +77,12 @@ def test_damaged_files_are_told_of_once_and_end_a_run_that_would_wait_for_ever(
         with pytest.raises(TeacherDown, match="is damaged") if ends else nullcontext():
             run._check()
     assert run.display.said == stats["broken_files"]
+
+
+def test_a_student_that_cannot_go_on_ends_the_run(run, stats):
+    stats["student_failure"] = "round 1: the student's loss is nan"
+    with pytest.raises(ConfigError, match="round 1"):
+        run._check()
 
 
 def test_what_the_cap_still_allows_is_shown(run, stats):

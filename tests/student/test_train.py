@@ -159,6 +159,14 @@ class TestTrainRound:
         assert facts["steps"] == 8 * 15
         assert 0 < facts["loss"] < np.log(3)
 
+    def test_a_student_that_diverges_is_an_error(self, tiny_encoder):
+        """Once its predictions, which are no numbers, counted as texts that it had never scored."""
+        student, config = make_student(tiny_encoder), make_config(tiny_encoder, learning_rate=1e30)
+        with pytest.raises(FloatingPointError, match="the student's loss is"):
+            train_round(student, toy_batch(40), config)
+        with pytest.raises(FloatingPointError, match="probabilities"):
+            predict(student, ["any text"], config)
+
     @pytest.mark.parametrize(("epochs", "min_steps", "steps"), [(2, 1, 6), (1, 7, 9)])
     def test_reports_its_progress_and_makes_whole_epochs(self, tiny_encoder, epochs, min_steps, steps):
         config, said = make_config(tiny_encoder, epochs=epochs, min_steps=min_steps), []
