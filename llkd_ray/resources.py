@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from llkd_ray.config.base import ConfigError, member_field
-from llkd_ray.config.schema import RANKS_ON_CPUS, Config, StudentConfig
+from llkd_ray.config.schema import Config, StudentConfig
 from llkd_ray.config.teacher import TeacherConfig
 
 LEASER_CPUS = 0.05
@@ -93,7 +93,8 @@ def with_gpus(config: Config, nodes: Sequence[Resources]) -> Config:
         left = there - sum(one.max_actors * one.parts * one.n_gpus for one in members.values())
         most = max(1, min(student.batch_size, int(left // max(1.0, student.n_gpus))))
         held = ranks_to_start(student.model_copy(update={"workers": (1, most)}), nodes)
-        student = student.model_copy(update={"workers": held if student.n_gpus else RANKS_ON_CPUS})
+        # On CPUs, one rank with all threads: the ranks of one machine only exchange gradients in its memory.
+        student = student.model_copy(update={"workers": held if student.n_gpus else 1})
     teacher = config.teacher.with_members(members)
     return config.model_copy(update={"teacher": teacher, "student": student})
 

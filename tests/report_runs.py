@@ -52,7 +52,7 @@ def make_run(folder, *, rounds=5, gold=True, finished=True, labels=LABELS, teach
             "labels": {"names": list(labels), "descriptions": {labels[0]: "Money & <invoices>"}},
             "teacher": {
                 "model": "models/large-teacher",
-                "prompt": {"answer": "names" if len(labels) > 26 else "letters"},
+                "prompt": {"answer": "names" if len(labels) > 24 else "letters"},
             },
             "student": {"model": "minilm"},
         }

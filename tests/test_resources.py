@@ -205,7 +205,7 @@ class TestWithGpus:
     @pytest.mark.parametrize(
         ("gpus", "teacher", "student", "of_teachers", "of_student"),
         [
-            (0, VLLM, {}, [(0, None)], (0, 2)),
+            (0, VLLM, {}, [(0, None)], (0, 1)),
             (1, VLLM, {}, [(0.7, 0.65)], (0.3, 1)),
             (1, {}, {}, [(0, None)], (1, 1)),  # recorded answers
             (1, VLLM | {"actors": (1, 4)}, {}, [(0.7, 0.65)], (0.3, 1)),
@@ -221,9 +221,9 @@ class TestWithGpus:
             # What is set stays, and the rest takes what remains.
             (1, VLLM | {"engine": {"gpu_memory_utilization": 0.5}}, {}, [(0.7, 0.5)], (0.3, 1)),
             (1, VLLM | {"gpus": 0.5}, {}, [(0.5, None)], (0.5, 1)),
-            (1, VLLM | {"gpus": 1}, {}, [(1, None)], (0, 2)),
+            (1, VLLM | {"gpus": 1}, {}, [(1, None)], (0, 1)),
             (1, VLLM | {"gpus": 0}, {}, [(0, None)], (1, 1)),
-            (1, VLLM, {"gpus": 0}, [(1, None)], (0, 2)),
+            (1, VLLM, {"gpus": 0}, [(1, None)], (0, 1)),
             (1, VLLM, {"gpus": 0.5}, [(0.5, 0.464)], (0.5, 1)),
             (1, cascade({"gpus": 0.2}), {}, [(0.2, None), (0.56, 0.52)], (0.24, 1)),
             (4, VLLM, {"workers": 1}, [(1, None)], (1, 1)),
@@ -248,9 +248,9 @@ class TestWithGpus:
         monkeypatch.setattr(resources, "installed_version", installed.get)
         nodes = [{"CPU": 8.0, "GPU": 2.0}]
         found = with_gpus(config(VLLM, {"workers": None}), nodes)
-        assert (found.teacher.gpus, found.student.gpus, found.student.workers) == (0, 0, 2)
+        assert (found.teacher.gpus, found.student.gpus, found.student.workers) == (0, 0, 1)
         assert describe_gpus(found, nodes) == (
-            "GPUs: 2; 1 teacher actor(s) take 0, 2 student rank(s) take 0 (torch here is built for CPUs)"
+            "GPUs: 2; 1 teacher actor(s) take 0, 1 student rank(s) take 0 (torch here is built for CPUs)"
         )
 
     @pytest.mark.parametrize(

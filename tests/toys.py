@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from llkd_ray.config.loading import parse_config
 from llkd_ray.config.schema import Config
+from llkd_ray.config.teacher import ANSWER_LETTERS
 from llkd_ray.corpus.cleaning import text_hash
 from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import EXAMPLES_INDEX, LABELS_DIR, RunStore
@@ -176,7 +177,8 @@ def training_sentences() -> list[str]:
     """What the tokenizers of the toy checkpoints are trained on: toy texts, labels and prompt words."""
     texts, _ = toy_texts(400, len(NAMES), seed=77)
     letters = [
-        f"Label: {letter}\n\nText: {letter}. {name}" for letter, name in zip("ABCDEF", NAMES, strict=True)
+        f"Label: {letter}\n\nText: {letter}. {name}"
+        for letter, name in zip(ANSWER_LETTERS, NAMES, strict=False)
     ]
     names = [f"Label: {name}\n\nText: the {name}\n- {name}" for name in NAMES]
     return texts + 20 * (letters + names + ["Classify the text into exactly one of the categories."])

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from llkd_ray.config.base import DataUris, Model, ResultDir, Section, ends, member_field
-from llkd_ray.config.teacher import TeacherConfig
+from llkd_ray.config.teacher import ANSWER_LETTERS, TeacherConfig
 
 
 class SourceConfig(Section):
@@ -115,10 +115,6 @@ class LabelsConfig(Section):
         return tuple(self.prior[name] / total for name in self.names) if self.prior else ()
 
 
-RANKS_ON_CPUS = 2
-"""DDP ranks where ``student.workers`` is not set."""
-
-
 class StudentConfig(Section):
     """The small model to train; any Hugging Face checkpoint usable for sequence classification."""
 
@@ -130,7 +126,8 @@ class StudentConfig(Section):
         None,
         description="DDP ranks; (min, max): as many as fit when the run starts, when one is lost and when"
         " nodes are added. Ray Train assumes empty nodes, so give the ranks nodes of their "
-        "own (resources). null: one for each GPU that teachers leave; 2 on CPUs.",
+        "own (resources). null: one for each GPU that teachers leave; 1 on CPUs, with all their "
+        "threads.",
     )
     resize_s: float = Field(
         60.0,
@@ -208,11 +205,11 @@ class StudentConfig(Section):
 
     @property
     def max_workers(self) -> int:
-        return ends(self.workers or RANKS_ON_CPUS)[1]
+        return ends(self.workers or 1)[1]
 
     @property
     def min_workers(self) -> int:
-        return ends(self.workers or RANKS_ON_CPUS)[0]
+        return ends(self.workers or 1)[0]
 
 
 class SelectionConfig(Section):
@@ -418,8 +415,9 @@ class Config(Section):
                     f"{field}.prompt.demonstrations uses the label {shot.label!r}, "
                     f"which is not in labels.names"
                 )
-        if teacher.has_prompt and teacher.prompt.answer == "letters" and len(names) > 26:
+        most = len(ANSWER_LETTERS)
+        if teacher.has_prompt and teacher.prompt.answer == "letters" and len(names) > most:
             raise ValueError(
-                f"labels.names has {len(names)} labels, but {field}.prompt.answer 'letters' has 26: "
+                f"labels.names has {len(names)} labels, but {field}.prompt.answer 'letters' has {most}: "
                 "use 'names'"
             )

@@ -29,6 +29,10 @@ class DrawnDemonstrations(Section):
     max_chars: int = Field(600, ge=1, description="Characters; longer texts are not drawn.")
 
 
+ANSWER_LETTERS = "BCDEFGHJKLMNOPQRSTUVWXYZ"
+"""Without A and I, which are words: "I think …" and "A text about …" are no answers, but begin like one."""
+
+
 class PromptConfig(Section):
     """How the prompt is built; the text comes last, so everything before it is a cacheable prefix."""
 
@@ -38,8 +42,8 @@ class PromptConfig(Section):
     )
     answer: Literal["letters", "names"] = Field(
         "letters",
-        description="letters: the prompt lists 'A. name' and the answer is a letter; "
-        "names: the answer is the label's name, scored by all of its tokens.",
+        description="letters: the prompt lists 'B. name' and the answer is a letter, never A or I, which "
+        "are words; names: the answer is the label's name, scored by all of its tokens.",
     )
     show_labels: bool = Field(True, description="List the labels, with their descriptions, in the prompt.")
     text_prefix: str = Field("Text: ", description="Text before every text.")

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Any, Literal, Protocol
 
 import jinja2
@@ -23,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import LabelsConfig
-from llkd_ray.config.teacher import PromptConfig
+from llkd_ray.config.teacher import ANSWER_LETTERS, PromptConfig
 
 Cut = Literal["head", "tail", "middle"]
 """Which part of a text that is too long is left out."""
@@ -112,7 +111,7 @@ def build_prompt(config: PromptConfig, labels: LabelsConfig, tokenizer: Tokenize
     unusable, or where the model's format does not support a system message.
     """
     assert config.draw is None, "demonstrations are drawn before a prompt is built"
-    keys = tuple(ascii_uppercase[: len(labels.names)] if config.answer == "letters" else labels.names)
+    keys = tuple(ANSWER_LETTERS[: len(labels.names)] if config.answer == "letters" else labels.names)
     special = _special_strings(tokenizer)
     key_of = dict(zip(labels.names, keys, strict=True))
     head, tail = render_around(config, labels, key_of, partial(escape_special, special=special))
@@ -305,7 +304,7 @@ def match_answer(said: str, answers: Sequence[str]) -> int:
 
     It is the longest answer that ``said`` starts with, up to a word boundary and ignoring case, after any
     quotes, brackets, markdown and one word with a colon ("Label: sea"). A single letter counts only where no
-    word follows on its line: "A. sea" means A, "A boat" does not.
+    word follows on its line: "B. sea" means B, "B boat" does not.
     """
     known = [answer.strip() for answer in answers]
     rest = said.strip()

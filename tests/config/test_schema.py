@@ -16,7 +16,7 @@ VLLM = {"kind": "vllm", "model": "m"}
 SHOT = {"prompt": {"demonstrations": [{"text": "t", "label": "desert"}]}}
 SERVER = {"kind": "openai", "server": {"base_url": "http://h/v1"}}
 MISSPELT = {"prompt": {"demonstrations": [{"txt": "a", "text": "b", "label": "sea"}]}}
-LETTERS = {"names": [f"label {i}" for i in range(27)]}
+LETTERS = {"names": [f"label {i}" for i in range(25)]}
 FITTED = {"confidence": {"method": "temperature"}}
 
 
@@ -60,7 +60,7 @@ class TestMistakes:
             ({"teacher": cascade() | {"confidence": {"method": "batch"}}}, "teacher", "leave it 'raw'"),
             ({"teacher": FITTED, "corpus": {"gold": None}}, "config", "give corpus.gold"),
             ({"teacher": FITTED, "evaluation": {"holdout": 0}}, "config", "evaluation.holdout"),
-            ({"labels": LETTERS, "teacher": VLLM}, "config", "27 labels, but teacher.prompt.answer"),
+            ({"labels": LETTERS, "teacher": VLLM}, "config", "25 labels, but teacher.prompt.answer"),
             ({"student": {"workers": 0}}, "student.workers", "at least 1, or (min, max)"),
             ({"student": {"workers": [3, 2]}}, "student.workers", "at least 1, or (min, max)"),
             ({"student": {"warmup": 1}}, "student.warmup", "1 is refused"),
@@ -86,7 +86,7 @@ class TestMistakes:
     def test_what_is_just_right_is_accepted(self):
         make_config(budget={"cap": {"cost": 3.0}}, teacher={"price": {"input": 0.1}})
         make_config(labels=LETTERS, teacher=VLLM | {"prompt": {"answer": "names"}})
-        make_config(labels={"names": LETTERS["names"][:26]}, teacher=VLLM)
+        make_config(labels={"names": LETTERS["names"][:24]}, teacher=VLLM)
         make_config(labels=LETTERS)  # recorded answers have no letters
 
     def test_all_mistakes_are_told_at_once(self):

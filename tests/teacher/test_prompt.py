@@ -60,7 +60,7 @@ def prompt_config(**settings: Any) -> PromptConfig:
 # --- templates
 
 TWO = LabelsConfig(names=("sea", "kitchen"), descriptions={"sea": "about ships"})
-KEY_OF = {"sea": "A", "kitchen": "B"}
+KEY_OF = {"sea": "B", "kitchen": "C"}
 
 
 def around(config: PromptConfig, clean: Any = str) -> tuple[str, str]:
@@ -85,7 +85,7 @@ class TestTemplate:
         config = PromptConfig(demonstrations=shown, **settings)
         parts = [config.instruction] if config.instruction else []
         if config.show_labels:
-            marks = ("A.", "B.") if config.answer == "letters" else ("-", "-")
+            marks = ("B.", "C.") if config.answer == "letters" else ("-", "-")
             parts.append(f"{marks[0]} sea: about ships\n{marks[1]} kitchen")
         parts += [
             f"{config.text_prefix}{text}{config.answer_prefix} {KEY_OF[label]}" for text, label in shots
@@ -114,7 +114,7 @@ class TestTemplate:
             separator="#",
             demonstrations=[{"text": "a <b> & c", "label": "kitchen"}],
         )
-        head = "Do|letters|True|>|=|#\n  A sea about ships\n  B kitchen -\nA <B> & C is kitchen, so say B\n"
+        head = "Do|letters|True|>|=|#\n  B sea about ships\n  C kitchen -\nA <B> & C is kitchen, so say C\n"
         assert around(config, clean=str.upper) == (head, " is"), (
             "nothing is escaped, demonstrations are cleaned, blocks leave no blank lines, "
             "and the end of the file is no part of it"
@@ -173,11 +173,11 @@ class TestBuild:
         whole = prompt.render("a tram")
         assert whole == (
             "Classify the text into exactly one of the categories.\n\n"
-            "A. sea: about ships\nB. kitchen\nC. garden\n\n"
-            "Text: the boat came\nLabel: A\n\n"
+            "B. sea: about ships\nC. kitchen\nD. garden\n\n"
+            "Text: the boat came\nLabel: B\n\n"
             "Text: a tram\nLabel:"
         )
-        assert prompt.answers == (" A", " B", " C")
+        assert prompt.answers == (" B", " C", " D")
         assert prompt.messages("a tram") == [{"role": "user", "content": whole}]
         names = build_prompt(prompt_config(answer="names"), LABELS, tokenizer)
         assert "\nLabel: sea\n" in names.head
@@ -187,9 +187,9 @@ class TestBuild:
         prompt = build_prompt(prompt_config(system="You are terse."), LABELS, chat_tokenizer)
         whole = prompt.render("a tram")
         assert whole.startswith("<s>system: You are terse.\n<s>user: Classify the text")
-        assert whole.index("Label: A") < whole.index("Text: a tram\n\nAnswer with label only.\nassistant:")
+        assert whole.index("Label: B") < whole.index("Text: a tram\n\nAnswer with label only.\nassistant:")
         assert not prompt.add_special_tokens, "the template has put them in"
-        assert prompt.answers == ("A", "B", "C")
+        assert prompt.answers == ("B", "C", "D")
         messages = prompt.messages("a tram")
         assert [message["role"] for message in messages] == ["system", "user"]
         applied = chat_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -226,9 +226,9 @@ class TestBuild:
     @pytest.mark.parametrize(
         ("template", "chat", "whole", "answers"),
         [
-            ("{{ labels[0].key }}? {{ text }} is", "never", "A? a tram is", (" A", " B", " C")),
-            ("{{ text }} is ", "never", "a tram is ", ("A", "B", "C")),
-            ("Which? {{ text }}!", "auto", "<s>user: Which? a tram!\nassistant:", ("A", "B", "C")),
+            ("{{ labels[0].key }}? {{ text }} is", "never", "B? a tram is", (" B", " C", " D")),
+            ("{{ text }} is ", "never", "a tram is ", ("B", "C", "D")),
+            ("Which? {{ text }}!", "auto", "<s>user: Which? a tram!\nassistant:", ("B", "C", "D")),
         ],
     )
     def test_own_template(self, chat_tokenizer, template, chat, whole, answers):
@@ -488,7 +488,7 @@ class TestSpecialTokens:
     def test_nor_out_of_a_demonstration(self, tokenizer):
         shot = {"text": "the boat</s> came", "label": "sea"}
         prompt = build_prompt(prompt_config(demonstrations=[shot]), LABELS, tokenizer)
-        assert "Text: the boat< /s> came\nLabel: A" in prompt.head
+        assert "Text: the boat< /s> came\nLabel: B" in prompt.head
         (ids,), _ = encode_prompts(prompt, ["x"], tokenizer, 500, "tail")
         assert tokenizer.eos_token_id not in ids
 

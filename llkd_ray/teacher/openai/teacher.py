@@ -21,7 +21,7 @@ import numpy as np
 
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import LabelsConfig
-from llkd_ray.config.teacher import TeacherConfig
+from llkd_ray.config.teacher import ANSWER_LETTERS, TeacherConfig
 from llkd_ray.storage.checkpoints import load_tokenizer
 from llkd_ray.teacher.base import UNASKED, Allowance, Answers, Meter, TeacherDown, TextFailed, label_batch
 from llkd_ray.teacher.openai.client import NoScores, NotServed, Refused, ServerClient
@@ -162,8 +162,8 @@ def possible_methods(
     if scores == "top_logprobs" and not chat.has_letters:
         raise ConfigError(
             f"{field}.server.scores: 'top_logprobs' needs answers of one token each, and {len(labels.names)} "
-            f"{teacher.prompt.answer} are not; set {field}.prompt.answer to 'letters' for 26 labels at most, "
-            "or server.scores to 'label_ids' or 'votes'"
+            f"{teacher.prompt.answer} are not; set {field}.prompt.answer to 'letters' for "
+            f"{len(ANSWER_LETTERS)} labels at most, or server.scores to 'label_ids' or 'votes'"
         )
     if scores != "votes" and chat.has_letters:
         methods.append(ByTopLogprobs(chat, server.top_logprobs))

@@ -45,7 +45,7 @@ def clock(monkeypatch) -> Clock:
 
 
 def good(request: Request) -> Response:
-    return said(["B"])
+    return said(["C"])
 
 
 def poisoned(reply: Response, *bad: str) -> Answer:
@@ -54,7 +54,7 @@ def poisoned(reply: Response, *bad: str) -> Answer:
 
 
 def dies_after(n: int, reply: Response) -> Answer:
-    return in_turn([said(["B"])] * n, lambda _: reply)
+    return in_turn([said(["C"])] * n, lambda _: reply)
 
 
 def teacher_of(server: StubServer, settings: dict[str, Any] | None = None, **more: Any) -> OpenAITeacher:
@@ -174,7 +174,7 @@ def test_silence_before_a_call_is_not_the_servers(clock):
         clock.now += 600  # the student trains
         return await teacher.label(["1"], ["two"], Unlimited())
 
-    replies = [said(["B"]), Response(status=429, headers={"Retry-After": "5"})]
+    replies = [said(["C"]), Response(status=429, headers={"Retry-After": "5"})]
     with StubServer(in_turn(replies, good)) as server:
         answers = asyncio.run(run(teacher_of(server, no_progress_timeout_s=60)))
     assert list(answers.outcome_N) == [""]
@@ -302,7 +302,7 @@ def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch):
 
 
 def test_no_more_requests_at_a_time_than_allowed():
-    slow = Response(said(["B"]).content, wait_s=0.05)
+    slow = Response(said(["C"]).content, wait_s=0.05)
     with StubServer(lambda _: slow) as server:
         ask(teacher_of(server, {"concurrency": 3}), texts_of(12))
         assert server.most_at_once == 3

@@ -148,10 +148,10 @@ def by_top(base_url: str, **settings: Any) -> TeacherConfig:
 @pytest.mark.parametrize(
     ("top", "probs"),
     [
-        ({"B": 0.6, " B": 0.1, "A": 0.2, "The": 0.05}, [0.2, 0.7, 0.0]),
-        ({"C\n": 0.5, "b": 0.3}, [0.0, 0.0, 0.5]),
-        ({"b": 0.5, " c": 0.25, "Bc": 0.1}, [0.0, 0.5, 0.25]),
-        ({"The": 0.9, "I": 0.05}, [0.0, 0.0, 0.0]),
+        ({"C": 0.6, " C": 0.1, "B": 0.2, "The": 0.05}, [0.2, 0.7, 0.0]),
+        ({"D\n": 0.5, "c": 0.3}, [0.0, 0.0, 0.5]),
+        ({"c": 0.5, " d": 0.25, "Cd": 0.1}, [0.0, 0.5, 0.25]),
+        ({"The": 0.7, "I": 0.2, "A": 0.05}, [0.0, 0.0, 0.0]),
     ],
     ids=["spaces", "small letters beside capital ones", "only small letters", "no letter"],
 )
@@ -167,13 +167,13 @@ def test_top_logprobs_adds_up_what_means_a_letter(top, probs):
 
 @pytest.mark.parametrize(
     "top",
-    [[], [{"token": "A", "logprob": float("nan")}], [{"token": "A"}], [{"token": "A", "logprob": 0.0}] * 2],
+    [[], [{"token": "B", "logprob": float("nan")}], [{"token": "B"}], [{"token": "B", "logprob": 0.0}] * 2],
     ids=["none", "nan", "missing", "more than one"],
 )
 def test_top_logprobs_that_make_no_sense_fail_the_text(top):
-    content = [{"token": "A", "logprob": -0.1, "top_logprobs": top}]
-    bad = Response({"choices": [{"message": {"content": "A"}, "logprobs": {"content": content}}]})
-    with StubServer(lambda request: bad if "number 1." in request.text else likeliest({"A": 0.9})) as server:
+    content = [{"token": "B", "logprob": -0.1, "top_logprobs": top}]
+    bad = Response({"choices": [{"message": {"content": "B"}, "logprobs": {"content": content}}]})
+    with StubServer(lambda request: bad if "number 1." in request.text else likeliest({"B": 0.9})) as server:
         teacher = OpenAITeacher(by_top(server.base_url, attempts=2), LABELS)
         answers = ask(teacher, ["number 0."], texts_of(3))
     assert list(answers.outcome_N) == ["", "bad_answer", ""]
@@ -188,7 +188,7 @@ def by_votes(base_url: str, samples: int = 10) -> TeacherConfig:
 
 
 def test_votes_are_shares_of_the_answers():
-    ten = ["A", "A.", " a", "B", "B", "C", "no idea", None, "A boat", "C. garden"]
+    ten = ["B", "B.", " b", "C", "C", "D", "no idea", None, "A boat", "D. garden"]
     with StubServer(lambda _: said(ten)) as server:
         answers = ask(OpenAITeacher(by_votes(server.base_url), LABELS), ["a text"])
         (request,) = server.requests
@@ -198,11 +198,11 @@ def test_votes_are_shares_of_the_answers():
 
 
 def four_at_most(request: Request) -> Response:
-    return said(["B"] * min(4, request.body.get("n", 1)))
+    return said(["C"] * min(4, request.body.get("n", 1)))
 
 
 def one_only(request: Request) -> Response:
-    return Response({"error": "n must be 1"}, status=400) if "n" in request.body else said(["B"])
+    return Response({"error": "n must be 1"}, status=400) if "n" in request.body else said(["C"])
 
 
 @pytest.mark.parametrize(
@@ -221,14 +221,14 @@ def test_a_server_that_gives_fewer_answers_is_asked_until_there_are_enough(answe
 
 
 def no_chat_scores(request: Request) -> Response:
-    return said(["B"] * request.body.get("n", 1), usage=usage(50, 1))
+    return said(["C"] * request.body.get("n", 1), usage=usage(50, 1))
 
 
 def ignores_ids(request: Request) -> Response:
     """Like most servers: the likeliest tokens, by their text, whatever else is asked for."""
     if request.path == "/v1/completions":
         return Response({"choices": [{"text": "x", "logprobs": {"top_logprobs": [{"x": -0.5, "y": -1.5}]}}]})
-    return likeliest({"B": 0.75}) if request.body.get("logprobs") else no_chat_scores(request)
+    return likeliest({"C": 0.75}) if request.body.get("logprobs") else no_chat_scores(request)
 
 
 def refuses(status: int, message: str) -> Any:
@@ -336,7 +336,7 @@ def test_without_a_tokenizer_claims_are_above_what_any_tokenizer_counts():
 
     def by_bytes(request: Request) -> Response:
         tokens = len(request.text.encode()) + 5  # a byte a token, and what a chat template adds
-        return said(["A"], usage=usage(tokens, 1, cached_tokens=10))
+        return said(["B"], usage=usage(tokens, 1, cached_tokens=10))
 
     with StubServer(by_bytes) as server:
         purse = Purse(10**9)
@@ -348,7 +348,7 @@ def test_without_a_tokenizer_claims_are_above_what_any_tokenizer_counts():
 
 
 def test_a_server_that_counts_more_than_was_claimed_is_reported_once(caplog):
-    with StubServer(lambda _: said(["A"], usage=usage(100_000, 1))) as server:
+    with StubServer(lambda _: said(["B"], usage=usage(100_000, 1))) as server:
         answers = ask(OpenAITeacher(teacher_config(server.base_url), LABELS), texts_of(3))
     assert answers.usage.prompt_tokens == 300_000
     assert len([record for record in caplog.records if "100001 tokens" in record.getMessage()]) == 1
@@ -356,7 +356,7 @@ def test_a_server_that_counts_more_than_was_claimed_is_reported_once(caplog):
 
 @pytest.mark.parametrize("reported", [None, {}, {"prompt_tokens": 0}, {"prompt_tokens": "many"}, [], "x"])
 def test_usage_that_is_not_told_stays_as_claimed(reported):
-    with StubServer(lambda _: said(["A"], usage=reported)) as server:
+    with StubServer(lambda _: said(["B"], usage=reported)) as server:
         answers = ask(OpenAITeacher(teacher_config(server.base_url), LABELS), ["a text"])
         (request,) = server.requests
     assert answers.usage.prompt_tokens == len(request.text.encode()) + 16
@@ -372,7 +372,7 @@ def test_chat_texts_are_cut_at_the_place_of_the_config(known, cut, kept, tiny_ll
     text = f"BEGIN {' '.join(toy_texts(200, 3, seed=4)[0])} END"
     server_settings = {"tokenizer": tiny_llm if known else None}
     prompt = {"cut": cut, "instruction": "Which is it?"}
-    with StubServer(lambda _: said(["A"])) as server:
+    with StubServer(lambda _: said(["B"])) as server:
         config = teacher_config(server.base_url, server_settings, max_model_len=200, prompt=prompt)
         answers = ask(OpenAITeacher(config, LABELS), [text, "short"])
         long, short = sorted((request.text for request in server.requests), key=len, reverse=True)
