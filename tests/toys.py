@@ -170,7 +170,16 @@ def put_label_file(
         {"row": pa.array(row_M, pa.int64()), "id": pa.array([f"toy-{row}" for row in row_M], pa.string())}
     )
     labels = labels_table(asked, np.asarray(row_M, dtype=np.uint64), answers, member=0)
-    write_ticket(store, LABELS_DIR, ticket, labels, {"teacher": answers.usage}, 0, tickets_in_flight=1)
+    write_ticket(
+        store,
+        LABELS_DIR,
+        ticket,
+        labels,
+        {"teacher": answers.usage},
+        0,
+        tickets_in_flight=1,
+        names=NAMES[: answers.probs_NC.shape[1]],
+    )
 
 
 def training_sentences() -> list[str]:

@@ -343,7 +343,7 @@ def read_teacher(config: Config, examples: Examples) -> tuple[Labels, Floats]:
     """
     if config.teacher.recorded is None:
         raise ConfigError("teacher.kind: a comparison needs recorded answers, such as the labels/ of a run")
-    recorded = read_recorded(config.teacher.recorded, len(config.labels.names))
+    recorded = read_recorded(config.teacher.recorded, config.labels.names)
     ids = examples.read(np.arange(examples.n_rows), ["id"])["id"].to_pylist()
     place_R = np.array([recorded.place.get(text_id, -1) for text_id in ids])
     if (place_R < 0).any():

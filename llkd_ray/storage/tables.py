@@ -61,12 +61,14 @@ LEASES = pa.schema(
         pa.field("row", pa.int64(), nullable=False),
     ]
 )
+FILE_LABELS = b"labels"
+"""Key of a parquet file's metadata: the label names in the order of its ``probs``, as a JSON list."""
 # The teacher's answers. ``probs``: probability mass of each label over the teacher's whole vocabulary, not
 # normalised; ``off_label``: the mass on everything else (0 if the source does not report it). Later runs find
 # the answer by ``text_hash``; ``member`` is the teacher that gave it (0: the only or the small one, 1: the
 # large one of a cascade); ``reused``: the answer comes from an earlier run. Tokens are those of all requests
 # for the text; ``prompt_tokens`` include ``cached_tokens``. The file's metadata hold under ``usage`` what the
-# ticket used, by teacher (``teacher.base.Usage``).
+# ticket used, by teacher (``teacher.base.Usage``), and the label names under ``FILE_LABELS``.
 LABELS = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),

@@ -43,7 +43,7 @@ def make_teacher(
             return OpenAITeacher(teacher, labels)
         case "recorded":
             assert teacher.recorded is not None
-            return RecordedTeacher(teacher.recorded, len(labels.names))
+            return RecordedTeacher(teacher.recorded, labels.names)
         case _:
             raise AssertionError(f"a teacher of kind {teacher.kind} is asked by its members")
 
@@ -63,7 +63,7 @@ def _check(name: str, teacher: TeacherConfig, labels: LabelsConfig) -> dict[str,
             return check_server_teacher(teacher, labels, field)
         case "recorded":
             assert teacher.recorded is not None
-            answers = read_recorded(teacher.recorded, len(labels.names))
+            answers = read_recorded(teacher.recorded, labels.names)
             return {"kind": "recorded", "uri": teacher.recorded.uri, "answers": len(answers)}
         case _:
             raise AssertionError(f"a teacher of kind {teacher.kind} is checked by its members")

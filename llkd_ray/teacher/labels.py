@@ -72,9 +72,14 @@ def write_ticket(
     usage: Mapping[str, Usage],
     unasked: int,
     tickets_in_flight: int,
+    names: Sequence[str],
 ) -> None:
-    """Write a ticket's file atomically; the ticket is done once the file exists."""
+    """Write a ticket's file atomically; the ticket is done once the file exists.
+
+    ``names`` of the labels say in the file what the probabilities are of.
+    """
     metadata = {
+        tables.FILE_LABELS: json.dumps(list(names), ensure_ascii=False),
         _USAGE: json.dumps({name: one.as_dict() for name, one in usage.items()}),
         _UNASKED: str(unasked),
         _IN_FLIGHT: str(tickets_in_flight),

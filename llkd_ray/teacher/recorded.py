@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from llkd_ray.config.base import ConfigError
 from llkd_ray.config.teacher import RecordedConfig
 from llkd_ray.corpus.sources import expand
 from llkd_ray.storage.run_dir import open_filesystem
-from llkd_ray.storage.tables import matrix_of
+from llkd_ray.storage.tables import FILE_LABELS, list_column, matrix_of
 from llkd_ray.teacher.base import Allowance, Answers, Meter, TextFailed, label_batch
 
 
@@ -35,8 +36,9 @@ class Recorded:
 class RecordedTeacher:
     """A :class:`~llkd_ray.teacher.base.Teacher` that returns recorded answers, mostly for benchmarks."""
 
-    def __init__(self, config: RecordedConfig, n_classes: int) -> None:
-        self.recorded = read_recorded(config, n_classes)
+    def __init__(self, config: RecordedConfig, names: Sequence[str]) -> None:
+        """``names``: the labels, as for :func:`read_recorded`."""
+        self.recorded = read_recorded(config, names)
 
     async def label(self, ids: Sequence[str], texts: Sequence[str], allowance: Allowance) -> Answers:
         """Usage is the recorded number of tokens of the answers."""
@@ -55,21 +57,24 @@ class RecordedTeacher:
         """Nothing to release."""
 
 
-def read_recorded(config: RecordedConfig, n_classes: int) -> Recorded:
+def read_recorded(config: RecordedConfig, names: Sequence[str]) -> Recorded:
     """Read and check recorded answers; of two answers to one id, the first counts.
 
-    Raises :class:`ConfigError` where files or columns are missing, or a row is not a distribution over the
-    labels. Keeps all answers in memory.
+    Probabilities are in the order of ``labels`` in a file's metadata, a JSON list, as runs and predictions
+    write them; without it, in the order of ``names``.
+
+    Raises :class:`ConfigError` where files or columns are missing, their labels are not ``names``, or a row
+    is not a distribution over the labels. Keeps all answers in memory.
     """
     is_folder = not config.uri.endswith(".parquet") and not any(mark in config.uri for mark in "*?[")
     units = expand(f"{config.uri.rstrip('/')}/*.parquet" if is_folder else config.uri, "teacher.recorded")
     wanted = {"id": config.id, "probs": config.probs}
     if config.prompt_tokens:
         wanted["prompt_tokens"] = config.prompt_tokens
-    table = pa.concat_tables([_read_file(unit.base, unit.path, wanted) for unit in units])
+    table = pa.concat_tables([_read_file(unit.base, unit.path, wanted, names) for unit in units])
     if not len(table):
         raise ConfigError(f"teacher.recorded.uri: {config.uri!r} holds no answers")
-    probs_RC = _check_probs(table["probs"], config, n_classes)
+    probs_RC = _check_probs(table["probs"], config, len(names))
     place: dict[str, int] = {}
     for i, text_id in enumerate(table["id"].cast(pa.string()).to_pylist()):
         place.setdefault(text_id, i)
@@ -77,8 +82,8 @@ def read_recorded(config: RecordedConfig, n_classes: int) -> Recorded:
     return Recorded(place, probs_RC, tokens)
 
 
-def _read_file(base: str, path: str, wanted: dict[str, str]) -> pa.Table:
-    """The wanted columns of one file, by our names."""
+def _read_file(base: str, path: str, wanted: dict[str, str], names: Sequence[str]) -> pa.Table:
+    """The wanted columns of one file, by our names; ``probs`` in the order of the label ``names``."""
     filesystem, _ = open_filesystem(base)
     try:
         with pq.ParquetFile(path, filesystem=filesystem) as file:
@@ -92,7 +97,17 @@ def _read_file(base: str, path: str, wanted: dict[str, str]) -> pa.Table:
             table = file.read(columns=list(wanted.values()))
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"teacher.recorded.uri: {path!r} cannot be read: {error}") from None
-    return pa.table({field: table[column] for field, column in wanted.items()})
+    columns = {field: table[column] for field, column in wanted.items()}
+    said = (table.schema.metadata or {}).get(FILE_LABELS)
+    if said is not None and (there := json.loads(said)) != list(names):
+        if sorted(there) != sorted(names):
+            raise ConfigError(
+                f"labels.names: {path!r} holds answers for the labels {', '.join(there)}, and not for "
+                f"{', '.join(names)}"
+            )
+        order = [there.index(name) for name in names]
+        columns["probs"] = pa.chunked_array([list_column(matrix_of(columns["probs"], len(there))[:, order])])
+    return pa.table(columns)
 
 
 def _check_probs(probs: pa.ChunkedArray, config: RecordedConfig, n_classes: int) -> np.ndarray:

@@ -296,7 +296,15 @@ class Stage(ABC):
         unasked = int(np.count_nonzero(~has_label_M & (outcome_M == UNASKED)))
         in_flight = self.worker.teacher_config.tickets_in_flight
         await asyncio.to_thread(
-            write_ticket, self.store, LABELS_DIR, ticket, labels, usage, unasked, in_flight
+            write_ticket,
+            self.store,
+            LABELS_DIR,
+            ticket,
+            labels,
+            usage,
+            unasked,
+            in_flight,
+            self.config.labels.names,
         )
         await self.worker.clear_mark(answers)
         return ticket_labels(labels, usage, unasked, len(self.config.labels.names))
@@ -361,7 +369,15 @@ class SmallStage(Stage):
             answers = await self.worker.label(ticket, leased)
             usage, in_flight = {self.worker.name: answers.usage}, self.worker.teacher_config.tickets_in_flight
             await asyncio.to_thread(
-                write_ticket, self.store, SMALL_DIR, ticket, answers.labels, usage, answers.unasked, in_flight
+                write_ticket,
+                self.store,
+                SMALL_DIR,
+                ticket,
+                answers.labels,
+                usage,
+                answers.unasked,
+                in_flight,
+                self.config.labels.names,
             )
             await self.worker.clear_mark(answers)
             await self.selector.commit_usage.remote(ticket, self.worker.name, answers.usage.as_dict())

@@ -185,4 +185,4 @@ def test_an_llm_labels_every_text_once(settings_file, tmp_path, toy_settings):
         update={"teacher": config.teacher.model_copy(update={"kind": "vllm", "model": "m"})}
     )
     recorded = answers_of("toy", asked, store).teacher.recorded
-    assert len(read_recorded(recorded, 3)) == 720, "600 of the pool, 120 of the test set"
+    assert len(read_recorded(recorded, config.labels.names)) == 720, "600 of the pool, 120 of the test set"

@@ -31,6 +31,7 @@ from llkd_ray.teacher.labels import (
 )
 
 C = 3
+NAMES = ("sea", "kitchen", "garden")
 USAGE = {
     "small": Usage(texts=3, requests=4, prompt_tokens=90, cached_tokens=32, answer_tokens=4, seconds=1.25),
     "large": Usage(texts=1, requests=1, prompt_tokens=30, answer_tokens=1, reused_texts=2, cut_texts=1),
@@ -80,7 +81,7 @@ class TestTicket:
     @pytest.mark.parametrize("rows", [[4, 9, 2], []])
     def test_it_comes_back_as_it_was_put(self, store, rows):
         labels = labels_of(rows)
-        write_ticket(store, LABELS_DIR, 12, labels, USAGE, unasked=5, tickets_in_flight=2)
+        write_ticket(store, LABELS_DIR, 12, labels, USAGE, unasked=5, tickets_in_flight=2, names=NAMES)
         back, usage, unasked = read_ticket(store, LABELS_DIR, 12)
         assert back.equals(labels)
         assert (usage, unasked) == (USAGE, 5)
@@ -98,8 +99,8 @@ class TestTicket:
         assert list(read_all(store, SMALL_DIR, C, raise_damaged)) == []
         for ticket in (11, 2, 100):
             usage = {"small": Usage(texts=ticket)}
-            write_ticket(store, SMALL_DIR, ticket, labels_of([ticket, 1], member=1), usage, ticket, 2)
-        write_ticket(store, LABELS_DIR, 5, labels_of([5]), {}, 0, 2)
+            write_ticket(store, SMALL_DIR, ticket, labels_of([ticket, 1], member=1), usage, ticket, 2, NAMES)
+        write_ticket(store, LABELS_DIR, 5, labels_of([5]), {}, 0, 2, NAMES)
         found = dict(read_all(store, SMALL_DIR, C, raise_damaged))
         assert list(found) == [2, 11, 100]
         for ticket, labels in found.items():
@@ -170,7 +171,9 @@ class TestDamaged:
         """The contents of some label files."""
         store = RunStore(str(tmp_path_factory.mktemp("whole")))
         for ticket in range(cls.TICKETS):
-            write_ticket(store, LABELS_DIR, ticket, labels_of([4 * ticket, 4 * ticket + 1]), USAGE, 0, 2)
+            write_ticket(
+                store, LABELS_DIR, ticket, labels_of([4 * ticket, 4 * ticket + 1]), USAGE, 0, 2, NAMES
+            )
         return [store.read_bytes(ticket_file(LABELS_DIR, ticket)) for ticket in range(cls.TICKETS)]
 
     def run(self, folder: Path, whole: list[bytes], damaged: bytes) -> RunStore:

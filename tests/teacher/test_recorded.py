@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from toys import put_label_file, toy_probs, write_answers, write_corpus
+from toys import NAMES, put_label_file, toy_probs, write_answers, write_corpus
 
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.teacher import RecordedConfig
@@ -31,11 +32,11 @@ def file(tmp_path) -> Path:
 
 def test_columns_take_their_types_and_the_first_of_two_answers_counts(file):
     uri = write(file, key=[7, 8, 7], p=[[0.5, 0.5], [1.0, 0.0], [0.1, 0.9]], n=[3, 4, 5])
-    recorded = read_recorded(RecordedConfig(uri=uri, id="key", probs="p", prompt_tokens="n"), 2)
+    recorded = read_recorded(RecordedConfig(uri=uri, id="key", probs="p", prompt_tokens="n"), "ab")
     assert recorded.place == {"7": 0, "8": 1}
     assert recorded.probs_RC[:2].tolist() == [[0.5, 0.5], [1.0, 0.0]]
     assert recorded.prompt_tokens_R.tolist() == [3, 4, 5]
-    untold = read_recorded(RecordedConfig(uri=uri, id="key", probs="p"), 2)
+    untold = read_recorded(RecordedConfig(uri=uri, id="key", probs="p"), "ab")
     assert untold.prompt_tokens_R.tolist() == [0, 0, 0]
 
 
@@ -45,7 +46,22 @@ def test_several_files_and_a_folder_of_a_run_with_an_unfinished_one(tmp_path):
     (tmp_path / "notes.txt").write_text("not a parquet file")
     (tmp_path / "ticket-00000002.parquet.0123.tmp").write_bytes(b"PAR1 half")
     for uri in (tmp_path, tmp_path / "ticket-*.parquet"):
-        assert sorted(read_recorded(RecordedConfig(uri=str(uri)), 2).place) == ["0", "1"]
+        assert sorted(read_recorded(RecordedConfig(uri=str(uri)), "ab").place) == ["0", "1"]
+
+
+def test_probabilities_are_those_of_the_labels_that_the_file_names(file):
+    """Once by position: with the labels in another order, every answer was taken for another label."""
+
+    def write_named(names: list[str]) -> None:
+        table = pa.table({"id": ["1", "2"], "probs": [[0.7, 0.2, 0.1], [0.0, 0.0, 1.0]]})
+        pq.write_table(table.replace_schema_metadata({"labels": json.dumps(names)}), file)
+
+    write_named(["sea", "kitchen", "garden"])
+    recorded = read_recorded(RecordedConfig(uri=str(file)), ["garden", "sea", "kitchen"])
+    assert recorded.probs_RC == pytest.approx(np.array([[0.1, 0.7, 0.2], [1.0, 0.0, 0.0]]))
+    write_named(["sea", "kitchen", "street"])
+    with pytest.raises(ConfigError, match=r"labels\.names: .* sea, kitchen, street, and not for garden, sea"):
+        read_recorded(RecordedConfig(uri=str(file)), ["garden", "sea", "kitchen"])
 
 
 @pytest.mark.parametrize(
@@ -64,7 +80,7 @@ def test_several_files_and_a_folder_of_a_run_with_an_unfinished_one(tmp_path):
 def test_rows_that_are_no_distribution_over_the_labels(file, probs, n_classes, message):
     uri = write(file, id=pa.array(map(str, range(len(probs))), pa.string()), probs=probs)
     with pytest.raises(ConfigError, match=rf"^teacher\.recorded\.{message}"):
-        read_recorded(RecordedConfig(uri=uri), n_classes)
+        read_recorded(RecordedConfig(uri=uri), "abc"[:n_classes])
 
 
 @pytest.mark.parametrize(
@@ -83,7 +99,7 @@ def test_a_file_or_column_that_is_not_there(file, field, value, message):
         file.write_bytes(b"not parquet at all")
         value = uri
     with pytest.raises(ConfigError, match=rf"^teacher\.recorded\.{message}"):
-        read_recorded(RecordedConfig(**({"uri": uri} | {field: value})), 2)
+        read_recorded(RecordedConfig(**({"uri": uri} | {field: value})), "ab")
 
 
 # --- the teacher
@@ -102,7 +118,7 @@ class Purse:
 
 
 def ask(uri: str, ids: Sequence[str], allowance: Allowance | None = None) -> Answers:
-    teacher = RecordedTeacher(RecordedConfig(uri=uri, prompt_tokens="prompt_tokens"), 3)
+    teacher = RecordedTeacher(RecordedConfig(uri=uri, prompt_tokens="prompt_tokens"), NAMES[:3])
     return asyncio.run(teacher.label(ids, ["whatever it says"] * len(ids), allowance or Unlimited()))
 
 

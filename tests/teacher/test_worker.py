@@ -308,7 +308,9 @@ class Bench:
 
         async def script():
             answers = await worker.label(0, texts)
-            write_ticket(store, folder, 0, answers.labels, {worker.name: answers.usage}, answers.unasked, 1)
+            write_ticket(
+                store, folder, 0, answers.labels, {worker.name: answers.usage}, answers.unasked, 1, "abc"
+            )
             await worker.clear_mark(answers)
             return answers
 
