@@ -46,6 +46,7 @@ from llkd_ray.storage.tables import (
     matrix_of,
     read_calibrator,
     read_labels,
+    take_rows,
     trained_rows,
 )
 from llkd_ray.student.inference import load, score
@@ -106,7 +107,7 @@ def export(
     names = config.labels.names
     label_N, student_N = seen.label_N, p_student_NC.argmax(axis=1)
     sure_N, student_sure_N = confidence(seen.p_NC), confidence(p_student_NC)
-    chosen = texts.take(pa.array(place_M))
+    chosen = take_rows(texts, place_M)
     questions = [
         Question(
             int(seen.row_N[place]),

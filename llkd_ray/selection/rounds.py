@@ -18,6 +18,7 @@ from math import ceil
 import numpy as np
 import pyarrow as pa
 
+from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import Config
 from llkd_ray.metrics.calibration import Calibrator
 from llkd_ray.metrics.uncertainty import Floats, Ints, hash_uniform
@@ -25,8 +26,8 @@ from llkd_ray.selection.acquisition import AcquisitionPolicy
 from llkd_ray.selection.policies import Selection, SelectionPolicy
 from llkd_ray.selection.table import NONE, Candidates, Chunked, ScoreTable, Unread
 from llkd_ray.storage import tables
-from llkd_ray.storage.run_dir import RunStore
-from llkd_ray.storage.tables import Examples, list_column, matrix_of, read_labels
+from llkd_ray.storage.run_dir import LABELS_DIR, RunStore
+from llkd_ray.storage.tables import AuditAnswers, Examples, list_column, matrix_of, read_labels
 
 # First words of the generators' seeds, so that no two share a stream.
 _SELECT_SEED, _SCORE_SEED = 3, 4
@@ -161,14 +162,19 @@ def batch_of(
     table: ScoreTable,
     reviews: Iterable[int],
     calibrator: Calibrator,
+    audited: AuditAnswers,
 ) -> pa.Table:
-    """ROUND of the chosen texts; ``reviews`` are the tickets of all reviews so far."""
+    """ROUND of the chosen texts; ``reviews`` are the tickets of all reviews so far.
+
+    Raises :class:`ConfigError` where the files of labels are not those that the table was filled from.
+    """
     row_M = np.asarray(chosen.row_M, dtype=np.int64)
     texts = examples.read(row_M, ["text"])["text"]
     # Reviews come last, because the last of several answers to a row counts.
     labels = read_labels(store, [*np.unique(table.ticket[row_M]).tolist(), *reviews])
-    by_row = np.argsort(labels["row"].to_numpy(), kind="stable")
-    place_M = by_row[np.searchsorted(labels["row"].to_numpy(), row_M, side="right", sorter=by_row) - 1]
+    of_labels = labels["row"].to_numpy()
+    by_row = np.argsort(of_labels, kind="stable")
+    place_M = by_row[np.searchsorted(of_labels, row_M, side="right", sorter=by_row) - 1]
     p_MC = calibrator.apply(matrix_of(labels["probs"].take(pa.array(place_M)), table.n_classes))
     columns = [
         pa.array(row_M),
@@ -177,7 +183,15 @@ def batch_of(
         list_column(p_MC),
         pa.array(np.asarray(chosen.weight_M, dtype=np.float32)),
     ]
-    return pa.Table.from_arrays(columns, schema=tables.ROUND)
+    batch = audited.correct(pa.Table.from_arrays(columns, schema=tables.ROUND), table.n_classes)
+    # The files are what the table was filled from, unless somebody has changed them since.
+    is_of_label_M = matrix_of(batch["probs"], table.n_classes).argmax(axis=1) == batch["label"].to_numpy()
+    if not (is_of_label_M.all() and np.array_equal(of_labels[place_M], row_M)):
+        raise ConfigError(
+            f"{store.uri(LABELS_DIR)}: its files have changed since their labels were counted; resume the "
+            "run, which reads them again"
+        )
+    return batch
 
 
 SAMPLE_SIZE = 1_000

@@ -271,9 +271,9 @@ class Selector:
             )
             assert self.ingest.calibrator is not None
             reviews = self.schedule.review_tickets[:round_number]
-            batch = batch_of(chosen, self.store, self.examples, self.table, reviews, self.ingest.calibrator)
             self.audited.keep_for(self.store, round_number)
-            batch = self.audited.correct(batch, self.n_classes)
+            calibrator, audited = self.ingest.calibrator, self.audited
+            batch = batch_of(chosen, self.store, self.examples, self.table, reviews, calibrator, audited)
             record = {
                 "selected": len(chosen),
                 "candidates": chosen.candidates,

@@ -7,7 +7,9 @@ same file again.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -119,9 +121,15 @@ class RunStore:
             stream.write(content)
 
     @contextmanager
-    def writing(self, relative: str) -> Iterator[pa.NativeFile]:
-        """A stream to a file that exists once the block ends; on S3, a large file may end up truncated."""
+    def writing(self, relative: str, replace: bool = True) -> Iterator[pa.NativeFile]:
+        """A stream to a file that exists once the block ends; on S3, a large file may end up truncated.
+
+        On a local disk it outlasts a loss of power. Without ``replace``, an existing file stays and the block
+        ends with FileExistsError; of two writers at the same moment, one wins on a local disk.
+        """
         target = self.path(relative)
+        if not replace and self.exists(relative):
+            raise FileExistsError(errno.EEXIST, "there is a file already", target)
         if self._has_folders:
             self.fs.create_dir(target.rpartition("/")[0], recursive=True)
         place = f"{target}.{uuid.uuid4().hex}{_UNFINISHED}" if self.is_local else target
@@ -129,7 +137,12 @@ class RunStore:
             with self.fs.open_output_stream(place, compression=None) as stream:
                 yield stream
             if place != target:
-                self.fs.move(place, target)
+                _flush(place)
+                if replace or not _link(place, target):
+                    self.fs.move(place, target)
+                else:
+                    self.fs.delete_file(place)
+                _flush(target.rpartition("/")[0])
         except BaseException:
             if place != target and self.fs.get_file_info(place).is_file:
                 self.fs.delete_file(place)
@@ -146,11 +159,14 @@ class RunStore:
         with self._naming(relative):
             return json.loads(self.read_bytes(relative))
 
-    def write_table(self, relative: str, table: pa.Table, row_group_size: int | None = None) -> None:
-        """Write a parquet file, atomically; its schema should be one of ``tables``."""
+    def write_table(
+        self, relative: str, table: pa.Table, row_group_size: int | None = None, replace: bool = True
+    ) -> None:
+        """Write a parquet file, atomically; its schema should be one of ``tables``. See :meth:`writing`."""
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, row_group_size=row_group_size, compression="zstd")
-        self.write_bytes(relative, buffer.getvalue().to_pybytes())
+        with self.writing(relative, replace) as stream:
+            stream.write(buffer.getvalue())
 
     def read_table(self, relative: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Read a parquet file, or some of its columns. Raises ConfigError if it is damaged."""
@@ -190,6 +206,26 @@ class RunStore:
         if not self.exists(METRICS):
             return []
         return [json.loads(line) for line in self.read_bytes(METRICS).decode().splitlines()]
+
+
+def _flush(path: str) -> None:
+    """Write a local file, or a folder's list of names, through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _link(place: str, target: str) -> bool:
+    """Whether a second name could be given to a file; raises FileExistsError if that name is taken."""
+    try:
+        os.link(place, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a filesystem without hard links
+        return False
+    return True
 
 
 def reason_of(error: Exception) -> str:

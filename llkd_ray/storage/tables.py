@@ -18,9 +18,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llkd_ray.config.schema import Config
@@ -257,6 +259,33 @@ def matrix_of(column: pa.ChunkedArray, n_columns: int) -> np.ndarray:
     return flat.astype(np.float64).reshape(-1, n_columns)
 
 
+STRING_BYTES = 2**31 - 1
+"""Bytes that one Arrow array of strings can hold."""
+
+
+def take_rows(table: pa.Table, index_M: np.ndarray, limit: int = STRING_BYTES) -> pa.Table:
+    """The rows at these positions. Table.take fails where a column has more than 2 GiB of text."""
+    index = pa.array(index_M)
+    if table.nbytes <= limit:
+        return table.take(index)
+    return pa.Table.from_arrays(
+        [_take(column, index, limit) for column in table.columns], schema=table.schema
+    )
+
+
+def _take(column: pa.ChunkedArray, index: pa.Array, limit: int) -> pa.ChunkedArray:
+    if not pa.types.is_string(column.type):
+        return column.take(index)
+    wide = column.cast(pa.large_string()).take(index)
+    # In pieces of half the limit; a longer text would need more than one array.
+    piece_M = np.cumsum(pc.binary_length(wide).fill_null(0).to_numpy()) // (limit // 2)
+    starts = np.flatnonzero(np.diff(piece_M, prepend=-1)).tolist()
+    pieces = [wide.slice(start, end - start) for start, end in pairwise([*starts, len(wide)])]
+    return pa.chunked_array(
+        [chunk for piece in pieces for chunk in piece.cast(pa.string()).chunks], pa.string()
+    )
+
+
 @dataclass(frozen=True)
 class Shard:
     """One parquet file of EXAMPLES."""
@@ -310,7 +339,7 @@ class Examples:
         table = table.add_column(0, NUMBERED_EXAMPLES.field("row"), [pa.array(ascending)])
         back = np.empty_like(order)
         back[order] = np.arange(order.size)
-        return table.take(pa.array(back))
+        return take_rows(table, back)
 
     def _read_shard(self, shard: int, positions: np.ndarray, columns: Sequence[str]) -> pa.Table:
         """Rows of one shard at ascending positions (int64[n])."""
@@ -325,4 +354,4 @@ class Examples:
         read_start = np.cumsum([0, *(sizes[g] for g in groups)])[:-1]
         start_of_group = dict(zip(groups.tolist(), read_start - group_start[groups], strict=True))
         shift = np.array([start_of_group[g] for g in group_of.tolist()], dtype=np.int64)
-        return table.take(pa.array(positions + shift))
+        return take_rows(table, positions + shift)

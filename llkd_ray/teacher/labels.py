@@ -76,7 +76,8 @@ def write_ticket(
 ) -> None:
     """Write a ticket's file atomically; the ticket is done once the file exists.
 
-    ``names`` of the labels say in the file what the probabilities are of.
+    ``names`` of the labels say in the file what the probabilities are of. A file never changes: if there is
+    one, of another attempt at the ticket, this raises FileExistsError.
     """
     metadata = {
         tables.FILE_LABELS: json.dumps(list(names), ensure_ascii=False),
@@ -84,7 +85,7 @@ def write_ticket(
         _UNASKED: str(unasked),
         _IN_FLIGHT: str(tickets_in_flight),
     }
-    store.write_table(ticket_file(folder, ticket), labels.replace_schema_metadata(metadata))
+    store.write_table(ticket_file(folder, ticket), labels.replace_schema_metadata(metadata), replace=False)
 
 
 def read_ticket(store: RunStore, folder: str, ticket: int) -> tuple[pa.Table, dict[str, Usage], int]:

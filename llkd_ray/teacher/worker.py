@@ -294,20 +294,23 @@ class Stage(ABC):
             refused = leased.filter(pa.array(failed_M))
             self._quarantine(ticket, refused, outcome_M[failed_M].tolist())
         unasked = int(np.count_nonzero(~has_label_M & (outcome_M == UNASKED)))
-        in_flight = self.worker.teacher_config.tickets_in_flight
-        await asyncio.to_thread(
-            write_ticket,
-            self.store,
-            LABELS_DIR,
-            ticket,
-            labels,
-            usage,
-            unasked,
-            in_flight,
-            self.config.labels.names,
-        )
+        try:
+            await self._write(LABELS_DIR, ticket, labels, usage, unasked)
+        except FileExistsError:
+            # Another attempt at this ticket was faster. This one's mark stays: its answers are lost.
+            done = await self.existing(ticket)
+            assert done is not None
+            return done
         await self.worker.clear_mark(answers)
         return ticket_labels(labels, usage, unasked, len(self.config.labels.names))
+
+    async def _write(
+        self, folder: str, ticket: int, labels: pa.Table, usage: dict[str, Usage], unasked: int
+    ) -> None:
+        in_flight, names = self.worker.teacher_config.tickets_in_flight, self.config.labels.names
+        await asyncio.to_thread(
+            write_ticket, self.store, folder, ticket, labels, usage, unasked, in_flight, names
+        )
 
     async def existing(self, ticket: int) -> TicketLabels | None:
         """The contents of the ticket's file, if an earlier attempt died before it notified the selector."""
@@ -367,18 +370,11 @@ class SmallStage(Stage):
         is_done = any(self.store.exists(ticket_file(folder, ticket)) for folder in (SMALL_DIR, LABELS_DIR))
         if not is_done and not self.is_review(ticket):
             answers = await self.worker.label(ticket, leased)
-            usage, in_flight = {self.worker.name: answers.usage}, self.worker.teacher_config.tickets_in_flight
-            await asyncio.to_thread(
-                write_ticket,
-                self.store,
-                SMALL_DIR,
-                ticket,
-                answers.labels,
-                usage,
-                answers.unasked,
-                in_flight,
-                self.config.labels.names,
-            )
+            try:
+                used = {self.worker.name: answers.usage}
+                await self._write(SMALL_DIR, ticket, answers.labels, used, answers.unasked)
+            except FileExistsError:  # as in commit
+                return leased
             await self.worker.clear_mark(answers)
             await self.selector.commit_usage.remote(ticket, self.worker.name, answers.usage.as_dict())
         return leased

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,16 @@ class DyingFileSystem:
         return getattr(self.fs, name)
 
 
+class MovingFileSystem:
+    """A filesystem with another ``move``."""
+
+    def __init__(self, fs, move):
+        self.fs, self.move = fs, move
+
+    def __getattr__(self, name):
+        return getattr(self.fs, name)
+
+
 class TestWriting:
     def test_what_is_written_is_read(self, store, tmp_path):
         store.write_bytes("a/b/c.bin", b"\x00abc")
@@ -79,6 +90,45 @@ class TestWriting:
         assert store.read_bytes("x.gz") == b"plain"
         store.write_json("x.json", {"name": "é", "list": [1, None]})
         assert store.read_json("x.json") == {"name": "é", "list": [1, None]}
+
+    @pytest.mark.parametrize("has_links", [True, False])
+    def test_without_replacing_the_first_of_two_writers_wins(self, store, monkeypatch, tmp_path, has_links):
+        def no_links(*_: object) -> None:
+            raise PermissionError("no hard links")
+
+        if not has_links:
+            monkeypatch.setattr(os, "link", no_links)
+        table = tables.LABELS.empty_table()
+        with store.writing("labels/t.parquet", replace=False) as slow:
+            store.write_table("labels/u.parquet", table, replace=False)
+            slow.write(b"the first")
+        with pytest.raises(FileExistsError), store.writing("labels/t.parquet", replace=False) as late:
+            late.write(b"the second")
+        assert store.read_bytes("labels/t.parquet") == b"the first"
+        assert sorted(path.name for path in (tmp_path / "run/labels").iterdir()) == ["t.parquet", "u.parquet"]
+
+    def test_of_two_writers_at_the_same_time_one_wins(self, store, tmp_path):
+        slow = store.writing("labels/t.bin", replace=False)
+        slow.__enter__().write(b"the second")
+        with store.writing("labels/t.bin", replace=False) as fast:
+            fast.write(b"the first")
+        with pytest.raises(FileExistsError):
+            slow.__exit__(None, None, None)
+        left = {path.name: path.read_bytes() for path in (tmp_path / "run/labels").iterdir()}
+        assert left == {"t.bin": b"the first"}
+
+    def test_a_file_is_on_the_disk_before_it_has_its_name(self, store, monkeypatch):
+        """A loss of power once left files with names and without content."""
+        done: list[str] = []
+
+        def fsync(descriptor: int) -> None:
+            done.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name.partition('.')[0]}")
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        move = store.fs.move
+        store.fs = MovingFileSystem(store.fs, lambda *names: (done.append("move"), move(*names)))
+        store.write_bytes("leases/0000", b"rows")
+        assert done == ["fsync 0000", "move", "fsync leases"]
 
     @pytest.mark.parametrize("there_before", [False, True])
     @pytest.mark.parametrize(("step", "error"), [("write", "disk full"), ("move", "cannot move")])

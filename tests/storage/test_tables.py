@@ -56,6 +56,19 @@ def test_read_labels_leaves_out_tickets_without_a_file(store):
     assert read_labels(store, []).schema == tables.LABELS
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(max_size=9), min_size=1, max_size=30), st.randoms(use_true_random=False))
+def test_rows_are_taken_from_more_text_than_an_array_holds(texts, random):
+    """With a limit of 80 bytes; that of Table.take is 2 GiB."""
+    column = pa.chunked_array([[one] for one in texts], pa.string())
+    table = pa.table({"text": column, "n": np.arange(len(texts))})
+    index = np.array([random.randrange(len(texts)) for _ in range(25)])
+    taken = tables.take_rows(table, index, limit=80)
+    assert taken.equals(table.take(pa.array(index)))
+    if table.nbytes > 80:
+        assert all(len("".join(chunk.to_pylist()).encode()) <= 80 for chunk in taken["text"].chunks)
+
+
 class TestExamples:
     @settings(max_examples=100, deadline=None)
     @given(st.lists(st.integers(0, N_POOL + N_TEST - 1), max_size=80))

@@ -26,6 +26,7 @@ from llkd_ray.storage.run_dir import (
     SENT_DIR,
     SMALL_DIR,
     RunStore,
+    ticket_file,
 )
 from llkd_ray.storage.tables import matrix_of
 from llkd_ray.teacher import worker as worker_module
@@ -88,6 +89,25 @@ class TestOnlyStage:
         ((ticket, told),) = selector.told("put_labels")
         assert (ticket, told.row_M.tolist(), told.probs_MC.shape) == (3, [5, 2], (2, 3))
         assert told.usage["teacher"].tokens == cost_of([5, 2])
+
+    def test_of_two_attempts_at_a_ticket_the_first_file_counts(self, store):
+        """An actor that counts as lost may still be at work; its sampled answers are other ones."""
+        selector, file = FakeSelector(), ticket_file(LABELS_DIR, 3)
+        pass_through(only_stage(store, selector, FakeTeacher()), leased(3, [5, 2]))
+        of_the_fast_one = store.read_bytes(file)
+        store.delete(file)
+        slow_teacher = FakeTeacher(
+            says=lambda number: np.array([0.0, 0.9, 0.0]),
+            before_call=lambda: store.write_bytes(file, of_the_fast_one),
+        )
+        assert pass_through(only_stage(store, selector, slow_teacher), leased(3, [5, 2])) == [
+            {"ticket": 3, "rows": 2}
+        ]
+        labels = read_ticket(store, LABELS_DIR, 3)[0]
+        assert matrix_of(labels["probs"], 3) == pytest.approx(np.stack([*map(numbered, (5, 2))]))
+        (_, first), (_, second) = selector.told("put_labels")
+        assert first.probs_MC.tolist() == second.probs_MC.tolist()
+        assert [*marks_of(store).values()] == [{"texts": 2, "usage": {}}], "what the slow one sent is lost"
 
     def test_the_mark_stands_from_the_question_until_the_labels_are_written(self, store):
         selector, seen = FakeSelector(), []
