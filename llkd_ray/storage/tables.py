@@ -276,14 +276,13 @@ def take_rows(table: pa.Table, index_M: np.ndarray, limit: int = STRING_BYTES) -
 def _take(column: pa.ChunkedArray, index: pa.Array, limit: int) -> pa.ChunkedArray:
     if not pa.types.is_string(column.type):
         return column.take(index)
-    wide = column.cast(pa.large_string()).take(index)
-    # In pieces of half the limit; a longer text would need more than one array.
-    piece_M = np.cumsum(pc.binary_length(wide).fill_null(0).to_numpy()) // (limit // 2)
-    starts = np.flatnonzero(np.diff(piece_M, prepend=-1)).tolist()
-    pieces = [wide.slice(start, end - start) for start, end in pairwise([*starts, len(wide)])]
-    return pa.chunked_array(
-        [chunk for piece in pieces for chunk in piece.cast(pa.string()).chunks], pa.string()
-    )
+    wide = column.cast(pa.large_string()).combine_chunks()
+    # In pieces of half the limit, as a text may reach over the end of one. Each is taken by itself: a slice
+    # of more than the limit cannot be cast back.
+    length_M = pc.binary_length(wide).fill_null(0).take(index).to_numpy()
+    starts = np.flatnonzero(np.diff(np.cumsum(length_M) // (limit // 2), prepend=-1)).tolist()
+    pieces = [index.slice(start, end - start) for start, end in pairwise([*starts, len(index)])]
+    return pa.chunked_array([wide.take(piece).cast(pa.string()) for piece in pieces], pa.string())
 
 
 @dataclass(frozen=True)
