@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -27,7 +27,12 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def parse(section: type[SectionT], tree: Mapping[str, Any]) -> SectionT:
-    """Validate plain settings. Raises :class:`ConfigError` with one line per mistake."""
+    """Validate plain settings. Raises :class:`ConfigError` with one line per mistake.
+
+    Secrets are a mistake: settings are copied into reports, model cards, trackers and the hub.
+    """
+    if found := list(_secrets(tree, "")):
+        raise ConfigError("\n".join(found))
     try:
         return section.model_validate(tree)
     except ValidationError as error:
@@ -37,6 +42,51 @@ def parse(section: type[SectionT], tree: Mapping[str, Any]) -> SectionT:
             reasons.setdefault(_field(problem["loc"]) or section.whole, []).append(_reason(section, problem))
         lines = (": ".join(filter(None, (field, "; ".join(why)))) for field, why in reasons.items())
         raise ConfigError("\n".join(lines)) from None
+
+
+_SECRET_KEY = re.compile(
+    r"(?:.*[_-])?(?:token|secret|password|passwd|credentials?|api_?key|access_?key|secret_?key|private_?key)",
+    re.IGNORECASE,
+)
+_USERINFO = re.compile(r"^(\w[\w+.-]*://)[^/?#@\s]*@")
+_SIGNATURE = re.compile(r"[?&]([\w-]*(?:token|secret|signature|password|key|sig))=", re.IGNORECASE)
+
+
+def check_uri(field: str, uri: str) -> None:
+    """Raises :class:`ConfigError` for an address with a password or a key in it; the message has neither."""
+    if _USERINFO.match(uri):
+        shown = _USERINFO.sub(r"\1", uri).partition("?")[0]
+        raise ConfigError(
+            f"{field}: a user or key stands in the address {shown!r}; leave it out and set it in the "
+            "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://) on every node"
+        )
+    if "://" in uri and (found := _SIGNATURE.search(uri)):
+        raise ConfigError(
+            f"{field}: {found[1]!r} stands in the address {uri.partition('?')[0]!r}; leave it out and set "
+            "it in the environment, on every node"
+        )
+
+
+def _secrets(value: Any, field: str) -> Iterator[str]:
+    """A message about every secret in plain settings.
+
+    The columns of a ``where`` may have any name, and the texts of a prompt may be about anything.
+    """
+    if isinstance(value, str):
+        try:
+            check_uri(field, value)
+        except ConfigError as error:
+            yield str(error)
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            name = f"{field}.{key}" if field else str(key)
+            if isinstance(one, str) and _SECRET_KEY.fullmatch(str(key)) and not field.endswith("where"):
+                yield f"{name}: settings are not secret; leave it out and set it in every node's environment"
+            elif key != "prompt":
+                yield from _secrets(one, name)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _secrets(one, field)
 
 
 def _field(loc: Sequence[Any]) -> str:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from llkd_ray.config.base import ConfigError
+from llkd_ray.config.base import ConfigError, check_uri
 
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
@@ -52,7 +52,11 @@ _UNFINISHED = ".tmp"
 
 
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Filesystem and path of a local path or a URI such as ``s3://bucket/folder``."""
+    """Filesystem and path of a local path or a URI such as ``s3://bucket/folder``.
+
+    Raises :class:`ConfigError` for an address with a key in it, which would be shown and written down.
+    """
+    check_uri("URI", uri)
     if uri.startswith("s3://") and "allow_delayed_open" not in uri:
         # A small file is then one PUT instead of the three requests of a multipart upload.
         uri += f"{'&' if '?' in uri else '?'}allow_delayed_open=true"

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 PATIENCE_S = 1500
 BUCKET = "texts"
+SECRET = "the-key-that-nobody-may-find"
 REQUEST = re.compile(r'"(?:\x1b\[[\d;]*m)*(GET|PUT|HEAD|POST|DELETE) /(\S*) HTTP')
 """A line of the server's log, coloured by status."""
 WORK = "^(?!.*(sessions|epochs)/)"
@@ -51,7 +52,7 @@ class Server:
         # The last one: on a machine that is no EC2 nobody is asked who we are.
         return {
             "AWS_ACCESS_KEY_ID": "somebody",
-            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
         }
@@ -155,6 +156,11 @@ def copied_model(fs: pafs.FileSystem, target: Path) -> str:
     return str(target)
 
 
+def holds(store: RunStore, path: str, content: bytes) -> bool:
+    with store.fs.open_input_stream(path) as stream:
+        return content in stream.read()
+
+
 def test_a_run_with_everything_on_s3(toy_settings, own_cluster_env, server, bucket, tmp_path, driver):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(on_s3(toy_settings, bucket)))
     before = server.requests(WORK)
@@ -170,6 +176,10 @@ def test_a_run_with_everything_on_s3(toy_settings, own_cluster_env, server, buck
     assert len(labels) == len(set(labels)) == 500 + 120
     assert len(store.read_metrics()) == 3
     assert b"<html" in store.read_bytes("report.html")
+    whole = store.fs.get_file_info(pafs.FileSelector(store.root, recursive=True))
+    found = [info.path for info in whole if info.is_file and holds(store, info.path, SECRET.encode())]
+    assert found == []
+    assert SECRET not in driver.said()
     classify = pipeline("text-classification", model=copied_model(bucket, tmp_path / "model"))
     assert classify("anchor boat captain deck")[0]["label"] in toy_settings["labels"]["names"]
 

@@ -83,6 +83,33 @@ class TestMistakes:
         assert named in message
         assert "\n" not in message
 
+    @pytest.mark.parametrize(
+        ("sections", "field"),
+        [
+            ({"corpus": {"uri": "s3://AKIA7:s3cr3t@bucket/texts"}}, "corpus.uri"),
+            ({"corpus": {"uri": ["a.csv", "s3://AKIA7:s3cr3t@bucket/texts"]}}, "corpus.uri"),
+            ({"run": {"dir": "s3://s3cr3t@bucket/runs?region=eu-west-1"}}, "run.dir"),
+            ({"corpus": {"uri": "s3://bucket/texts?secret_key=s3cr3t"}}, "corpus.uri"),
+            ({"corpus": {"uri": "https://host/a.csv?X-Amz-Signature=s3cr3t"}}, "corpus.uri"),
+            ({"teacher": VLLM | {"engine": {"hf_token": "s3cr3t"}}}, "teacher.engine.hf_token"),
+            (
+                {"teacher": cascade(small=VLLM | {"engine": {"env": {"API_KEY": "s3cr3t"}}})},
+                "teacher.cascade",
+            ),
+        ],
+    )
+    def test_a_secret_is_refused_and_not_repeated(self, sections, field):
+        """Settings reach config.yaml, the report, the model card, trackers and the hub."""
+        message = refusal(config_tree(**sections))
+        assert message.startswith(field)
+        assert "environment" in message
+        assert "s3cr3t" not in message
+
+    def test_what_only_looks_like_a_secret_is_accepted(self):
+        make_config(corpus={"uri": "s3://bucket/a@b.csv", "where": {"token": "x"}})
+        make_config(teacher=VLLM | {"prompt": {"instruction": "https://you@host/ is spam"}})
+        make_config(teacher=VLLM | {"engine": {"max_num_batched_tokens": 4, "tokenizer": "x"}})
+
     def test_what_is_just_right_is_accepted(self):
         make_config(budget={"cap": {"cost": 3.0}}, teacher={"price": {"input": 0.1}})
         make_config(labels=LETTERS, teacher=VLLM | {"prompt": {"answer": "names"}})
