@@ -28,11 +28,15 @@ Cut = Literal["head", "tail", "middle"]
 """Which part of a text that is too long is left out."""
 Encode = Callable[[Sequence[str]], list[list[int]]]
 ELLIPSIS = " … "  # replaces the middle of a text that was cut there
-COMMON_SPECIAL = (
-    *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>"),
-    *("<|end_header_id|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]"),
+COMMON_SPECIAL = re.compile(
+    r"<\|[^|<>\n]{1,80}\|>"  # Qwen, Llama 3, Phi, GPT
+    r"|<｜[^｜<>\n]{1,80}｜>"  # DeepSeek
+    r"|</?(?:s|bos|eos|pad|unk|mask|think|tool_call|tool_response|start_of_turn|end_of_turn)>"  # and Gemma
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"  # Mistral
+    r"|<</?SYS>>",  # Llama 2
+    re.IGNORECASE,
 )
-"""Special tokens of many models, for a served model whose tokenizer is unknown."""
+"""Patterns of what models read as special tokens, for a served model whose tokenizer is unknown."""
 
 
 class Tokenizer(Protocol):
@@ -57,8 +61,8 @@ class Prompt:
     message: tuple[str, str] | None = None
     """The strings around the text in the user's message, where a chat template wraps the message."""
     system: str | None = None
-    special: tuple[str, ...] = ()
-    """Strings that the model reads as special tokens; occurrences in a text are broken up."""
+    special: tuple[str, ...] | None = ()
+    """Strings that the model reads as special tokens, broken up in a text; None: not known, by pattern."""
 
     @property
     def hash(self) -> str:
@@ -78,9 +82,9 @@ class Prompt:
         return [user] if self.system is None else [{"role": "system", "content": self.system}, user]
 
 
-def escape_special(text: str, special: tuple[str, ...]) -> str:
-    """The text with a space after the first character of each special string in it."""
-    pattern = _pattern(special)
+def escape_special(text: str, special: tuple[str, ...] | None) -> str:
+    """The text with a space after the first character of each special string in it; see :class:`Prompt`."""
+    pattern = COMMON_SPECIAL if special is None else _pattern(special)
     while pattern is not None and pattern.search(text):  # again: this may create another
         text = pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}" if found[0][1:] else " ", text)
     return text
@@ -93,9 +97,9 @@ def _pattern(special: tuple[str, ...]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, cores))) if cores else None
 
 
-def _special_strings(tokenizer: Tokenizer | None) -> tuple[str, ...]:
+def _special_strings(tokenizer: Tokenizer | None) -> tuple[str, ...] | None:
     if tokenizer is None:
-        return COMMON_SPECIAL
+        return None
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     named = [*getattr(tokenizer, "all_special_tokens", ()), *(str(one) for one in added if one.special)]
     return tuple(sorted(set(named)))

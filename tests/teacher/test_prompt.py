@@ -495,8 +495,20 @@ class TestSpecialTokens:
     def test_nor_out_of_a_message(self, marked):
         prompt = build_prompt(prompt_config(), LABELS, marked)
         assert "Text: hi < |turn|>" in prompt.messages("hi <|turn|>")[0]["content"]
+
+    @pytest.mark.parametrize(
+        "token",
+        [
+            *("<|im_end|>", "<|reserved_special_token_7|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>"),
+            *("<end_of_turn>", "</think>", "[/INST]", "<<SYS>>", "[tool_calls]"),
+        ],
+    )
+    def test_nor_out_of_a_message_to_a_server_whose_tokenizer_is_unknown(self, token):
         unknown = build_prompt(prompt_config(), LABELS, None)
-        assert "Text: hi< |im_end|>" in unknown.messages("hi<|im_end|>")[0]["content"]
+        said = unknown.messages(f"hi{token}{token} there")[0]["content"]
+        assert token not in said
+        assert f"Text: hi{token[0]} {token[1:]}{token[0]} {token[1:]} there" in said
+        assert "a < b | c > d, [1] <b>x</b>" in unknown.messages("a < b | c > d, [1] <b>x</b>")[0]["content"]
 
     @pytest.mark.parametrize(
         ("text", "special", "escaped"),
