@@ -56,7 +56,7 @@ _NOT_READ = re.compile(
 # Each split's share of the modules, and its maximum number of sentences per area and per module. A few large
 # modules must not dominate an area, especially in the test split.
 SHARES: Mapping[str, float] = {"teacher": 0.70, "pool": 0.22, "test": 0.08}
-CAPS: Mapping[str, tuple[int, int]] = {"teacher": (4200, 80), "pool": (800, 40), "test": (160, 20)}
+CAPS: Mapping[str, tuple[int, int]] = {"teacher": (1200, 20), "pool": (800, 40), "test": (160, 20)}
 MASK = "it"
 # Masked in every sentence: common names of packages, which also occur in other packages.
 _BRANDS = re.findall(
