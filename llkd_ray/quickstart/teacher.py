@@ -69,7 +69,7 @@ def prepare(folder: Path, seed: int = 0, say: Say = print) -> dict[str, Any]:
     """Create corpus and teacher in ``folder`` unless they exist; return the settings of a run on them.
 
     Writes pool.parquet and test.parquet (id, text, label, module) and teacher/, a checkpoint folder. The
-    settings are a tree for ``config.loading.parse_config``, with absolute paths. Takes one to two minutes on
+    settings are a tree for ``config.loading.parse_config``, with absolute paths. Takes half a minute on
     two cores. Raises RuntimeError if the installed packages have too few docstrings for a corpus.
     """
     folder = Path(folder).resolve()
