@@ -54,6 +54,8 @@ from llkd_ray.student.inference import load, score
 SCORE_SAMPLE = 20_000
 """Maximum number of labelled texts that the student scores; a random sample if there are more."""
 _SCORE_SAMPLE_KEY = 0x4C4F4F4B
+_DRAWN_FROM = b"drawn_from"
+"""In the metadata of ASKED: how many texts were labelled when the random sample was drawn."""
 Say = Callable[[str], None]
 
 
@@ -125,7 +127,7 @@ def export(
     asked_N = is_random_N.copy()
     asked_N[place_M] = True
     why = dict(zip(seen.row_N[place_M].tolist(), why_M, strict=True))
-    _record_questions(store, seen, texts["id"], student_N, student_sure_N, why, is_random_N, asked_N)
+    _record_questions(store, number, seen, texts["id"], student_N, student_sure_N, why, is_random_N, asked_N)
     target.write_bytes(name, files.written(questions, kind, blind))
     if kind == ".json":
         target.write_bytes(f"{name}.xml", files.labelling_config(names).encode())
@@ -210,8 +212,12 @@ def check_answers(given: Sequence[Answer], asked: pa.Table, names: Sequence[str]
 
 
 def estimate_quality(store: RunStore, config: Config) -> dict[str, Any]:
-    """Evaluate people's answers, from the files of a run."""
+    """Evaluate people's answers, from the files of a run.
+
+    They speak for the texts that were labelled when the sample was drawn, which may be fewer than now.
+    """
     asked = store.read_table(ASKED)
+    drawn_from = int(asked.schema.metadata[_DRAWN_FROM])
     row_M = asked["row"].to_numpy()
     return estimate(
         AuditAnswers.read(store).by_row(),
@@ -221,7 +227,8 @@ def estimate_quality(store: RunStore, config: Config) -> dict[str, Any]:
         asked["student"].to_numpy(),
         asked["why"].to_pylist(),
         np.isin(row_M, trained_rows(store)),
-        len(_labelled(store, config).row_N),
+        drawn_from,
+        len(_labelled(store, config).row_N) - drawn_from,
     )
 
 
@@ -272,6 +279,7 @@ def _last_checkpoint(store: RunStore) -> str:
 
 def _record_questions(
     store: RunStore,
+    number: int,
     seen: Labelled,
     ids: pa.ChunkedArray,
     student_N: Ints,
@@ -280,7 +288,10 @@ def _record_questions(
     is_random_N: np.ndarray,
     asked_N: np.ndarray,
 ) -> None:
-    """Add to earlier questions, which keep their predictions; the random sample is the current one."""
+    """Add to earlier questions, which keep their predictions; the random sample is the current one.
+
+    ``number`` labelled texts are what it was drawn from.
+    """
     sample = set(seen.row_N[is_random_N].tolist())
     there = store.read_table(ASKED).to_pylist() if store.exists(ASKED) else []
     by_row = {one["row"]: one | {"is_random": one["row"] in sample} for one in there}
@@ -299,7 +310,8 @@ def _record_questions(
                 "student_confidence": float(student_sure_N[place]),
             }
     rows = [by_row[row] for row in sorted(by_row)]
-    store.write_table(ASKED, pa.Table.from_pylist(rows, schema=tables.AUDIT_ASKED))
+    table = pa.Table.from_pylist(rows, schema=tables.AUDIT_ASKED)
+    store.write_table(ASKED, table.replace_schema_metadata({_DRAWN_FROM: str(number)}))
 
 
 RANDOM, DISAGREE, UNSURE = "random", "disagree", "unsure"
@@ -377,13 +389,15 @@ def estimate(
     why_M: list[str],
     trained_M: np.ndarray,
     labelled: int,
+    labelled_since: int = 0,
 ) -> dict[str, Any]:
     """Estimates from the answers to the texts that were asked about, for audit/estimate.json.
 
+    ``labelled`` texts are what the random sample was drawn from, ``labelled_since`` were labelled later.
+    ``pseudo_labels``: the accuracy of the teacher's labels by the random sample, without bias if the
     whole sample is answered; ``trained_on``: the same for those in it that the student was trained on, which
     are a random sample of all such texts; ``student``: the student's accuracy on those it was not trained on;
     ``asked_for``: how many texts of each kind the teacher labelled correctly, which says nothing of others.
-    kind the teacher labelled correctly, which cannot be generalised to other texts.
     """
     said_M = np.array([answers.get(row, -1) for row in row_M.tolist()])
     known_M, right_M = said_M >= 0, teacher_M == said_M
@@ -395,6 +409,7 @@ def estimate(
     unseen_M = sample_M & ~trained_M
     return {
         "labelled": labelled,
+        "labelled_since": labelled_since,
         "answered": int(known_M.sum()),
         "sample": int(is_random_M.sum()),
         "unanswered_in_sample": int((is_random_M & ~known_M).sum()),
@@ -409,9 +424,14 @@ def describe(found: Mapping[str, Any]) -> list[str]:
     """The result as lines of text."""
     lines = [
         f"pseudo-labels: {_describe_share(found['pseudo_labels'])}, by the random sample alone, which stands "
-        f"for all {found['labelled']:,} labelled texts without bias; the other texts were chosen for being "
+        f"for {found['labelled']:,} labelled texts without bias; the other texts were chosen for being "
         "doubtful and count nothing here"
     ]
+    if found["labelled_since"]:
+        lines.append(
+            f"{found['labelled_since']:,} texts were labelled after the sample was drawn; it says nothing about "
+            "them: export again"
+        )
     if found["unanswered_in_sample"]:
         lines.append(
             f"{found['unanswered_in_sample']} of the random sample's {found['sample']} texts have no answer: "

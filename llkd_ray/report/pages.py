@@ -157,9 +157,11 @@ def describe_audit(record: RunRecord) -> list[str]:
     sample, student, missing = (record.audit[n] for n in ("pseudo_labels", "student", "unanswered_in_sample"))
     said = (
         f"People looked at {count(record.audit['answered'])} of the teacher's labels. Of a random sample of "
-        f"{count(sample['texts'])}, which represents all {count(record.audit['labelled'])}, "
+        f"{count(sample['texts'])}, which represents {count(record.audit['labelled'])}, "
         f"{percent(sample['share'])} are right (95 % interval {percent_range(sample['interval'])})"
     )
+    since = record.audit["labelled_since"]
+    said += f"; {count(since)} labelled since it was drawn are not represented" if since else ""
     said += f"; {count(missing)} more of the sample have no answer" if missing else ""
     found = [f"{said}. The others were chosen because they are doubtful and are not counted here."]
     if student["texts"]:

@@ -76,14 +76,15 @@ def test_only_the_random_sample_counts():
     why_M = [RANDOM] * 4 + [DISAGREE] * 4
     answers = {0: 0, 1: 1, 2: 0, 4: 1, 5: 1}  # of the sample, row 3 has none
     trained_M = np.array([1, 0, 0, 0, 0, 0, 0, 0], dtype=bool)
-    found = estimate(answers, row_M, is_random_M, teacher_M, student_M, why_M, trained_M, labelled=900)
+    found = estimate(answers, row_M, is_random_M, teacher_M, student_M, why_M, trained_M, 900, labelled_since=70)
     right = {"pseudo_labels": (2, 3), "trained_on": (1, 1), "student": (2, 2)}
     assert {name: (found[name]["right"], found[name]["texts"]) for name in right} == right
     assert found["asked_for"][DISAGREE] == {"texts": 2, "right": 0}
     assert (found["answered"], found["unanswered_in_sample"], found["sample"]) == (5, 1, 4)
     said = "\n".join(describe(found))
+    assert "70 texts were labelled after the sample was drawn" in said
     missing = "1 of the random sample's 4 texts have no answer"
-    assert all(words in said for words in ("2 of 3 right", "all 900 labelled texts without bias", missing))
+    assert all(words in said for words in ("2 of 3 right", "for 900 labelled texts without bias", missing))
     assert share(0, 0) == {"texts": 0, "right": 0, "share": None, "interval": [None, None]}
     # The interval is Clopper's and Pearson's.
     assert share(45, 50)["interval"] == pytest.approx([0.7819, 0.9667], abs=1e-4)
