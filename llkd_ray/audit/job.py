@@ -429,7 +429,7 @@ def describe(found: Mapping[str, Any]) -> list[str]:
     ]
     if found["labelled_since"]:
         lines.append(
-            f"{found['labelled_since']:,} texts were labelled after the sample was drawn; it says nothing about "
+            f"{found['labelled_since']:,} texts were labelled after the sample was drawn, and it does not cover "
             "them: export again"
         )
     if found["unanswered_in_sample"]:

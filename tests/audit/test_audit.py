@@ -76,7 +76,8 @@ def test_only_the_random_sample_counts():
     why_M = [RANDOM] * 4 + [DISAGREE] * 4
     answers = {0: 0, 1: 1, 2: 0, 4: 1, 5: 1}  # of the sample, row 3 has none
     trained_M = np.array([1, 0, 0, 0, 0, 0, 0, 0], dtype=bool)
-    found = estimate(answers, row_M, is_random_M, teacher_M, student_M, why_M, trained_M, 900, labelled_since=70)
+    of_both = teacher_M, student_M
+    found = estimate(answers, row_M, is_random_M, *of_both, why_M, trained_M, 900, labelled_since=70)
     right = {"pseudo_labels": (2, 3), "trained_on": (1, 1), "student": (2, 2)}
     assert {name: (found[name]["right"], found[name]["texts"]) for name in right} == right
     assert found["asked_for"][DISAGREE] == {"texts": 2, "right": 0}

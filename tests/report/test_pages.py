@@ -464,7 +464,7 @@ class TestCard:
         assert "5 more of the sample have no answer" in card
         for text in (card, page):
             assert "temperature of 1.630, fitted on 900 texts (gold of the test set)" in text
-            assert "Of a random sample of 80, which represents all 4,000, 88.8" in text
+            assert "Of a random sample of 80, which represents 4,000, 88.8" in text
         assert "The figures of the rounds are without it." in page
 
     def test_a_missing_temperature_has_a_reason(self, tmp_path):
