@@ -22,7 +22,6 @@ from torch import nn
 from llkd_ray.config.base import ConfigError
 from llkd_ray.evaluation.student_calibration import audited_sample, describe, fit_student, write_model
 from llkd_ray.report.pages import write_pages
-from llkd_ray.run.loop import run_config
 from llkd_ray.storage.checkpoints import inspect
 from llkd_ray.storage.run_dir import (
     CONFIG,
@@ -32,6 +31,7 @@ from llkd_ray.storage.run_dir import (
     TRAINED,
     RunStore,
     round_file,
+    run_config,
 )
 from llkd_ray.storage.tables import Examples
 from llkd_ray.student.inference import load, score

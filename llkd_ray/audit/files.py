@@ -22,9 +22,20 @@ KINDS = (".csv", ".jsonl", ".json")
 OWN = ("row", "id", "why", "text", "teacher", "teacher_confidence", "student", "student_confidence", "label")
 HINTS = ("why", "teacher", "teacher_confidence", "student", "student_confidence")
 """Fields that may bias the person who answers."""
+SCORE_SAMPLE = 20_000
+"""Maximum number of labelled texts that the student scores; a random sample if there are more."""
 CELL_CHARS = 32_000
 """Maximum length of a text in a spreadsheet, whose cells hold 32,767 characters."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'", "＝", "＋", "－", "＠")
+
+
+@dataclass(frozen=True)
+class SampleSizes:
+    """Number of texts of each kind. For ``random``, texts that are already answered count."""
+
+    random: int = 100
+    disagree: int = 50
+    unsure: int = 50
 
 
 @dataclass(frozen=True)

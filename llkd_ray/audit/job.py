@@ -19,14 +19,13 @@ import pyarrow as pa
 import torch
 
 from llkd_ray.audit import files
-from llkd_ray.audit.files import Answer, Question
+from llkd_ray.audit.files import SCORE_SAMPLE, Answer, Question, SampleSizes
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
 from llkd_ray.metrics.quality import binomial_interval
 from llkd_ray.metrics.uncertainty import Floats, Ints, confidence, hash_uniform, margin
 from llkd_ray.report.pages import write_pages
-from llkd_ray.run.loop import open_run, run_config
 from llkd_ray.storage import tables
 from llkd_ray.storage.checkpoints import inspect
 from llkd_ray.storage.run_dir import (
@@ -38,7 +37,9 @@ from llkd_ray.storage.run_dir import (
     SUMMARY,
     TRAINED,
     RunStore,
+    open_run,
     round_file,
+    run_config,
 )
 from llkd_ray.storage.tables import (
     AuditAnswers,
@@ -51,8 +52,6 @@ from llkd_ray.storage.tables import (
 )
 from llkd_ray.student.inference import load, score
 
-SCORE_SAMPLE = 20_000
-"""Maximum number of labelled texts that the student scores; a random sample if there are more."""
 _SCORE_SAMPLE_KEY = 0x4C4F4F4B
 _DRAWN_FROM = b"drawn_from"
 """In the metadata of ASKED: how many texts were labelled when the random sample was drawn."""
@@ -319,15 +318,6 @@ _KEY = 0x41554449
 """Separates the sample's random numbers from other uses of the same seed."""
 
 
-@dataclass(frozen=True)
-class SampleSizes:
-    """Number of texts of each kind. For ``random``, texts that are already answered count."""
-
-    random: int = 100
-    disagree: int = 50
-    unsure: int = 50
-
-
 def random_order(row_N: Ints, seed: int) -> Ints:
     """int64[N]: indices of the rows in the order in which the random sample takes them.
 
@@ -429,8 +419,8 @@ def describe(found: Mapping[str, Any]) -> list[str]:
     ]
     if found["labelled_since"]:
         lines.append(
-            f"{found['labelled_since']:,} texts were labelled after the sample was drawn, and it does not cover "
-            "them: export again"
+            f"{found['labelled_since']:,} texts were labelled after the sample was drawn: it covers "
+            "none of them, so export again"
         )
     if found["unanswered_in_sample"]:
         lines.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from llkd_ray.audit.job import SCORE_SAMPLE, SampleSizes, export, import_answers
+from llkd_ray.audit.files import SCORE_SAMPLE, SampleSizes
 from llkd_ray.config.base import absolute
 from llkd_ray.display import Display
 
@@ -39,6 +39,8 @@ def add_audit(parser: argparse.ArgumentParser) -> None:
 
 
 def run_audit(options: argparse.Namespace, display: Display) -> None:
+    from llkd_ray.audit.job import export, import_answers
+
     if options.what == "import":
         import_answers(options.run_dir, absolute(options.rows), replace=options.replace, say=display.say)
         return

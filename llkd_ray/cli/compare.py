@@ -7,9 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from llkd_ray.api import compare
 from llkd_ray.cli.main import FAILED
-from llkd_ray.comparison.settings import load_comparison
 from llkd_ray.display import Display
 
 
@@ -49,9 +47,13 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def run_compare(options: argparse.Namespace, display: Display) -> int:
+    from llkd_ray.api import compare
+    from llkd_ray.comparison.settings import load_comparison
+
+    settings = load_comparison(options.config, options.set)
     display.resume_with = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     result = compare(
-        load_comparison(options.config, options.set),
+        settings,
         options.out or f"runs/{Path(options.config).stem.replace('_', '-')}",
         only=options.only,
         add=options.add,

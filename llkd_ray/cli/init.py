@@ -143,6 +143,7 @@ def _is_number(text: str) -> bool:
 def describe(found: Preview, columns: Columns) -> str:
     """One line: what was found in a file."""
     parts = [f"{found.kind}, first {count(len(found.rows))} rows read"]
+    parts += [found.assumed] if found.assumed else []
     parts += [f"text in {columns.text!r}"] if found.columns else ["a text a line"]
     parts += [f"labels in {columns.label!r}"] if columns.label else []
     parts += [f"ids in {columns.id!r}"] if columns.id else []

@@ -10,20 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from llkd_ray.api import predict
 from llkd_ray.config.base import ConfigError, absolute, absolute_folder
 from llkd_ray.config.schema import SourceConfig
 from llkd_ray.corpus import sources
 from llkd_ray.corpus.cleaning import UNKNOWN_GOLD, Cleaner, Example, Refusal, check_gold, show_gold
 from llkd_ray.corpus.readers import read_rows
 from llkd_ray.display import Display, count, decimals, percent, percent_range
-from llkd_ray.export import export_model
 from llkd_ray.metrics.quality import accuracy_interval, macro_f1_interval, teacher_quality
 from llkd_ray.prediction.config import add_predict_options, in_flags, settings_of
 from llkd_ray.storage.checkpoints import inspect
-from llkd_ray.student.inference import load, score
 
 
 def add_predict(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +29,8 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
 def run_predict(options: argparse.Namespace, display: Display) -> None:
     try:
         settings = settings_of(options)
+        from llkd_ray.api import predict
+
         done = predict(settings, display=display)
     except ConfigError as error:
         raise ConfigError(in_flags(str(error))) from None
@@ -60,6 +58,8 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 def run_export(options: argparse.Namespace, display: Display) -> None:
     if options.private and options.push_to_hub is None:
         raise ConfigError("--private: needs --push-to-hub, which is not given: add it, or leave it out")
+    from llkd_ray.export import export_model
+
     done = export_model(
         absolute_folder(options.model),
         onnx=options.onnx,
@@ -88,6 +88,10 @@ def run_evaluate(options: argparse.Namespace, display: Display) -> None:
     display.say(
         f"{count(len(examples))} texts with a label" + (f"; refused: {_counts(refused)}" if refused else "")
     )
+    import torch
+
+    from llkd_ray.student.inference import load, score
+
     student = load(checkpoint, "auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     texts = [example.text for example in examples]
     p_NC = score(student, texts, checkpoint.max_tokens)

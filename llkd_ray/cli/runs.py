@@ -10,10 +10,18 @@ from typing import Any, NamedTuple
 
 from llkd_ray.config.base import ConfigError, local_dir
 from llkd_ray.display import MISSING, Display, count, percent
-from llkd_ray.report.pages import write_report
-from llkd_ray.run.loop import open_run, run_config
 from llkd_ray.storage.lock import driver_is_alive
-from llkd_ray.storage.run_dir import CONFIG, LABELS_DIR, MODEL_DIR, REPORT, SUMMARY, RunStore, join_uri
+from llkd_ray.storage.run_dir import (
+    CONFIG,
+    LABELS_DIR,
+    MODEL_DIR,
+    REPORT,
+    SUMMARY,
+    RunStore,
+    join_uri,
+    open_run,
+    run_config,
+)
 
 
 class RunInfo(NamedTuple):
@@ -112,6 +120,8 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def run_report(options: argparse.Namespace, display: Display) -> None:
+    from llkd_ray.report.pages import write_report
+
     baseline = open_run(options.baseline, "--baseline") if options.baseline else None
     page = write_report(open_run(options.run_dir), baseline)
     display.result(f"report: {page}")

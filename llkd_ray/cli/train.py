@@ -6,22 +6,17 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llkd_ray.cli.main import add_output_options, add_settings, run
 from llkd_ray.config.base import ConfigError, local_dir
 from llkd_ray.config.loading import resolve
 from llkd_ray.config.schema import Config
 from llkd_ray.display import Display, count, decimals, percent
-from llkd_ray.doctor.cluster import query_once
-from llkd_ray.doctor.doctor import all_checks
-from llkd_ray.doctor.findings import describe, run_checks
-from llkd_ray.evaluation.run_record import read_warnings
-from llkd_ray.report.pages import against_baseline, write_pages
-from llkd_ray.resources import describe_gpus, with_gpus
-from llkd_ray.run.loop import Outcome, resume, start_run
-from llkd_ray.run.plan import plan
-from llkd_ray.storage.run_dir import MODEL_DIR, REPORT, RunStore
+from llkd_ray.storage.run_dir import MODEL_DIR, REPORT, RunStore, open_run
+
+if TYPE_CHECKING:
+    from llkd_ray.run.loop import Outcome
 
 MANY_FULL = 0.1
 """Share of texts as long as student.max_tokens that is worth a warning."""
@@ -64,11 +59,19 @@ def run_train(options: argparse.Namespace, display: Display) -> None:
     if options.dry_run:
         _dry_run(config, display)
     else:
+        from llkd_ray.run.loop import start_run
+
         _show_results([start_run(config, display)], display)
 
 
 def _dry_run(config: Config, display: Display) -> None:
     """Print the plan, then what ``llkd check`` finds; raises ConfigError for its problems."""
+    from llkd_ray.doctor.cluster import query_once
+    from llkd_ray.doctor.doctor import all_checks
+    from llkd_ray.doctor.findings import describe, run_checks
+    from llkd_ray.resources import describe_gpus, with_gpus
+    from llkd_ray.run.plan import plan
+
     query = query_once(config)
     config = with_gpus(config, query().nodes)
     if gpus := describe_gpus(config, query().nodes):
@@ -85,11 +88,13 @@ def _dry_run(config: Config, display: Display) -> None:
 
 
 def run_resume(options: argparse.Namespace, display: Display) -> None:
+    open_run(options.run_dir)  # before the imports, which take seconds
+    from llkd_ray.run.loop import resume
+
     _show_results([resume(options.run_dir, display, options.set)], display)
 
 
 def run_quickstart(options: argparse.Namespace, display: Display) -> None:
-    # Imported here because it loads torch, which takes seconds and is needed only by the quickstart.
     from llkd_ray.quickstart.teacher import prepare
 
     settings = prepare(Path(local_dir("runs")) / "quickstart-data", say=display.say)
@@ -102,6 +107,9 @@ def run_quickstart(options: argparse.Namespace, display: Display) -> None:
 
 def run_and_baseline(config: Config, display: Display) -> list[Outcome]:
     """Run the configured policy, then ``random`` on the same labels with the same budget."""
+    from llkd_ray.report.pages import write_pages
+    from llkd_ray.run.loop import start_run
+
     stamp = time.strftime("%Y%m%d-%H%M%S")
     names = [f"quickstart-{stamp}-{policy}" for policy in (config.selection.policy, "random")]
     first = start_run(resolve(Config, config, {"run.name": names[0]}), display)
@@ -113,6 +121,9 @@ def run_and_baseline(config: Config, display: Display) -> list[Outcome]:
 
 def _show_results(outcomes: Sequence[Outcome], display: Display) -> None:
     """Print a short table, a verdict if there are two students, and the paths of the results."""
+    from llkd_ray.evaluation.run_record import read_warnings
+    from llkd_ray.report.pages import against_baseline
+
     first = outcomes[0].summary
     rows = []
     if first["teacher"]:

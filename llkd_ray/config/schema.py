@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from llkd_ray.config.base import DataUris, Model, ResultDir, Section, ends, member_field
-from llkd_ray.config.teacher import ANSWER_LETTERS, TeacherConfig
+from llkd_ray.config.teacher import ANSWER_LETTERS, LabelName, TeacherConfig
 
 
 class SourceConfig(Section):
@@ -79,11 +79,11 @@ class SourceConfig(Section):
 class LabelsConfig(Section):
     """The classes. Their order is the order of every probability vector of the run."""
 
-    names: tuple[str, ...] = Field(description="Label names, at least two, all different.")
-    descriptions: dict[str, str] = Field(
+    names: tuple[LabelName, ...] = Field(description="Label names, at least two, all different.")
+    descriptions: dict[LabelName, str] = Field(
         default_factory=dict, description="One line for a label, shown in the prompt; optional."
     )
-    prior: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    prior: dict[LabelName, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
         description="The true class shares of the corpus, if they are known: for every label, on any "
         "scale. The student's predictions then assume them instead of the teacher's counts.",

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from llkd_ray.config.base import Cache, DataUri, OptionalModel, Section, Template, ends
 
@@ -15,7 +15,7 @@ class Demonstration(Section):
     """One labelled example shown to the teacher in its prompt."""
 
     text: str = Field(min_length=1)
-    label: str = Field(description="A label's name.")
+    label: LabelName = Field(description="A label's name.")
 
 
 class DrawnDemonstrations(Section):
@@ -29,6 +29,8 @@ class DrawnDemonstrations(Section):
     max_chars: int = Field(600, ge=1, description="Characters; longer texts are not drawn.")
 
 
+LabelName = Annotated[str, StringConstraints(strip_whitespace=True)]
+"""Without outer blanks, as the values of a corpus are matched."""
 ANSWER_LETTERS = "BCDEFGHJKLMNOPQRSTUVWXYZ"
 """Without A and I, which are words: "I think …" and "A text about …" are no answers, but begin like one."""
 

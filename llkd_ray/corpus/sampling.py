@@ -20,6 +20,7 @@ from llkd_ray.corpus.readers import (
     RawRow,
     Unit,
     csv_records,
+    describe_format,
     jsonl_records,
     open_hub,
     open_parquet,
@@ -78,6 +79,8 @@ class Preview:
     columns: tuple[str, ...]
     """Empty for a txt file, whose rows have only ``text``."""
     rows: list[dict[str, Any]]
+    assumed: str
+    """The encoding and delimiter, where they are not the usual ones; see ``readers.describe_format``."""
 
 
 def preview(uri: str, field: str, n: int = 1000) -> Preview:
@@ -89,7 +92,7 @@ def preview(uri: str, field: str, n: int = 1000) -> Preview:
         columns, rows = _first_rows(unit, source, n)
     if not rows:
         raise ConfigError(f"{field}: {unit.source!r} holds no rows")
-    return Preview(unit.kind, tuple(columns), rows)
+    return Preview(unit.kind, tuple(columns), rows, describe_format([unit]))
 
 
 def _first_rows(unit: Unit, source: SourceConfig, n: int) -> tuple[Sequence[str], list[dict[str, Any]]]:

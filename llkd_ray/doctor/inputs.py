@@ -48,6 +48,13 @@ def check_source(config: Config, source: SourceConfig, field: str) -> Finding:
     """The same findings as ``--dry-run``: files, columns and a sample of rows; for gold, the known labels."""
     from llkd_ray.run.plan import read_part
 
+    if source is config.test and _is_same(source, config.corpus):
+        return problem(
+            field,
+            f"test.uri is corpus.uri, {', '.join(source.uris)}: texts of the test set are left out of the "
+            "pool, which would be empty",
+            "give texts of their own for the test, or divide the rows by corpus.where and test.where",
+        )
     lines: list[str] = []
     part = read_part(config, source, field, SAMPLE_ROWS, lines.append)
     sample = part.sample
@@ -57,6 +64,14 @@ def check_source(config: Config, source: SourceConfig, field: str) -> Finding:
         found += f"; gold is known of {known} of {len(sample.kept)}"
         if not known:
             return warning(field, found, f"correct {field}.gold, or leave it out")
+        there = {example.gold for example in sample.kept}
+        absent = [name for label, name in enumerate(config.labels.names) if label not in there]
+        if source is config.test and absent and known >= GOLD_PER_LABEL * len(config.labels.names):
+            return warning(
+                field,
+                f"{found}; of those, none is {', '.join(absent)}",
+                "add such texts: without them nobody knows how well these labels are found",
+            )
     # A tenth is more than the usual share of bad rows, and less than a wrong column or label causes.
     if sample.refused.total() > sample.read / 10:
         return warning(
@@ -65,6 +80,10 @@ def check_source(config: Config, source: SourceConfig, field: str) -> Finding:
             f"see that {field}.text, {field}.gold and labels.names fit; a run quarantines such rows",
         )
     return ok(field, found)
+
+
+def _is_same(one: SourceConfig, other: SourceConfig) -> bool:
+    return set(one.uris) == set(other.uris) and one.where == other.where
 
 
 # --- output
@@ -193,6 +212,8 @@ def _is_finished(store: RunStore) -> bool:
     return store.exists(REPORT)
 
 
+GOLD_PER_LABEL = 10
+"""Texts per label with which a label without any is no coincidence."""
 HUB_S = SERVER_S = 15.0
 """Time limit for one answer."""
 MODELS_SHOWN = 10

@@ -10,10 +10,9 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import yaml
 
 from llkd_ray.cluster import check_fit, connect, library_versions, live_nodes
-from llkd_ray.config.base import ConfigError, absolute
+from llkd_ray.config.base import ConfigError
 from llkd_ray.config.loading import Overrides, apply_overrides, dotted, dump_config, parse_config, resolve
 from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
@@ -46,6 +45,8 @@ from llkd_ray.storage.run_dir import (
     SUMMARY,
     RunStore,
     join_uri,
+    open_run,
+    run_config,
 )
 from llkd_ray.storage.tables import Examples
 from llkd_ray.student.model import check_student
@@ -323,16 +324,3 @@ def _changed(config: Config, store: RunStore, overrides: Sequence[str]) -> Confi
             f"budget.rounds: {new.budget.rounds} rounds are asked for and {done} are done; ask for more"
         )
     return new
-
-
-def open_run(run_dir: str, field: str = "RUN") -> RunStore:
-    """The store of an existing run; raises ConfigError, which names ``field``, if there is no run."""
-    store = RunStore(absolute(run_dir))
-    if not store.exists(CONFIG):
-        raise ConfigError(f"{field}: {run_dir} has no {CONFIG}; give the directory of a run")
-    return store
-
-
-def run_config(store: RunStore) -> Config:
-    """The settings of an existing run."""
-    return parse_config(yaml.safe_load(store.read_bytes(CONFIG)))

@@ -107,6 +107,8 @@ def read_part(config: Config, source: SourceConfig, field: str, n: int, say: Cal
         say(f"{field}: {assumed}")
     sample = draw(units, source, field, config.labels.names, n)
     check_gold(field, source.gold, config.labels.names, sample.unknown_gold, sample.read)
+    if not sample.read:
+        raise ConfigError(f"{field}.uri: there is no row in {', '.join(source.uris)}; see {field}.where")
     if not sample.kept:
         raise ConfigError(
             f"{field}.uri: none of the {sample.read} rows looked at can be used ({dict(sample.refused)}); "

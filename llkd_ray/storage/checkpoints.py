@@ -33,6 +33,10 @@ def load_tokenizer(source: str, revision: str | None, field: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
     except (OSError, ValueError) as error:
+        if source.startswith("/") and not Path(source).is_dir():
+            raise ConfigError(
+                f"{field}: there is no folder {source!r}; correct it, or give a hub name"
+            ) from None
         first_line = str(error).strip().split("\n")[0]
         raise ConfigError(
             f"{field}: no tokenizer can be loaded from {source!r}; give a checkpoint folder or a hub name "
@@ -215,9 +219,10 @@ def _load_config(folder: str, model: str, revision: str | None) -> Any:
 
 def _unloadable(model: str, error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+    here = "" if "://" in model or Path(model).exists() else "there is no such folder here, and the hub: "
     return (
-        f"MODEL: {model!r} cannot be loaded ({reason}); give a run directory, a checkpoint folder or a hub "
-        "name"
+        f"MODEL: {model!r} cannot be loaded ({here}{reason}); give a run directory, a checkpoint folder or a "
+        "hub name"
     )
 
 

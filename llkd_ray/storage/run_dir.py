@@ -19,8 +19,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+import yaml
 
-from llkd_ray.config.base import ConfigError, check_uri
+from llkd_ray.config.base import ConfigError, absolute, check_uri
+from llkd_ray.config.loading import parse_config
+from llkd_ray.config.schema import Config
 
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
@@ -210,6 +213,19 @@ class RunStore:
         if not self.exists(METRICS):
             return []
         return [json.loads(line) for line in self.read_bytes(METRICS).decode().splitlines()]
+
+
+def open_run(run_dir: str, field: str = "RUN") -> RunStore:
+    """The store of an existing run; raises ConfigError, which names ``field``, if there is no run."""
+    store = RunStore(absolute(run_dir))
+    if not store.exists(CONFIG):
+        raise ConfigError(f"{field}: {run_dir} has no {CONFIG}; give the directory of a run")
+    return store
+
+
+def run_config(store: RunStore) -> Config:
+    """The settings of an existing run."""
+    return parse_config(yaml.safe_load(store.read_bytes(CONFIG)))
 
 
 def _flush(path: str) -> None:

@@ -288,9 +288,9 @@ def train_round(
             on_step(done, steps)
     full = float(np.mean(length_N >= config.max_tokens))
     # Once, at the end: to look at each step's loss would make a GPU wait.
-    if not math.isfinite(loss := float(loss_sum) / max(1, done)):
-        raise FloatingPointError(f"the student's loss is {loss}")
-    return {"steps": done, "loss": loss, "full": full} | step_thresholds.facts()
+    if not math.isfinite(mean_loss := float(loss_sum) / max(1, done)):
+        raise FloatingPointError(f"the student's loss is {mean_loss}")
+    return {"steps": done, "loss": mean_loss, "full": full} | step_thresholds.facts()
 
 
 def count_steps(n: int, config: StudentConfig) -> tuple[int, int]:

@@ -93,3 +93,14 @@ def test_only_the_chosen_command_is_imported():
     """A parser without a command in its line knows the names of all."""
     parser = program_parser([])
     assert all(name in parser.format_help() for name in COMMANDS)
+
+
+def test_help_and_mistakes_load_neither_torch_nor_ray():
+    """They took ten seconds once."""
+    modules = sorted({f"llkd_ray.cli.{module}" for module, _ in COMMANDS.values()})
+    code = (
+        f"import sys, {', '.join(modules)}\n"
+        "print(*sys.modules.keys() & {'torch', 'ray', 'transformers', 'vllm', 'matplotlib', 'datasets'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

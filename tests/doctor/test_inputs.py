@@ -90,6 +90,20 @@ def test_gold_that_does_not_fit(tmp_path, labels, state, words):
     told(check_data(tmp_path, corpus={"uri": str(tmp_path / "odd.parquet")})["corpus"], state, words)
 
 
+def test_a_test_set_that_is_the_pool(tmp_path):
+    same = {"uri": str(tmp_path / "pool.parquet")}
+    told(check_data(tmp_path, test=same)["test"], "problem", "test.uri is corpus.uri", "test.where")
+    assert check_data(tmp_path, test=same | {"where": {"label": "sea"}})["test"].state != "problem"
+
+
+def test_a_test_set_without_some_labels(tmp_path):
+    rows = pq.read_table(write_corpus(tmp_path / "all.parquet", 200, seed=2))
+    is_sea = pa.array([label == "sea" for label in rows["label"].to_pylist()])
+    pq.write_table(rows.filter(is_sea), tmp_path / "sea.parquet")
+    found = check_data(tmp_path, test={"uri": str(tmp_path / "sea.parquet")})["test"]
+    told(found, "warning", "of those, none is kitchen, garden")
+
+
 # --- the run directory
 
 
@@ -187,7 +201,7 @@ def test_checkpoints_that_cannot_be_used(tiny_encoder, tmp_path):
     (folder / "config.json").write_text(json.dumps({"model_type": "vits"}))
     (finding,) = run_checks([student_check(make_config(student={"model": str(folder)}))])
     told(finding, "problem", "cannot make a sequence classifier")
-    with pytest.raises(ConfigError, match=r"teacher\.model: no tokenizer can be loaded"):
+    with pytest.raises(ConfigError, match=r"teacher\.model: there is no folder '.*gone'"):
         check_model(teacher(str(tmp_path / "gone")), "teacher")
 
 
