@@ -147,7 +147,8 @@ class Client:
         probs_MC = self.probs_MC[: len(row_M)]
         if not self.options.no_files:
             table = labels(row_M, probs_MC)
-            await asyncio.to_thread(write_ticket, self.store, LABELS_DIR, ticket, table, usage, 0, 2)
+            names = self.config.labels.names
+            await asyncio.to_thread(write_ticket, self.store, LABELS_DIR, ticket, table, usage, 0, 2, names)
         member_M = np.zeros(len(row_M), dtype=np.int64)
         said = TicketLabels(row_M, probs_MC, member_M, usage, 0)
         await self._timed("put_labels", ticket, said)
