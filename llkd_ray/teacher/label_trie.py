@@ -24,7 +24,7 @@ from llkd_ray.teacher.base import gather_or_cancel
 MAX_TOKENS = 128
 """Maximum number of tokens in one request: vLLM's limit of ``logprob_token_ids``."""
 OVERFULL = 0.01
-"""Next-token probabilities may exceed one by this much in total; beyond that, the engine is faulty."""
+"""Next-token probabilities of one request may exceed one by this much in total; beyond that, it is faulty."""
 NextTokens = Callable[[tuple[int, ...], tuple[int, ...]], Awaitable[Sequence[float]]]
 """``ask(after, tokens)``: the probability of each of ``tokens`` as the next one after ``after``."""
 
@@ -157,18 +157,19 @@ async def _ask_all(ask: NextTokens, node: _Node) -> np.ndarray:
     tokens = tuple(node.children)
     chunks = [tokens[start : start + MAX_TOKENS] for start in range(0, len(tokens), MAX_TOKENS)]
     # The first one alone, so that the prompt is in the engine's prefix cache for the others.
-    answers = [await ask(node.after, chunks[0])]
+    answers = [await _ask_one(ask, node.after, chunks[0])]
     answers += await gather_or_cancel([_ask_one(ask, node.after, chunk) for chunk in chunks[1:]])
-    for chunk, answer in zip(chunks, answers, strict=True):
-        if len(answer) != len(chunk):
-            raise ValueError(f"{len(answer)} probabilities came back for {len(chunk)} tokens")
-    p_K = np.concatenate([np.asarray(answer, dtype=np.float64) for answer in answers])
-    total = p_K.sum()
-    if not (np.isfinite(p_K).all() and p_K.min() > -OVERFULL and total < 1 + OVERFULL):
-        raise ValueError(f"no probabilities of next tokens: from {p_K.min()} up, {total} in all")
-    p_K = np.maximum(p_K, 0.0)
+    p_K = np.concatenate(answers)
+    # Requests are computed in batches of their own, whose rounding differs, so their sum may exceed one.
     return p_K / max(1.0, p_K.sum())
 
 
-async def _ask_one(ask: NextTokens, after: tuple[int, ...], tokens: tuple[int, ...]) -> Sequence[float]:
-    return await ask(after, tokens)
+async def _ask_one(ask: NextTokens, after: tuple[int, ...], tokens: tuple[int, ...]) -> np.ndarray:
+    """float64[K]: the probabilities of one request, which is repeated once if they are none."""
+    for _ in range(2):
+        p_K = np.asarray(await ask(after, tokens), dtype=np.float64)
+        if len(p_K) != len(tokens):
+            raise ValueError(f"{len(p_K)} probabilities came back for {len(tokens)} tokens")
+        if np.isfinite(p_K).all() and p_K.min() > -OVERFULL and p_K.sum() < 1 + OVERFULL:
+            return np.maximum(p_K, 0.0)
+    raise ValueError(f"no probabilities of next tokens: from {p_K.min()} up, {p_K.sum()} in all")

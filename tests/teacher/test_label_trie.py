@@ -176,6 +176,25 @@ class TestProbabilitiesThatAreNot:
         with pytest.raises(ValueError, match="no probabilities of next tokens"):
             walk([(1,), (2,)], Fixed({(): {1: bad, 2: 0.1}}))
 
+    def test_one_request_that_is_nonsense_is_repeated_once(self):
+        replies = [[0.9, 0.9], [0.5, 0.25]]
+
+        async def ask(after: Tokens, tokens: Tokens) -> list[float]:
+            return replies.pop(0)
+
+        assert walk([(1,), (2,)], ask).probs_C.tolist() == [0.5, 0.25]
+        assert replies == []
+
+    def test_requests_of_more_than_one_in_all_are_no_nonsense(self):
+        """Each is rounded in a batch of its own; with many labels the text went to quarantine once."""
+
+        async def ask(after: Tokens, tokens: Tokens) -> list[float]:
+            return [1.008 / 2 / 64] * len(tokens)
+
+        mass = walk([(i,) for i in range(2 * MAX_TOKENS)], ask)
+        assert mass.probs_C.sum() == pytest.approx(1)
+        assert mass.off_label == 0
+
     def test_too_few_are_refused(self):
         async def ask(after: Tokens, tokens: Tokens) -> list[float]:
             return [0.1]
