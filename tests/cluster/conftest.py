@@ -47,12 +47,13 @@ def toy_settings(tmp_path: Path, tiny_encoder: str) -> dict:
 
 @pytest.fixture
 def vllm_settings(toy_settings: dict, tiny_llm: str) -> dict:
-    """The same with a real engine for the teacher."""
+    """The same with a real engine for the teacher, of random weights: little of its mass is on labels."""
     teacher = {
         "kind": "vllm",
         "model": tiny_llm,
         "dtype": "float32",
         "max_model_len": 128,
+        "max_off_label": 1.0,
         "ticket_size": 16,
         "prompt": {"instruction": "Which?", "show_labels": False},
     }

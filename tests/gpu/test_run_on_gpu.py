@@ -35,6 +35,7 @@ def test_a_run_from_corpus_to_model(tiny_llm, tiny_encoder, tmp_path: Path):
             "dtype": "bfloat16",
             "gpus": 0.5,
             "max_model_len": 160,
+            "max_off_label": 1.0,
             "ticket_size": 32,
             "engine": {"gpu_memory_utilization": 0.2, "enforce_eager": True},
         },
