@@ -151,7 +151,8 @@ def run_round(run: Run, measure: Measure, k: int) -> dict[str, Any]:
         raise ConfigError(
             f"round 0 has nothing to train on: {run.call('stats')['labelled']} texts are labelled, "
             f"{selected['candidates']} of them may be selected; look into quarantine/ for why the teacher "
-            "gave no answer (teacher.recorded.id and corpus.id must hold the same ids)"
+            "gave no answer (no_label: its answers are none of the labels, see teacher.prompt; "
+            "no_recorded_answer: teacher.recorded.id and corpus.id must hold the same ids)"
         )
     trained = run.call("wait_trained", k)
     figures = measure.round(k)
