@@ -28,6 +28,7 @@ from ray.experimental.internal_kv import _internal_kv_reset
 from stub_server import Request, Response, StubServer, likeliest, usage
 from toys import NAMES, WORDS
 
+from llkd_ray.config.teacher import ANSWER_LETTERS
 from llkd_ray.storage.run_dir import RunStore
 from llkd_ray.teacher.labels import count_unanswered
 
@@ -169,7 +170,7 @@ class CountingTeacher(StubServer):
         right = max(range(3), key=lambda i: len(set(text.split()) & set(WORDS[NAMES[i]].split())))
         said = right if rng.uniform() < 0.9 else int(rng.integers(3))
         top = rng.uniform(0.5, 0.95)
-        probs = {letter: top if i == said else 0.02 for i, letter in enumerate("ABC")}
+        probs = {letter: top if i == said else 0.02 for i, letter in enumerate(ANSWER_LETTERS[:3])}
         reply = likeliest(probs, usage=usage(50, 1))
         return Response(reply.content, wait_s=self.seconds_per_text)
 

@@ -16,6 +16,7 @@ from toys import NAMES, WORDS, toy_texts
 
 from llkd_ray import distill
 from llkd_ray.cli.main import main
+from llkd_ray.config.teacher import ANSWER_LETTERS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("local_ray")]
 
@@ -26,8 +27,10 @@ def guide(name: str) -> str:
 
 def answer(request: Request) -> Response:
     """A letter by the length of the text, mostly."""
-    best = "ABC"[len(request.text.rpartition("Text: ")[2].split()) % 3]
-    return likeliest({letter: 0.9 if letter == best else 0.03 for letter in "ABC"}, usage=usage(50, 1))
+    best = ANSWER_LETTERS[len(request.text.rpartition("Text: ")[2].split()) % 3]
+    return likeliest(
+        {letter: 0.9 if letter == best else 0.03 for letter in ANSWER_LETTERS[:3]}, usage=usage(50, 1)
+    )
 
 
 def test_an_api_call_is_replaced(tiny_encoder, tmp_path: Path):
@@ -58,7 +61,7 @@ def grade(request: Request) -> Response:
     words = set(request.text.rpartition("Text: ")[2].split())
     hits = [len(words & set(WORDS[name].split())) for name in NAMES]
     best = hits.index(max(hits))
-    return likeliest({"ABCDEF"[i]: 0.9 if i == best else 0.015 for i in range(6)}, usage=usage(50, 1))
+    return likeliest({ANSWER_LETTERS[i]: 0.9 if i == best else 0.015 for i in range(6)}, usage=usage(50, 1))
 
 
 def test_pages_are_graded_and_the_better_ones_kept(tiny_encoder, tmp_path: Path, monkeypatch):

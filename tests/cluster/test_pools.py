@@ -28,6 +28,7 @@ from ray.cluster_utils import Cluster
 from stub_server import Request, Response, StubServer, likeliest, usage
 from toys import NAMES, WORDS
 
+from llkd_ray.config.teacher import ANSWER_LETTERS
 from llkd_ray.storage.run_dir import predictions_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -69,7 +70,7 @@ class Gate:
         self._open.wait(PATIENCE_S)
         words = set(request.text.rpartition("Text: ")[2].split())
         best = max(range(3), key=lambda i: len(words & set(WORDS[NAMES[i]].split())))
-        probs = {letter: 0.9 if i == best else 0.03 for i, letter in enumerate("ABC")}
+        probs = {letter: 0.9 if i == best else 0.03 for i, letter in enumerate(ANSWER_LETTERS[:3])}
         return likeliest(probs, usage=usage(50, 1))
 
 

@@ -18,6 +18,7 @@ from llkd_ray.cluster import Background
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.loading import parse_config
 from llkd_ray.config.schedule import Schedule
+from llkd_ray.config.teacher import ANSWER_LETTERS
 from llkd_ray.corpus.ingest import ingest
 from llkd_ray.display import Display
 from llkd_ray.run.loop import distill, failed_teachers, spending
@@ -84,7 +85,7 @@ def right_answer(asked: Request) -> Response:
     """The letter of the class whose words are in the text, mostly."""
     words = set(asked.text.rpartition("Text: ")[2].split())
     best = max(range(3), key=lambda i: len(words & set(WORDS[NAMES[i]].split())))
-    probs = {letter: 0.9 if i == best else 0.03 for i, letter in enumerate("ABC")}
+    probs = {letter: 0.9 if i == best else 0.03 for i, letter in enumerate(ANSWER_LETTERS[:3])}
     return likeliest(probs, usage=usage(50, 1))
 
 

@@ -104,7 +104,7 @@ class TestCheck:
 
     def test_a_mistake_is_told_where_it_stands(self, tmp_path, recorded):
         config = make_config(teacher=cascade(recorded, vllm(tmp_path / "nowhere")))
-        with pytest.raises(ConfigError, match=r"^teacher\.cascade\.large\.model: no tokenizer can be loaded"):
+        with pytest.raises(ConfigError, match=r"^teacher\.cascade\.large\.model: there is no folder"):
             check_teacher(config)
 
 
