@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.fs as pafs
 import torch
 from torch import nn
 
@@ -131,7 +130,7 @@ def _local_copy(store: RunStore) -> Iterator[Path]:
         yield Path(store.root)
         return
     with tempfile.TemporaryDirectory(prefix="llkd-model-") as folder:
-        pafs.copy_files(store.root, folder, store.fs, pafs.LocalFileSystem())
+        store.download("", folder)
         yield Path(folder)
 
 
@@ -243,10 +242,7 @@ def export_onnx(student: Student, max_tokens: int, store: RunStore) -> list[Diff
                 f"{worst.largest:.2g}, where {LIMIT:g} is the most: no file is left; try another version of "
                 "onnxruntime"
             )
-        for part in sorted(Path(folder).iterdir()):  # weights over 2 GB are stored next to the graph
-            target = store.path(f"{ONNX_DIR}/{part.name}")
-            store.fs.create_dir(store.path(ONNX_DIR), recursive=True)
-            pafs.copy_files(str(part), target, pafs.LocalFileSystem(), store.fs)
+        store.upload(folder, ONNX_DIR)  # weights over 2 GB are stored next to the graph
     return found
 
 

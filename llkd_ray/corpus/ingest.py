@@ -96,7 +96,7 @@ def ingest(config: Config, store: RunStore, say: Callable[[str], None] = print) 
         assert rows_in[part] == kept + refused, f"{part}: {rows_in[part]} read, {kept} + {refused} left"
         reasons = f" ({_list(quarantined[part])})" if refused else ""
         say(f"{part}: {rows_in[part]:,} rows read, {kept:,} kept, {refused:,} in quarantine{reasons}")
-    store.fs.delete_dir(store.path(STAGING))
+    store.delete_folder(STAGING)
     counts = {part: dict(sorted(reasons.items())) for part, reasons in quarantined.items()}
     store.write_json(EXAMPLES_INDEX, {**shards, "rows_in": rows_in, "quarantined": counts})
     return Examples.open(store)
@@ -126,7 +126,7 @@ def _check_rows(part: str, source: SourceConfig, kept: int, rows_in: int, reason
 
 def _delete_leftovers(store: RunStore) -> None:
     """Delete the files of an unfinished ingestion."""
-    store.fs.delete_dir_contents(store.path("examples"), missing_dir_ok=True)
+    store.delete_folder("examples")
     for name in store.names(QUARANTINE_DIR):
         if name.startswith(("pool-", "test-")):
             store.delete(f"{QUARANTINE_DIR}/{name}")
@@ -365,8 +365,8 @@ def _drop_repeats(
     """
     pieces = []
     for bucket, start, count in marks:
-        with store.fs.open_input_file(store.path(_bucket_file(bucket))) as file:
-            pieces.append(np.frombuffer(file.read_at(8 * count, 8 * start), dtype="<i8"))
+        marked = store.read_at(_bucket_file(bucket), 8 * count, 8 * start)
+        pieces.append(np.frombuffer(marked, dtype="<i8"))
     mark_R = np.sort(np.concatenate(pieces))
     end_S = np.cumsum([shard.rows for shard in group.shards])
     of_shard = np.split(mark_R, np.searchsorted(mark_R >> 1, end_S[:-1]))

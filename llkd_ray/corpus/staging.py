@@ -187,10 +187,9 @@ def write_hashes(store: RunStore, relative: str, hash_N: np.ndarray) -> None:
 
 def read_hashes(store: RunStore, relative: str, first: int, end: int) -> np.ndarray:
     """RECORD[n]: the partitions [first, end) of a file; equal hashes are in row order."""
-    with store.fs.open_input_file(store.path(relative)) as file:
-        end_P = np.concatenate([[0], np.frombuffer(file.read_at(_HEAD_BYTES, 0), dtype=_ENDS)])
-        start, stop = int(end_P[first]) * RECORD.itemsize, int(end_P[end]) * RECORD.itemsize
-        return np.frombuffer(file.read_at(stop - start, _HEAD_BYTES + start), dtype=RECORD)
+    end_P = np.concatenate([[0], np.frombuffer(store.read_at(relative, _HEAD_BYTES, 0), dtype=_ENDS)])
+    start, stop = int(end_P[first]) * RECORD.itemsize, int(end_P[end]) * RECORD.itemsize
+    return np.frombuffer(store.read_at(relative, stop - start, _HEAD_BYTES + start), dtype=RECORD)
 
 
 def buckets(n_rows: int, bucket_rows: int) -> list[tuple[int, int]]:

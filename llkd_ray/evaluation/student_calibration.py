@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.fs as pafs
 
 from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
@@ -128,14 +127,13 @@ def _fitted(fitted_on: LabelledTexts, measured_on: LabelledTexts) -> dict[str, A
 def write_model(store: RunStore, checkpoint: str, found: dict[str, Any]) -> None:
     """Write model/ from the weights in ``checkpoint``, a folder of the run, with this calibration."""
     with tempfile.TemporaryDirectory(prefix="llkd-model-") as folder:
-        pafs.copy_files(store.path(checkpoint), folder, source_filesystem=store.fs)
+        store.download(checkpoint, folder)
         if found["temperature"] is not None:
             divide_logits(folder, found["temperature"])
         config = Path(folder, "config.json")
         tree = json.loads(config.read_text(encoding="utf-8")) | {CALIBRATION_KEY: found}
         config.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-        store.fs.create_dir(store.path(MODEL_DIR), recursive=True)
-        pafs.copy_files(folder, store.path(MODEL_DIR), destination_filesystem=store.fs)
+        store.upload(folder, MODEL_DIR)
 
 
 def describe(found: dict[str, Any]) -> str:

@@ -113,7 +113,7 @@ def _write_config(store: RunStore, config: Config) -> None:
     content = dump_config(config).encode()
     if store.exists(CONFIG) and store.read_bytes(CONFIG) != content and not _has_asked(store):
         for folder in set(store.folders("")) - {EPOCHS_DIR, SESSIONS_DIR}:
-            store.fs.delete_dir(store.path(folder))
+            store.delete_folder(folder)
     store.write_bytes(CONFIG, content)
 
 
@@ -193,8 +193,7 @@ def conclude(
     }
     store.write_json(SUMMARY, summary)
     write_model(store, measure.checkpoint(last), calibration)
-    if ONNX_DIR in store.folders(MODEL_DIR):  # exported from earlier weights
-        store.fs.delete_dir(store.path(f"{MODEL_DIR}/{ONNX_DIR}"))
+    store.delete_folder(f"{MODEL_DIR}/{ONNX_DIR}")  # exported from earlier weights
     write_insight(store, measure, last, calibration["temperature"])
     write_pages(store)
     return summary

@@ -30,6 +30,7 @@ from llkd_ray.storage.run_dir import (
     SNAPSHOTS_DIR,
     TRAINED,
     RunStore,
+    retried,
     round_file,
 )
 from llkd_ray.storage.tables import AuditAnswers
@@ -133,12 +134,14 @@ class Snapshot:
         return cls(columns, tickets, meta["rounds"], usage, meta["unasked"])
 
 
+@retried
 def save_snapshot(store: RunStore, session: str, snapshot: Snapshot) -> None:
     """Write a session's snapshot, replacing its last one."""
     with store.writing(_file(session)) as out:
         snapshot.write(out)
 
 
+@retried
 def load_snapshot(store: RunStore, session: str) -> Snapshot | None:
     """A session's snapshot; None if it is missing or damaged."""
     try:
@@ -151,7 +154,7 @@ def load_snapshot(store: RunStore, session: str) -> Snapshot | None:
 def delete_snapshots(store: RunStore) -> None:
     """Delete all snapshots, as a driver starts or a run ends. Failing to do so does no harm."""
     with suppress(OSError):
-        store.fs.delete_dir(store.path(SNAPSHOTS_DIR))
+        store.delete_folder(SNAPSHOTS_DIR)
 
 
 def _file(session: str) -> str:

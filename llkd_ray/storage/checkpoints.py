@@ -137,7 +137,7 @@ def local_copy(source: str, weights: bool = True) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="llkd-model-") as folder:
         for name in _files(store):
             if weights or not name.endswith((".safetensors", ".bin")):
-                pafs.copy_files(store.path(name), f"{folder}/{name}", store.fs, pafs.LocalFileSystem())
+                store.download(name, f"{folder}/{name}")
         yield folder
 
 

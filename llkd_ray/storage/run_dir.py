@@ -8,13 +8,19 @@ same file again.
 from __future__ import annotations
 
 import errno
+import functools
 import json
+import logging
 import os
+import random
+import re
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -54,6 +60,52 @@ _UNFINISHED = ".tmp"
 """Suffix of a local file that has not been renamed yet."""
 
 
+TRIES = 7
+"""How often an operation of a store is tried; with the pauses in between, about half a minute."""
+FIRST_PAUSE_S = 0.5
+_PASSING = re.compile(
+    r"AWS Error (SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|NETWORK_CONNECTION|REQUEST_TIMEOUT|THROTTLING"
+    r"|UNKNOWN \(HTTP status 5\d\d\))"
+)
+_PASSING_ERRNO = {errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN}  # of a network file system
+store_errors: Counter[str] = Counter()
+"""Errors of stores that an operation of this process was tried again after, by operation."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def retried(operation: Callable[P, T]) -> Callable[P, T]:
+    """The operation, tried again after errors that pass: an overloaded store, a lost connection.
+
+    The S3 client retries on its own, but not for long, and not where the error's text is larger than the
+    range that was asked for. Other errors, such as a missing file, a refused key or a full disk, are raised
+    at once. An operation may have happened although its answer was lost, so it must be one that can be
+    repeated.
+    """
+
+    @functools.wraps(operation)
+    def tried(*args: P.args, **kwargs: P.kwargs) -> T:
+        pause_s = FIRST_PAUSE_S
+        for number in range(1, TRIES):
+            try:
+                return operation(*args, **kwargs)
+            except OSError as error:
+                if error.errno not in _PASSING_ERRNO and not _PASSING.search(str(error)):
+                    raise
+                store_errors[operation.__name__] += 1
+                what = operation.__name__.strip("_").replace("_", " ")
+                logging.getLogger(__name__).warning(
+                    "%s: the store failed (%s); try %d of %d follows (%d errors of stores in this process)",
+                    *(what, reason_of(error), number + 1, TRIES, store_errors.total()),
+                )
+            time.sleep(pause_s * random.uniform(0.5, 1.5))  # so that many clients do not come back at once
+            pause_s *= 2
+        return operation(*args, **kwargs)
+
+    return tried
+
+
 def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """Filesystem and path of a local path or a URI such as ``s3://bucket/folder``.
 
@@ -90,7 +142,7 @@ class RunStore:
 
     def path(self, relative: str) -> str:
         """The path on the store's filesystem."""
-        return f"{self.root}/{relative}"
+        return f"{self.root}/{relative}".rstrip("/")
 
     def uri(self, relative: str = "") -> str:
         """The address for users and other stores; on a local disk the absolute path."""
@@ -98,9 +150,11 @@ class RunStore:
             return self.root if self.is_local else self._uri
         return self.path(relative) if self.is_local else join_uri(self._uri, relative)
 
+    @retried
     def exists(self, relative: str) -> bool:
         return self.fs.get_file_info(self.path(relative)).type != pafs.FileType.NotFound
 
+    @retried
     def names(self, folder: str, suffix: str = "") -> list[str]:
         """Sorted names of the files in a folder; empty if there is no such folder.
 
@@ -110,6 +164,7 @@ class RunStore:
         found = [info.base_name for info in self.fs.get_file_info(selector) if info.is_file]
         return sorted(n for n in found if n.endswith(suffix) and not n.endswith(_UNFINISHED))
 
+    @retried
     def folders(self, folder: str) -> list[str]:
         """Sorted names of the folders in a folder."""
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
@@ -117,14 +172,33 @@ class RunStore:
             i.base_name for i in self.fs.get_file_info(selector) if i.type == pafs.FileType.Directory
         )
 
+    @retried
     def delete(self, relative: str) -> None:
         """Delete a file; a missing file is not an error."""
         with suppress(FileNotFoundError):
             self.fs.delete_file(self.path(relative))
 
-    def write_bytes(self, relative: str, content: bytes) -> None:
-        """Write a complete file, atomically."""
-        with self.writing(relative) as stream:
+    @retried
+    def delete_folder(self, relative: str) -> None:
+        """Delete a folder and all in it; a missing folder is not an error."""
+        with suppress(FileNotFoundError):
+            self.fs.delete_dir(self.path(relative))
+
+    @retried
+    def upload(self, folder: str | Path, relative: str) -> None:
+        """Copy the files of a local folder, one by one, into a folder of the run."""
+        self.fs.create_dir(self.path(relative), recursive=True)
+        pafs.copy_files(str(folder), self.path(relative), pafs.LocalFileSystem(), self.fs)
+
+    @retried
+    def download(self, relative: str, to: str | Path) -> None:
+        """Copy a file to a local path, or the files of a folder to a local folder that exists."""
+        pafs.copy_files(self.path(relative), str(to), self.fs, pafs.LocalFileSystem())
+
+    @retried
+    def write_bytes(self, relative: str, content: Any, replace: bool = True) -> None:
+        """Write a complete file, atomically, from bytes or a buffer. See :meth:`writing`."""
+        with self.writing(relative, replace) as stream:
             stream.write(content)
 
     @contextmanager
@@ -155,6 +229,13 @@ class RunStore:
                 self.fs.delete_file(place)
             raise
 
+    @retried
+    def read_at(self, relative: str, size: int, start: int) -> bytes:
+        """``size`` bytes of a file from byte ``start`` on."""
+        with self.fs.open_input_file(self.path(relative)) as file:
+            return file.read_at(size, start)
+
+    @retried
     def read_bytes(self, relative: str) -> bytes:
         with self.fs.open_input_stream(self.path(relative), compression=None) as stream:
             return stream.read()
@@ -172,16 +253,17 @@ class RunStore:
         """Write a parquet file, atomically; its schema should be one of ``tables``. See :meth:`writing`."""
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer, row_group_size=row_group_size, compression="zstd")
-        with self.writing(relative, replace) as stream:
-            stream.write(buffer.getvalue())
+        self.write_bytes(relative, buffer.getvalue(), replace)
 
     def read_table(self, relative: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Read a parquet file, or some of its columns. Raises ConfigError if it is damaged."""
+        with self._naming(relative):
+            return self._read_parquet(relative, columns)
+
+    @retried
+    def _read_parquet(self, relative: str, columns: Sequence[str] | None) -> pa.Table:
         # Not pq.read_table, which costs two more requests to an object store for the file's size.
-        with (
-            self._naming(relative),
-            pq.ParquetFile(self.path(relative), filesystem=self.fs, pre_buffer=True) as file,
-        ):
+        with pq.ParquetFile(self.path(relative), filesystem=self.fs, pre_buffer=True) as file:
             return file.read(columns=None if columns is None else list(columns))
 
     @contextmanager

@@ -39,6 +39,7 @@ from llkd_ray.storage.run_dir import (
     TRAINED,
     RunStore,
     predictions_file,
+    retried,
     round_file,
     ticket_file,
 )
@@ -340,6 +341,7 @@ class Examples:
         back[order] = np.arange(order.size)
         return take_rows(table, back)
 
+    @retried
     def _read_shard(self, shard: int, positions: np.ndarray, columns: Sequence[str]) -> pa.Table:
         """Rows of one shard at ascending positions (int64[n])."""
         path = self.store.path(self.shards[shard].file)

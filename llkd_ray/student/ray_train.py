@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import ray.train.torch
 import torch
 import torch.distributed as dist
@@ -238,19 +237,17 @@ class StudentWorker:
         trained again, because its end was not recorded, breaks that list, and with it every resume.
         """
         place = f"{CHECKPOINTS_DIR}/{ROUND_PREFIX}{k:04d}-{uuid.uuid4().hex[:8]}"
-        target = self.store.path(place)
         with tempfile.TemporaryDirectory() as folder:
             self.student.module.save_pretrained(folder)
             self.student.tokenizer.save_pretrained(folder)
-            self.store.fs.create_dir(target, recursive=True)
-            pafs.copy_files(folder, target, destination_filesystem=self.store.fs)
+            self.store.upload(folder, place)
         return place
 
     def _drop_old_checkpoints(self, k: int) -> None:
         """Delete those before the last two rounds: a stale rank, presumed dead, cannot delete newer ones."""
         for name in self.store.folders(CHECKPOINTS_DIR):
             if name.startswith(ROUND_PREFIX) and int(name.split("-")[1]) < k - 1:
-                self.store.fs.delete_dir(self.store.path(f"{CHECKPOINTS_DIR}/{name}"))
+                self.store.delete_folder(f"{CHECKPOINTS_DIR}/{name}")
 
     def _build(self) -> Student:
         device = ray.train.torch.get_device()
@@ -266,8 +263,7 @@ class StudentWorker:
         from transformers import AutoModelForSequenceClassification
 
         with tempfile.TemporaryDirectory() as folder:
-            source = self.store.path(last["checkpoint"])
-            pafs.copy_files(source, folder, source_filesystem=self.store.fs)
+            self.store.download(last["checkpoint"], folder)
             saved = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
             self.student.module.load_state_dict(saved.state_dict())
 
