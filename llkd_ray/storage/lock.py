@@ -1,10 +1,12 @@
 """The lock of a run directory: one driver at a time, and only the newest incarnation of each actor.
 
-A driver or actor that starts work writes an epoch: a file named after a number one above all others and after
-the driver's session. The newest epoch holds the lock. An actor checks its :class:`Fence` before it writes
+A driver or actor that starts work writes an epoch: a file whose name is the next free number and whose
+content is its owner. The newest epoch holds the lock. An actor checks its :class:`Fence` before it writes
 files that only the newest incarnation may write, so an actor wrongly considered dead is stopped there. A
-driver sends heartbeats as an increasing count, so clocks need not agree: if the last driver's count no longer
-increases, its run may be taken over.
+shared volume may show an old list of a folder's files, so a number is taken by creating its file, which only
+one can, and after the list the next numbers are looked for by name. On an object store the last of two
+writers of a number owns it. A driver sends heartbeats as an increasing count, so clocks need not agree: if
+the last driver's count no longer increases, its run may be taken over.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -41,22 +43,27 @@ class Superseded(RuntimeError):
 class Fence:
     """Checks that its owner's epoch is still the newest."""
 
-    def __init__(self, store: RunStore, session: str, number: int | None = None) -> None:
-        """With a ``number``, only that epoch belongs to the owner; otherwise all epochs of the session do."""
-        self.store, self.session, self.number = store, session, number
+    def __init__(self, store: RunStore, session: str, actor: str = "") -> None:
+        """With an ``actor``, only its own epoch is the owner's; otherwise all epochs of the session are."""
+        self.store, self.session, self.actor = store, session, actor
         self._looked = -THROTTLE_S
 
     @classmethod
     def claim(cls, store: RunStore, session: str) -> Fence:
         """Write a new epoch."""
-        number = max((n for n, _ in _epochs(store)), default=0) + 1
-        store.write_bytes(f"{EPOCHS_DIR}/{number:06d}-{session}", b"")
-        return cls(store, session, number)
+        fence = cls(store, session, uuid.uuid4().hex)
+        number = _newest(store) + 1
+        while True:
+            with suppress(FileExistsError):
+                store.write_bytes(_file(number), f"{session} {fence.actor}".encode(), replace=False)
+                return fence
+            number += 1
 
     def check(self) -> None:
-        """Raise :class:`Superseded` if a newer epoch exists; costs one listing of a small folder."""
-        number, session = max(_epochs(self.store))
-        if session != self.session or self.number not in (None, number):
+        """Raise :class:`Superseded` if a newer epoch exists; costs three requests for small files."""
+        number = _newest(self.store)
+        session, actor = _owner(self.store, number)
+        if session != self.session or (self.actor and actor != self.actor):
             raise Superseded(
                 f"{self.store.root}: epoch {number} of session {session} has taken over this run"
             )
@@ -137,10 +144,10 @@ def hold_lock(store: RunStore, say: Callable[[str], None] = print) -> Iterator[S
 
 def wait_until_free(store: RunStore, say: Callable[[str], None]) -> None:
     """Return once the last driver has ended or is considered dead; raises ConfigError if it is alive."""
-    epochs = _epochs(store)
-    if not epochs:
+    number = _newest(store)
+    if not number:
         return
-    file = f"{SESSIONS_DIR}/{max(epochs)[1]}.json"
+    file = f"{SESSIONS_DIR}/{_owner(store, number)[0]}.json"
     last = store.read_json(file)
     if _has_ended(last):
         return
@@ -167,8 +174,10 @@ def driver_is_alive(store: RunStore) -> bool:
 
     For display only: a driver that was killed on another host still counts as alive.
     """
-    epochs = _epochs(store)
-    return bool(epochs) and not _has_ended(store.read_json(f"{SESSIONS_DIR}/{max(epochs)[1]}.json"))
+    number = _newest(store)
+    if not number:
+        return False
+    return not _has_ended(store.read_json(f"{SESSIONS_DIR}/{_owner(store, number)[0]}.json"))
 
 
 def _in_use(store: RunStore, who: str) -> str:
@@ -184,7 +193,19 @@ def _identity() -> dict[str, Any]:
     return {"host": f"{socket.gethostname()} {namespace}".strip(), "pid": os.getpid()}
 
 
-def _epochs(store: RunStore) -> list[tuple[int, str]]:
-    """Number and session of all epochs."""
-    parts = (name.partition("-") for name in store.names(EPOCHS_DIR))
-    return [(int(number), session) for number, _, session in parts]
+def _newest(store: RunStore) -> int:
+    """Number of the newest epoch, from 1; 0 if there is none."""
+    number = max((int(name) for name in store.names(EPOCHS_DIR)), default=0)
+    while store.exists(_file(number + 1)):
+        number += 1
+    return number
+
+
+def _owner(store: RunStore, number: int) -> tuple[str, str]:
+    """The session and the actor that wrote an epoch."""
+    session, _, actor = store.read_bytes(_file(number)).decode().partition(" ")
+    return session, actor
+
+
+def _file(number: int) -> str:
+    return f"{EPOCHS_DIR}/{number:06d}"

@@ -71,12 +71,12 @@ def test_what_an_attempt_with_other_settings_has_left_is_deleted(store):
     """A corpus that was read with other settings would otherwise be taken for this one's."""
     store.delete(ticket_file(LABELS_DIR, 0))
     store.write_bytes(EXAMPLES_INDEX, b"")
-    store.write_bytes(f"{EPOCHS_DIR}/000001-a", b"")
+    store.write_bytes(f"{EPOCHS_DIR}/000001", b"a b")
     loop._write_config(store, run_config(store))
     assert store.exists(EXAMPLES_INDEX), "the same settings go on from it"
     loop._write_config(store, make_config(corpus={"text": "body"}))
     assert not store.exists(EXAMPLES_INDEX)
-    assert store.exists(f"{EPOCHS_DIR}/000001-a"), "the lock stays"
+    assert store.exists(f"{EPOCHS_DIR}/000001"), "the lock stays"
 
 
 def test_gpus_are_decided_for_this_start_only(tmp_path, monkeypatch):

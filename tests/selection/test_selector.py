@@ -692,8 +692,8 @@ class TestFence:
                 await call
         assert everything_below(bench.store) == files
         assert (await newest.select(1))["selected"] > 0
-        Fence.claim(bench.store, "another driver")
-        with pytest.raises(Superseded, match="another driver"):
+        Fence.claim(bench.store, "another-driver")
+        with pytest.raises(Superseded, match="another-driver"):
             await newest.assert_owner()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,9 @@ class TestFence:
             of_session.check()
 
     def test_of_two_with_the_same_number_one_is_in_charge(self, store):
-        claims = [Fence(store, session, 1) for session in ("b", "a", "c")]
-        for claim in claims:
-            store.write_bytes(f"{EPOCHS_DIR}/000001-{claim.session}", b"")
+        claims = [Fence(store, session, f"actor-{session}") for session in ("b", "a", "c")]
+        for claim in claims:  # on an object store, where each saw no file yet
+            store.write_bytes(f"{EPOCHS_DIR}/000001", f"{claim.session} {claim.actor}".encode())
         standing = []
         for claim in claims:
             try:
@@ -58,6 +59,36 @@ class TestFence:
             except Superseded:
                 pass
         assert standing == ["c"]
+
+    def test_an_old_list_of_the_folder_misleads_nobody(self, store, monkeypatch):
+        """As a shared volume shows it for a while."""
+        first = Fence.claim(store, "a")
+        monkeypatch.setattr(RunStore, "names", lambda self, folder, suffix="": ["000001"])
+        second, third = Fence.claim(store, "b"), Fence.claim(store, "b")
+        third.check()
+        for old in (first, second):
+            with pytest.raises(Superseded, match="epoch 3 of session b"):
+                old.check()
+
+    def test_of_many_that_claim_at_once_one_is_in_charge(self, store):
+        start, claims = threading.Barrier(8), []
+
+        def claim(session: str) -> None:
+            start.wait()
+            claims.append(Fence.claim(store, session))
+
+        threads = [threading.Thread(target=claim, args=(f"s{n}",)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert store.names(EPOCHS_DIR) == [f"{n:06d}" for n in range(1, 9)]
+        standing = 0
+        for one in claims:
+            with suppress(Superseded):
+                one.check()
+                standing += 1
+        assert standing == 1
 
     def test_now_and_then_is_not_every_time(self, store, monkeypatch):
         fence = Fence.claim(store, "a")
