@@ -92,6 +92,12 @@ class ServerConfig(Section):
         description="Environment variable with the key, set where the teacher's actors run; without it no"
         " key is sent.",
     )
+    cache_as: str | None = Field(
+        None,
+        min_length=1,
+        description="Name of the server for the cache of answers; null: its base_url. Give one if the same "
+        "model is served at changing addresses.",
+    )
     tokenizer: OptionalModel = Field(
         None,
         description="Checkpoint folder or hub name of the served model's tokenizer. With it, prompts are "

@@ -51,6 +51,15 @@ def load_tokenizer(source: str, revision: str | None, field: str) -> Any:
     return tokenizer
 
 
+def commit_of(model: str, revision: str | None) -> str | None:
+    """The commit in the hub's cache that a branch or tag stands for, once a file of it has been loaded.
+
+    None for a folder. A branch may move to other weights, a commit cannot.
+    """
+    folder = None if _is_folder(model) else _cached_folder(model, revision)
+    return folder.name if folder else None
+
+
 def size_on_disk(model: str) -> int | None:
     """Bytes of a checkpoint's weights in a folder or in the hub's cache; None if they are not stored locally.
 
@@ -65,13 +74,13 @@ def size_on_disk(model: str) -> int | None:
     return None
 
 
-def _cached_folder(name: str) -> Path | None:
-    """The folder in the hub's cache with a model's newest files."""
+def _cached_folder(name: str, revision: str | None = None) -> Path | None:
+    """The folder in the hub's cache with a model's files, by default the newest ones."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        file = try_to_load_from_cache(name, "config.json")
+        file = try_to_load_from_cache(name, "config.json", revision=revision or "main")
     except HFValidationError:
         return None  # a path
     return Path(file).parent if isinstance(file, str) else None
@@ -122,7 +131,9 @@ def inspect(model: str, revision: str | None = None, max_tokens: int | None = No
     if max_tokens is not None and max_tokens > reads:
         raise ConfigError(f"--max-tokens: {max_tokens} is too long, {model!r} reads {reads}: lower it")
     is_hub_name = not (_is_folder(source) or "://" in source)
-    fingerprint = f"commit {getattr(config, '_commit_hash', None)}" if is_hub_name else _fingerprint(source)
+    if is_hub_name:
+        revision = commit_of(source, revision) or revision  # workers that come later load the same one
+    fingerprint = f"commit {revision}" if is_hub_name else _fingerprint(source)
     tokens = max_tokens or min(reads, trained_tokens or reads)
     return Checkpoint(source, revision, labels, tokens, fingerprint)
 

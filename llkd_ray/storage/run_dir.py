@@ -38,6 +38,8 @@ EXAMPLES_INDEX = "examples/index.json"
 LABELS_DIR = "labels"
 SMALL_DIR = "labels-small"
 """Answers of a cascade's small teacher, before the large one is asked."""
+SCORES_METHOD = "scores.json"
+"""File with the labels of a server: the method that ``server.scores: auto`` found."""
 CALIBRATION = "calibration.json"
 LEASES_DIR = "leases"
 SENT_DIR = "sent"
@@ -242,6 +244,12 @@ class RunStore:
 
     def write_json(self, relative: str, value: Any) -> None:
         self.write_bytes(relative, json.dumps(value, indent=1, ensure_ascii=False).encode())
+
+    def write_json_once(self, relative: str, value: Any) -> Any:
+        """Write a JSON file unless it exists; returns what the file holds."""
+        with suppress(FileExistsError):
+            self.write_bytes(relative, json.dumps(value).encode(), replace=False)
+        return self.read_json(relative)
 
     def read_json(self, relative: str) -> Any:
         with self._naming(relative):

@@ -16,6 +16,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ import pyarrow.parquet as pq
 
 from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.storage import tables
-from llkd_ray.storage.run_dir import RunStore
+from llkd_ray.storage.run_dir import SCORES_METHOD, RunStore
 
 READERS = 8
 """Threads that read label files."""
@@ -53,8 +54,9 @@ _NEEDED = ("text_hash", "member", "probs")
 def answer_key(teacher: TeacherConfig, names: Sequence[str], prompt_hash: str) -> str:
     """A short key of everything that determines one teacher's (not a cascade's) answer to a text.
 
-    Parallelism, the server's address and the processing of answers are not part of it. A checkpoint folder
-    is identified by its path and the names, sizes and times of its files, so that retraining into the same
+    Parallelism and the processing of answers are not part of it. A server is identified by its address, since
+    different models may have the same name, unless ``server.cache_as`` names it. A checkpoint folder is
+    identified by its path and the names, sizes and times of its files, so that retraining into the same
     folder gives a different teacher; call this on the machine that has the folder. Raises ValueError for a
     teacher that sends no requests.
     """
@@ -78,7 +80,8 @@ def answer_key(teacher: TeacherConfig, names: Sequence[str], prompt_hash: str) -
     if teacher.kind == "openai":
         assert teacher.server is not None
         server = teacher.server
-        decisive["server"] = [server.scores, server.top_logprobs, _source(server.tokenizer)]
+        where = server.cache_as or server.base_url.rstrip("/").lower()
+        decisive["server"] = [where, server.scores, server.top_logprobs, _source(server.tokenizer)]
         may_vote = may_vote or server.scores in ("votes", "auto")
     if may_vote:
         confidence = teacher.confidence
@@ -203,6 +206,13 @@ class AnswerCache:
 
     def __len__(self) -> int:
         return self._hash_K.size
+
+    def scores_method(self) -> str | None:
+        """The method of the earliest run whose answers are reused, see ``server.scores``; None if unknown."""
+        for store in dict.fromkeys(file.store for file in self._files):
+            with suppress(OSError, ValueError):
+                return str(store.read_json(SCORES_METHOD))
+        return None
 
     def find(self, text_hash_N: np.ndarray) -> tuple[np.ndarray, pa.Table]:
         """bool[N]: which texts have an answer; and those answers, rows of LABELS in the same order.

@@ -16,6 +16,7 @@ from llkd_ray.config.teacher import Demonstration, DrawnDemonstrations, PromptCo
 from llkd_ray.corpus import sources
 from llkd_ray.corpus.cleaning import NO_GOLD, Cleaner, Refusal
 from llkd_ray.corpus.readers import read_rows
+from llkd_ray.storage.checkpoints import commit_of
 from llkd_ray.storage.run_dir import join_uri
 from llkd_ray.teacher.base import Teacher
 from llkd_ray.teacher.cache import answer_key
@@ -30,17 +31,22 @@ MAX_LENGTH = 8192
 
 
 def make_teacher(
-    teacher: TeacherConfig, labels: LabelsConfig, on_start: Callable[[float], None], prestart: bool = False
+    teacher: TeacherConfig,
+    labels: LabelsConfig,
+    on_start: Callable[[float], None],
+    agree: Callable[[str | None], str | None],
+    prestart: bool = False,
 ) -> Teacher:
     """Create the teacher of the settings; ``on_start`` gets the seconds that an engine took to start.
 
-    ``prestart``: an engine will be needed soon, so start the preparations that can run in advance.
+    ``agree``: see :class:`OpenAITeacher`. ``prestart``: an engine will be needed soon, so start the
+    preparations that can run in advance.
     """
     match teacher.kind:
         case "vllm":
             return VllmTeacher(teacher, labels, on_start, prestart)
         case "openai":
-            return OpenAITeacher(teacher, labels)
+            return OpenAITeacher(teacher, labels, agree)
         case "recorded":
             assert teacher.recorded is not None
             return RecordedTeacher(teacher.recorded, labels.names)
@@ -91,32 +97,38 @@ def cache_key(config: Config, teacher: TeacherConfig) -> str | None:
 
 
 def self_contained(config: Config) -> Config:
-    """The config with all that files decide: its prompts' templates and drawn examples, a model's length.
+    """The config with all that files decide: prompts with their examples, a model's commit and length.
 
-    Other machines may not have the files, and their content may change before a resume.
+    Other machines may not have the files, and their content may change before a resume, as may the branch of
+    a hub model.
     """
     members: dict[str, TeacherConfig] = {}
     for name, teacher in config.teacher.members():
         prompt = inline_template(teacher.prompt)
         prompt = with_demonstrations(prompt, config.labels, f"{member_field(name)}.prompt.draw")
-        length = teacher.max_model_len
-        if teacher.kind == "vllm" and length is None:
-            length = model_length(teacher)
-        members[name] = teacher.model_copy(update={"prompt": prompt, "max_model_len": length})
+        decided: dict[str, Any] = {"prompt": prompt}
+        if teacher.kind == "vllm":
+            commit, length = _commit_and_length(teacher)
+            decided |= {"revision": commit, "max_model_len": teacher.max_model_len or length}
+        members[name] = teacher.model_copy(update=decided)
     return config.model_copy(update={"teacher": config.teacher.with_members(members)})
 
 
-def model_length(teacher: TeacherConfig) -> int | None:
-    """Tokens that the model reads, at most MAX_LENGTH; None if that cannot be known from its config.json."""
+def _commit_and_length(teacher: TeacherConfig) -> tuple[str | None, int | None]:
+    """The commit of a hub model, and the tokens that a model reads, at most MAX_LENGTH.
+
+    As far as its config.json tells: of a folder there is no commit, and a length may be unknown.
+    """
     from transformers import AutoConfig
 
     assert teacher.model is not None
     try:
         config = AutoConfig.from_pretrained(teacher.model, revision=teacher.revision or "main")
     except (OSError, ValueError, KeyError):
-        return None  # the check of the model says why
+        return teacher.revision, None  # the check of the model says why
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if positions is None else min(positions, MAX_LENGTH)
+    length = None if positions is None else min(positions, MAX_LENGTH)
+    return commit_of(teacher.model, teacher.revision) or teacher.revision, length
 
 
 def with_demonstrations(

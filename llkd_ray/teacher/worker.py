@@ -31,6 +31,7 @@ from llkd_ray.storage.run_dir import (
     ENGINES_DIR,
     LABELS_DIR,
     NO_LABEL,
+    SCORES_METHOD,
     SMALL_DIR,
     RunStore,
     teacher_quarantine_file,
@@ -162,13 +163,29 @@ class TeacherWorker:
         labels = self.config.labels
         folder = cache_folder(self.config, self.teacher_config)
         if folder is not None and self._key is not None:
-            own = self.store.uri(SMALL_DIR if self.name == "small" else LABELS_DIR)
+            own = self.store.uri(self._labels_dir)
             self._cache = AnswerCache.open(folder, self._key, len(labels.names), own)
             register(folder, self._key, own, self.member)
         if self._teacher is None:
             self._teacher = make_teacher(
-                self.teacher_config, labels, self._note_start, prestart=not self._cache
+                self.teacher_config, labels, self._note_start, self._agree, prestart=not self._cache
             )
+
+    @property
+    def _labels_dir(self) -> str:
+        return SMALL_DIR if self.name == "small" else LABELS_DIR
+
+    def _agree(self, found: str | None) -> str | None:
+        """The method of scoring that is kept with this run's labels, or with the earlier ones it reuses.
+
+        Where there is none, ``found`` becomes it. Answers of one run must not come from several methods: a
+        single odd reply would decide it for one actor, and votes are coarser than probabilities.
+        """
+        file = f"{self._labels_dir}/{SCORES_METHOD}"
+        if self.store.exists(file):
+            return str(self.store.read_json(file))
+        found = (self._cache.scores_method() if self._cache else None) or found
+        return None if found is None else str(self.store.write_json_once(file, found))
 
     def _reuse(self, hash_M: np.ndarray, texts: pa.Table) -> tuple[np.ndarray, pa.Table]:
         """bool[M]: which texts have an answer of an earlier run; and LABELS of those, as this run's."""

@@ -228,6 +228,9 @@ class TestKey:
                 for n, t in ((10, 0.7), (20, 0.7), (10, 1.0))
             ),
             served(),
+            served(base_url="http://two:8000/v1"),  # another model may have the same name there
+            served(base_url="http://one:8001/v1"),
+            served(cache_as="ours"),
             served(scores="label_ids"),
             served(top_logprobs=5),
             served(tokenizer="org/t"),
@@ -250,9 +253,9 @@ class TestKey:
     def test_what_does_not_decide_it_changes_nothing(self, changes):
         assert key(**changes) == key()
 
-    def test_a_served_model_is_the_same_wherever_it_is_served(self):
-        elsewhere = served(base_url="http://two/v1", concurrency=3, api_key_env="X")
-        assert elsewhere == served({"samples": 50}) == served()
+    def test_a_served_model_is_the_same_as_one_that_is_called_so(self):
+        assert served(base_url="http://ONE:8000/v1/", concurrency=3, api_key_env="X") == served()
+        assert served(cache_as="ours") == served({"samples": 50}, cache_as="ours", base_url="http://two/v1")
 
     def test_a_checkpoint_trained_anew_is_another_teacher(self, tmp_path, monkeypatch):
         folder = tmp_path / "model"

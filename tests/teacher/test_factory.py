@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 from toys import NAMES, make_config, toy_texts, write_answers, write_corpus
 from transformers import AutoConfig
 
@@ -29,7 +31,12 @@ from llkd_ray.teacher.openai.teacher import OpenAITeacher
 from llkd_ray.teacher.recorded import RecordedTeacher
 from llkd_ray.teacher.vllm.teacher import VllmTeacher
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SERVER = {"base_url": "http://127.0.0.1:9/v1"}
+
+
+def nothing_agreed(found: str | None) -> str | None:
+    return found
 
 
 def vllm(model: Any, **settings: Any) -> dict[str, Any]:
@@ -59,7 +66,7 @@ class TestMake:
         started: list[float] = []
         kinds = ((vllm(tiny_llm), VllmTeacher), (openai(), OpenAITeacher), (recorded, RecordedTeacher))
         for tree, kind in kinds:
-            teacher = make_teacher(teacher_of(tree), make_config().labels, started.append)
+            teacher = make_teacher(teacher_of(tree), make_config().labels, started.append, nothing_agreed)
             assert type(teacher) is kind
             teacher.close()
         assert started == [], "an engine is not started before it is asked"
@@ -67,7 +74,7 @@ class TestMake:
     def test_a_cascade_is_its_members(self, recorded):
         teacher = teacher_of(cascade(recorded, recorded))
         with pytest.raises(AssertionError, match="asked by its members"):
-            make_teacher(teacher, make_config().labels, lambda seconds: None)
+            make_teacher(teacher, make_config().labels, lambda seconds: None, nothing_agreed)
 
 
 class TestCheck:
@@ -160,6 +167,23 @@ class TestSelfContained:
             file.unlink()
         assert self_contained(whole) == whole
         assert whole.model_copy(update={"teacher": config.teacher}) == config, "nothing else is touched"
+
+    def test_a_branch_of_the_hub_becomes_a_commit(self, tmp_path, tiny_llm, monkeypatch):
+        """The branch may move, and answers of another model must not be reused."""
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        model = tmp_path / "models--org--llm"
+        keys = []
+        for commit in (COMMIT, COMMIT[::-1]):
+            shutil.copytree(tiny_llm, model / "snapshots" / commit)
+            (model / "refs").mkdir(exist_ok=True)
+            (model / "refs/main").write_text(commit)
+            config = self_contained(make_config(teacher=vllm("org/llm")))
+            assert config.teacher.revision == commit
+            assert self_contained(config) == config
+            keys.append(cache_key(config, config.teacher))
+        assert len(set(keys)) == 2
+        assert self_contained(make_config(teacher=vllm(tiny_llm))).teacher.revision is None
 
     def test_of_each_teacher_of_a_cascade(self, prompt):
         config = make_config(teacher=cascade(openai(prompt=prompt), openai()))

@@ -450,7 +450,7 @@ class TestTeacher:
         """What teachers were made of; each hears of its engine's start when it is made."""
         made = []
 
-        def make(settings, labels, on_start, prestart):
+        def make(settings, labels, on_start, agree, prestart):
             made.append((settings, labels, prestart, FakeTeacher()))
             on_start(12.5)
             return made[-1][3]
@@ -489,6 +489,29 @@ class TestTeacher:
         self.worker(bench, config, key=cache_key(config, config.teacher)).close()
         wait_until(lambda: made and made[0][3].is_closed)
         assert [prestart for _, _, prestart, _ in made] == [False]
+
+    def test_actors_and_later_runs_agree_on_one_method(self, bench, monkeypatch):
+        """Probabilities of one run must not be partly votes because one actor saw an odd reply."""
+        agreements: list[Callable[[str | None], str | None]] = []
+
+        def make(settings, labels, on_start, agree, prestart):
+            agreements.append(agree)
+            return FakeTeacher()
+
+        monkeypatch.setattr(worker_module, "make_teacher", make)
+        config = bench.config()
+        key = cache_key(config, config.teacher)
+        for n, run in enumerate(("first", "first", "other"), start=1):
+            TeacherWorker(config, bench.store(run).root, 0, not_reserved, key=key)
+            wait_until(lambda n=n: len(agreements) == n)
+        one, two, other = agreements
+        assert one(None) is None
+        assert one("label_ids") == two("votes") == two(None) == "label_ids"
+        assert other("votes") == "votes", "a run without labels of others finds its own"
+        bench.ask("first", leased(0, [0]))
+        TeacherWorker(config, bench.store("second").root, 0, not_reserved, key=key)
+        wait_until(lambda: len(agreements) == 4)
+        assert agreements[3](None) == "label_ids", "as the answers that it reuses"
 
     def test_what_keeps_it_from_being_made_is_told_to_all_who_ask(self, bench, monkeypatch):
         def make(*arguments, **more):

@@ -1,8 +1,8 @@
 """The teacher on a server with an OpenAI-compatible API.
 
 Servers differ in the probabilities they return: of exactly the labels' tokens (vLLM), of the likeliest
-tokens (OpenAI and most others), or none, only answers. The first request detects this, unless
-``server.scores`` is set.
+tokens (OpenAI and most others), or none, only answers. Unless ``server.scores`` is set, requests with a
+neutral text find out, before the first text; all actors of a run then use the same method.
 
 Shapes in names: N texts of one call, C labels.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,18 +29,29 @@ from llkd_ray.teacher.openai.scoring import ByLabelIds, ByTopLogprobs, ByVotes, 
 from llkd_ray.teacher.prompt import Prompt, build_prompt, label_sequences
 
 logger = logging.getLogger(__name__)
+NEUTRAL = "This is an example."
+"""The text that the methods are tried with: what a user's text says decides nothing."""
+TRIES = 2
+"""Replies without probabilities, after which a server is taken to give none by a method."""
 
 
 class OpenAITeacher:
     """A :class:`~llkd_ray.teacher.base.Teacher` that is a client of a server; belongs to one event loop."""
 
-    def __init__(self, teacher: TeacherConfig, labels: LabelsConfig) -> None:
+    def __init__(
+        self,
+        teacher: TeacherConfig,
+        labels: LabelsConfig,
+        agree: Callable[[str | None], str | None] = lambda found: found,
+    ) -> None:
+        """``agree``: given the method that this actor found, or None, returns the one that all actors use."""
         self.teacher = teacher
+        self._agree = agree
         self.n_classes = len(labels.names)
         self.client = ServerClient(teacher)
         self.methods, _ = possible_methods(teacher, labels, "teacher")
         self.method: ScoringMethod | None = None
-        """None until a first reply has shown what the server supports."""
+        """None until a first reply has shown that the server supports it."""
         self._deciding = asyncio.Lock()
 
     async def label(self, ids: Sequence[str], texts: Sequence[str], allowance: Allowance) -> Answers:
@@ -76,22 +87,48 @@ class OpenAITeacher:
         if self.method is None:
             async with self._deciding:
                 if self.method is None:
-                    self.method, scored = await self._find_method(text, meter)
-                    logger.info("%s: probabilities by %s", self.teacher.model, self.method.name)
+                    method = await self._find_method(meter)
+                    scored = await self._first_score(method, text, meter)
+                    self.method = method
+                    logger.info("%s: probabilities by %s", self.teacher.model, method.name)
                     return scored
         return await self.method.score(text, partial(self.client.post, meter=meter))
 
-    async def _find_method(self, text: str, meter: Meter) -> tuple[ScoringMethod, Scored]:
-        """Find the first method that the server supports, and its result for this text."""
-        post = partial(self.client.post, meter=meter, probing=True)
-        for method in self.methods[:-1]:
+    async def _find_method(self, meter: Meter) -> ScoringMethod:
+        """The method that the run's actors have agreed on, or else the first one that the server supports."""
+        if len(self.methods) == 1:
+            return self.methods[0]
+        name = await asyncio.to_thread(self._agree, None)
+        if name is None:
+            for method in self.methods:
+                if method is self.methods[-1] or await self._works(method, meter):
+                    break
+            name = await asyncio.to_thread(self._agree, method.name)
+        for method in self.methods:
+            if method.name == name:
+                return method
+        raise TeacherDown(
+            f"teacher.server.scores: the labels so far are by {name!r}, which is not possible with these "
+            "settings; set teacher.server as it was"
+        )
+
+    async def _works(self, method: ScoringMethod, meter: Meter) -> bool:
+        for _ in range(TRIES):
             try:
-                return method, await method.score(text, post)
-            except (NoScores, Refused, NotServed) as error:
-                logger.info("%s: no probabilities by %s (%s)", self.teacher.model, method.name, error)
-        method = self.methods[-1]
+                await method.score(NEUTRAL, partial(self.client.post, meter=meter, probing=True))
+                return True
+            except (Refused, NotServed) as error:
+                reason: Exception = error
+                break
+            except NoScores as error:
+                reason = error
+        logger.info("%s: no probabilities by %s (%s)", self.teacher.model, method.name, reason)
+        return False
+
+    async def _first_score(self, method: ScoringMethod, text: str, meter: Meter) -> Scored:
+        """Score a text by a method that may be set, or agreed on earlier, and that the server lacks."""
         try:
-            return method, await method.score(text, post)
+            return await method.score(text, partial(self.client.post, meter=meter, probing=True))
         except (NoScores, Refused) as error:
             if isinstance(error, Refused) and "logprob" not in str(error):
                 raise  # the text may be the cause

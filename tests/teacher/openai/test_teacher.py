@@ -241,28 +241,59 @@ def refuses(status: int, message: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("answer", "method", "in_vain"),
+    ("answer", "method", "tries"),
     [
-        (vllm_like(VOCABULARY), "label_ids", 0),
-        (ignores_ids, "top_logprobs", 1),
-        (refuses(400, "logprob_token_ids: unknown field"), "top_logprobs", 1),
-        (refuses(404, "not found"), "top_logprobs", 1),
-        (refuses(405, ""), "top_logprobs", 1),
-        (no_chat_scores, "votes", 2),
+        (vllm_like(VOCABULARY), "label_ids", 1),
+        (ignores_ids, "top_logprobs", 2 + 1),
+        (refuses(400, "logprob_token_ids: unknown field"), "top_logprobs", 1 + 1),
+        (refuses(404, "not found"), "top_logprobs", 1 + 1),
+        (refuses(405, ""), "top_logprobs", 1 + 1),
+        (no_chat_scores, "votes", 2 + 2),
     ],
     ids=["has it", "ignored", "refused", "no completions", "not allowed", "no scores at all"],
 )
-def test_auto_finds_the_best_way_and_pays_for_each_try_in_vain_once(answer, method, in_vain, tiny_llm):
+def test_auto_finds_the_best_way_with_a_text_of_its_own(answer, method, tries, tiny_llm):
     with StubServer(answer) as server:
         config = with_tokens(server.base_url, tiny_llm, server={"scores": "auto"})
         teacher = OpenAITeacher(config, LABELS)
         answers = ask(teacher, texts_of(5))
-        assert len(server.requests) == answers.usage.requests == 5 + in_vain
+        assert len(server.requests) == answers.usage.requests == tries + 5
     assert teacher.method is not None
     assert teacher.method.name == method
     if method != "label_ids":
         share = {"top_logprobs": 0.75, "votes": 1.0}[method]
         assert answers.probs_NC == pytest.approx(np.array([[0.0, share, 0.0]] * 5))
+
+
+def test_one_odd_reply_does_not_decide_and_what_is_agreed_holds(tiny_llm):
+    """One actor finds the method, the others use it: votes and probabilities are not mixed in a run."""
+    odd = iter([said(["C"], usage=usage(50, 1))])
+    chat = {"scores": "auto", "tokenizer": None}
+
+    def answer(request: Request) -> Response:
+        return next(odd, None) or likeliest({"C": 0.75}, usage=usage(50, 1))
+
+    agreed: list[str] = []
+
+    def agree(found: str | None) -> str | None:
+        agreed.extend([found] if found and not agreed else [])
+        return agreed[0] if agreed else None
+
+    with StubServer(answer) as server:
+        config = teacher_config(server.base_url, chat)
+        first = OpenAITeacher(config, LABELS, agree)
+        ask(first, texts_of(2))
+        assert agreed == ["top_logprobs"]
+        agreed[:] = ["votes"]
+        before = len(server.requests)
+        second = OpenAITeacher(config, LABELS, agree)
+        ask(second, texts_of(1))
+        assert second.method is not None
+        assert second.method.name == "votes"
+        assert all("logprobs" not in request.body for request in server.requests[before:])
+        agreed[:] = ["label_ids"]
+        with pytest.raises(TeacherDown, match=r"by 'label_ids'.*set teacher\.server as it was"):
+            ask(OpenAITeacher(config, LABELS, agree), texts_of(1))
 
 
 def test_the_first_text_may_be_a_bad_one(tiny_llm, tokenizer):
