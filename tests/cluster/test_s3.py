@@ -10,13 +10,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from failing_store import failing
 from transformers import pipeline
 
 from llkd_ray.storage.run_dir import RunStore
@@ -190,11 +191,22 @@ def test_a_run_with_everything_on_s3(toy_settings, own_cluster_env, server, buck
     assert sum(asked.values()) <= 25 * len(tickets) + 150 * 3
 
 
+@pytest.fixture
+def unsteady(server: Server) -> Iterator[Server]:
+    """The server, which fails one request in twenty."""
+    with failing("127.0.0.1", server.port) as front:
+        yield replace(server, port=front.server_port)
+        print(f"{front.failed} requests failed")
+        assert front.failed > 10
+
+
 @pytest.mark.long
-def test_driver_killed_in_mid_run_on_s3(toy_settings, own_cluster_env, server, bucket, tmp_path, driver):
+def test_driver_killed_in_mid_run_on_an_unsteady_server(
+    toy_settings, own_cluster_env, unsteady, bucket, tmp_path, driver
+):
     """The server's address is in the URIs this time, not in the environment."""
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(on_s3(toy_settings, bucket, server.options)))
-    env = own_cluster_env | server.keys
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(on_s3(toy_settings, bucket, unsteady.options)))
+    env = own_cluster_env | unsteady.keys
     store = RunStore(f"s3://{BUCKET}/runs/run")
     killed = driver.start(str(tmp_path / "config.yaml"), env=env)
     while not store.exists("rounds/0000/trained.json"):
@@ -206,7 +218,7 @@ def test_driver_killed_in_mid_run_on_s3(toy_settings, own_cluster_env, server, b
     first_round = store.read_bytes("rounds/0000/batch.parquet")
     assert before
 
-    resumed = driver.start("--resume", f"s3://{BUCKET}/runs/run{server.options}", env=env)
+    resumed = driver.start("--resume", f"s3://{BUCKET}/runs/run{unsteady.options}", env=env)
     assert resumed.wait(timeout=PATIENCE_S) == 0, driver.said()
     tables = {name: store.read_table(f"labels/{name}") for name in store.names("labels", ".parquet")}
     rows = Counter(row for table in tables.values() for row in table["row"].to_pylist())
