@@ -158,8 +158,10 @@ def kills(seed: int) -> dict[str, list[Kill]]:
     def training(victim: str, round_number: int) -> Kill:
         return Kill(victim, f"rounds/{round_number:04d}/selected.json", 1, rng.uniform(0, 1))
 
+    # Once a round is trained, the selector is given the scores of the next one.
+    scoring = Kill("selector", "rounds/0001/trained.json", 1, rng.uniform(0, 0.5))
     return {
-        "actors": [teaching("teacher"), training("student", 1), training("selector", 2)],
+        "actors": [teaching("teacher"), training("student", 1), scoring],
         "helpers": [teaching("leaser"), teaching("selector"), training("controller", 1)],
         "nodes": [teaching("node of teacher"), training("node of student", 1)],
         "driver": [teaching("driver"), training("driver", 1)],
