@@ -748,7 +748,7 @@ class TestTeachers:
         assert await still_waits(second), "the first may use less than it claimed"
         rows = bench.selector.leases.rows[0][:1]
         bench.write_labels(0, rows)
-        await bench.put(0, rows, bench.probs(rows), TOKENS)
+        await bench.put(0, rows, bench.probs(rows), TOKENS, "a")
         assert await released(second)
         assert not await bench.selector.reserve(1, "b", "teacher", usage(120))
         assert (await bench.selector.stats())["cap_reached"]
