@@ -118,6 +118,8 @@ class Selector:
 
     async def reserve(self, ticket: int, attempt: str, teacher: str, usage: dict[str, Any]) -> bool:
         """Whether a ticket may use this much more of a teacher; waits while others may release some."""
+        if not self.ledger.open:
+            self.fence.check_throttled()  # a newer selector does not know what this one grants
         claim = self._account(ticket, teacher), attempt, teacher, Usage(**usage)
         async with self.changed:
             while (verdict := self.ledger.reserve(*claim)) == "wait":
