@@ -61,8 +61,8 @@ class Bench:
     def write_labels(self, ticket, row_M):
         return put_label_file(self.store, ticket, row_M, self.probs(row_M), TOKENS)
 
-    async def put(self, ticket, row_M, probs_MC, tokens):
-        return await self.selector.put_labels(ticket, said(row_M, probs_MC, tokens))
+    async def put(self, ticket, row_M, probs_MC, tokens, attempt=None):
+        return await self.selector.put_labels(ticket, said(row_M, probs_MC, tokens, attempt))
 
     async def teach(self, ticket):
         row_M = await self.lease(ticket)
@@ -116,7 +116,7 @@ class Bench:
         return [self.batch(k)["row"].to_pylist() for k in range(rounds)]
 
 
-def said(row_M, probs_MC, tokens) -> TicketLabels:
+def said(row_M, probs_MC, tokens, attempt=None) -> TicketLabels:
     """What the one teacher of a run says to some rows."""
     usage = {"teacher": Usage(texts=len(row_M), requests=len(row_M), prompt_tokens=tokens)}
-    return TicketLabels(row_M, probs_MC, np.zeros(len(row_M), dtype=np.int8), usage, unasked=0)
+    return TicketLabels(row_M, probs_MC, np.zeros(len(row_M), dtype=np.int8), usage, 0, attempt)

@@ -118,6 +118,8 @@ class Selector:
 
     async def reserve(self, ticket: int, attempt: str, teacher: str, usage: dict[str, Any]) -> bool:
         """Whether a ticket may use this much more of a teacher; waits while others may release some."""
+        if not self.ledger.open:
+            self.fence.check_throttled()  # a newer selector does not know what this one grants
         claim = self._account(ticket, teacher), attempt, teacher, Usage(**usage)
         async with self.changed:
             while (verdict := self.ledger.reserve(*claim)) == "wait":
@@ -128,14 +130,16 @@ class Selector:
     async def put_labels(self, ticket: int, labels: TicketLabels) -> int:
         """Store the labels of a ticket, whose file exists; returns how many are new."""
         self.teachers.finished(ticket)
-        self._commit_usage(ticket, labels.usage)
+        self._commit_usage(ticket, labels.usage, labels.attempt)
         new = self.ingest.take(ticket, labels)
         await self._notify()
         return new
 
-    async def commit_usage(self, ticket: int, teacher: str, usage: dict[str, Any]) -> None:
+    async def commit_usage(
+        self, ticket: int, teacher: str, usage: dict[str, Any], attempt: str | None
+    ) -> None:
         """The small teacher of a cascade has finished a ticket: book its usage."""
-        self._commit_usage(ticket, {teacher: Usage(**usage)})
+        self._commit_usage(ticket, {teacher: Usage(**usage)}, attempt)
         await self._notify()
 
     async def give_back(self, ticket: int, teacher: str, actor: str, reason: str, call: str) -> None:
@@ -345,9 +349,9 @@ class Selector:
         members = list(self.teachers.members)
         return ticket * len(members) + members.index(teacher)
 
-    def _commit_usage(self, ticket: int, usage: Mapping[str, Usage]) -> None:
+    def _commit_usage(self, ticket: int, usage: Mapping[str, Usage], attempt: str | None = None) -> None:
         for teacher, one in usage.items():
-            self.ledger.commit(self._account(ticket, teacher), {teacher: one})
+            self.ledger.commit(self._account(ticket, teacher), {teacher: one}, attempt)
 
     async def _rows_of(self, ticket: int) -> Ints:
         if not self.schedule.is_fixed(ticket):

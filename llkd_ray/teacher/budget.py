@@ -25,9 +25,10 @@ class Ledger:
     A ticket's reservations stay until it is committed, and are then replaced by its actual usage. So the
     cap holds as long as nobody uses more than was granted, no matter which process dies and when.
 
-    *Attempts.* A ticket is processed by one attempt at a time. When a new attempt reserves, the older one's
-    reservations permanently count as spent, because it may have used them. Later calls of an older attempt,
-    and of any attempt at a committed ticket, are denied; so no repeated call can release what is used.
+    *Attempts.* A ticket's newest attempt holds its reservations; older ones are dead, or at work unnoticed.
+    When a new attempt reserves, the older one's reservations permanently count as spent, because it may have
+    used them. Later calls of an older attempt, and of any attempt at a committed ticket, are denied; so no
+    repeated call can release what is used. Of several attempts, any may finish first: :meth:`commit`.
 
     *Waiting.* Where a reservation would fit if other tickets turned out to use less than they hold, the
     answer is "wait": the caller retries once any ticket is committed. No ticket waits forever:
@@ -79,18 +80,20 @@ class Ledger:
         self._denied.add((ticket, teacher))
         return "denied"
 
-    def commit(self, ticket: int, usage: Mapping[str, Usage]) -> None:
-        """The ticket is finished with this usage, by teacher. Only the first call counts.
+    def commit(self, ticket: int, usage: Mapping[str, Usage], attempt: str | None) -> None:
+        """The ticket is finished with this usage of an attempt, by teacher. Only the first call counts.
 
-        A ticket may hold reservations of a teacher without any usage of it: an attempt died, and another one
-        reused existing answers. Such reservations permanently count as spent.
+        If that attempt holds the ticket's reservations, the usage replaces them. Another one, or None for an
+        unknown one, says nothing of what the holder used: what is held beyond this usage permanently counts
+        as spent. That is enough, because the usage of an older attempt has been counted as lost, too.
         """
         if ticket in self._committed:
             return
         self._committed.add(ticket)
         held = self._release(ticket)
-        unasked = {name: one for name, one in held.items() if not _has_asked(usage.get(name, Usage()))}
-        self._lost = add_usages(self._lost, unasked)
+        if attempt is None or attempt != self._attempt.get(ticket):
+            beyond = {name: _beyond(one, usage.get(name, Usage())) for name, one in held.items()}
+            self._lost = add_usages(self._lost, beyond)
         self._waiting.clear()
         self._answered = add_usages(self._answered, usage)
 
@@ -163,11 +166,11 @@ def _at_most(usage: Usage, price: PriceConfig) -> Decimal:
     return max(price.cost(usage.prompt_tokens, cached, usage.answer_tokens) for cached in none_or_all)
 
 
-def _has_asked(usage: Usage) -> bool:
-    return bool(usage.requests or usage.texts or usage.tokens)
-
-
 _COUNTED = ("texts", "prompt_tokens", "answer_tokens")
+
+
+def _beyond(held: Usage, used: Usage) -> Usage:
+    return Usage(**{name: max(0, getattr(held, name) - getattr(used, name)) for name in _COUNTED})
 
 
 class RemoteAllowance:

@@ -39,6 +39,8 @@ class TicketLabels:
     """By teacher."""
     unasked: int
     """Texts of the ticket that were not sent, because the cap was reached."""
+    attempt: str | None = None
+    """The attempt whose answers these are, if it notifies the selector itself."""
 
     @classmethod
     def empty(cls, n_classes: int) -> TicketLabels:

@@ -319,7 +319,8 @@ class Stage(ABC):
             assert done is not None
             return done
         await self.worker.clear_mark(answers)
-        return ticket_labels(labels, usage, unasked, len(self.config.labels.names))
+        done = ticket_labels(labels, usage, unasked, len(self.config.labels.names))
+        return replace(done, attempt=answers.mark)
 
     async def _write(
         self, folder: str, ticket: int, labels: pa.Table, usage: dict[str, Usage], unasked: int
@@ -393,7 +394,9 @@ class SmallStage(Stage):
             except FileExistsError:  # as in commit
                 return leased
             await self.worker.clear_mark(answers)
-            await self.selector.commit_usage.remote(ticket, self.worker.name, answers.usage.as_dict())
+            await self.selector.commit_usage.remote(
+                ticket, self.worker.name, answers.usage.as_dict(), answers.mark
+            )
         return leased
 
 

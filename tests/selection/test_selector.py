@@ -21,7 +21,7 @@ from toys import toy_texts
 from llkd_ray.config.base import ConfigError
 from llkd_ray.metrics.uncertainty import entropy, margin, support
 from llkd_ray.selection.selector import ScoresLost
-from llkd_ray.storage import tables
+from llkd_ray.storage import lock, tables
 from llkd_ray.storage.lock import Fence, Superseded
 from llkd_ray.storage.run_dir import (
     BATCH,
@@ -675,7 +675,9 @@ class TestDamage:
 class TestFence:
     """A selector whose node was lost may go on answering for a while after the next one has begun."""
 
-    async def test_one_that_was_replaced_writes_nothing_more(self, bench):
+    async def test_one_that_was_replaced_writes_and_grants_nothing_more(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(lock, "THROTTLE_S", 0.0)
+        bench = Bench(tmp_path / "run", budget={"cap": {"texts": 500}})
         await bench.round(0)
         await bench.teach_for(1)
         await bench.score(1)
@@ -686,6 +688,7 @@ class TestFence:
             stale.refresh_done(1, 0),
             stale.trained(1, {}),
             stale.lease(bench.schedule.tickets_before(1)),
+            stale.reserve(bench.schedule.tickets_before(1), "a", "teacher", Usage(texts=1).as_dict()),
         )
         for call in calls:
             with pytest.raises(Superseded):
@@ -748,7 +751,7 @@ class TestTeachers:
         assert await still_waits(second), "the first may use less than it claimed"
         rows = bench.selector.leases.rows[0][:1]
         bench.write_labels(0, rows)
-        await bench.put(0, rows, bench.probs(rows), TOKENS)
+        await bench.put(0, rows, bench.probs(rows), TOKENS, "a")
         assert await released(second)
         assert not await bench.selector.reserve(1, "b", "teacher", usage(120))
         assert (await bench.selector.stats())["cap_reached"]

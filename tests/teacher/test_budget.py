@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -40,8 +41,8 @@ class Books:
     def ask(self, ticket: int, tokens: int, attempt: str = "a", teacher: str = "small") -> str:
         return self.ledger.reserve(ticket, attempt, teacher, usage(tokens))
 
-    def commit(self, ticket: int, tokens: int) -> None:
-        self.ledger.commit(ticket, {"small": usage(tokens)})
+    def commit(self, ticket: int, tokens: int, attempt: str | None = "a") -> None:
+        self.ledger.commit(ticket, {"small": usage(tokens)}, attempt)
 
     @property
     def spent(self) -> int:
@@ -109,7 +110,7 @@ class TestDenied:
         assert books.open
         assert books.reserve(1, "a", "small", usage(10**12)) == "granted"
         assert books.spent == {}
-        books.commit(1, {"small": usage(7)})
+        books.commit(1, {"small": usage(7)}, "a")
         assert (books.spent, books.reached) == ({"small": usage(7)}, False)
 
 
@@ -125,7 +126,7 @@ class TestCost:
     def test_it_is_reserved_as_if_nothing_were_cached(self):
         books = Books(cost=3.0)
         assert books.ask(1, 1_000_000, teacher="large") == "granted"
-        books.ledger.commit(1, {"large": Usage(prompt_tokens=1_000_000, cached_tokens=900_000)})
+        books.ledger.commit(1, {"large": Usage(prompt_tokens=1_000_000, cached_tokens=900_000)}, "a")
         assert books.ledger.cost == pytest.approx(0.3 + 0.27)
         assert books.ask(2, 800_000, teacher="large") == "granted"
 
@@ -141,10 +142,19 @@ class TestWhoDiesOrComesTwice:
         assert books.spent == books.lost == 60
         assert books.ask(1, 1) == "denied", "the dead one speaks again"
         assert books.lost == 60
-        books.commit(1, 20)
+        books.commit(1, 20, "b")
         assert books.ask(1, 1, "b") == "denied", "the ticket is finished"
         assert not books.ledger.reached, "neither says anything about the cap"
         assert (books.spent, books.ask(2, 21)) == (80, "denied")
+
+    @pytest.mark.parametrize("attempt", ["a", None])
+    def test_answers_of_an_older_attempt_do_not_free_what_the_newer_one_holds(self, books, attempt):
+        """Both are alive, and the older one, which asked less, was the first to write."""
+        books.ask(1, 10)
+        books.ask(1, 60, "b")
+        books.commit(1, 10, attempt)
+        assert books.spent == 70
+        assert (books.ask(2, 31), books.ask(2, 30)) == ("denied", "granted")
 
     def test_what_is_abandoned_is_spent_and_keeps_nobody_waiting(self, books):
         books.ask(1, 80)
@@ -219,8 +229,14 @@ class Bookkeeping(RuleBasedStateMachine):
                 self.books.abandon(ticket)
                 self.unheard.discard(ticket)
 
-    @rule(ticket=tickets, share=st.floats(0, 1), cached=st.floats(0, 1), twice=st.booleans())
-    def commit(self, ticket, share, cached, twice):
+    @rule(
+        ticket=tickets,
+        share=st.floats(0, 1),
+        cached=st.floats(0, 1),
+        twice=st.booleans(),
+        is_holder=st.booleans(),
+    )
+    def commit(self, ticket, share, cached, twice, is_holder):
         if ticket in self.committed:
             return
         granted = self.granted.pop(ticket, {})
@@ -233,13 +249,21 @@ class Bookkeeping(RuleBasedStateMachine):
             )
             for name, one in granted.items()
         }
-        # What was granted and not used at all was another attempt's, which reused answers or died.
-        kept = {name: one if one.texts or one.tokens else granted[name] for name, one in used.items()}
+        # The answers of somebody else say nothing of what the holder used.
+        counted = ("texts", "prompt_tokens", "answer_tokens")
+        kept = (
+            used
+            if is_holder
+            else {
+                name: replace(one, **{field: getattr(granted[name], field) for field in counted})
+                for name, one in used.items()
+            }
+        )
         self.committed.add(ticket)
         self.unheard.discard(ticket)
         self.used_for_good = add_usages(self.used_for_good, kept)
         for _ in range(1 + twice):
-            self.books.commit(ticket, used)
+            self.books.commit(ticket, used, str(self.attempt[ticket]) if is_holder else None)
 
     @invariant()
     def no_cap_is_exceeded_and_the_books_are_right(self):
@@ -390,7 +414,7 @@ def test_ledger_and_allowances_together(cap, texts, in_flight, deaths, seed):
                 number = 0
                 while (mine := await attempt(ticket, str(number))) is None:
                     number += 1
-                books.commit(ticket, {"small": usage(mine)})
+                books.commit(ticket, {"small": usage(mine)}, str(number))
                 async with changed:
                     changed.notify_all()
 

@@ -83,7 +83,9 @@ class TestSmallStage:
         assert labels["member"].to_pylist() == [0, 0]
         assert usage.keys() == {"small"}
         assert (usage["small"].tokens, unasked) == (cost_of([5, 2, 9]), 0)
-        assert cascade.selector.calls == [("commit_usage", (3, "small", usage["small"].as_dict()))]
+        ((name, (*told, attempt)),) = cascade.selector.calls
+        assert (name, told) == ("commit_usage", [3, "small", usage["small"].as_dict()])
+        assert attempt.startswith("ticket-00000003.")
         assert quarantined(store, 3) == [], "the large one may answer it"
         assert store.names(LABELS_DIR) == store.names(SENT_DIR) == []
 

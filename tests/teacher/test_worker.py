@@ -107,6 +107,8 @@ class TestOnlyStage:
         assert matrix_of(labels["probs"], 3) == pytest.approx(np.stack([*map(numbered, (5, 2))]))
         (_, first), (_, second) = selector.told("put_labels")
         assert first.probs_MC.tolist() == second.probs_MC.tolist()
+        assert first.attempt is not None
+        assert second.attempt is None, "what the slow one holds is not freed"
         assert [*marks_of(store).values()] == [{"texts": 2, "usage": {}}], "what the slow one sent is lost"
 
     def test_the_mark_stands_from_the_question_until_the_labels_are_written(self, store):
