@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from llkd_ray.config.base import Cache, DataUri, OptionalModel, Section, Template, ends
 
@@ -29,8 +30,20 @@ class DrawnDemonstrations(Section):
     max_chars: int = Field(600, ge=1, description="Characters; longer texts are not drawn.")
 
 
-LabelName = Annotated[str, StringConstraints(strip_whitespace=True)]
-"""Without outer blanks, as the values of a corpus are matched."""
+def _shown(name: str) -> str:
+    """The name; ValueError if it contains what is not shown or changes what stands around it."""
+    wrong = (c for c in name if unicodedata.category(c) in ("Cc", "Zl", "Zp") or c in DIRECTIONS)
+    if (found := next(wrong, None)) is not None:
+        raise ValueError(
+            f"{name!r} contains U+{ord(found):04X}, a control character: leave it out, here and in the files"
+        )
+    return name
+
+
+DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that embed, isolate or override the direction of the text behind them."""
+LabelName = Annotated[str, StringConstraints(strip_whitespace=True), AfterValidator(_shown)]
+"""Without outer blanks, as the values of a corpus are matched; one line."""
 ANSWER_LETTERS = "BCDEFGHJKLMNOPQRSTUVWXYZ"
 """Without A and I, which are words: "I think …" and "A text about …" are no answers, but begin like one."""
 

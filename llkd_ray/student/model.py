@@ -201,6 +201,8 @@ def as_student(model: Any, tokenizer: Any, precision: str, device: torch.device)
     """A loaded Hugging Face classifier, on its device; ``precision`` is as in ``student.precision``."""
     # Suppresses a warning against tokenizing once and padding later, which saves time in a round.
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+    # As in ``encode``, for whoever loads the saved model: a pipeline reads the tokens that were trained on.
+    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
     if model.config.pad_token_id is None:
         # Decoder checkpoints often have none, and batches need one.
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -277,7 +279,8 @@ def encode(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[Tokens
 def _encode(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[Tokens]:
     if not texts:
         return []
-    columns = tokenizer(list(texts), truncation=True, max_length=max_tokens)
+    # A text that says "</s>" or "[SEP]" is no end: some models look for it, or fail where there are two.
+    columns = tokenizer(list(texts), truncation=True, max_length=max_tokens, split_special_tokens=True)
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
