@@ -112,7 +112,9 @@ def model_length(teacher: TeacherConfig) -> int | None:
 
     assert teacher.model is not None
     try:
-        config = AutoConfig.from_pretrained(teacher.model, revision=teacher.revision or "main")
+        config = AutoConfig.from_pretrained(
+            teacher.model, revision=teacher.revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError):
         return None  # the check of the model says why
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -64,6 +64,12 @@ class TestMistakes:
             ({"labels": {"names": ["sea", "a\x1b[2J"]}}, "labels.names.1", "U+001B, a control character"),
             ({"labels": {"names": ["sea", "a\nb"]}}, "labels.names.1", r"'a\nb' contains U+000A"),
             ({"labels": {"names": ["sea", "\u202eb"]}}, "labels.names.1", r"'\u202eb' contains U+202E"),
+            ({"teacher": VLLM | {"engine": {"trust_remote_code": True}}}, "teacher.engine", "leave it out"),
+            (
+                {"teacher": VLLM | {"engine": {"load_format": "PT"}}},
+                "teacher.engine",
+                "'PT' may load a pickle",
+            ),
             ({"student": {"workers": 0}}, "student.workers", "at least 1, or (min, max)"),
             ({"student": {"workers": [3, 2]}}, "student.workers", "at least 1, or (min, max)"),
             ({"student": {"warmup": 1}}, "student.warmup", "1 is refused"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from small_students import CPU, LABELS, UNEVEN, make_config, make_student, same, weights
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from toys import NAMES, training_sentences
+from toys import NAMES, training_sentences, with_trap
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -272,11 +272,14 @@ class TestCheck:
             ("empty", "cannot be loaded"),
             ("no tokenizer", "no tokenizer files"),  # transformers makes an empty one, without a word
             ("no classifier", "of type 'mamba'"),
+            ("pickled", r"only as a pickle \(pytorch_model\.bin\).*AutoModel\.from_pretrained"),
         ],
     )
     def test_others_are_refused_with_field_and_value(self, tiny_encoder, tmp_path, kind, reason):
         folder = tmp_path / kind
-        if kind != "missing":
+        if kind == "pickled":
+            with_trap(tiny_encoder, folder, tmp_path / "it ran")
+        elif kind != "missing":
             folder.mkdir()
         if kind == "no tokenizer":
             AutoConfig.from_pretrained(tiny_encoder).save_pretrained(folder)
