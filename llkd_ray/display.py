@@ -1,4 +1,4 @@
-"""Console output: progress on a terminal or in a log, results, number formatting."""
+"""What people see: console output, the format of numbers, and the escapes of untrusted texts and names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ LOG_WIDTH = 80
 class Display:
     """Prints finished steps and shows current progress. Without a terminal it prints plain lines.
 
-    Texts are printed literally, because names and paths may contain characters that rich reads as markup.
+    Texts are printed literally, because names and paths may contain characters that rich reads as markup, and
+    :func:`printable`, because they may contain those that a terminal obeys.
     """
 
     def __init__(
@@ -58,18 +59,20 @@ class Display:
 
     def say(self, line: str) -> None:
         """Print a permanent line about progress, with the time since the start."""
-        stamped = f"[{time.monotonic() - self._began:5.0f} s] {line}"
+        stamped = printable(f"[{time.monotonic() - self._began:5.0f} s] {line}")
         if not self.quiet:
             self.console.print(Text(stamped))
         self._write_log(stamped)
 
     def warn(self, line: str) -> None:
         """Print a warning: also when quiet."""
-        self.console.print(Text(f"warning: {line}", style="yellow"))
-        self._write_log(f"warning: {line}")
+        line = printable(f"warning: {line}")
+        self.console.print(Text(line, style="yellow"))
+        self._write_log(line)
 
     def result(self, line: str) -> None:
         """Print a line that is part of the result: also when quiet, and without the time."""
+        line = printable(line)
         self.console.print(Text(line))
         self._write_log(line)
 
@@ -81,7 +84,7 @@ class Display:
     def update(self, line: str, rows: Sequence[tuple[str, str]] = ()) -> None:
         """Show current progress: a line, or on a terminal rows of name and text, if given."""
         if self._status:
-            self._status.update(_grid(rows) if rows else Text(line))
+            self._status.update(_grid(rows) if rows else _literal(line))
         elif line != self._last_update and time.monotonic() - self._last_time >= self._pause():
             self._last_update, self._last_time = line, time.monotonic()
             self.say(line)
@@ -91,19 +94,23 @@ class Display:
         return min(LOG_AT_MOST_S, max(LOG_EVERY_S, LOG_SHARE * (time.monotonic() - self._began)))
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        table = Table(title=Text(title, style="italic"), title_justify="left", box=None, padding=(0, 2, 0, 0))
+        table = Table(title=_literal(title, "italic"), title_justify="left", box=None, padding=(0, 2, 0, 0))
         for place, name in enumerate(header):
-            table.add_column(Text(name), no_wrap=place == 0, overflow="fold")
+            table.add_column(_literal(name), no_wrap=place == 0, overflow="fold")
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*map(_literal, row))
         self.console.print(table)
 
 
 def _grid(rows: Sequence[tuple[str, str]]) -> Table:
     grid = Table.grid(padding=(0, 2))
     for name, text in rows:
-        grid.add_row(Text(name, style="dim"), Text(text))
+        grid.add_row(_literal(name, "dim"), _literal(text))
     return grid
+
+
+def _literal(text: str, style: str = "") -> Text:
+    return Text(printable(text), style=style)
 
 
 MISSING = "–"
@@ -151,6 +158,35 @@ def shorten(text: str) -> str:
     return text if len(text) <= SAMPLE_CHARS else text[:SAMPLE_CHARS].rstrip() + "…"
 
 
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters other than tab and line feed, line separators, the marks that reverse or isolate the
+direction of what follows, and lone surrogates, which no stream can encode."""
+_MARKUP = re.compile(
+    r"[\\`*_{}\[\]<>#|&~$]|(?<=http):|(?<=https):|(?<=www)\.|^[-+=]|(?<=^\d)[.)]|(?<=^\d\d)[.)]",
+    re.IGNORECASE,
+)
+# The start of a cell, or what a spreadsheet takes for it where its separator is another (it depends on the
+# locale): behind a semicolon, a tab or a line break. Possessive, so that the time is linear.
+_CELL = r"(?:^|(?<![\s;])[^\S\t\r\n]*+[;\t\r\n])[\s;]*+"
+_FORMULA = re.compile(rf"({_CELL})('*+[=+\-@＝＋－＠])")
+_ESCAPED_FORMULA = re.compile(rf"({_CELL})'('*+[=+\-@＝＋－＠])")
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal obeys instead of showing it; may be applied repeatedly."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def markdown(text: str) -> str:
-    """Escape a name for Markdown, including tables."""
-    return re.sub(r"([\\`*_{}\[\]<>#|&])", r"\\\1", " ".join(text.split()))
+    """Escape a name for Markdown, including tables, formulas, bare links and the start of a list."""
+    return _MARKUP.sub(lambda found: "\\" + found[0], printable(" ".join(text.split())))
+
+
+def escape_formula(cell: str) -> str:
+    """A cell of a CSV file in which no spreadsheet finds a formula: an apostrophe stands before it."""
+    return _FORMULA.sub(r"\1'\2", cell)
+
+
+def unescape_formula(cell: str) -> str:
+    """The inverse of :func:`escape_formula`."""
+    return _ESCAPED_FORMULA.sub(r"\1\2", cell)

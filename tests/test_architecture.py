@@ -122,6 +122,22 @@ def test_only_these_modules_ask_what_time_it_is() -> None:
     assert ("time", "time") in calls_of("from time import time")
 
 
+def test_nothing_that_is_read_can_run_code() -> None:
+    """Checkpoints are safetensors and run no code of their own; only Ray's own batches hold pickles."""
+    pickles = {("pickle", "load"), ("pickle", "loads"), ("torch", "load"), ("joblib", "load")}
+    own = {"corpus/ingest", "prediction/job"}
+    for path in MODULES:
+        source = path.read_text(encoding="utf-8")
+        assert not calls_of(source) & pickles or name_of(path) in own, f"{name_of(path)} reads a pickle"
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained"):
+                options = {option.arg: ast.unparse(option.value) for option in node.keywords}
+                assert options["trust_remote_code"] == "False", f"{name_of(path)}: {ast.unparse(node)}"
+                is_model = "AutoModel" in ast.unparse(node.func)
+                assert options.get("use_safetensors") == ("True" if is_model else None), ast.unparse(node)
+            assert not isinstance(node, ast.keyword) or node.arg != "allow_pickle", name_of(path)
+
+
 def test_imports_are_seen_in_every_form() -> None:
     source = (
         "import llkd_ray.storage.run_dir\nfrom llkd_ray import display\nimport numpy\n"

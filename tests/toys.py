@@ -5,6 +5,7 @@ A toy text holds words of its class among common ones, so a small student can le
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,28 @@ def save_tiny_encoder(folder: Path) -> str:
     )
     BertModel(config).to(torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+class _Trap:
+    """Unpickling it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = str(mark)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.mark, "w")
+
+
+def with_trap(source: str, folder: Path, mark: Path, *, keep_safe: bool = False) -> str:
+    """A copy of a checkpoint whose pickled weights make the file ``mark`` when they are read."""
+    import torch
+    from safetensors.torch import load_file
+
+    shutil.copytree(source, folder)
+    torch.save(load_file(folder / "model.safetensors") | {"trap": _Trap(mark)}, folder / "pytorch_model.bin")
+    if not keep_safe:
+        (folder / "model.safetensors").unlink()
     return str(folder)
 
 

@@ -1,9 +1,9 @@
 """File formats in which people are asked for labels and in which their answers are returned.
 
 The file extension decides: ``.csv`` for spreadsheets, ``.jsonl`` for programs, ``.json`` for Label Studio
-(tasks on export; its JSON, JSON-MIN or CSV exports on import). Corpus texts are untrusted: a spreadsheet
-would interpret a cell that begins with ``=`` as a formula, so such a cell is prefixed with an apostrophe,
-which is removed on import.
+(tasks on export; its JSON, JSON-MIN or CSV exports on import). Corpus texts are untrusted: in a spreadsheet,
+an apostrophe stands before what would be a formula (:func:`~llkd_ray.display.escape_formula`), and is removed
+on import.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from xml.sax.saxutils import quoteattr
 
 from llkd_ray.config.base import ConfigError
+from llkd_ray.display import escape_formula, unescape_formula
 
 KINDS = (".csv", ".jsonl", ".json")
 OWN = ("row", "id", "why", "text", "teacher", "teacher_confidence", "student", "student_confidence", "label")
@@ -26,7 +27,6 @@ SCORE_SAMPLE = 20_000
 """Maximum number of labelled texts that the student scores; a random sample if there are more."""
 CELL_CHARS = 32_000
 """Maximum length of a text in a spreadsheet, whose cells hold 32,767 characters."""
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'", "＝", "＋", "－", "＠")
 
 
 @dataclass(frozen=True)
@@ -115,26 +115,16 @@ def read(content: bytes, kind: str, name: str) -> list[Answer]:
         ) from None
 
 
-def guarded(cell: str) -> str:
-    """A cell that no spreadsheet interprets as a formula; the inverse of :func:`plain`."""
-    return "'" + cell if cell.startswith(_FORMULA) else cell
-
-
-def plain(cell: str) -> str:
-    """The original content of a cell returned by :func:`guarded`."""
-    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
-
-
 def _csv(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes:
     out = io.StringIO(newline="")
     writer = csv.DictWriter(out, names, restval="")
     writer.writeheader()
     for row in rows:
-        cells = {key: guarded(value) if isinstance(value, str) else value for key, value in row.items()}
+        cells = {key: escape_formula(x) if isinstance(x, str) else x for key, x in row.items()}
         for key in set(cells) & {"teacher_confidence", "student_confidence"}:
             cells[key] = f"{row[key]:.4f}"
         if len(row["text"]) > CELL_CHARS:
-            cells["text"] = guarded(row["text"][:CELL_CHARS] + " …")
+            cells["text"] = escape_formula(row["text"][:CELL_CHARS] + " …")
         writer.writerow(cells)
     return out.getvalue().encode("utf-8-sig")  # the BOM tells spreadsheets that it is UTF-8
 
@@ -156,7 +146,8 @@ def _from_csv(text: str, name: str) -> Iterator[Answer]:
         identity = record.get("id")
         label, row = record["label"] or "", record["row"] or ""
         if any(cell for cell in record.values()):
-            yield Answer(where, row.strip(), label.strip(), None if identity is None else plain(identity))
+            id_ = None if identity is None else unescape_formula(identity)
+            yield Answer(where, row.strip(), label.strip(), id_)
 
 
 def _task(row: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from llkd_ray.audit.files import SCORE_SAMPLE, Answer, Question, SampleSizes
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schedule import Schedule
 from llkd_ray.config.schema import Config
+from llkd_ray.display import unescape_formula
 from llkd_ray.metrics.quality import binomial_interval
 from llkd_ray.metrics.uncertainty import Floats, Ints, confidence, hash_uniform, margin
 from llkd_ray.report.pages import write_pages
@@ -197,7 +198,7 @@ def check_answers(given: Sequence[Answer], asked: pa.Table, names: Sequence[str]
             )
         if not one.label:
             continue
-        label = index.get(one.label, index.get(files.plain(one.label)))
+        label = index.get(one.label, index.get(unescape_formula(one.label)))
         if label is None:
             raise ConfigError(
                 f"ROWS: {one.where}: {one.label!r} is no label: take {', '.join(names)}, or leave it empty"

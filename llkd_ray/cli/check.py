@@ -38,7 +38,7 @@ def to_json(findings: Iterable[Finding]) -> str:
     """The findings as JSON."""
     listed = [asdict(one) for one in findings]
     counts = {state: sum(one["state"] == state for one in listed) for state in ("ok", "warning", "problem")}
-    return json.dumps({"findings": listed, "counts": counts}, indent=1, ensure_ascii=False)
+    return json.dumps({"findings": listed, "counts": counts}, indent=1)
 
 
 def print_findings(first: Sequence[Finding], checks: Sequence[Check], display: Display) -> list[Finding]:

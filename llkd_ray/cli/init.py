@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from collections import Counter
 from dataclasses import dataclass
@@ -193,5 +194,10 @@ def config_text(
     return "\n".join(lines) + "\n"
 
 
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).split("\n")[0]
+def _yaml(value: str | list[str] | None) -> str:
+    """One line of YAML, whatever a file's names hold."""
+    said = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+    line = said.removesuffix("...\n").rstrip("\n")
+    if line.isprintable():
+        return line
+    return yaml.safe_dump(value, default_flow_style=True, default_style='"', width=math.inf).rstrip("\n")

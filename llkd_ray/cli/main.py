@@ -11,10 +11,9 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib import import_module, metadata
 
-from llkd_ray.display import Display
+from llkd_ray.display import Display, printable
 
 COMMANDS = {
     "quickstart": ("train", "distil a tiny teacher into a small student, from nothing, on this machine"),
@@ -89,7 +88,10 @@ def run(options: argparse.Namespace, command: Callable[[argparse.Namespace, Disp
     else:  # bars of loading weights, and retries that succeed
         for name, level in QUIET.items():
             os.environ.setdefault(name, level)
-    say = partial(print, file=sys.stderr)
+
+    def say(line: str) -> None:
+        print(printable(line), file=sys.stderr)
+
     try:
         display = Display(quiet=options.quiet, log_file=options.log_file)
     except OSError as error:
@@ -106,7 +108,7 @@ def run(options: argparse.Namespace, command: Callable[[argparse.Namespace, Disp
         if status is None:  # a bug: its traceback is the report
             import traceback
 
-            traceback.print_exc()
+            say(traceback.format_exc().rstrip("\n"))
             say(f"error: unexpected {type(error).__name__}{_how_to_go_on(display)}")
             return FAILED
         reason = str(error)

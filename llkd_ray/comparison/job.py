@@ -361,7 +361,7 @@ def _report(inputs: Inputs, display: Display) -> None:
         missing=missing,
         trials=len(inputs.jobs),
     )
-    display.console.print(f"report: {inputs.store.path(PAGE)}")
+    display.result(f"report: {inputs.store.path(PAGE)}")
 
 
 def tables_of(inputs: Inputs) -> tuple[Tables, list[Row], int]:

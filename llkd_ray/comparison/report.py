@@ -40,8 +40,8 @@ from llkd_ray.comparison.tables import (
     score_table,
 )
 from llkd_ray.config.base import ConfigError
-from llkd_ray.display import count, markdown, percent
-from llkd_ray.report.figures import plain, svg_element
+from llkd_ray.display import count, escape_formula, markdown, percent, unescape_formula
+from llkd_ray.report.figures import literal, plain, svg_element
 from llkd_ray.report.pages import page_environment
 from llkd_ray.storage.run_dir import RunStore
 
@@ -137,6 +137,8 @@ def read_results(file: str | Path, names: Sequence[str]) -> list[Row]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no CSV file"
         raise ConfigError(f"--add: {str(file)!r} cannot be read: {reason}") from None
+    frame = frame.rename(columns=unescape_formula)
+    frame = frame.map(lambda x: unescape_formula(x) if isinstance(x, str) else x)
     columns = result_columns(names)
     if missing := [name for name in columns if name not in frame]:
         raise ConfigError(
@@ -173,12 +175,13 @@ def class_frame(tables: Tables) -> pd.DataFrame:
 
 
 def _csv(frame: pd.DataFrame) -> bytes:
-    return frame.to_csv(index=False, lineterminator="\n").encode()
+    safe = frame.rename(columns=escape_formula).map(lambda x: escape_formula(x) if isinstance(x, str) else x)
+    return safe.to_csv(index=False, lineterminator="\n").encode()
 
 
 def _in_markdown(facts: dict[str, Any]) -> str:
     tables: Tables = facts["tables"]
-    lines = ["# Comparison", "", facts["conclusion"], ""]
+    lines = ["# Comparison", "", markdown(facts["conclusion"]), ""]
     if facts["note"]:
         lines += [f"**{facts['note']}**", ""]
     lines += [
@@ -268,7 +271,7 @@ def learning_curve(tables: Tables, measure: str = "macro_f1") -> Figure:
 
 def _panel(axes: Axes, tables: Tables, teacher: str, measure: str) -> None:
     plain(axes)
-    axes.set_title(teacher, loc="left", fontsize=10)
+    axes.set_title(literal(teacher), loc="left", fontsize=10)
     for line in (GOLD, ALL, TEACHER):
         if level := tables.mean(teacher, line, tables.n_pool, measure):
             axes.axhline(level.mean, color="black", linewidth=1.1, linestyle=LEVELS[line], label=TITLES[line])
@@ -280,7 +283,9 @@ def _panel(axes: Axes, tables: Tables, teacher: str, measure: str) -> None:
         means = [mean for trained, mean in found if trained and mean]
         if not x:
             continue
-        axes.plot(x, [m.mean for m in means], color=colour, marker=marker, markersize=4.5, label=line)
+        axes.plot(
+            x, [m.mean for m in means], color=colour, marker=marker, markersize=4.5, label=literal(line)
+        )
         low, high = ([m.mean + sign * (m.half or 0) for m in means] for sign in (-1, 1))
         if len(x) > 1:
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)

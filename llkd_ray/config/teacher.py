@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from llkd_ray.config.base import Cache, DataUri, OptionalModel, Section, Template, ends
 
@@ -29,8 +30,22 @@ class DrawnDemonstrations(Section):
     max_chars: int = Field(600, ge=1, description="Characters; longer texts are not drawn.")
 
 
-LabelName = Annotated[str, StringConstraints(strip_whitespace=True)]
-"""Without outer blanks, as the values of a corpus are matched."""
+def _shown(name: str) -> str:
+    """The name; ValueError if it contains what is not shown or changes what stands around it."""
+    wrong = (c for c in name if unicodedata.category(c) in ("Cc", "Zl", "Zp") or c in DIRECTIONS)
+    if (found := next(wrong, None)) is not None:
+        raise ValueError(
+            f"{name!r} contains U+{ord(found):04X}, a control character: leave it out, here and in the files"
+        )
+    return name
+
+
+DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that embed, isolate or override the direction of the text behind them."""
+LabelName = Annotated[str, StringConstraints(strip_whitespace=True), AfterValidator(_shown)]
+"""Without outer blanks, as the values of a corpus are matched; one line."""
+PICKLES = ("auto", "hf", "pt", "npcache")
+"""Values of vLLM's load_format that read pickled weights, or may."""
 ANSWER_LETTERS = "BCDEFGHJKLMNOPQRSTUVWXYZ"
 """Without A and I, which are words: "I think …" and "A text about …" are no answers, but begin like one."""
 
@@ -253,7 +268,9 @@ class TeacherConfig(Section):
     )
     quantization: str | None = Field(None, description="vLLM's name for it (fp8, awq, gptq, …).")
     engine: dict[str, Any] = Field(
-        default_factory=dict, description="Any other vLLM engine arguments, passed on unchanged."
+        default_factory=dict,
+        description="Any other vLLM engine arguments, passed on unchanged; none by which a "
+        "checkpoint can run code.",
     )
     kv_cache_gib: float = Field(1.0, gt=0, description="GiB of key-value cache, on CPU only.")
     min_branch_prob: float = Field(
@@ -302,6 +319,19 @@ class TeacherConfig(Section):
     def _actors(cls, actors: int | tuple[int, int]) -> int | tuple[int, int]:
         ends(actors)
         return actors
+
+    @field_validator("engine")
+    @classmethod
+    def _no_code(cls, engine: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint must not run code; by default vLLM reads a pickle where there is nothing else."""
+        if engine.get("trust_remote_code"):
+            raise ValueError("trust_remote_code would run a checkpoint's own code: leave it out")
+        if str(engine.get("load_format")).lower() in PICKLES:
+            raise ValueError(
+                f"load_format {engine['load_format']!r} may load a pickle, which can run code: leave it out, "
+                "and give a checkpoint with *.safetensors"
+            )
+        return engine
 
     @model_validator(mode="after")
     def _check(self) -> TeacherConfig:

@@ -101,20 +101,25 @@ def expand(uri: str, field: str) -> list[Unit]:
     try:
         fs, path = open_filesystem(base)
         info = fs.get_file_info(path)
+        is_folder = info.type == pafs.FileType.Directory
+        selector = pafs.FileSelector(path, recursive=len(pattern) != 1 or pattern == ["**"])
+        below = [one for one in fs.get_file_info(selector) if one.path and one.is_file] if is_folder else []
+    except UnicodeError as error:
+        raise ConfigError(
+            f"{field}.uri: {uri!r} has a name that is not UTF-8 ({error}): rename the file or folder"
+        ) from None
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{field}.uri: {uri!r} cannot be opened ({reason}): check the address") from error
     if info.is_file and not pattern:
         infos = [info]
-    elif info.type == pafs.FileType.Directory:
-        selector = pafs.FileSelector(path, recursive=len(pattern) != 1 or pattern == ["**"])
+    elif is_folder:
         wanted = pattern or ["**"]
         # Ignores marker files and hidden folders such as _SUCCESS and .ipynb_checkpoints.
         infos = [
             one
-            for one in fs.get_file_info(selector)
-            if one.is_file
-            and _fits(parts := _below(one.path, path), wanted)
+            for one in below
+            if _fits(parts := _below(one.path, path), wanted)
             and not any(part.startswith((".",) if pattern else (".", "_")) for part in parts)
         ]
     else:

@@ -14,7 +14,7 @@ from llkd_ray.config.schema import Config, SourceConfig
 from llkd_ray.config.teacher import TeacherConfig
 from llkd_ray.doctor.findings import Check, Finding, describe_error, format_bytes, ok, problem, warning
 from llkd_ray.doctor.machine import disk_need
-from llkd_ray.storage.checkpoints import load_tokenizer, size_on_disk
+from llkd_ray.storage.checkpoints import HUB_S, load_tokenizer, refuse_pickles, size_on_disk
 
 if TYPE_CHECKING:
     from llkd_ray.storage.run_dir import RunStore
@@ -214,7 +214,7 @@ def _is_finished(store: RunStore) -> bool:
 
 GOLD_PER_LABEL = 10
 """Texts per label with which a label without any is no coincidence."""
-HUB_S = SERVER_S = 15.0
+SERVER_S = 15.0
 """Time limit for one answer."""
 MODELS_SHOWN = 10
 
@@ -255,6 +255,7 @@ def check_model(teacher: TeacherConfig, field: str) -> Finding:
     name = field.rpartition(".")[2]
     if trouble := check_hub(name, f"{field}.model", teacher.model, teacher.revision):
         return trouble
+    refuse_pickles(f"{field}.model", teacher.model, teacher.model, teacher.revision, "ForCausalLM")
     load_tokenizer(teacher.model, teacher.revision, f"{field}.model")
     return check_weights(name, f"{field}.model", teacher.model, teacher.model)
 
@@ -267,7 +268,7 @@ def check_weights(check: str, setting: str, name: str, checkpoint: str) -> Findi
     if Path(checkpoint).is_dir():
         return problem(
             check,
-            f"{setting}: {name!r} holds no weights (*.safetensors, *.bin)",
+            f"{setting}: {name!r} holds no weights (*.safetensors)",
             "save the model there, or name a whole checkpoint",
         )
     return ok(check, f"{setting} {name!r}: the hub lets us read it; the first run downloads its weights")
@@ -412,7 +413,7 @@ def check_labels(config: Config) -> Finding | None:
             if check_hub(name, "", teacher.model, teacher.revision):
                 return None  # reported by the teacher's check
             try:
-                load_tokenizer(teacher.model, teacher.revision, f"{member_field(name)}.model")
+                check_model(teacher, member_field(name))
             except ConfigError:
                 return None  # reported by the teacher's check
     facts = check_teacher(self_contained(config))

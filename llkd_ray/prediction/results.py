@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from scipy.stats import beta
 
 from llkd_ray.config.base import ConfigError
 from llkd_ray.corpus.readers import Unit
+from llkd_ray.display import escape_formula, unescape_formula
 from llkd_ray.metrics.quality import binomial_interval
 from llkd_ray.metrics.uncertainty import Floats, Ints, confidence
 from llkd_ray.prediction.config import PredictConfig
@@ -180,7 +181,8 @@ def predictions(texts: pa.Table, p_NC: np.ndarray, thresholds: Thresholds, with_
 def write(store: RunStore, file: str, table: pa.Table) -> None:
     """Write predictions in the format of the file's ending.
 
-    csv has no lists: there, every label's probability has a column ``p_LABEL``.
+    csv has no lists: there, every label's probability has a column ``p_LABEL``. It is for spreadsheets: texts
+    and names are those of :func:`~llkd_ray.display.escape_formula`.
     """
     if file.endswith(".parquet"):
         store.write_table(file, table)
@@ -196,19 +198,34 @@ def write(store: RunStore, file: str, table: pa.Table) -> None:
     for number, label in enumerate(labels):
         table = table.add_column(place + number, f"p_{label}", pa.array(p_NC[:, number], pa.float32()))
     sink = pa.BufferOutputStream()
-    pa.csv.write_csv(table, sink)
+    pa.csv.write_csv(_with_cells(table, escape_formula), sink)
     store.write_bytes(file, sink.getvalue().to_pybytes())
 
 
 def read(store: RunStore, file: str, columns: list[str] | None = None) -> pa.Table:
-    """A file that :func:`write` has written; ``columns``: of parquet, only these are read."""
+    """A file that :func:`write` has written; ``columns``: only these."""
     if file.endswith(".parquet"):
         return store.read_table(file, columns)
-    source = pa.BufferReader(store.read_bytes(file))
+    content = store.read_bytes(file)
+    block = min(len(content) + 1, 2**31 - 1)  # a row, which may be long, must not lie in two blocks
+    strings = pa.schema([field for field in PREDICTIONS if field.type == pa.string()])
+    source = pa.BufferReader(content)
     if file.endswith(".jsonl"):
-        return pa.json.read_json(source)
-    strings = {f.name: f.type for f in PREDICTIONS if f.type == pa.string()}
-    return pa.csv.read_csv(source, convert_options=pa.csv.ConvertOptions(column_types=strings))
+        parse = pa.json.ParseOptions(explicit_schema=strings)
+        table = pa.json.read_json(source, pa.json.ReadOptions(block_size=block), parse)
+        return table if columns is None else table.select(columns)
+    convert = pa.csv.ConvertOptions(column_types=strings, include_columns=columns)
+    table = pa.csv.read_csv(source, pa.csv.ReadOptions(block_size=block), convert_options=convert)
+    return _with_cells(table, unescape_formula)
+
+
+def _with_cells(table: pa.Table, change: Callable[[str], str]) -> pa.Table:
+    """The table with ``change`` applied to all strings and to the columns' names."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_string(field.type):
+            cells = [None if cell is None else change(cell) for cell in table[place].to_pylist()]
+            table = table.set_column(place, field, pa.array(cells, pa.string()))
+    return table.rename_columns([change(name) for name in table.column_names])
 
 
 Counts = tuple[int, int]

@@ -79,6 +79,11 @@ def share_limits(shares: Iterable[float]) -> tuple[float, float]:
     return max(0.0, min(math.floor(10 * min(known)) / 10, high - 0.1)), high
 
 
+def literal(name: str) -> str:
+    """A name as matplotlib shows it: not parsed as maths, nor left out for its leading underscore."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def svg_element(figure: Figure, prefix: str, description: str) -> Markup:
     """The figure as an <svg> element that fills the available width."""
     figure.patch.set_visible(False)

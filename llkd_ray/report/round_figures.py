@@ -28,6 +28,7 @@ from llkd_ray.report.figures import (
     SKY,
     VERMILION,
     Drawing,
+    literal,
     new_figure,
     phase_legend,
     plain,
@@ -191,7 +192,7 @@ def _short(name: str) -> str:
     """Cut in the middle, because the names of similar classes often differ at their ends."""
     if len(name) > WIDE_NAME:
         name = f"{name[: WIDE_NAME // 2]}…{name[1 - WIDE_NAME // 2 :]}"
-    return name.replace("$", r"\$")  # matplotlib would parse it as maths
+    return literal(name)
 
 
 def _describe(sample: CandidateSample) -> str:

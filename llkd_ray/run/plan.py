@@ -79,7 +79,7 @@ def plan(config: Config, display: Display) -> None:
     for (name, _), one in zip(config.teacher.members(), plans, strict=True):
         if one.first_prompt is not None:
             display.say(f"{name}: the first prompt, as the teacher reads it:")
-            display.console.print(one.first_prompt, markup=False)
+            display.result(one.first_prompt)
 
 
 def _say_totals(config: Config, plans: Sequence[TeacherPlan], display: Display) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,12 @@ import yaml
 from llkd_ray.config.base import ConfigError
 from llkd_ray.storage.run_dir import CONFIG, MODEL_DIR, RunStore
 
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+SAFE = ".safetensors"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+"""Extensions of weights whose reading can run any code: they are never loaded."""
+HUB_S = 15.0
+"""Time limit for an answer of the hub."""
+NO_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 def load_tokenizer(source: str, revision: str | None, field: str) -> Any:
@@ -31,7 +36,9 @@ def load_tokenizer(source: str, revision: str | None, field: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         if source.startswith("/") and not Path(source).is_dir():
             raise ConfigError(
@@ -61,21 +68,49 @@ def commit_of(model: str, revision: str | None) -> str | None:
 
 
 def size_on_disk(model: str) -> int | None:
-    """Bytes of a checkpoint's weights in a folder or in the hub's cache; None if they are not stored locally.
-
-    Only one file format is counted, as some checkpoints contain their weights in several.
-    """
+    """Bytes of a checkpoint's weights in a folder or the hub's cache; None if they are not here."""
     folder = Path(model) if Path(model).is_dir() else _cached_folder(model)
-    if folder is None:
-        return None
-    for pattern in WEIGHTS:
-        if size := sum(file.stat().st_size for file in folder.glob(pattern)):
-            return size
-    return None
+    size = sum(file.stat().st_size for file in folder.glob(f"*{SAFE}")) if folder else 0
+    return size or None
+
+
+def refuse_pickles(field: str, model: str, source: str, revision: str | None = None, kind: str = "") -> None:
+    """Raise :class:`ConfigError` for a checkpoint whose weights are there, but none as safetensors.
+
+    ``source`` is the folder, URI or hub name that ``field``'s ``model`` refers to, ``kind`` the end of the
+    name of transformers' class for it. A hub that does not answer is not an error here.
+    """
+    names = _names(source, revision)
+    pickled = sorted(name for name in names if name.endswith(PICKLED) and name not in NO_WEIGHTS)
+    if pickled and not any(name.endswith(SAFE) for name in names):
+        raise ConfigError(
+            f"{field}: {model!r} has its weights only as a pickle ({pickled[0]}), which can run code when it "
+            f"is loaded; give a checkpoint with *{SAFE}, or convert this one, if you trust it, with "
+            f"transformers: AutoModel{kind}.from_pretrained({model!r}).save_pretrained('NEW'), copy its "
+            "tokenizer, and give NEW"
+        )
+
+
+def _names(source: str, revision: str | None) -> list[str]:
+    """The names of a checkpoint's files; none where they cannot be listed."""
+    from huggingface_hub import HfApi, constants
+
+    if "://" in source or Path(source).is_dir():
+        store = RunStore(source)
+        there = store.fs.get_file_info(pafs.FileSelector(store.root))
+        return [one.base_name for one in there if one.is_file]
+    folder = _cached_folder(source, revision)
+    cached = [file.name for file in folder.iterdir()] if folder else []
+    if constants.HF_HUB_OFFLINE or any(name.endswith(SAFE) for name in cached):
+        return cached
+    with suppress(Exception):  # of the hub's HTTP library, which varies by version; loading will tell
+        files = HfApi().model_info(source, revision=revision, timeout=HUB_S).siblings
+        return [file.rfilename for file in files or ()]
+    return cached
 
 
 def _cached_folder(name: str, revision: str | None = None) -> Path | None:
-    """The folder in the hub's cache with a model's files, by default the newest ones."""
+    """The folder in the hub's cache with the files of a model's revision; default: the newest."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -91,7 +126,7 @@ UNKNOWN_LENGTH = 1_000_000_000
 """A tokenizer without a known maximum length reports a larger number than this."""
 READ_BY_DEFAULT = 512
 _CONFIG_FILE = "config.json"
-_MATTERS = (".json", ".safetensors", ".bin", ".txt", ".model")
+_MATTERS = (".json", SAFE, ".txt", ".model")
 """Extensions of the checkpoint files that affect the predictions."""
 
 
@@ -126,6 +161,7 @@ def inspect(model: str, revision: str | None = None, max_tokens: int | None = No
     with local_copy(source, weights=False) as folder:
         config = _load_config(folder, model, revision)
         labels = _labels(config, model)
+        refuse_pickles("MODEL", model, source, revision, HEAD)
         tokenizer = load_tokenizer(folder, revision, "MODEL")
         reads = _reads(config, tokenizer)
     if max_tokens is not None and max_tokens > reads:
@@ -147,7 +183,7 @@ def local_copy(source: str, weights: bool = True) -> Iterator[str]:
     store = RunStore(source)
     with tempfile.TemporaryDirectory(prefix="llkd-model-") as folder:
         for name in _files(store):
-            if weights or not name.endswith((".safetensors", ".bin")):
+            if weights or not name.endswith(SAFE):
                 store.download(name, f"{folder}/{name}")
         yield folder
 
@@ -223,7 +259,7 @@ def _load_config(folder: str, model: str, revision: str | None) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, revision=revision or "main")
+        return AutoConfig.from_pretrained(folder, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(_unloadable(model, error)) from None
 

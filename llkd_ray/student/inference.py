@@ -13,7 +13,7 @@ import torch
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import StudentConfig
 from llkd_ray.storage.checkpoints import Checkpoint, _unloadable, load_tokenizer, local_copy
-from llkd_ray.student.model import Inputs, Student, Tokens, as_student, lengths
+from llkd_ray.student.model import Inputs, Student, Tokens, as_student, lengths, load_classifier
 
 CHUNK = 2048
 """Texts tokenized and sorted by length at a time, while the previous ones are scored."""
@@ -28,11 +28,9 @@ def load(checkpoint: Checkpoint, dtype: str, device: torch.device) -> Student:
 
     Raises :class:`ConfigError` where weights are missing: transformers would initialise them at random.
     """
-    from transformers import AutoModelForSequenceClassification
-
     with local_copy(checkpoint.source) as folder:
         try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
+            model, info = load_classifier(
                 folder, revision=checkpoint.revision or "main", dtype=torch.float32, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError) as error:

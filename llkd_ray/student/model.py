@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import nn
 
 from llkd_ray.config.base import ConfigError
 from llkd_ray.config.schema import LabelsConfig, StudentConfig
+from llkd_ray.storage.checkpoints import refuse_pickles
 
 Inputs = dict[str, torch.Tensor]
 """int64[B, L] each: some texts, padded to the longest of them."""
@@ -134,8 +136,8 @@ def check_student(config: StudentConfig, say: Callable[[str], None] = lambda lin
 
     checkpoint = resolve_model(config.model)
     try:
-        model_config = AutoConfig.from_pretrained(checkpoint)
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        model_config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(
@@ -153,6 +155,7 @@ def check_student(config: StudentConfig, say: Callable[[str], None] = lambda lin
             f"student.model: {config.model!r} is of type {model_config.model_type!r}, which transformers "
             "cannot make a sequence classifier of; use an encoder such as roberta-base"
         )
+    refuse_pickles("student.model", config.model, checkpoint)
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is not None and config.max_tokens > positions:
         raise ConfigError(
@@ -169,11 +172,11 @@ def check_student(config: StudentConfig, say: Callable[[str], None] = lambda lin
 
 def build_student(config: StudentConfig, labels: LabelsConfig, seed: int, device: torch.device) -> Student:
     """The pre-trained checkpoint with a new classification head for the labels."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
     checkpoint = resolve_model(config.model)
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
+    model = load_classifier(
         checkpoint,
         num_labels=len(labels.names),
         id2label=dict(enumerate(labels.names)),
@@ -181,14 +184,24 @@ def build_student(config: StudentConfig, labels: LabelsConfig, seed: int, device
         ignore_mismatched_sizes=True,
         dtype=torch.float32,
     )
-    return as_student(model, AutoTokenizer.from_pretrained(checkpoint), config.precision, device)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    return as_student(model, tokenizer, config.precision, device)
+
+
+def load_classifier(checkpoint: str, **options: Any) -> Any:
+    """Transformers' model of a folder or hub name; nothing in it can run code. Raises OSError, ValueError."""
+    from transformers import AutoModelForSequenceClassification
+
+    # Or transformers would load weights that somebody's program has converted and that await a review.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    return AutoModelForSequenceClassification.from_pretrained(
+        checkpoint, use_safetensors=True, trust_remote_code=False, **options
+    )
 
 
 def divide_logits(folder: str, temperature: float) -> None:
     """Divide the last layer of a saved classifier, and with it every logit, by a temperature."""
-    from transformers import AutoModelForSequenceClassification
-
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto")
+    model = load_classifier(folder, dtype="auto")
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     assert last.out_features == model.config.num_labels, f"{type(model).__name__} does not end in its logits"
     with torch.no_grad():
@@ -201,6 +214,8 @@ def as_student(model: Any, tokenizer: Any, precision: str, device: torch.device)
     """A loaded Hugging Face classifier, on its device; ``precision`` is as in ``student.precision``."""
     # Suppresses a warning against tokenizing once and padding later, which saves time in a round.
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+    # As in ``encode``, for whoever loads the saved model: a pipeline reads the tokens that were trained on.
+    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
     if model.config.pad_token_id is None:
         # Decoder checkpoints often have none, and batches need one.
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -277,7 +292,8 @@ def encode(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[Tokens
 def _encode(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> list[Tokens]:
     if not texts:
         return []
-    columns = tokenizer(list(texts), truncation=True, max_length=max_tokens)
+    # A text that says "</s>" or "[SEP]" is no end: some models look for it, or fail where there are two.
+    columns = tokenizer(list(texts), truncation=True, max_length=max_tokens, split_special_tokens=True)
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

@@ -29,7 +29,7 @@ from llkd_ray.storage import tables
 from llkd_ray.storage.run_dir import CHECKPOINTS_DIR, RunStore, predictions_file
 from llkd_ray.storage.tables import AuditAnswers, Examples, list_column, matrix_of
 from llkd_ray.student.inference import predict
-from llkd_ray.student.model import Student, build_student, learning_rate
+from llkd_ray.student.model import Student, build_student, learning_rate, load_classifier
 from llkd_ray.student.train import Batch, train_round
 
 TRAIN_RUN = "student"
@@ -260,11 +260,9 @@ class StudentWorker:
         last = self.ask("last_trained")
         if last is None:
             return
-        from transformers import AutoModelForSequenceClassification
-
         with tempfile.TemporaryDirectory() as folder:
             self.store.download(last["checkpoint"], folder)
-            saved = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+            saved = load_classifier(folder, dtype=torch.float32)
             self.student.module.load_state_dict(saved.state_dict())
 
     def _predict(self, rows: np.ndarray) -> np.ndarray:

@@ -123,7 +123,9 @@ def _commit_and_length(teacher: TeacherConfig) -> tuple[str | None, int | None]:
 
     assert teacher.model is not None
     try:
-        config = AutoConfig.from_pretrained(teacher.model, revision=teacher.revision or "main")
+        config = AutoConfig.from_pretrained(
+            teacher.model, revision=teacher.revision or "main", trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError):
         return teacher.revision, None  # the check of the model says why
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llkd_ray.audit.files import Question, guarded, kind_of, labelling_config, plain, read, written
+from llkd_ray.audit.files import KINDS, Question, kind_of, labelling_config, read, written
 from llkd_ray.config.base import ConfigError
 
 ATTACK = '=HYPERLINK("http://evil.example","click")'
@@ -24,10 +24,14 @@ def questions() -> list[Question]:
     ]
 
 
-@given(st.text() | st.sampled_from(["=1+1", "+1", "-1", "@x", "\tx", "\rx", "'=1", "'", "＝1"]))
-def test_cells_are_guarded_and_come_back(cell):
-    assert plain(guarded(cell)) == cell
-    assert not guarded(cell).startswith(("=", "+", "-", "@", "\t", "\r", "＝"))
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), min_size=1, max_size=5))
+def test_rows_and_ids_come_back_with_their_answers(ids):
+    asked = [replace(questions()[0], row=n, id=id_, text=id_ + ATTACK) for n, id_ in enumerate(ids)]
+    for kind in KINDS:
+        content = written(asked, kind, blind=False)
+        assert [(one.row, one.id) for one in read(content, kind, "x")] == [
+            (str(n), x) for n, x in enumerate(ids)
+        ]
 
 
 def test_a_spreadsheet_gets_no_formula_and_knows_the_encoding():

@@ -9,7 +9,11 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
+from llkd_ray.cli.init import _yaml
 from llkd_ray.cli.main import main
 from llkd_ray.config.loading import load_config
 
@@ -101,3 +105,15 @@ def test_the_gpus_of_the_machine_are_told_and_need_no_setting(gpus, told, tmp_pa
     assert lines == ([f"GPUs:   {told}"] if told else [])
     config = load_config(tmp_path / "llkd.yaml")
     assert (config.teacher.gpus, config.student.gpus, config.student.workers) == (None, None, None)
+
+
+NAME = st.text(max_size=30) | st.sampled_from(
+    ["a\nb", "\x1b[31m", "...", "- x", "# x", "a: b", "\u2028", "null"]
+)
+
+
+@given(NAME | st.lists(NAME) | st.none())
+def test_any_name_in_a_file_is_one_line_of_the_config(value):
+    line = _yaml(value)
+    assert "\n" not in line
+    assert yaml.safe_load(f"key: {line}   # a comment\n") == {"key": value}

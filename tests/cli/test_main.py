@@ -10,7 +10,7 @@ import pytest
 
 from llkd_ray.cli.main import COMMANDS, main, program_parser, run
 from llkd_ray.config.base import ConfigError
-from llkd_ray.display import Display
+from llkd_ray.display import Display, printable
 from llkd_ray.teacher.base import TeacherDown
 
 HEAVY = {"numpy", "pydantic", "pyarrow", "ray", "torch", "transformers", "yaml"}
@@ -58,7 +58,8 @@ def test_an_unknown_command_is_named(capsys):
         (TeacherDown("no engine is left"), 3, "error: no engine is left"),
         (KeyboardInterrupt(), 130, "stopped"),
         (PermissionError(13, "Permission denied", "/runs/a"), 1, "error: Permission denied: /runs/a"),
-        (ZeroDivisionError("1 / 0"), 1, "error: unexpected ZeroDivisionError"),
+        (ConfigError("'\x1b]0;a\x07\udce9'"), 2, r"error: '\x1b]0;a\x07\udce9'"),
+        (ZeroDivisionError("1 / 0 \x1b[2J\udce9"), 1, "error: unexpected ZeroDivisionError"),
     ],
 )
 def test_an_error_is_one_line_with_the_command_that_continues(error, status, said, capsys):
@@ -67,7 +68,9 @@ def test_an_error_is_one_line_with_the_command_that_continues(error, status, sai
         raise error
 
     assert run(options(), command) == status
-    lines = capsys.readouterr().err.splitlines()
+    shown = capsys.readouterr().err
+    assert shown == printable(shown)
+    lines = shown.splitlines()
     assert lines[-1] == f"{said}; what is done is kept, continue with: llkd resume '/runs/my run'"
     is_bug = isinstance(error, ZeroDivisionError)
     assert ("Traceback (most recent call last):" in lines) == is_bug

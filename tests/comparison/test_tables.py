@@ -36,7 +36,7 @@ from llkd_ray.comparison.tables import (
 from llkd_ray.config.base import ConfigError
 from llkd_ray.storage.run_dir import RunStore
 
-ATTACK = "<script>x</script>|"
+ATTACK = "_=<script>x</script>|$\\frac$"
 OVER_RANDOM, OVER_ALL = "macro_f1_over_random", "macro_f1_over_all"
 
 
@@ -181,15 +181,16 @@ def test_all_files_are_written_however_few_trials_there_are(tmp_path: Path, n_re
         assert by_line[RANDOM][OVER_RANDOM] == ""
 
 
-def test_results_come_back_as_they_were_written(tmp_path):
-    results = [*two_seeds("NA"), result("", GOLD, 0, POOL, 1 / 3)]
-    write(tmp_path, results, make_tables(results, ("NA",)))
+@pytest.mark.parametrize("teacher", ["NA", "=1+1;-1"])
+def test_results_come_back_as_they_were_written(tmp_path, teacher):
+    results = [*two_seeds(teacher), result("", GOLD, 0, POOL, 1 / 3)]
+    write(tmp_path, results, make_tables(results, (teacher,)))
     found = read_results(tmp_path / RESULTS, NAMES)
     pd.testing.assert_frame_equal(
         pd.DataFrame(found), pd.DataFrame(results)[list(found[0])], check_exact=True, check_dtype=False
     )
     before = (tmp_path / RESULTS).read_bytes()
-    write(tmp_path, found, make_tables(found, ("NA",)))
+    write(tmp_path, found, make_tables(found, (teacher,)))
     assert (tmp_path / RESULTS).read_bytes() == before
 
 

@@ -61,6 +61,15 @@ class TestMistakes:
             ({"teacher": FITTED, "corpus": {"gold": None}}, "config", "give corpus.gold"),
             ({"teacher": FITTED, "evaluation": {"holdout": 0}}, "config", "evaluation.holdout"),
             ({"labels": LETTERS, "teacher": VLLM}, "config", "25 labels, but teacher.prompt.answer"),
+            ({"labels": {"names": ["sea", "a\x1b[2J"]}}, "labels.names.1", "U+001B, a control character"),
+            ({"labels": {"names": ["sea", "a\nb"]}}, "labels.names.1", r"'a\nb' contains U+000A"),
+            ({"labels": {"names": ["sea", "\u202eb"]}}, "labels.names.1", r"'\u202eb' contains U+202E"),
+            ({"teacher": VLLM | {"engine": {"trust_remote_code": True}}}, "teacher.engine", "leave it out"),
+            (
+                {"teacher": VLLM | {"engine": {"load_format": "PT"}}},
+                "teacher.engine",
+                "'PT' may load a pickle",
+            ),
             ({"student": {"workers": 0}}, "student.workers", "at least 1, or (min, max)"),
             ({"student": {"workers": [3, 2]}}, "student.workers", "at least 1, or (min, max)"),
             ({"student": {"warmup": 1}}, "student.warmup", "1 is refused"),
@@ -115,6 +124,7 @@ class TestMistakes:
         make_config(labels=LETTERS, teacher=VLLM | {"prompt": {"answer": "names"}})
         make_config(labels={"names": LETTERS["names"][:24]}, teacher=VLLM)
         make_config(labels=LETTERS)  # recorded answers have no letters
+        make_config(labels={"names": ["=x", "<b>|", "שלום\u200f", "می\u200cخواهم", "👩\u200d🔬"]})
 
     def test_all_mistakes_are_told_at_once(self):
         tree = config_tree(budget={"rounds": 0}, student={"epochs": -1})
@@ -165,10 +175,12 @@ class TestFiles:
         with pytest.raises(ConfigError, match=r"bad\.yaml' (cannot be read|holds no settings): "):
             load_config(tmp_path / "bad.yaml")
 
+    SHOWN = st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), min_size=1)
+
     @settings(max_examples=50)
     @given(
         where=st.dictionaries(st.text(min_size=1), st.booleans() | st.integers() | st.text(), max_size=3),
-        names=st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=5, unique=True),
+        names=st.lists(SHOWN.filter(str.strip), min_size=2, max_size=5, unique=True),
         workers=st.integers(1, 5) | st.tuples(st.just(2), st.integers(2, 9)),
         train=st.integers(5, 1000) | st.floats(0.001, 1),
         uri=st.just("a.txt") | st.lists(st.just("s3://b/*.csv"), min_size=1, max_size=3),

@@ -1,6 +1,7 @@
 """From uri to units: which files, checked how, cut where; a file in pieces gives what it gives in one go."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,26 @@ def test_globs(folder: Path, glob: str, files: list[str]) -> None:
     assert names(folder / glob) == files
     if "?" not in glob and "[" not in glob:
         assert names(f"file://{folder}/{glob}") == files
+
+
+def test_a_name_may_hold_anything_that_is_utf8(tmp_path: Path) -> None:
+    odd = [
+        "=cmd|<img src=x>.txt",
+        "\x1b]0;t\x07.txt",
+        "two\nlines.txt",
+        "a\u202eb.txt",
+        "%41 #?.txt",
+        "a*[b].txt",
+    ]
+    for name in odd:
+        (tmp_path / name).write_text("a text\n")
+        assert names(tmp_path / name) == [name]
+    assert names(tmp_path) == names(tmp_path / "*.txt") == sorted(odd)
+    bad = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / bad).write_text("a text\n")
+    for uri in (tmp_path, tmp_path / "*.txt", tmp_path / bad):
+        with pytest.raises(ConfigError, match="has a name that is not UTF-8"):
+            names(uri)
 
 
 def test_uris_keep_their_order_and_no_file_comes_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

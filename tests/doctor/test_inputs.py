@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import Reply, serving
 from huggingface_hub import constants
-from toys import make_config, toy_texts, write_corpus
+from toys import make_config, toy_texts, with_trap, write_corpus
 
 from llkd_ray.config.base import ConfigError
 from llkd_ray.doctor.findings import Finding, describe, run_checks
@@ -33,8 +33,10 @@ from llkd_ray.doctor.inputs import (
     teacher_checks,
 )
 from llkd_ray.storage import lock
+from llkd_ray.storage.checkpoints import refuse_pickles
 from llkd_ray.storage.lock import hold_lock
 from llkd_ray.storage.run_dir import CONFIG, REPORT, RunStore
+from llkd_ray.teacher.factory import check_teacher
 
 
 def told(finding: Finding | None, state: str, *words: str) -> None:
@@ -198,11 +200,37 @@ def test_checkpoints_that_cannot_be_used(tiny_encoder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_encoder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     told(student(str(folder)), "problem", "holds no weights")
+    (folder / "training_args.bin").write_bytes(b"")  # no weights
+    told(student(str(folder)), "problem", "holds no weights")
     (folder / "config.json").write_text(json.dumps({"model_type": "vits"}))
     (finding,) = run_checks([student_check(make_config(student={"model": str(folder)}))])
     told(finding, "problem", "cannot make a sequence classifier")
     with pytest.raises(ConfigError, match=r"teacher\.model: there is no folder '.*gone'"):
         check_model(teacher(str(tmp_path / "gone")), "teacher")
+
+
+def test_pickled_weights_are_refused_here_and_on_the_hub(hub, tiny_llm, tmp_path):
+    config = make_config(
+        teacher={"kind": "vllm", "model": with_trap(tiny_llm, tmp_path / "bin", tmp_path / "it ran")}
+    )
+    refused = (
+        r"^teacher\.model: '.*bin' has its weights only as a pickle.*AutoModelForCausalLM\.from_pretrained"
+    )
+    for check in (lambda: check_model(config.teacher, "teacher"), lambda: check_teacher(config)):
+        with pytest.raises(ConfigError, match=refused):
+            check()
+    assert check_labels(config) is None, "said once"
+    assert not (tmp_path / "it ran").exists()
+    files = [
+        {"rfilename": name}
+        for name in ("config.json", "pytorch_model-00001-of-00002.bin", "training_args.bin")
+    ]
+    hub.said[MODEL] = (200, {}, {"id": "org/model", "siblings": files})
+    with pytest.raises(ConfigError, match=r"a pickle \(pytorch_model-00001-of-00002\.bin\)"):
+        refuse_pickles("student.model", "org/model", "org/model")
+    files.append({"rfilename": "model.safetensors"})
+    refuse_pickles("student.model", "org/model", "org/model")
+    refuse_pickles("student.model", "org/other", "org/other")  # the hub knows none: others say so
 
 
 # --- the hub

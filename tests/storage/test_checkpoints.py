@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toys import NAMES, toy_texts
+from toys import NAMES, toy_texts, with_trap
 from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
 
+from llkd_ray.cli.main import main
 from llkd_ray.config.base import ConfigError
+from llkd_ray.config.schema import StudentConfig
 from llkd_ray.storage.checkpoints import inspect, load_tokenizer
 from llkd_ray.student.inference import load, score
+from llkd_ray.student.model import check_student, load_classifier
 
 CPU = torch.device("cpu")
 
@@ -110,6 +113,41 @@ def test_weights_that_are_missing_are_not_made_up(tiny_classifier, tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"lacks the weights classifier\.weight"):
         load(inspect(str(folder)), "float32", CPU)
+
+
+def test_no_pickle_is_ever_read(tiny_classifier, tmp_path, capsys):
+    mark, gold = tmp_path / "it ran", tmp_path / "gold.csv"
+    gold.write_text("text,label\none,sea\n")
+    trapped = with_trap(tiny_classifier, tmp_path / "bin", mark)
+    for job in (
+        ["evaluate", trapped, str(gold)],
+        ["predict", trapped, str(gold), "--out", str(tmp_path / "out")],
+    ):
+        assert main(job) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(
+            f"error: MODEL: {trapped!r} has its weights only as a pickle (pytorch_model.bin)"
+        )
+        assert f"AutoModelForSequenceClassification.from_pretrained({trapped!r}).save_pretrained" in line
+    with pytest.raises(OSError, match="safetensors"):
+        load_classifier(trapped)
+    both = with_trap(tiny_classifier, tmp_path / "both", mark, keep_safe=True)
+    load(inspect(both), "float32", CPU)
+    assert not mark.exists()
+    torch.load(Path(both) / "pytorch_model.bin", weights_only=False)
+    assert mark.exists(), "the trap works"
+
+
+def test_no_code_of_a_checkpoint_is_run_or_offered(tiny_classifier, tmp_path, monkeypatch):
+    """By itself, transformers asks on the terminal whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda prompt="": pytest.fail("a question"))
+    mark = tmp_path / "it ran"
+    folder = copied(tiny_classifier, tmp_path / "own", model_type="own", auto_map={"AutoConfig": "own.Own"})
+    (folder / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass Own: pass\n")
+    assert "cannot be loaded" in refusal(folder)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        check_student(StudentConfig(model=str(folder)))
+    assert not mark.exists()
 
 
 def test_settings_that_do_not_fit_the_model_are_refused(tiny_classifier):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from small_students import CPU, LABELS, UNEVEN, make_config, make_student, same, weights
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from toys import NAMES, training_sentences
+from toys import NAMES, training_sentences, with_trap
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -210,7 +210,7 @@ class TestTokens:
     @example(texts=["a the " * 100, ""], max_tokens=5)
     def test_the_same_as_the_tokenizers_own_truncation(self, tokenizers, kind, texts, max_tokens):
         tokenizer = tokenizers[kind]
-        columns = tokenizer(texts, truncation=True, max_length=max_tokens)
+        columns = tokenizer(texts, truncation=True, max_length=max_tokens, split_special_tokens=True)
         found = encode(tokenizer, texts, max_tokens)
         assert {name: [one[name] for one in found] for name in columns} == dict(columns)
         assert lengths(found).tolist() == [len(row) for row in columns["input_ids"]]
@@ -222,6 +222,20 @@ class TestTokens:
         texts = ["that the other a " * n for n in (1, 10, 1_000, 10_000)]
         encode(counted, texts, 16)
         assert counted.chars <= len(texts) * 16 * CHARS_A_TOKEN
+
+    def test_special_tokens_in_a_text_are_only_characters(self, tiny_encoder, tmp_path):
+        """As tokens they end a text early, or fail: BART refuses a batch with uneven numbers of them."""
+        student = make_student(tiny_encoder)
+        tokenizer = student.tokenizer
+        special = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id}
+        text = f"a {' '.join(tokenizer.all_special_tokens)} boat"
+        (tokens,) = student.encode([text], 64)
+        first, *ids, last = tokens["input_ids"]
+        assert [first, last] == [tokenizer.cls_token_id, tokenizer.sep_token_id]
+        assert not special & set(ids)
+        tokenizer.save_pretrained(tmp_path)
+        saved = AutoTokenizer.from_pretrained(tmp_path)
+        assert saved(text)["input_ids"] == tokens["input_ids"], "as a pipeline reads it"
 
     def test_a_text_of_long_tokens_is_tokenized_twice_at_most(self, tokenizers):
         counted = Counted(tokenizers["WordPiece"])
@@ -258,11 +272,14 @@ class TestCheck:
             ("empty", "cannot be loaded"),
             ("no tokenizer", "no tokenizer files"),  # transformers makes an empty one, without a word
             ("no classifier", "of type 'mamba'"),
+            ("pickled", r"only as a pickle \(pytorch_model\.bin\).*AutoModel\.from_pretrained"),
         ],
     )
     def test_others_are_refused_with_field_and_value(self, tiny_encoder, tmp_path, kind, reason):
         folder = tmp_path / kind
-        if kind != "missing":
+        if kind == "pickled":
+            with_trap(tiny_encoder, folder, tmp_path / "it ran")
+        elif kind != "missing":
             folder.mkdir()
         if kind == "no tokenizer":
             AutoConfig.from_pretrained(tiny_encoder).save_pretrained(folder)

@@ -164,6 +164,8 @@ def engine_arguments(teacher: TeacherConfig) -> dict[str, Any]:
         "model": teacher.model,
         "revision": teacher.revision,
         "tokenizer_revision": teacher.revision,
+        "load_format": "safetensors",
+        "trust_remote_code": False,
         "dtype": teacher.dtype,
         "quantization": teacher.quantization,
         "max_model_len": teacher.context,

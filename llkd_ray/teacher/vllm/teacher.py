@@ -14,7 +14,7 @@ import numpy as np
 
 from llkd_ray.config.schema import LabelsConfig
 from llkd_ray.config.teacher import TeacherConfig
-from llkd_ray.storage.checkpoints import load_tokenizer
+from llkd_ray.storage.checkpoints import load_tokenizer, refuse_pickles
 from llkd_ray.teacher.base import Allowance, Answers, Meter, TextFailed, label_batch
 from llkd_ray.teacher.label_trie import LabelTrie
 from llkd_ray.teacher.prompt import (
@@ -109,6 +109,8 @@ def prepare(teacher: TeacherConfig, labels: LabelsConfig, field: str) -> tuple[A
 
 def check_vllm_teacher(teacher: TeacherConfig, labels: LabelsConfig, field: str) -> dict[str, Any]:
     """Find the errors that can be found without an engine; returns facts for the manifest."""
+    assert teacher.model is not None
+    refuse_pickles(f"{field}.model", teacher.model, teacher.model, teacher.revision, "ForCausalLM")
     tokenizer, prompt, trie = prepare(teacher, labels, field)
     room_for_text(prompt, tokenizer, room_for_prompt(teacher, trie))
     return {

@@ -58,6 +58,8 @@ def test_vllm_knows_all_arguments():
 
 def test_arguments_on_cpu_and_the_user_has_the_last_word():
     teacher = make_teacher(max_model_len=512, dtype="float32")
+    assert engine_arguments(teacher)["load_format"] == "safetensors"
+    assert engine_arguments(teacher)["trust_remote_code"] is False
     expected = {"block_size": CPU_BLOCK_SIZE, "enforce_eager": True, "max_model_len": 512, "dtype": "float32"}
     assert engine_arguments(teacher).items() >= expected.items()
     assert not engine_arguments(make_teacher(gpus=1))["enforce_eager"]
