@@ -30,6 +30,10 @@ class DrawnDemonstrations(Section):
     max_chars: int = Field(600, ge=1, description="Characters; longer texts are not drawn.")
 
 
+DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that embed, isolate or override the direction of the text behind them."""
+
+
 def _shown(name: str) -> str:
     """The name; ValueError if it contains what is not shown or changes what stands around it."""
     wrong = (c for c in name if unicodedata.category(c) in ("Cc", "Zl", "Zp") or c in DIRECTIONS)
@@ -40,8 +44,6 @@ def _shown(name: str) -> str:
     return name
 
 
-DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-"""Characters that embed, isolate or override the direction of the text behind them."""
 LabelName = Annotated[str, StringConstraints(strip_whitespace=True), AfterValidator(_shown)]
 """Without outer blanks, as the values of a corpus are matched; one line."""
 PICKLES = ("auto", "hf", "pt", "npcache")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import yaml
 
 from llkd_ray.config.base import ConfigError
@@ -96,9 +95,7 @@ def _names(source: str, revision: str | None) -> list[str]:
     from huggingface_hub import HfApi, constants
 
     if "://" in source or Path(source).is_dir():
-        store = RunStore(source)
-        there = store.fs.get_file_info(pafs.FileSelector(store.root))
-        return [one.base_name for one in there if one.is_file]
+        return RunStore(source).names("")
     folder = _cached_folder(source, revision)
     cached = [file.name for file in folder.iterdir()] if folder else []
     if constants.HF_HUB_OFFLINE or any(name.endswith(SAFE) for name in cached):
@@ -237,8 +234,7 @@ def _trained_tokens(run: RunStore) -> int | None:
 
 
 def _files(store: RunStore) -> list[str]:
-    there = store.fs.get_file_info(pafs.FileSelector(store.root))
-    return sorted(one.base_name for one in there if one.is_file and one.base_name.endswith(_MATTERS))
+    return [name for name in store.names("") if name.endswith(_MATTERS)]
 
 
 def _fingerprint(source: str) -> str:
